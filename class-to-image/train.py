@@ -1,0 +1,83 @@
+"""Train Skip-DiT for class-conditional images: from scratch, or in two stages onto a plain DiT.
+
+    accelerate launch class-to-image/train.py --config configs/class-to-image/imagenet256_scratch.yaml
+    python class-to-image/train.py --config configs/class-to-image/fashion_stage1.yaml out=results/mine
+
+The same command again continues an interrupted run.
+"""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from skipdit.class_to_image.data import DataConfig, clean_latents, make_dataset
+from skipdit.class_to_image.model import DiT
+from skipdit.class_to_image.sample import ModelConfig, build_model, generate
+from torchvision.io import write_png
+from torchvision.utils import make_grid
+
+from skipdit.config import friendly_errors, load_config, make_parser, setting
+from skipdit.data.images import to_uint8
+from skipdit.diffusion import Diffusion
+from skipdit.sample import generators
+from skipdit.train import Draw, TrainConfig, fit
+from skipdit.vae import decode, latent_size, load_vae
+from skipdit.weights import load_weights
+
+
+@dataclass
+class Config:
+    """A class-to-image training run."""
+
+    out: str = setting("results/class-to-image", "run folder")
+    init: str | None = setting(None, "checkpoint to start from; a plain DiT may start a skip model (stage 1)")
+    vae: str = setting("stabilityai/sd-vae-ft-ema", "autoencoder, folder or Hub name")
+    label_dropout: float = setting(0.1, "share of labels replaced by the null class, for guidance")
+    grid_guidance: float = setting(4.0, "guidance scale of the sample grids")
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+
+
+def main() -> None:
+    parser = make_parser(Config, __doc__)
+    parser.add_argument("--dry-run", action="store_true", help="take one step, print its peak memory, write nothing")
+    args = parser.parse_args()
+    with friendly_errors():
+        train(load_config(Config, args.config, args.overrides), args.dry_run)
+
+
+def train(config: Config, dry_run: bool = False) -> DiT:
+    """Run a config. Returns the averaged model."""
+    vae = load_vae(config.vae)
+    torch.manual_seed(config.train.seed)
+    model = build_model(config.model, latent_size(config.data.image_size, vae))
+    if config.init:
+        new = load_weights(model, config.init, allow_missing="skips.*")
+        if new:
+            print(f"{len(new)} skip parameters are not in {config.init} and start anew:\n  " + "\n  ".join(new))
+    dataset = make_dataset(config.data, vae)
+    diffusion = Diffusion()
+
+    def loss(model: torch.nn.Module, batch: dict, draw: Draw) -> torch.Tensor:
+        x0 = clean_latents(batch, config.data, vae, draw)
+        labels = torch.where(draw.rand() < config.label_dropout, config.model.num_classes, batch["label"])
+        t, noise = draw.randint(len(diffusion)), draw.randn(*x0.shape[1:])
+        x = diffusion.q_sample(x0, t, noise)
+        return diffusion.losses(model(x, t, labels), x0, x, t, noise)["loss"]
+
+    def sample(model: DiT, step: int) -> None:
+        labels = torch.arange(min(64, 8 * config.model.num_classes), device=model.device) % config.model.num_classes
+        noise = generators(config.train.seed, range(len(labels)), model.device)
+        latents = generate(model, labels, noise, steps=50, sampler="ddim", guidance_scale=config.grid_guidance)
+        columns = config.model.num_classes if config.model.num_classes <= 10 else 8
+        grid = make_grid(to_uint8(decode(vae.to(model.device), latents)), nrow=columns)
+        folder = Path(config.out) / "samples"
+        folder.mkdir(exist_ok=True)
+        write_png(grid.cpu(), str(folder / f"{step:07d}.png"))
+
+    return fit(model, loss, dataset, config.train, config.out, config, sample, dry_run)
+
+
+if __name__ == "__main__":
+    main()

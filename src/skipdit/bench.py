@@ -1,0 +1,64 @@
+"""Counting and timing model calls."""
+
+import copy
+import statistics
+import time
+from collections.abc import Callable
+
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from skipdit.cache import CacheStep
+
+
+def model_inputs(model: nn.Module, batch: int, device: torch.device | str | None = None) -> tuple[torch.Tensor, ...]:
+    """Random inputs for a class-conditional image model: x (N, C, H, W), t (N,), y (N,)."""
+    device, size = device or model.device, model.config.input_size
+    x = torch.randn(batch, model.config.in_channels, size, size, device=device, dtype=model.dtype)
+    return x, torch.full((batch,), 500, device=device), torch.zeros(batch, dtype=torch.long, device=device)
+
+
+def step_flops(model: nn.Module, batch: int, branch: int = 1) -> dict[str, float]:
+    """FLOPs of one full and one cached forward pass, two per multiply-add, attention included.
+
+    Counted on the meta device: nothing is computed.
+    """
+    model = copy.deepcopy(model).to("meta").eval()
+    inputs = model_inputs(model, batch)
+
+    def count(cache: CacheStep | None) -> float:
+        with torch.no_grad(), FlopCounterMode(display=False) as counter:
+            model(*inputs, cache=cache)
+        return float(counter.get_total_flops())
+
+    full = CacheStep(branch, None)
+    flops = {"full": count(full if model.n_skips else None)}
+    flops["cached"] = count(CacheStep(branch, full.output)) if model.n_skips else flops["full"]
+    return flops
+
+
+def interleaved_medians(functions: dict[str, Callable[[], object]], repeats: int, device: torch.device) -> dict[str, list[float]]:
+    """Seconds of each function, `repeats` times in turn, so that a machine that speeds up or slows down favours none."""
+
+    def seconds(function: Callable[[], object]) -> float:
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        began = time.perf_counter()
+        function()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter() - began
+
+    for function in functions.values():  # warm up
+        seconds(function)
+        seconds(function)
+    times: dict[str, list[float]] = {name: [] for name in functions}
+    for _ in range(repeats):
+        for name, function in functions.items():
+            times[name].append(seconds(function))
+    return times
+
+
+def median(values: list[float]) -> float:
+    return statistics.median(values)

@@ -1,0 +1,80 @@
+"""Training checkpoints that survive being killed at any moment.
+
+One file per checkpoint in the layout of the released ones, {model, ema, opt, args}, plus the step: any tool that reads
+those reads these. A file gets its name only when it is complete on disk.
+"""
+
+import os
+import warnings
+from pathlib import Path
+
+import torch
+from torch import nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
+
+from skipdit.weights import WeightsError, from_released, load_checkpoint, to_released
+
+_FULL = StateDictOptions(full_state_dict=True, cpu_offload=True)  # gathered on rank 0 where parameters are sharded
+_LOAD = StateDictOptions(full_state_dict=True)
+
+
+def save(folder: Path, step: int, model: nn.Module, ema: nn.Module, optimizer: torch.optim.Optimizer, args: dict, keep: int, writer: bool) -> None:
+    """Write `<folder>/<step>.pt`, then delete all but the newest `keep`. Every process calls it; `writer` writes.
+
+    Raises RuntimeError, and leaves the older checkpoints as they are, if weights are not finite or the disk is full.
+    """
+    state = {
+        "model": to_released(get_model_state_dict(model, options=_FULL)),
+        "ema": to_released(get_model_state_dict(ema, options=_FULL)),
+        "opt": get_optimizer_state_dict(model, optimizer, options=_FULL),
+        "args": args,
+        "step": step,
+    }
+    if not writer:
+        return
+    bad = [name for name, tensor in state["model"].items() if not torch.isfinite(tensor).all()]
+    if bad:
+        raise RuntimeError(f"step {step}: weights are not finite ({', '.join(bad[:3])}); {_kept(folder)}")
+    folder.mkdir(parents=True, exist_ok=True)
+    target = folder / f"{step:07d}.pt"
+    partial = target.with_suffix(".partial")
+    try:
+        with open(partial, "wb") as file:
+            torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, target)
+    except (OSError, RuntimeError) as error:
+        partial.unlink(missing_ok=True)
+        raise RuntimeError(f"could not save {target}: {error}; {_kept(folder)}") from error
+    for old in sorted(folder.glob("*.pt"))[:-keep]:
+        old.unlink()
+
+
+def _kept(folder: Path) -> str:
+    files = sorted(folder.glob("*.pt"))
+    return f"the last good checkpoint is {files[-1]}" if files else "there is no earlier checkpoint"
+
+
+def latest(folder: Path) -> tuple[Path, dict] | None:
+    """The newest readable checkpoint and its content; a damaged one is named in a warning and passed over."""
+    for path in sorted(folder.glob("*.pt"), reverse=True):
+        try:
+            return path, load_checkpoint(path)
+        except WeightsError as error:
+            warnings.warn(str(error), stacklevel=2)
+    return None
+
+
+def restore(state: dict, model: nn.Module, ema: nn.Module, optimizer: torch.optim.Optimizer) -> int:
+    """Put a checkpoint back, whatever the parallelism it was saved under. Returns its step."""
+    set_model_state_dict(model, from_released(state["model"]), options=_LOAD)
+    set_model_state_dict(ema, from_released(state["ema"]), options=_LOAD)
+    set_optimizer_state_dict(model, optimizer, state["opt"], options=_LOAD)
+    return state["step"]

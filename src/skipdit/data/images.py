@@ -1,0 +1,84 @@
+"""Labelled images: folders and FashionMNIST. Samples are {"image": uint8 (3, H, W), "label": int}."""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image, UnidentifiedImageError
+from torch import Tensor
+from torch.utils.data import Dataset
+from torchvision import datasets
+
+from skipdit.data.stream import BrokenSample
+
+
+def centre_crop(image: Image.Image, size: int) -> Image.Image:
+    """The ADM / DiT preprocessing: halve with a box filter while twice too large, resize bicubically, crop the centre."""
+    while min(image.size) >= 2 * size:
+        image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
+    scale = size / min(image.size)
+    image = image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.BICUBIC)
+    left, top = (image.width - size) // 2, (image.height - size) // 2
+    return image.crop((left, top, left + size, top + size))
+
+
+def to_float(images: Tensor) -> Tensor:
+    """uint8 (N, 3, H, W) to float32 in [-1, 1]."""
+    return images.float() / 127.5 - 1
+
+
+def to_uint8(images: Tensor) -> Tensor:
+    """float (N, 3, H, W) in [-1, 1] to uint8, rounded."""
+    return ((images.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
+
+
+class ImageFolder(Dataset):
+    """One folder per class, images of any size and format in it: ImageNet's layout.
+
+    Raises FileNotFoundError or ValueError, naming the folder, if there is nothing to read.
+    """
+
+    def __init__(self, root: str | Path, size: int):
+        if not Path(root).is_dir():
+            raise FileNotFoundError(f"no image folder {root}; it should hold one folder of images per class")
+        try:
+            self._files = datasets.ImageFolder(root)
+        except FileNotFoundError as error:
+            raise ValueError(f"{root} is empty of images: {error}") from error
+        self.size, self.num_classes = size, len(self._files.classes)
+
+    def __len__(self) -> int:
+        return len(self._files)
+
+    def __getitem__(self, index: int) -> dict:
+        path, label = self._files.samples[index]
+        try:
+            with Image.open(path) as image:
+                pixels = np.array(centre_crop(image.convert("RGB"), self.size))
+        except (OSError, UnidentifiedImageError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+            raise BrokenSample(f"{path}: {error}") from error
+        return {"image": torch.from_numpy(pixels).permute(2, 0, 1), "label": label}
+
+
+class FashionMNIST(Dataset):
+    """FashionMNIST as RGB, its 28x28 pictures in the middle of size x size. Downloaded by torchvision if absent."""
+
+    num_classes = 10
+
+    def __init__(self, root: str | Path, size: int = 32, train: bool = True):
+        margin, odd = divmod(size - 28, 2)
+        if margin < 0 or odd:
+            raise ValueError(f"FashionMNIST at image_size {size}: it must be even and at least 28")
+        try:
+            data = datasets.FashionMNIST(root, train=train, download=True)
+        except (RuntimeError, OSError) as error:
+            raise FileNotFoundError(f"FashionMNIST is not under {root} and could not be downloaded: {error}") from error
+        self._images = F.pad(data.data, (margin,) * 4)  # (N, H, W)
+        self._labels = data.targets.tolist()
+
+    def __len__(self) -> int:
+        return len(self._labels)
+
+    def __getitem__(self, index: int) -> dict:
+        return {"image": self._images[index].expand(3, -1, -1), "label": self._labels[index]}

@@ -1,0 +1,102 @@
+"""Encode a dataset of images into latents, once, with their flipped copies.
+
+    python -m skipdit.encode --data fashion_mnist --path data --image-size 32 --vae class-to-image/weights/vae --out data/latents
+    torchrun --nproc-per-node 8 -m skipdit.encode --data image_folder --path data/imagenet/train --image-size 256 \\
+        --vae stabilityai/sd-vae-ft-ema --out data/imagenet/latents
+
+Training then needs neither the images nor the autoencoder. An interrupted run continues with the shards it lacks.
+"""
+
+import argparse
+import os
+from pathlib import Path
+
+import torch
+from accelerate import PartialState
+from safetensors.torch import save_file
+from torch.utils.data import DataLoader, Subset
+from tqdm import tqdm
+
+from skipdit.data.images import FashionMNIST, ImageFolder, to_float
+from skipdit.data.latents import LatentInfo
+from skipdit.data.stream import Stream, collate
+from skipdit.vae import encode, latent_size, load_vae, vae_id
+
+DATASETS = {"image_folder": ImageFolder, "fashion_mnist": FashionMNIST}
+
+
+class _InOrder(Stream):
+    """A stream that does not shuffle: position is index."""
+
+    def index(self, position: int) -> int:
+        return position
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", choices=DATASETS, required=True, help="kind of dataset")
+    parser.add_argument("--path", required=True, help="its folder")
+    parser.add_argument("--image-size", type=int, default=256, help="pixels along a side [%(default)s]")
+    parser.add_argument("--vae", default="stabilityai/sd-vae-ft-ema", help="autoencoder, folder or Hub name [%(default)s]")
+    parser.add_argument("--latents", choices=["mean", "sample"], default="sample", help="keep the posterior's mean, or also its deviation to sample from it in training [%(default)s]")
+    parser.add_argument("--out", type=Path, required=True, help="folder for the shards")
+    parser.add_argument("--shard", type=int, default=10_000, help="images per file [%(default)s]")
+    parser.add_argument("--batch-size", type=int, default=64, help="images per autoencoder call [%(default)s]")
+    parser.add_argument("--workers", type=int, default=4, help="image reading processes [%(default)s]")
+    args = parser.parse_args()
+    try:
+        run(args)
+    except (ValueError, FileNotFoundError) as error:
+        parser.exit(2, f"error: {error}\n")
+
+
+def run(args: argparse.Namespace) -> None:
+    state = PartialState()
+    vae = load_vae(args.vae)
+    latent_size(args.image_size, vae)
+    dataset = DATASETS[args.data](args.path, args.image_size)
+    info = LatentInfo(vae_id(vae), vae.config.scaling_factor, args.latents, "float16", args.image_size)
+    vae.to(state.device)
+    args.out.mkdir(parents=True, exist_ok=True)
+    starts = range(0, len(dataset), args.shard)[state.process_index :: state.num_processes]
+    broken: list[str] = []
+    with tqdm(total=len(starts), desc="encoding", unit="shard", disable=not state.is_main_process) as progress:
+        for start in starts:
+            target = args.out / f"latents-{start // args.shard:05d}.safetensors"
+            if target.exists():
+                if LatentInfo.read(target) != info:
+                    raise ValueError(f"{args.out} holds latents made otherwise; give these another folder (--out)")
+            else:
+                rows = Subset(_InOrder(dataset, 0), range(start, min(start + args.shard, len(dataset))))
+                tensors, unread = encode_shard(vae, DataLoader(rows, args.batch_size, collate_fn=collate, num_workers=args.workers), args.latents)
+                broken += unread
+                partial = target.with_suffix(".partial")
+                save_file(tensors, partial, metadata=info.metadata())
+                os.replace(partial, target)
+            progress.update()
+    if broken:
+        (args.out / f"broken_files.{state.process_index}.txt").write_text("\n".join(broken) + "\n")
+        print(f"{len(broken)} unreadable images were left out, listed in {args.out}/broken_files.{state.process_index}.txt")
+    if state.is_main_process:
+        print(f"{len(dataset)} images, latents in {args.out}")
+
+
+def encode_shard(vae, loader: DataLoader, kind: str) -> tuple[dict[str, torch.Tensor], list[str]]:
+    """Tensors of one shard, and the messages of the images that could not be read and are left out."""
+    parts: dict[str, list] = {"mean": [], "std": [], "label": []}
+    broken = []
+    for batch in tqdm(loader, leave=False, desc="images", unit="batch"):
+        kept = batch["weight"] > 0
+        images = to_float(batch["image"][kept].to(vae.device))
+        both = [encode(vae, view) for view in (images, images.flip(-1))]
+        for key, tensors in zip(("mean", "std"), zip(*both, strict=True), strict=True):
+            parts[key].append(torch.stack(tensors, dim=1).half().cpu())
+        parts["label"].append(batch["label"][kept])
+        broken += batch["broken"]
+    if kind == "mean":
+        del parts["std"]
+    return {key: torch.cat(tensors) for key, tensors in parts.items()}, broken
+
+
+if __name__ == "__main__":
+    main()

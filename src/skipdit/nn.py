@@ -1,0 +1,79 @@
+"""Layers that the backbones share. Shapes: N samples, T tokens, D width, H heads."""
+
+import math
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention on PyTorch's fused kernel; parameter names as in timm (`qkv`, `proj`)."""
+
+    def __init__(self, dim: int, num_heads: int):
+        super().__init__()
+        if dim % num_heads:
+            raise ValueError(f"hidden_size {dim} is not a multiple of num_heads {num_heads}")
+        self.num_heads = num_heads
+        self.qkv = nn.Linear(dim, 3 * dim)
+        self.proj = nn.Linear(dim, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (N, T, D) -> (N, T, D)"""
+        q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)  # 3 x (N, H, T, D/H)
+        x = F.scaled_dot_product_attention(q, k, v)
+        return self.proj(x.transpose(1, 2).flatten(2))
+
+
+def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    """x (N, T, D) * (1 + scale (N, D)) + shift (N, D), as one fused multiply-add over the tokens."""
+    return torch.addcmul(shift[:, None], x, 1 + scale[:, None])
+
+
+def gated(x: Tensor, gate: Tensor, branch: Tensor) -> Tensor:
+    """Residual x (N, T, D) + gate (N, D) * branch (N, T, D)."""
+    return torch.addcmul(x, gate[:, None], branch)
+
+
+def timestep_embedding(t: Tensor, dim: int, max_period: float = 10_000) -> Tensor:
+    """Sinusoids of timesteps t (N,), in float32 -> (N, dim), cosines first."""
+    frequencies = torch.exp(-math.log(max_period) * torch.arange(dim // 2, dtype=torch.float32, device=t.device) / (dim // 2))
+    angles = t[:, None].float() * frequencies
+    return torch.cat([angles.cos(), angles.sin()], dim=-1)
+
+
+class TimestepEmbedder(nn.Module):
+    """Timesteps t (N,) -> (N, D): sinusoids, then a two-layer MLP."""
+
+    def __init__(self, dim: int, frequency_dim: int = 256):
+        super().__init__()
+        self.frequency_dim = frequency_dim
+        self.mlp = nn.Sequential(nn.Linear(frequency_dim, dim), nn.SiLU(), nn.Linear(dim, dim))
+
+    def forward(self, t: Tensor) -> Tensor:
+        return self.mlp(timestep_embedding(t, self.frequency_dim).to(self.mlp[0].weight.dtype))
+
+
+class LabelEmbedder(nn.Module):
+    """Class ids y (N,) -> (N, D). Id `num_classes` is the null class of classifier-free guidance."""
+
+    def __init__(self, num_classes: int, dim: int):
+        super().__init__()
+        self.embedding_table = nn.Embedding(num_classes + 1, dim)
+
+    def forward(self, y: Tensor) -> Tensor:
+        return self.embedding_table(y)
+
+
+def sincos_1d(positions: np.ndarray, dim: int) -> np.ndarray:
+    """Sine-cosine table of positions (M,) -> (M, dim), sines first, computed in float64."""
+    angles = positions.reshape(-1, 1) * 10_000.0 ** -(np.arange(dim // 2) / (dim / 2))
+    return np.concatenate([np.sin(angles), np.cos(angles)], axis=1)
+
+
+def sincos_2d(dim: int, grid_size: int) -> Tensor:
+    """Fixed positional table of a square grid -> (1, grid_size**2, dim); columns fill the first half of `dim`."""
+    rows, columns = np.meshgrid(np.arange(grid_size), np.arange(grid_size), indexing="ij")
+    table = np.concatenate([sincos_1d(columns, dim // 2), sincos_1d(rows, dim // 2)], axis=1)
+    return torch.from_numpy(table).float()[None]

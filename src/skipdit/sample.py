@@ -1,0 +1,160 @@
+"""What the samplers share: seeds per sample, a resumable work list, timing, and the run's report."""
+
+import argparse
+import json
+import platform
+import re
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import skipdit
+from skipdit.cache import SkipCache
+from skipdit.data.stream import seed_of
+
+
+def generators(seed: int, indices: list[int], device: torch.device | str) -> list[torch.Generator]:
+    """One generator per sample, seeded by (seed, index): sample i is the same in any batch and on any process."""
+    return [torch.Generator(device).manual_seed(seed_of(seed, index)) for index in indices]
+
+
+def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
+    """"auto" is bfloat16 where the GPU has it, else float32. Raises ValueError for an unknown name."""
+    if name == "auto":
+        return torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported() else torch.float32
+    known = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+    if name not in known:
+        raise ValueError(f"dtype is {name!r}; known: auto, {', '.join(known)}")
+    return known[name]
+
+
+class Job:
+    """A numbered list of samples to make, shared out over processes, that can be interrupted and continued.
+
+    Sample i lives in `<folder>/<i>.<suffix>`. `job.json` holds what makes the samples what they are; a folder with
+    another one is refused.
+
+    Args:
+        folder: created if absent.
+        identity: settings that determine the samples.
+        total: number of samples.
+        rank, world: this process and their number; process r makes samples r, r + world, ...
+    """
+
+    def __init__(self, folder: str | Path, identity: dict[str, Any], total: int, suffix: str = "png", rank: int = 0, world: int = 1):
+        self.folder, self.total, self.suffix, self.rank, self.world = Path(folder), total, suffix, rank, world
+        self.folder.mkdir(parents=True, exist_ok=True)
+        path = self.folder / "job.json"
+        text = json.dumps(identity, indent=2, sort_keys=True, default=str) + "\n"
+        if path.exists():
+            before, now = json.loads(path.read_text()), json.loads(text)
+            differ = [k for k in before | now if before.get(k) != now.get(k)]
+            if differ:
+                lines = [f"  {k}: {before.get(k)} there, {now.get(k)} now" for k in differ]
+                raise ValueError(f"{folder} holds samples made with other settings; use another folder (out=...):\n" + "\n".join(lines))
+        else:
+            partial = path.with_suffix(f".{rank}.partial")
+            partial.write_text(text)
+            partial.replace(path)
+
+    def path(self, index: int) -> Path:
+        return self.folder / f"{index:06d}.{self.suffix}"
+
+    def save(self, index: int, write: Callable[[Path], None]) -> None:
+        """Write a sample under a temporary name, then give it its own: a file that exists is complete."""
+        partial = self.path(index).with_suffix(".partial")
+        write(partial)
+        partial.replace(self.path(index))
+
+    def pending(self) -> list[int]:
+        """This process's samples that do not exist yet."""
+        return [i for i in range(self.rank, self.total, self.world) if not self.path(i).exists()]
+
+    def batches(self, size: int) -> Iterator[list[int]]:
+        pending = self.pending()
+        for start in range(0, len(pending), size):
+            yield pending[start : start + size]
+
+
+class StepTimer:
+    """Seconds of every sampling step, split by kind, without a device sync until they are read.
+
+    Pass `tick` as a sampler's callback, after `start`.
+    """
+
+    def __init__(self, device: torch.device):
+        self._cuda = device.type == "cuda"
+        self._marks: list[tuple[str, Any]] = []
+
+    def _now(self):
+        if not self._cuda:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def start(self) -> None:
+        self._marks.append(("start", self._now()))
+
+    def tick(self, full: bool) -> None:
+        self._marks.append(("full" if full else "cached", self._now()))
+
+    def seconds(self) -> dict[str, list[float]]:
+        """Durations by kind. The first step of a run is left out: it warms up kernels and compiles."""
+        if self._cuda:
+            torch.cuda.synchronize()
+        times: dict[str, list[float]] = {"full": [], "cached": []}
+        for (before, begin), (kind, end) in zip(self._marks, self._marks[1:], strict=False):
+            if kind != "start" and before != "start":
+                times[kind].append(begin.elapsed_time(end) / 1e3 if self._cuda else end - begin)
+        return times
+
+
+def report(cache: SkipCache, seconds: dict[str, list[float]], flops: dict[str, float], **more: Any) -> dict[str, Any]:
+    """The common part of a sampler's report.json. Times are medians in seconds, FLOPs count two per multiply-add."""
+    median = {kind: float(torch.tensor(values).median()) if values else None for kind, values in seconds.items()}
+    steps = {"full": cache.full_steps, "cached": cache.cached_steps}
+    return {
+        "cache": str(cache.spec),
+        "steps": steps,
+        "seconds_per_step": median,
+        "flops_per_step": flops,
+        "flops_speedup": (steps["full"] + steps["cached"]) * flops["full"] / sum(steps[k] * flops[k] for k in steps),
+        "cache_bytes": cache.peak_bytes,
+        "peak_memory_bytes": torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None,
+        "versions": {"skipdit": skipdit.__version__, "torch": torch.__version__, "python": platform.python_version()},
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or "cpu",
+        **more,
+    }
+
+
+def add_cache_arguments(parser: argparse.ArgumentParser) -> None:
+    """`--cache SPEC`, and the original commands' ways to say it."""
+    parser.add_argument("--cache", nargs="?", const="default", metavar="SPEC", help="N<interval>-<start>-<stop>[-b<branch>][-o<order>] or none; alone: the task's default window")
+    parser.add_argument("--cache-step", "--deepcache", type=int, metavar="N", help="the task's default window with interval N")
+
+
+def cache_override(args: argparse.Namespace, window: str) -> list[str]:
+    """What a command line says of the cache, as overrides of the setting `cache`; nothing leaves it to the config.
+
+    Args:
+        args: parsed arguments of `add_cache_arguments`.
+        window: the task's default spec, with `{}` for the interval.
+    """
+    if args.cache and "=" in args.cache:  # `--cache key=value`: argparse gives the switch what follows it
+        args.overrides.append(args.cache)
+        args.cache = "default"
+    if args.cache_step is not None:
+        return [f"cache={window.format(args.cache_step)}"]
+    if args.cache == "default":
+        return [f"cache={window.format(2)}"]
+    return [f"cache={args.cache}"] if args.cache else []
+
+
+def original_model_name(name: str) -> tuple[str, int | None]:
+    """The original `--model DiT-cache-N` -> (model name, cache interval or None)."""
+    match = re.fullmatch(r"(.+)-cache-(\d+)", name)
+    return (f"{match[1]}-skip", int(match[2])) if match else (name, None)

@@ -1,0 +1,80 @@
+"""Long skip connections, and how a cached pass uses them. The one place that knows either.
+
+Every backbone is `depth` layers, 0 .. L-1, with n skips that join layer i to layer L-1-i for i < n (Skip-DiT, arXiv
+2411.17616, section 3). A *full* pass runs all of them and hands out the input of layer L-b. A *cached* pass runs layers
+0 .. b-1, puts that feature (from an earlier full pass, or a forecast) where the middle would have ended, and runs layers
+L-b .. L-1: the shallow features, and so the skips, are fresh.
+
+                full pass                          cached pass, b = 1
+
+    0 ─ 1 ─ 2 ── … ── L-3 ─ L-2 ─ L-1           0 ─────────────► ( feature ) ─ L-1
+    └───│───│─────────│─────│─────┘             └───────────────────────────────┘
+        └───│─────────│─────┘
+            └─────────┘
+"""
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from skipdit.cache import CacheStep
+
+
+class LongSkip(nn.Module):
+    """Joins a shallow feature into the input of a deep layer: `Linear(LayerNorm([x, shallow]))`, 2D -> D."""
+
+    def __init__(self, dim: int):
+        super().__init__()
+        self.norm = nn.LayerNorm(2 * dim, eps=1e-6)
+        self.linear = nn.Linear(2 * dim, dim)
+
+    def forward(self, x: Tensor, shallow: Tensor) -> Tensor:
+        """x, shallow (..., D) -> (..., D). The norm runs in float32, as the released weights were trained."""
+        joined = torch.cat([x, shallow], dim=-1)
+        norm = self.norm
+        normed = F.layer_norm(joined.float(), norm.normalized_shape, norm.weight.float(), norm.bias.float(), norm.eps)
+        return self.linear(normed.to(x.dtype))
+
+
+def skip_stack(
+    x: Tensor,
+    *,
+    block: Callable[[int, Tensor], Tensor],
+    fuse: Callable[[int, Tensor, Tensor], Tensor],
+    depth: int,
+    n_skips: int,
+    cache: CacheStep | None = None,
+) -> Tensor:
+    """Run a U-shaped stack of layers on x, all of it or, on a cached step, its outer `cache.branch` layers.
+
+    Args:
+        x: input of layer 0, any shape that `block` keeps.
+        block: `block(i, x)` runs layer i.
+        fuse: `fuse(j, x, shallow)` applies skip j, which feeds layer `depth - n_skips + j`.
+        depth: number of layers L; a layer may be a pair of blocks.
+        n_skips: number of skips n <= L / 2.
+        cache: this step of a `SkipCache`; None runs every layer and keeps nothing.
+
+    Returns:
+        The output of the last layer, of the shape of x.
+    """
+    first = depth - n_skips  # the first layer that a skip feeds
+    branch = cache.branch if cache is not None else 0
+    if branch > n_skips:
+        raise ValueError(f"cache branch {branch} is larger than the model's number of skips, {n_skips}")
+    full = cache is None or cache.feature is None
+    shallow: list[Tensor] = []
+    for i in range(depth) if full else [*range(branch), *range(depth - branch, depth)]:
+        if cache is not None and i == depth - branch:
+            if full:
+                cache.output = x
+            else:
+                x = cache.feature
+        if i >= first:
+            x = fuse(i - first, x, shallow.pop())
+        x = block(i, x)
+        if i < n_skips:
+            shallow.append(x)
+    return x

@@ -1,0 +1,349 @@
+"""The one training loop. A task brings a model, a loss and a dataset; `fit` does the rest.
+
+Randomness is stateless: the data, noise and timesteps of optimizer step s follow from (seed, s) alone and are drawn for
+the global batch, of which each process takes its rows. So a run resumes exactly, and does not depend on the number of
+processes or on gradient accumulation.
+"""
+
+import fnmatch
+import json
+import math
+import resource
+import sys
+import time
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import tqdm
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+from torch.utils.tensorboard import SummaryWriter
+
+from skipdit import checkpoint
+from skipdit.config import setting, to_dict, to_yaml
+from skipdit.data.stream import Stream, make_loader, rows_of, seed_of
+from skipdit.ema import EMA
+
+
+@dataclass
+class TrainConfig:
+    """Settings of `fit`."""
+
+    steps: int = setting(400_000, "optimizer steps")
+    batch_size: int = setting(256, "samples per optimizer step, over all processes")
+    micro_batch_size: int | None = setting(None, "samples per forward pass and process; fewer accumulate gradients")
+    lr: float = setting(1e-4, "AdamW learning rate")
+    warmup: int = setting(0, "steps of linear warm-up")
+    decay_steps: int = setting(0, "steps of linear decay to zero at the end")
+    weight_decay: float = setting(0.0, "AdamW weight decay")
+    betas: tuple[float, float] = setting((0.9, 0.999), "AdamW betas")
+    grad_clip: float = setting(0.0, "largest gradient norm; 0 leaves gradients alone")
+    ema_decay: float = setting(0.9999, "decay of the averaged weights")
+    freeze: bool = setting(False, "stage 1: train the long skips only")
+    precision: str = setting("bf16", "fp32, bf16 or fp16: automatic mixed precision; weights stay float32")
+    gradient_checkpointing: bool = setting(False, "recompute activations in the backward pass to save memory")
+    compile: bool = setting(False, "compile the model with torch.compile")
+    parallel: str = setting("ddp", "ddp, or fsdp to shard weights, gradients and optimizer over the processes")
+    seed: int = setting(0, "seed of everything")
+    workers: int = setting(4, "data loading processes per training process")
+    log_every: int = setting(50, "steps between lines of stats.jsonl and tensorboard")
+    save_every: int = setting(5_000, "steps between checkpoints")
+    keep: int = setting(3, "checkpoints to keep")
+    sample_every: int = setting(10_000, "steps between sample grids; 0 for none")
+    max_bad_steps: int = setting(10, "abort after this many steps in a row with a non-finite loss")
+
+
+# Settings that may differ when a run is resumed: they do not change what is computed.
+_FREE = {"steps", "micro_batch_size", "parallel", "compile", "gradient_checkpointing"} | {
+    "workers", "log_every", "save_every", "keep", "sample_every", "max_bad_steps",
+}  # fmt: skip
+
+
+class Draw:
+    """Random numbers of one optimizer step, on `device`, for this process's rows of the global batch."""
+
+    def __init__(self, seed: int, step: int, rows: range, global_batch: int, device: torch.device):
+        self._generator = torch.Generator(device).manual_seed(seed_of(seed, step))
+        self._rows, self._global, self.device = slice(rows.start, rows.stop), global_batch, device
+
+    def randn(self, *shape: int) -> Tensor:
+        """Normal (rows, *shape)."""
+        return torch.randn(self._global, *shape, generator=self._generator, device=self.device)[self._rows]
+
+    def rand(self) -> Tensor:
+        """Uniform [0, 1), (rows,)."""
+        return torch.rand(self._global, generator=self._generator, device=self.device)[self._rows]
+
+    def randint(self, high: int) -> Tensor:
+        """Integers 0 .. high - 1, (rows,)."""
+        return torch.randint(high, (self._global,), generator=self._generator, device=self.device)[self._rows]
+
+
+Loss = Callable[[nn.Module, dict, Draw], Tensor]  # (model, batch, draw) -> per-sample losses (N,)
+
+
+def set_trainable(model: nn.Module, rules: dict[str, bool]) -> None:
+    """Freeze parameters by name pattern; the first rule that matches a name decides.
+
+    Raises ValueError if a parameter is matched by no rule, or a rule by no parameter.
+    """
+    unused = set(rules)
+    for name, parameter in model.named_parameters():
+        pattern = next((p for p in rules if fnmatch.fnmatch(name, p)), None)
+        if pattern is None:
+            raise ValueError(f"no freezing rule covers parameter {name}; rules: {', '.join(rules)}")
+        unused.discard(pattern)
+        parameter.requires_grad_(rules[pattern])
+    if unused:
+        raise ValueError(f"freezing rules match no parameter: {', '.join(sorted(unused))}")
+
+
+def learning_rate(config: TrainConfig, step: int) -> float:
+    """Learning rate of optimizer step `step`, from 0: warm-up, constant, decay."""
+    scale = min(1.0, (step + 1) / config.warmup) if config.warmup else 1.0
+    if config.decay_steps:
+        scale = min(scale, (config.steps - step) / config.decay_steps)
+    return config.lr * scale
+
+
+def fit(
+    model: nn.Module,
+    loss: Loss,
+    dataset: Dataset,
+    config: TrainConfig,
+    out: str | Path,
+    run_config: Any,
+    sample: Callable[[nn.Module, int], None] | None = None,
+    dry_run: bool = False,
+) -> nn.Module:
+    """Train a model. Running it again with the same arguments continues where the last checkpoint ends.
+
+    Args:
+        model: on the CPU, initialised or loaded; updated in place.
+        loss: called once per micro-batch; see `Loss`. The batch is what `data.stream.collate` made, on the device.
+        dataset: finite, indexable.
+        out: run folder: config.yaml, checkpoints/, stats.jsonl, tensorboard/, broken_files.txt.
+        run_config: the task's whole config, saved with the run; another one in the same folder is refused.
+        sample: called with the averaged model and the step every `config.sample_every` steps, in the main process.
+        dry_run: take one step, print its peak memory, write nothing.
+
+    Returns:
+        The averaged model.
+
+    Raises:
+        RuntimeError: `max_bad_steps` non-finite losses in a row; names the step and the batch.
+        ValueError: settings that do not fit each other, or the run already in `out`.
+    """
+    if config.precision not in ("fp32", "bf16", "fp16") or config.parallel not in ("ddp", "fsdp"):
+        raise ValueError(f"precision {config.precision!r} or parallel {config.parallel!r}: see --help for the choices")
+    out = Path(out)
+    accelerator = Accelerator(mixed_precision=config.precision.replace("fp32", "no"))
+    device, world, rank = accelerator.device, accelerator.num_processes, accelerator.process_index
+    if not dry_run:
+        claim_folder(out, run_config, accelerator)
+
+    if config.freeze:
+        set_trainable(model, {"skips.*": True, "*": False})
+    if config.gradient_checkpointing:
+        model.enable_gradient_checkpointing()
+    model.to(device).train()
+    ema = EMA(model, config.ema_decay)
+    if config.compile:
+        model.compile()
+    if config.parallel == "fsdp" and world > 1:
+        trained = _shard(model, config.precision)
+        _shard(ema.model, "fp32")
+    else:
+        trained = accelerator.prepare_model(model)
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(
+        parameters, lr=config.lr, betas=config.betas, weight_decay=config.weight_decay, fused=device.type == "cuda"
+    )
+    optimizer = accelerator.prepare_optimizer(optimizer)
+
+    start = 0
+    if not dry_run and (found := checkpoint.latest(out / "checkpoints")):
+        path, state = found
+        start = checkpoint.restore(state, model, ema.model, optimizer.optimizer)
+        accelerator.print(f"resuming from {path}")
+
+    micro = config.micro_batch_size or config.batch_size // world
+    rows = rows_of(config.batch_size, micro, rank, world)
+    stream = Stream(dataset, config.seed)
+    loader = iter(make_loader(stream, rows, config.batch_size, start, config.steps, config.workers))
+    accelerator.print(describe(model, config, len(rows), micro, world, len(dataset)))
+    log = None if dry_run or not accelerator.is_main_process else Log(out, start)
+
+    progress = tqdm(initial=start, total=config.steps, desc="training", unit="step", dynamic_ncols=True)
+    totals, norm, bad, began = torch.zeros(2, device=device), math.nan, 0, time.perf_counter()
+    for step in range(start, config.steps):
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(config, step)
+        indices, finite = [], True
+        for number, row_range in enumerate(rows):
+            batch = {k: v.to(device, non_blocking=True) if isinstance(v, Tensor) else v for k, v in next(loader).items()}
+            if log:
+                log.broken(batch["broken"])
+            draw = Draw(config.seed, step, row_range, config.batch_size, device)
+            with _synchronise(accelerator, trained, number == len(rows) - 1), accelerator.autocast():
+                losses = loss(trained, batch, draw).float() * batch["weight"]
+            with _synchronise(accelerator, trained, number == len(rows) - 1):
+                accelerator.backward(losses.sum() * world / config.batch_size)
+            totals += torch.stack([losses.detach().sum(), batch["weight"].sum()])
+            indices += batch["index"].tolist()
+        if accelerator.scaler is not None:
+            accelerator.unscale_gradients(optimizer)
+        norm = _full(torch.nn.utils.clip_grad_norm_(parameters, config.grad_clip or math.inf)).item()
+        finite = math.isfinite(norm)  # gradients are summed over processes, so all of them agree
+        if finite:
+            optimizer.step()
+            ema.update(model, step + 1)
+            bad = 0
+        else:
+            bad += 1
+            totals.zero_()
+            accelerator.print(f"step {step}: loss or gradient is not finite, step skipped ({bad} in a row)")
+            if bad >= config.max_bad_steps:
+                raise RuntimeError(
+                    f"{bad} steps in a row had a non-finite loss or gradient; last at step {step}, dataset samples "
+                    f"{indices}. The newest checkpoint in {out / 'checkpoints'} is good: lower train.lr or look at those samples."
+                )
+        optimizer.zero_grad(set_to_none=True)
+        progress.update()
+        if dry_run:
+            progress.close()
+            accelerator.print(f"one step of {config.batch_size} samples: peak memory {peak_memory() / 2**30:.2f} GiB per process")
+            return ema.model
+
+        done = step + 1
+        if done % config.log_every == 0 or done == config.steps:
+            loss_sum, count = accelerator.reduce(totals).tolist()
+            mean, seconds = loss_sum / max(count, 1), time.perf_counter() - began
+            rate = count / seconds
+            totals.zero_()
+            began = time.perf_counter()
+            progress.set_postfix(loss=f"{mean:.4f}", samples_per_s=f"{rate:.1f}", grad=f"{norm:.2f}")
+            if log:
+                log.write({"step": done, "loss": mean, "grad_norm": norm, "lr": learning_rate(config, step), "samples_per_second": rate})
+        if done % config.save_every == 0 or done == config.steps:
+            checkpoint.save(
+                out / "checkpoints", done, model, ema.model, optimizer.optimizer, to_dict(run_config), config.keep,
+                writer=accelerator.is_main_process,
+            )  # fmt: skip
+        if sample is not None and config.sample_every and (done % config.sample_every == 0 or done == config.steps):
+            if accelerator.is_main_process:
+                sample(ema.model, done)
+            accelerator.wait_for_everyone()
+    progress.close()
+    if log:
+        log.close()
+    accelerator.end_training()
+    return ema.model
+
+
+def claim_folder(out: Path, run_config: Any, accelerator: Accelerator) -> None:
+    """Write config.yaml into a new run folder, or check that the one there is the same run."""
+    path = out / "config.yaml"
+    if path.exists():
+        from omegaconf import OmegaConf
+
+        before, now = _flat(OmegaConf.to_container(OmegaConf.load(path))), _flat(to_dict(run_config))
+        differ = [k for k in before | now if before.get(k) != now.get(k) and k.rpartition(".")[2] not in _FREE]
+        if differ:
+            lines = [f"  {k}: {before.get(k)} there, {now.get(k)} now" for k in differ]
+            raise ValueError(f"{out} holds a run with other settings; give this one another folder (out=...):\n" + "\n".join(lines))
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        out.mkdir(parents=True, exist_ok=True)
+        path.write_text(to_yaml(run_config))
+
+
+def _flat(nested: dict, prefix: str = "") -> dict:
+    flat = {}
+    for key, value in nested.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return flat
+
+
+def _shard(model: nn.Module, precision: str) -> nn.Module:
+    """Shard a model over all processes, block by block (FSDP2)."""
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
+    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
+    for module in model.modules():
+        if type(module).__name__ in model._no_split_modules:
+            fully_shard(module, mp_policy=policy)
+    return fully_shard(model, mp_policy=policy)
+
+
+def _synchronise(accelerator: Accelerator, model: nn.Module, last: bool):
+    """Gradients are exchanged between processes only in the last micro-batch of a step."""
+    if hasattr(model, "set_requires_gradient_sync"):  # FSDP2
+        model.set_requires_gradient_sync(last)
+        return nullcontext()
+    return nullcontext() if last else accelerator.no_sync(model)
+
+
+def _full(norm: Tensor) -> Tensor:
+    return norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+
+
+def peak_memory() -> int:
+    """Largest memory so far in bytes: the GPU's, or without one this process's."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def describe(model: nn.Module, config: TrainConfig, accumulation: int, micro: int, world: int, samples: int) -> str:
+    """One line: parameters, batch, memory of the states (activations come on top; `--dry-run` measures all)."""
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    frozen = sum(p.numel() for p in model.parameters() if not p.requires_grad)
+    states = 4 * (2 * (trained + frozen) + 3 * trained)  # weights, average; gradient and two moments of the trained
+    states /= world if config.parallel == "fsdp" else 1
+    return (
+        f"parameters: {trained:,} trained, {frozen:,} frozen | batch {config.batch_size} = {micro} x {accumulation} "
+        f"accumulated x {world} processes | {samples:,} samples, {config.batch_size * config.steps / samples:.1f} epochs | "
+        f"weights, gradients, optimizer and average: {states / 2**30:.2f} GiB per process"
+    )
+
+
+@dataclass
+class Log:
+    """stats.jsonl, tensorboard and broken_files.txt of a run. A resumed run drops the lines it will write again."""
+
+    out: Path
+    start: int
+    _seen: set[str] = field(default_factory=set)
+
+    def __post_init__(self):
+        self.path = self.out / "stats.jsonl"
+        if self.path.exists():
+            lines = [line for line in self.path.read_text().splitlines() if line.endswith("}")]
+            kept = [line for line in lines if json.loads(line)["step"] <= self.start]
+            self.path.write_text("".join(f"{line}\n" for line in kept))
+        self.board = SummaryWriter(self.out / "tensorboard", purge_step=self.start)
+
+    def write(self, stats: dict) -> None:
+        with open(self.path, "a") as file:
+            file.write(json.dumps(stats) + "\n")
+        for key, value in stats.items():
+            self.board.add_scalar(f"train/{key}", value, stats["step"])
+
+    def broken(self, messages: list[str]) -> None:
+        for message in set(messages) - self._seen:
+            self._seen.add(message)
+            with open(self.out / "broken_files.txt", "a") as file:
+                file.write(message + "\n")
+
+    def close(self) -> None:
+        self.board.close()
+        if self._seen:
+            print(f"{len(self._seen)} unreadable files were skipped, listed in {self.out / 'broken_files.txt'}")

@@ -1,0 +1,69 @@
+"""The autoencoder between pixels and latents: any diffusers `AutoencoderKL`, from a folder or the Hub."""
+
+import hashlib
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderKL
+from torch import Tensor
+
+
+def load_vae(source: str, dtype: torch.dtype = torch.float32) -> AutoencoderKL:
+    """An autoencoder in eval mode, without gradients, on the CPU.
+
+    Raises FileNotFoundError, naming the source, if it is neither a folder nor to be had from the Hub.
+    """
+    path = Path(source)
+    if path.exists() and not (path / "config.json").is_file():
+        raise FileNotFoundError(f"{path} has no config.json: not the folder of a diffusers autoencoder")
+    try:
+        vae = AutoencoderKL.from_pretrained(source, torch_dtype=dtype, low_cpu_mem_usage=False)
+    except OSError as error:
+        raise FileNotFoundError(
+            f"no autoencoder {source}: neither a folder here nor fetched from the Hub ({str(error).splitlines()[0]})"
+        ) from error
+    return vae.eval().requires_grad_(False)
+
+
+def vae_id(vae: AutoencoderKL) -> str:
+    """A fingerprint of the weights, the same for every path, dtype on disk and machine."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(vae.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().to(torch.bfloat16).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def downsampling(vae: AutoencoderKL) -> int:
+    """Pixels per latent pixel, along one side."""
+    return 2 ** (len(vae.config.block_out_channels) - 1)
+
+
+def latent_size(image_size: int, vae: AutoencoderKL) -> int:
+    """Side of the latents of a square image. Raises ValueError if the autoencoder's factor does not divide it."""
+    factor = downsampling(vae)
+    if image_size % factor:
+        raise ValueError(f"image_size {image_size} is not a multiple of the autoencoder's factor {factor}")
+    return image_size // factor
+
+
+@torch.no_grad()
+def encode(vae: AutoencoderKL, images: Tensor) -> tuple[Tensor, Tensor]:
+    """Images (N, 3, H, W) in [-1, 1] -> mean and standard deviation of the scaled latents, each (N, C, h, w)."""
+    posterior = vae.encode(images.to(vae.dtype)).latent_dist
+    scale = vae.config.scaling_factor
+    return posterior.mean.float() * scale, posterior.std.float() * scale
+
+
+@torch.no_grad()
+def decode(vae: AutoencoderKL, latents: Tensor) -> Tensor:
+    """Scaled latents (N, C, h, w) -> images (N, 3, H, W), about [-1, 1], float32.
+
+    Raises FloatingPointError if latents or images are not finite (an fp16 autoencoder may overflow: use bf16).
+    """
+    if not torch.isfinite(latents).all():
+        raise FloatingPointError("latents are not finite before decoding")
+    images = vae.decode((latents / vae.config.scaling_factor).to(vae.dtype)).sample.float()
+    if not torch.isfinite(images).all():
+        raise FloatingPointError(f"images are not finite after decoding in {vae.dtype}: decode in bf16 or float32")
+    return images

@@ -1,0 +1,70 @@
+"""The model gives the released code's numbers."""
+
+import json
+
+import pytest
+import torch
+from conftest import GOLDEN, assert_close
+from skipdit.class_to_image import DiT
+
+from skipdit import CacheSpec, SkipCache
+from skipdit.weights import load_weights, to_released
+
+
+@pytest.fixture
+def skip_case(golden):
+    case = golden("dit_skip_0")
+    model = DiT(**case.case["config"]).eval()
+    load_weights(model, case.state)
+    return model, case
+
+
+@torch.no_grad()
+def test_forward_equals_released_code(skip_case):
+    model, case = skip_case
+    x, t, y = (case.inputs[k] for k in ("x", "t", "y"))
+    assert_close(model(x, t, y), case.outputs["forward"])
+
+
+@torch.no_grad()
+def test_guided_forward_equals_released_code(skip_case):
+    model, case = skip_case
+    x, t, y = case.inputs["x"], case.inputs["t"], case.inputs["y_cfg"]
+    assert_close(model.forward_with_cfg(x, t, y, case.case["cfg_scale"]), case.outputs["forward_with_cfg"])
+
+
+@torch.no_grad()
+def test_plain_forward_equals_released_code(golden):
+    case = golden("dit_plain_0")
+    model = DiT(**case.case["config"], skip=False).eval()
+    load_weights(model, case.state)
+    assert_close(model(*(case.inputs[k] for k in ("x", "t", "y"))), case.outputs["forward"])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("run", "spec"), [("every2", "N2-1000-20-b4"), ("every3", "N3-1000-20-b4")])
+def test_cached_trajectory_equals_released_code(skip_case, run, spec):
+    model, case = skip_case
+    timesteps = case.case["timesteps"]
+    cache = SkipCache(spec, timesteps)
+    assert cache.plan == case.case["runs"][run]["full"]
+    assert cache.spec.branch == case.case["branch"]
+    for i, t in enumerate(timesteps):
+        out = model(case.inputs["xs"][i], torch.full((2,), t), case.inputs["y"], cache=cache.at(i))
+        assert_close(out, case.outputs[f"cached/{run}/{i}"])
+
+
+def test_full_size_model_has_the_released_keys():
+    released = json.loads((GOLDEN / "released_checkpoint_keys.json").read_text())
+    (shapes,) = released.values()
+    with torch.device("meta"):
+        model = DiT()
+    ours = {name: list(tensor.shape) for name, tensor in to_released(model.state_dict()).items()}
+    assert ours == shapes
+
+
+def test_spec_of_golden_text_t2v_windows():
+    """The window rule on the other tasks' golden timesteps, so that the rule is known before the models are."""
+    timesteps = list(range(980, -1, -20))
+    counts = {n: sum(CacheSpec.parse(f"N{n}-700-50").plan(timesteps)) for n in (2, 3, 4)}
+    assert counts == {2: 33, 3: 28, 4: 25}  # as the paper's FLOPs imply
