@@ -11,7 +11,8 @@ from skipdit.config import setting
 from skipdit.data.images import FashionMNIST, ImageFolder, to_float
 from skipdit.data.latents import LatentInfo, Latents
 from skipdit.train import Draw
-from skipdit.vae import encode, vae_id
+from skipdit.vae import encode
+from skipdit.weights import fingerprint
 
 
 @dataclass
@@ -34,7 +35,7 @@ def make_dataset(config: DataConfig, vae: AutoencoderKL) -> Dataset:
     if config.kind == "fashion_mnist":
         return FashionMNIST(config.path, config.image_size)
     if config.kind == "latents":
-        info = LatentInfo(vae_id(vae), vae.config.scaling_factor, config.latents, "float16", config.image_size)
+        info = LatentInfo(fingerprint(vae), vae.config.scaling_factor, config.latents, "float16", config.image_size)
         return Latents(config.path, info)
     raise ValueError(f"data.kind is {config.kind!r}; it is image_folder, fashion_mnist or latents")
 

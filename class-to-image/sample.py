@@ -11,13 +11,12 @@ import json
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
-from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
-from accelerate import PartialState
+from diffusers import AutoencoderKL
 from PIL import Image
-from skipdit.class_to_image.model import DiT
 from torch import Tensor
 from torchvision.io import write_png
 from torchvision.utils import make_grid
@@ -25,23 +24,28 @@ from tqdm import tqdm
 
 from skipdit.bench import step_flops
 from skipdit.cache import CacheSpec, SkipCache
+from skipdit.class_to_image.model import Conditioning, DiT
 from skipdit.config import friendly_errors, load_config, make_parser, required, setting, to_dict
 from skipdit.data.images import to_uint8
+from skipdit.device import process_state
 from skipdit.diffusion import Diffusion, ddim, ddpm, randn
 from skipdit.sample import (
+    Ahead,
     Job,
     StepTimer,
     add_cache_arguments,
     cache_override,
     generators,
     original_model_name,
+    preflight,
     report,
     resolve_dtype,
 )
 from skipdit.vae import decode, latent_size, load_vae
-from skipdit.weights import load_weights
+from skipdit.weights import fingerprint, load_weights
 
 WINDOW = "N{}-1000-20-b4"  # the original code's caching window for this task
+AHEAD_BYTES = 2**28  # memory for modulations that are computed ahead of their steps
 
 
 @dataclass
@@ -65,7 +69,9 @@ class Config:
     out: str = setting("samples/class-to-image", "folder for the images and the report")
     vae: str = setting("stabilityai/sd-vae-ft-ema", "autoencoder, folder or Hub name")
     image_size: int = setting(256, "pixels along a side")
-    classes: list[int] = field(default_factory=list, metadata={"help": "class ids, repeated over the samples; empty: all of them"})
+    classes: list[int] = field(
+        default_factory=list, metadata={"help": "class ids, repeated over the samples; empty: all of them"}
+    )
     num_samples: int = setting(8, "images to make")
     batch_size: int = setting(8, "images per model call and process (guidance doubles it)")
     seed: int = setting(0, "seed of the run; image i depends on it and on i")
@@ -128,45 +134,70 @@ def generate(
     both = torch.cat([labels, torch.full_like(labels, model.null_class)])
     low, high = guidance_interval
 
+    steps_on_device = torch.tensor(timesteps, device=labels.device)
+
+    def condition(steps: list[int], full: bool) -> list[Conditioning]:
+        return model.condition(steps_on_device[steps], both, None if full else run.spec.branch)
+
+    rows_bytes = 6 * model.config.hidden_size * len(both) * len(model.blocks) * model.dtype.itemsize
+    ahead = Ahead(condition, run.plan, max(1, AHEAD_BYTES // rows_bytes))
+
     def guided(x: Tensor, t: Tensor, i: int) -> Tensor:
+        guide = guidance_scale != 1 and low <= timesteps[i] <= high
+        step = run.at(i, stream="guided" if guide else "conditional")
+        conditioning = ahead.at(i, step is None or step.feature is None)
         x = x.to(model.dtype)
-        if guidance_scale == 1 or not low <= timesteps[i] <= high:
-            return model(x, t, labels, cache=run.at(i, stream="conditional"))
-        x, t = torch.cat([x, x]), torch.cat([t, t])
-        out = model.forward_with_cfg(x, t, both, guidance_scale, run.at(i), guidance_channels)
-        return out[: len(labels)]
+        if guide:
+            x, t = torch.cat([x, x]), torch.cat([t, t])
+            out = model.forward_with_cfg(x, t, both, guidance_scale, step, guidance_channels, conditioning)
+            return out[: len(labels)]
+        blocks, final = conditioning
+        return model(x, t, labels, step, Conditioning(blocks[:, : len(labels)], final[: len(labels)]))
 
     return (ddpm if sampler == "ddpm" else ddim)(guided, x, diffusion, generators, callback=callback, progress=progress)
 
 
-def sample(config: Config) -> dict:
-    """Run a config. Returns the report that is also written to report.json."""
-    state = PartialState()
-    device, main = state.device, state.is_main_process
-    spec, num_classes = CacheSpec.parse(config.cache), config.model.num_classes
-    classes = list(config.classes) or list(range(num_classes))
-    if bad := [c for c in classes if not 0 <= c < num_classes]:
+class Models(NamedTuple):
+    """What a config asks for, on the device, ready to sample."""
+
+    model: DiT
+    vae: AutoencoderKL
+    flops: dict[str, float]  # of one full and one cached step, per image
+
+
+def open_models(config: Config, branch: int) -> Models:
+    """Check a config, then load its model and autoencoder.
+
+    Raises ValueError or FileNotFoundError for settings that do not fit each other, before any weight is read.
+    """
+    device, num_classes = process_state().device, config.model.num_classes
+    if bad := [c for c in config.classes if not 0 <= c < num_classes]:
         raise ValueError(f"class ids {bad} are out of range; this model knows 0 .. {num_classes - 1}")
-    if not Path(config.weights).exists():
-        raise FileNotFoundError(f"no checkpoint {config.weights}; `bash scripts/download.sh class-to-image` fetches the released one")
-    dtype = resolve_dtype(config.dtype, device)
+    preflight({"weights": config.weights, "vae": config.vae}, "bash scripts/download.sh class-to-image")
     vae = load_vae(config.vae).to(device)
-    with torch.device("meta"):  # settings that do not fit fail here, before any weight is read
-        blueprint = build_model(config.model, latent_size(config.image_size, vae))
-    if spec.interval > 1 and spec.branch > blueprint.n_skips:
-        raise ValueError(f"cache branch {spec.branch} is larger than the model's number of skips, {blueprint.n_skips}")
-    flops = step_flops(blueprint, 1 if config.guidance_scale == 1 else 2, spec.branch)
-
-    images_depend_not_on = {"out", "batch_size", "compile", "npz"}
-    identity = {key: value for key, value in to_dict(config).items() if key not in images_depend_not_on}
-    identity |= {"cache": str(spec), "dtype": str(dtype)}
-    job = Job(config.out, identity, config.num_samples, rank=state.process_index, world=state.num_processes)
-
-    model = blueprint.to_empty(device="cpu")
+    with torch.device("meta"):
+        model = build_model(config.model, latent_size(config.image_size, vae))
+    if branch > max(model.n_skips, 1):
+        raise ValueError(f"cache branch {branch} is larger than the model's number of skips, {model.n_skips}")
+    flops = step_flops(model, 1 if config.guidance_scale == 1 else 2, branch)
+    model.to_empty(device="cpu")
     load_weights(model, config.weights)
-    model.to(device, dtype).eval().requires_grad_(False)
+    model.to(device, resolve_dtype(config.dtype, device)).eval().requires_grad_(False)
     if config.compile:
         model.compile(fullgraph=True)
+    return Models(model, vae, flops)
+
+
+def sample(config: Config) -> dict:
+    """Run a config. Returns the report that is also written to report.json."""
+    state, spec = process_state(), CacheSpec.parse(config.cache)
+    device, main = state.device, state.is_main_process
+    model, vae, flops = open_models(config, spec.branch)
+    classes = list(config.classes) or list(range(config.model.num_classes))
+    images_depend_not_on = {"out", "batch_size", "compile", "npz", "num_samples", "weights", "vae"}
+    identity = {key: value for key, value in to_dict(config).items() if key not in images_depend_not_on}
+    identity |= {"weights": fingerprint(model), "vae": fingerprint(vae), "cache": str(spec), "dtype": str(model.dtype)}
+    job = Job(config.out, identity, config.num_samples, rank=state.process_index, world=state.num_processes)
 
     timesteps = Diffusion(config.steps).sampling_timesteps
     cache, timer, made, began = SkipCache(spec, timesteps), StepTimer(device), 0, time.perf_counter()
@@ -184,7 +215,7 @@ def sample(config: Config) -> dict:
             guidance_channels=config.guidance_channels,
             guidance_interval=(config.guidance_low, config.guidance_high),
             cache=cache,
-            callback=lambda i, x, x0: timer.tick(cache.plan[i]),
+            callback=lambda i, x, x0, ran=cache.ran: timer.tick(ran[i]),
             progress=main,
         )
         images = to_uint8(decode(vae, latents)).permute(0, 2, 3, 1).cpu().numpy()
@@ -236,7 +267,9 @@ def _pixels(job: Job, index: int) -> np.ndarray:
 def main() -> None:
     parser = make_parser(Config, __doc__)
     add_cache_arguments(parser)
-    parser.add_argument("--model", metavar="NAME", help="model name, as model.name; the original's DiT-cache-N also sets the cache")
+    parser.add_argument(
+        "--model", metavar="NAME", help="model name, as model.name; the original's DiT-cache-N also sets the cache"
+    )
     args = parser.parse_args()
     with friendly_errors():
         if args.model:

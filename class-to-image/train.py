@@ -10,14 +10,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from skipdit.class_to_image.data import DataConfig, clean_latents, make_dataset
-from skipdit.class_to_image.model import DiT
-from skipdit.class_to_image.sample import ModelConfig, build_model, generate
 from torchvision.io import write_png
 from torchvision.utils import make_grid
 
+from skipdit.class_to_image.data import DataConfig, clean_latents, make_dataset
+from skipdit.class_to_image.model import DiT
+from skipdit.class_to_image.sample import ModelConfig, build_model, generate
 from skipdit.config import friendly_errors, load_config, make_parser, setting
 from skipdit.data.images import to_uint8
+from skipdit.device import process_state
 from skipdit.diffusion import Diffusion
 from skipdit.sample import generators
 from skipdit.train import Draw, TrainConfig, fit
@@ -56,7 +57,10 @@ def train(config: Config, dry_run: bool = False) -> DiT:
         new = load_weights(model, config.init, allow_missing="skips.*")
         if new:
             print(f"{len(new)} skip parameters are not in {config.init} and start anew:\n  " + "\n  ".join(new))
-    dataset = make_dataset(config.data, vae)
+    with process_state().local_main_process_first():  # a data set that downloads itself does so once
+        dataset = make_dataset(config.data, vae)
+    if dataset.num_classes > config.model.num_classes:
+        raise ValueError(f"{config.data.path} has {dataset.num_classes} classes; set model.num_classes to that")
     diffusion = Diffusion()
 
     def loss(model: torch.nn.Module, batch: dict, draw: Draw) -> torch.Tensor:

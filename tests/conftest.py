@@ -3,9 +3,14 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from diffusers import AutoencoderKL
+from PIL import Image
 from safetensors import safe_open
+
+from skipdit.class_to_image import DiT
 
 GOLDEN = Path(__file__).parent / "golden"
 
@@ -26,6 +31,49 @@ class Golden:
 @pytest.fixture
 def golden():
     return Golden
+
+
+def tiny_dit(seed: int = 0, **overrides) -> DiT:
+    """A four-block DiT on 4x4 latents whose outputs depend on all of its weights (DiT's own init predicts zero)."""
+    torch.manual_seed(seed)
+    config = {"input_size": 4, "patch_size": 2, "hidden_size": 32, "depth": 4, "num_heads": 2, "num_classes": 10}
+    model = DiT(**config | overrides)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    return model.eval()
+
+
+@pytest.fixture(scope="session")
+def vae_folder(tmp_path_factory) -> Path:
+    """A random autoencoder of the real class that halves 8x8 images into 4x4 latents."""
+    torch.manual_seed(0)
+    vae = AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        block_out_channels=(8, 8),
+        norm_num_groups=4,
+        latent_channels=4,
+        scaling_factor=0.5,
+    )
+    folder = tmp_path_factory.mktemp("vae")
+    vae.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def image_folder(tmp_path) -> Path:
+    """24 pictures of random size in three classes, one of them truncated and one no picture at all."""
+    generator = np.random.default_rng(0)
+    for number in range(24):
+        folder = tmp_path / "images" / f"class{number % 3}"
+        folder.mkdir(parents=True, exist_ok=True)
+        height, width = generator.integers(9, 40, 2)
+        pixels = generator.integers(0, 256, (height, width, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / f"{number:02d}.png")
+    whole = (tmp_path / "images/class0/03.png").read_bytes()
+    (tmp_path / "images/class0/03.png").write_bytes(whole[: len(whole) // 2])
+    (tmp_path / "images/class1/04.png").write_text("not a picture")
+    return tmp_path / "images"
 
 
 @pytest.fixture(autouse=True)

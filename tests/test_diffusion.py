@@ -100,5 +100,10 @@ def test_ddpm_with_the_true_model_samples_the_data():
 
 def test_callback_sees_every_step():
     seen = []
-    ddim(lambda x, t, i: torch.cat([x, x], 1), torch.randn(1, 4, 2, 2), Diffusion(7), callback=lambda i, x, x0: seen.append(i))
+    ddim(
+        lambda x, t, i: torch.cat([x, x], 1),
+        torch.randn(1, 4, 2, 2),
+        Diffusion(7),
+        callback=lambda i, x, x0: seen.append(i),
+    )
     assert seen == list(range(7))

@@ -5,9 +5,9 @@ import json
 import pytest
 import torch
 from conftest import GOLDEN, assert_close
-from skipdit.class_to_image import DiT
 
 from skipdit import CacheSpec, SkipCache
+from skipdit.class_to_image import DiT
 from skipdit.weights import load_weights, to_released
 
 

@@ -38,8 +38,10 @@ def step_flops(model: nn.Module, batch: int, branch: int = 1) -> dict[str, float
     return flops
 
 
-def interleaved_medians(functions: dict[str, Callable[[], object]], repeats: int, device: torch.device) -> dict[str, list[float]]:
-    """Seconds of each function, `repeats` times in turn, so that a machine that speeds up or slows down favours none."""
+def interleaved_medians(
+    functions: dict[str, Callable[[], object]], repeats: int, device: torch.device
+) -> dict[str, list[float]]:
+    """Seconds of each function, `repeats` times in turn: a machine that speeds up or slows down favours none."""
 
     def seconds(function: Callable[[], object]) -> float:
         if device.type == "cuda":

@@ -14,7 +14,9 @@ import torch
 from torch import Tensor
 
 _GRAMMAR = re.compile(r"N(\d+)-(\d+)-(\d+)(?:-b(\d+))?(?:-o(\d+))?")
-_EXAMPLE = "'N<interval>-<start>-<stop>[-b<branch>][-o<order>]', for example 'N2-700-50' or 'N3-1000-20-b4-o1', or 'none'"
+_EXAMPLE = (
+    "'N<interval>-<start>-<stop>[-b<branch>][-o<order>]', for example 'N2-700-50' or 'N3-1000-20-b4-o1', or 'none'"
+)
 
 
 @dataclass(frozen=True)
@@ -109,6 +111,7 @@ class SkipCache:
 
     Attributes:
         plan: list[bool], True where the step is full.
+        ran: the plan, with the steps that had to run in full because their stream had nothing fresh to reuse.
         peak_bytes: the most memory the stored features took.
     """
 
@@ -116,6 +119,7 @@ class SkipCache:
         self.spec = CacheSpec.parse(spec)
         self.timesteps = timesteps.tolist() if isinstance(timesteps, Tensor) else list(timesteps)
         self.plan = self.spec.plan(self.timesteps)
+        self.ran = list(self.plan)
         self.peak_bytes = 0
         self._last_cached = max((i for i, full in enumerate(self.plan) if not full), default=-1)
         self._stored: dict[str, list[tuple[int, Tensor]]] = {}  # stream -> [(step, feature)], oldest first
@@ -125,23 +129,27 @@ class SkipCache:
 
     @property
     def full_steps(self) -> int:
-        return sum(self.plan)
+        return sum(self.ran)
 
     @property
     def cached_steps(self) -> int:
         return len(self.plan) - self.full_steps
 
     def at(self, i: int, stream: str = "default") -> CacheStep | None:
-        """The cache for the model call of step i; None in a run without cached steps. Streams keep calls of one step apart, such as guidance that runs its
-        unconditional half as a second call. A step for which its stream has stored nothing yet is full.
+        """The cache for the model call of step i; None in a run without cached steps.
+
+        Streams keep the calls of one step apart, such as guidance that runs its unconditional half as a second call. A
+        stream that sat out the plan's last full step, and so has nothing fresh to reuse, runs a full step instead.
         """
         if self._last_cached < 0:
             return None
         self._collect(stream)
         stored = self._stored.get(stream)
-        if not self.plan[i] and stored:
+        last_full = max(j for j in range(i + 1) if self.plan[j])
+        if not self.plan[i] and stored and stored[-1][0] >= last_full:
             step = CacheStep(self.spec.branch, self._feature(i, stored))
         else:
+            self.ran[i] = True
             step = CacheStep(self.spec.branch, None)
             if i < self._last_cached:
                 self._open[stream] = (i, step)

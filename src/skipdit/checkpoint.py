@@ -24,7 +24,16 @@ _FULL = StateDictOptions(full_state_dict=True, cpu_offload=True)  # gathered on 
 _LOAD = StateDictOptions(full_state_dict=True)
 
 
-def save(folder: Path, step: int, model: nn.Module, ema: nn.Module, optimizer: torch.optim.Optimizer, args: dict, keep: int, writer: bool) -> None:
+def save(
+    folder: Path,
+    step: int,
+    model: nn.Module,
+    ema: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    args: dict,
+    keep: int,
+    writer: bool,
+) -> None:
     """Write `<folder>/<step>.pt`, then delete all but the newest `keep`. Every process calls it; `writer` writes.
 
     Raises RuntimeError, and leaves the older checkpoints as they are, if weights are not finite or the disk is full.
@@ -38,8 +47,8 @@ def save(folder: Path, step: int, model: nn.Module, ema: nn.Module, optimizer: t
     }
     if not writer:
         return
-    bad = [name for name, tensor in state["model"].items() if not torch.isfinite(tensor).all()]
-    if bad:
+    both = [*state["model"].items(), *state["ema"].items()]
+    if bad := [name for name, tensor in both if not torch.isfinite(tensor).all()]:
         raise RuntimeError(f"step {step}: weights are not finite ({', '.join(bad[:3])}); {_kept(folder)}")
     folder.mkdir(parents=True, exist_ok=True)
     target = folder / f"{step:07d}.pt"
@@ -73,7 +82,13 @@ def latest(folder: Path) -> tuple[Path, dict] | None:
 
 
 def restore(state: dict, model: nn.Module, ema: nn.Module, optimizer: torch.optim.Optimizer) -> int:
-    """Put a checkpoint back, whatever the parallelism it was saved under. Returns its step."""
+    """Put a checkpoint back, whatever the parallelism it was saved under. Returns its step.
+
+    Raises WeightsError for a checkpoint without optimizer and step, such as a released or exported one.
+    """
+    if lacking := {"model", "ema", "opt", "step"} - state.keys():
+        lacks = ", ".join(sorted(lacking))
+        raise WeightsError(f"a checkpoint of this run lacks {lacks}: only the trainer's own can be resumed; see `init`")
     set_model_state_dict(model, from_released(state["model"]), options=_LOAD)
     set_model_state_dict(ema, from_released(state["ema"]), options=_LOAD)
     set_optimizer_state_dict(model, optimizer, state["opt"], options=_LOAD)

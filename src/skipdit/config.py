@@ -7,14 +7,14 @@ types raise `ConfigError`, which names the file, the line and the nearest known 
 import argparse
 import difflib
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import MISSING, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
 import yaml
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 T = TypeVar("T")
@@ -40,73 +40,76 @@ def load_config(schema: type[T], file: str | Path | None, overrides: list[str] =
     Raises ConfigError naming file, line and key for anything the schema does not know.
     """
     config = OmegaConf.structured(schema)
-    lines: dict[str, int] = {}
     if file is not None:
-        path = Path(file)
-        if not path.is_file():
-            raise ConfigError(f"no config file {path}; the ones that come with the project are in configs/")
-        try:
-            node = yaml.compose(path.read_text())
-        except yaml.YAMLError as error:
-            raise ConfigError(f"{path} is not valid YAML: {error}") from error
-        lines = _key_lines(node)
-        config = _merge(schema, config, OmegaConf.load(path), lambda key: f"{path}, line {lines.get(key, '?')}")
+        values, lines = _read(Path(file))
+        config = _merge(schema, config, values, lambda key: f"{file}, line {lines.get(key, '?')}")
     for text in overrides:
-        key, equals, _ = text.partition("=")
-        if not equals:
+        if "=" not in text:
             raise ConfigError(f"override {text!r} has no '='; write key=value, for example sample.steps=50")
         try:
-            override = OmegaConf.from_dotlist([text])
+            values = OmegaConf.to_container(OmegaConf.from_dotlist([text]))
         except (OmegaConfBaseException, yaml.YAMLError) as error:
-            raise ConfigError(f"override {text!r}: {error}") from error
-        config = _merge(schema, config, override, lambda _: f"override {text!r}")
-    for key in sorted(OmegaConf.missing_keys(config)):
-        raise ConfigError(f"{file or 'the config'} does not set {key}, which has no default")
-    return OmegaConf.to_object(config)
-
-
-def _merge(schema: type, config: Any, new: Any, where) -> Any:
-    for key in _leaf_keys(new):
-        if unknown := _unknown_part(schema, key):
-            parent, name = unknown.rpartition(".")[::2]
-            known = [field.name for field in fields(_type_at(schema, parent))]
-            near = difflib.get_close_matches(name, known, n=1)
-            hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(known)}"
-            raise ConfigError(f"{where(unknown)}: unknown key {unknown!r}; {hint}")
+            raise ConfigError(f"override {text!r}: {_first_line(error)}") from error
+        config = _merge(schema, config, values, lambda _, text=text: f"override {text!r}")
     try:
-        return OmegaConf.merge(config, new)
-    except OmegaConfBaseException as error:
-        key = error.full_key or ""
-        raise ConfigError(f"{where(key)}: {key}: {str(error).splitlines()[0]}") from error
+        if missing := sorted(OmegaConf.missing_keys(config)):
+            raise ConfigError(f"{file or 'the config'} does not set {', '.join(missing)}, which has no default")
+        return OmegaConf.to_object(config)
+    except OmegaConfBaseException as error:  # a ${reference} to nothing
+        raise ConfigError(f"{file or 'the config'}: {error.full_key}: {_first_line(error)}") from error
 
 
-def _leaf_keys(config: Any, prefix: str = "") -> list[str]:
-    """Dotted names of all values of a config, and of its empty sections."""
-    keys = []
-    for key in config or {}:
-        value = config._get_node(key)
-        name = f"{prefix}{key}"
-        keys += _leaf_keys(value, f"{name}.") if OmegaConf.is_dict(value) and len(value) else [name]
-    return keys
+def _read(path: Path) -> tuple[dict, dict[str, int]]:
+    """A YAML file's values, and the line of every dotted key."""
+    if not path.is_file():
+        raise ConfigError(f"no config file {path}; the ones that come with the project are in configs/")
+    try:
+        node = yaml.compose(path.read_text(encoding="utf-8"))
+        if node is not None and not isinstance(node, yaml.MappingNode):
+            raise ConfigError(f"{path}, line {node.start_mark.line + 1}: not a config: write 'key: value' lines")
+        return OmegaConf.to_container(OmegaConf.load(path)), _key_lines(node)
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path} is not a text file: {error}") from error
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f"{path}, line {mark.line + 1}" if mark else path
+        raise ConfigError(f"{where}: not valid YAML: {getattr(error, 'problem', '') or _first_line(error)}") from error
 
 
-def _type_at(schema: type, key: str) -> type:
-    for name in filter(None, key.split(".")):
-        schema = next(field.type for field in fields(schema) if field.name == name)
-    return schema
+def _merge(schema: type, config: Any, values: dict, where: Callable[[str], str]) -> Any:
+    """Put values into a config one at a time, so that an error knows its key. `where` tells the place of a key."""
+    for key, kind, value in _settings(schema, values, where):
+        nested = value
+        for name in reversed(key.split(".")):
+            nested = {name: nested}
+        try:
+            config = OmegaConf.merge(config, nested)
+        except (OmegaConfBaseException, TypeError) as error:
+            if is_dataclass(kind):
+                expected = f"a section with the keys {', '.join(field.name for field in fields(kind))}"
+            else:
+                expected = str(kind) if hasattr(kind, "__args__") else kind.__name__
+            raise ConfigError(f"{where(key)}: {key} is {value!r}; it should be {expected}") from error
+    return config
 
 
-def _unknown_part(schema: type, key: str) -> str | None:
-    """The shortest prefix of a dotted key that the schema does not know. Plain dict fields know everything."""
-    parts = key.split(".")
-    for depth, name in enumerate(parts):
-        if not is_dataclass(schema):
-            return None
-        types = {field.name: field.type for field in fields(schema)}
+def _settings(schema: type, values: dict, where: Callable[[str], str], prefix: str = "") -> Iterator[tuple]:
+    """(dotted key, type, value) of all values that are not sections. Raises ConfigError for a key without a field."""
+    types = {field.name: field.type for field in fields(schema)}
+    for name, value in values.items():
+        key = f"{prefix}{name}"
         if name not in types:
-            return ".".join(parts[: depth + 1])
-        schema = types[name]
-    return None
+            near = difflib.get_close_matches(str(name), types, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(types)}"
+            raise ConfigError(f"{where(key)}: unknown key {key!r}; {hint}")
+        if is_dataclass(types[name]) and isinstance(value, dict):
+            yield from _settings(types[name], value, where, f"{key}.")
+        else:
+            yield key, types[name], value
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).splitlines()[0]
 
 
 def _key_lines(node: yaml.Node | None, prefix: str = "") -> dict[str, int]:
@@ -118,6 +121,15 @@ def _key_lines(node: yaml.Node | None, prefix: str = "") -> dict[str, int]:
             lines[name] = key.start_mark.line + 1
             lines |= _key_lines(value, f"{name}.")
     return lines
+
+
+def flatten(config: DictConfig, prefix: str = "") -> dict[str, Any]:
+    """Dotted names and plain values of all settings."""
+    flat = {}
+    for key, value in OmegaConf.to_container(config).items():
+        nested = flatten(OmegaConf.create(value), f"{prefix}{key}.") if isinstance(value, dict) else None
+        flat |= nested if nested is not None else {f"{prefix}{key}": value}
+    return flat
 
 
 def to_yaml(config: Any) -> str:
@@ -145,7 +157,7 @@ def friendly_errors() -> Iterator[None]:
     """Ends the program with a message, not a traceback, for what the user can mend: settings, files, checkpoints."""
     try:
         yield
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from error
 
@@ -153,11 +165,11 @@ def friendly_errors() -> Iterator[None]:
 def describe(schema: type, prefix: str = "  ") -> str:
     """Every setting with its default, one per line, for `--help`."""
     lines = []
-    for field in fields(schema):
-        if is_dataclass(field.type):
-            lines.append(describe(field.type, f"{prefix}{field.name}."))
+    for entry in fields(schema):
+        if is_dataclass(entry.type):
+            lines.append(describe(entry.type, f"{prefix}{entry.name}."))
         else:
-            default = field.default if field.default is not MISSING else field.default_factory()
+            default = entry.default if entry.default is not MISSING else entry.default_factory()
             default = "(required)" if default == "???" else default
-            lines.append(f"{prefix}{field.name}={default}".ljust(44) + f" {field.metadata.get('help', '')}")
+            lines.append(f"{prefix}{entry.name}={default}".ljust(44) + f" {entry.metadata.get('help', '')}")
     return "\n".join(lines)

@@ -1,7 +1,7 @@
 """Gaussian diffusion with a learned variance: respacing, losses, DDPM and DDIM.
 
-Papers: DDPM (arXiv 2006.11239), improved DDPM (2102.09672, "iDDPM" below), DDIM (2010.02502). Shapes: x (N, C, ...), model
-output (N, 2C, ...): noise, then the interpolation coefficient of the log variance.
+Papers: DDPM (arXiv 2006.11239), improved DDPM (2102.09672, "iDDPM" below), DDIM (2010.02502). Shapes: x (N, C, ...),
+model output (N, 2C, ...): noise, then the interpolation coefficient of the log variance.
 """
 
 import math
@@ -30,7 +30,9 @@ def respace(steps: int | str, train_steps: int = 1000) -> list[int]:
         for stride in range(1, train_steps):
             if len(range(0, train_steps, stride)) == wanted:
                 return list(range(0, train_steps, stride))
-        raise ValueError(f"no integer stride over {train_steps} timesteps gives {wanted} steps; write {wanted} without 'ddim'")
+        raise ValueError(
+            f"no integer stride over {train_steps} timesteps gives {wanted} steps; write {wanted} without 'ddim'"
+        )
     wanted = int(text)
     if not 1 <= wanted <= train_steps:
         raise ValueError(f"sampling steps are {wanted}; they must be between 1 and {train_steps}")

@@ -1,6 +1,7 @@
 """Encode a dataset of images into latents, once, with their flipped copies.
 
-    python -m skipdit.encode --data fashion_mnist --path data --image-size 32 --vae class-to-image/weights/vae --out data/latents
+    python -m skipdit.encode --data fashion_mnist --path data --image-size 32 \\
+        --vae class-to-image/weights/vae --out data/fashion-latents
     torchrun --nproc-per-node 8 -m skipdit.encode --data image_folder --path data/imagenet/train --image-size 256 \\
         --vae stabilityai/sd-vae-ft-ema --out data/imagenet/latents
 
@@ -12,7 +13,6 @@ import os
 from pathlib import Path
 
 import torch
-from accelerate import PartialState
 from safetensors.torch import save_file
 from torch.utils.data import DataLoader, Subset
 from tqdm import tqdm
@@ -20,7 +20,9 @@ from tqdm import tqdm
 from skipdit.data.images import FashionMNIST, ImageFolder, to_float
 from skipdit.data.latents import LatentInfo
 from skipdit.data.stream import Stream, collate
-from skipdit.vae import encode, latent_size, load_vae, vae_id
+from skipdit.device import process_state
+from skipdit.vae import encode, latent_size, load_vae
+from skipdit.weights import fingerprint
 
 DATASETS = {"image_folder": ImageFolder, "fashion_mnist": FashionMNIST}
 
@@ -37,8 +39,15 @@ def main() -> None:
     parser.add_argument("--data", choices=DATASETS, required=True, help="kind of dataset")
     parser.add_argument("--path", required=True, help="its folder")
     parser.add_argument("--image-size", type=int, default=256, help="pixels along a side [%(default)s]")
-    parser.add_argument("--vae", default="stabilityai/sd-vae-ft-ema", help="autoencoder, folder or Hub name [%(default)s]")
-    parser.add_argument("--latents", choices=["mean", "sample"], default="sample", help="keep the posterior's mean, or also its deviation to sample from it in training [%(default)s]")
+    parser.add_argument(
+        "--vae", default="stabilityai/sd-vae-ft-ema", help="autoencoder, folder or Hub name [%(default)s]"
+    )
+    parser.add_argument(
+        "--latents",
+        choices=["mean", "sample"],
+        default="sample",
+        help="keep the posterior's mean, or also its deviation to sample from it in training [%(default)s]",
+    )
     parser.add_argument("--out", type=Path, required=True, help="folder for the shards")
     parser.add_argument("--shard", type=int, default=10_000, help="images per file [%(default)s]")
     parser.add_argument("--batch-size", type=int, default=64, help="images per autoencoder call [%(default)s]")
@@ -51,11 +60,11 @@ def main() -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    state = PartialState()
+    state = process_state()
     vae = load_vae(args.vae)
     latent_size(args.image_size, vae)
     dataset = DATASETS[args.data](args.path, args.image_size)
-    info = LatentInfo(vae_id(vae), vae.config.scaling_factor, args.latents, "float16", args.image_size)
+    info = LatentInfo(fingerprint(vae), vae.config.scaling_factor, args.latents, "float16", args.image_size)
     vae.to(state.device)
     args.out.mkdir(parents=True, exist_ok=True)
     starts = range(0, len(dataset), args.shard)[state.process_index :: state.num_processes]
@@ -68,15 +77,18 @@ def run(args: argparse.Namespace) -> None:
                     raise ValueError(f"{args.out} holds latents made otherwise; give these another folder (--out)")
             else:
                 rows = Subset(_InOrder(dataset, 0), range(start, min(start + args.shard, len(dataset))))
-                tensors, unread = encode_shard(vae, DataLoader(rows, args.batch_size, collate_fn=collate, num_workers=args.workers), args.latents)
+                tensors, unread = encode_shard(
+                    vae, DataLoader(rows, args.batch_size, collate_fn=collate, num_workers=args.workers), args.latents
+                )
                 broken += unread
                 partial = target.with_suffix(".partial")
                 save_file(tensors, partial, metadata=info.metadata())
                 os.replace(partial, target)
             progress.update()
     if broken:
-        (args.out / f"broken_files.{state.process_index}.txt").write_text("\n".join(broken) + "\n")
-        print(f"{len(broken)} unreadable images were left out, listed in {args.out}/broken_files.{state.process_index}.txt")
+        listing = args.out / f"broken_files.{state.process_index}.txt"
+        listing.write_text("\n".join(broken) + "\n")
+        print(f"{len(broken)} unreadable images were left out, listed in {listing}")
     if state.is_main_process:
         print(f"{len(dataset)} images, latents in {args.out}")
 

@@ -38,7 +38,9 @@ def gated(x: Tensor, gate: Tensor, branch: Tensor) -> Tensor:
 
 def timestep_embedding(t: Tensor, dim: int, max_period: float = 10_000) -> Tensor:
     """Sinusoids of timesteps t (N,), in float32 -> (N, dim), cosines first."""
-    frequencies = torch.exp(-math.log(max_period) * torch.arange(dim // 2, dtype=torch.float32, device=t.device) / (dim // 2))
+    frequencies = torch.exp(
+        -math.log(max_period) * torch.arange(dim // 2, dtype=torch.float32, device=t.device) / (dim // 2)
+    )
     angles = t[:, None].float() * frequencies
     return torch.cat([angles.cos(), angles.sin()], dim=-1)
 

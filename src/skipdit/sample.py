@@ -7,7 +7,7 @@ import re
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import torch
 
@@ -15,14 +15,34 @@ import skipdit
 from skipdit.cache import SkipCache
 from skipdit.data.stream import seed_of
 
+T = TypeVar("T")
+
 
 def generators(seed: int, indices: list[int], device: torch.device | str) -> list[torch.Generator]:
     """One generator per sample, seeded by (seed, index): sample i is the same in any batch and on any process."""
     return [torch.Generator(device).manual_seed(seed_of(seed, index)) for index in indices]
 
 
+def preflight(files: dict[str, str], fetch: str) -> None:
+    """Check that everything a run needs is there, before anything is loaded.
+
+    Args:
+        files: setting name -> path, or Hub name ("owner/name" that is no path here), which cannot be checked offline.
+        fetch: the command that fetches what is missing.
+
+    Raises FileNotFoundError that lists every missing file.
+    """
+    missing = [f"{key}={path}" for key, path in files.items() if not Path(path).exists() and not _is_hub_name(path)]
+    if missing:
+        raise FileNotFoundError(f"missing: {', '.join(missing)}; `{fetch}` fetches the released ones")
+
+
+def _is_hub_name(path: str) -> bool:
+    return re.fullmatch(r"[\w-]+/[\w-]+", path) is not None and not Path(path).parent.exists()
+
+
 def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
-    """"auto" is bfloat16 where the GPU has it, else float32. Raises ValueError for an unknown name."""
+    """ "auto" is bfloat16 where the GPU has it, else float32. Raises ValueError for an unknown name."""
     if name == "auto":
         return torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported() else torch.float32
     known = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -44,7 +64,15 @@ class Job:
         rank, world: this process and their number; process r makes samples r, r + world, ...
     """
 
-    def __init__(self, folder: str | Path, identity: dict[str, Any], total: int, suffix: str = "png", rank: int = 0, world: int = 1):
+    def __init__(
+        self,
+        folder: str | Path,
+        identity: dict[str, Any],
+        total: int,
+        suffix: str = "png",
+        rank: int = 0,
+        world: int = 1,
+    ):
         self.folder, self.total, self.suffix, self.rank, self.world = Path(folder), total, suffix, rank, world
         self.folder.mkdir(parents=True, exist_ok=True)
         path = self.folder / "job.json"
@@ -54,7 +82,9 @@ class Job:
             differ = [k for k in before | now if before.get(k) != now.get(k)]
             if differ:
                 lines = [f"  {k}: {before.get(k)} there, {now.get(k)} now" for k in differ]
-                raise ValueError(f"{folder} holds samples made with other settings; use another folder (out=...):\n" + "\n".join(lines))
+                raise ValueError(
+                    f"{folder} holds samples made with other settings; use another folder:\n" + "\n".join(lines)
+                )
         else:
             partial = path.with_suffix(f".{rank}.partial")
             partial.write_text(text)
@@ -77,6 +107,30 @@ class Job:
         pending = self.pending()
         for start in range(0, len(pending), size):
             yield pending[start : start + size]
+
+
+class Ahead(Generic[T]):
+    """What does not depend on the samples, computed for many steps of a run at once and handed out step by step.
+
+    One large matrix product reads its weights once, where a small one per step would read them at every step.
+
+    Args:
+        compute: `compute(steps, full)` gives the values of several steps of one kind.
+        plan: the run's plan; steps of a kind are computed together, since cached ones need less.
+        chunk: the most steps at once; bounds the memory.
+    """
+
+    def __init__(self, compute: Callable[[list[int], bool], list[T]], plan: list[bool], chunk: int):
+        self._compute, self._plan, self._chunk = compute, plan, chunk
+        self._ready: dict[tuple[int, bool], T] = {}
+
+    def at(self, i: int, full: bool) -> T:
+        """The value of step i, asked for in ascending order."""
+        if (i, full) not in self._ready:
+            alike = [j for j in range(i, len(self._plan)) if self._plan[j] == full] if self._plan[i] == full else [i]
+            steps = alike[: self._chunk]
+            self._ready |= {(j, full): value for j, value in zip(steps, self._compute(steps, full), strict=True)}
+        return self._ready.pop((i, full))
 
 
 class StepTimer:
@@ -125,16 +179,31 @@ def report(cache: SkipCache, seconds: dict[str, list[float]], flops: dict[str, f
         "flops_speedup": (steps["full"] + steps["cached"]) * flops["full"] / sum(steps[k] * flops[k] for k in steps),
         "cache_bytes": cache.peak_bytes,
         "peak_memory_bytes": torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None,
+        **versions(),
+        **more,
+    }
+
+
+def versions() -> dict[str, Any]:
+    """What a result depends on besides its settings."""
+    return {
         "versions": {"skipdit": skipdit.__version__, "torch": torch.__version__, "python": platform.python_version()},
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or "cpu",
-        **more,
     }
 
 
 def add_cache_arguments(parser: argparse.ArgumentParser) -> None:
     """`--cache SPEC`, and the original commands' ways to say it."""
-    parser.add_argument("--cache", nargs="?", const="default", metavar="SPEC", help="N<interval>-<start>-<stop>[-b<branch>][-o<order>] or none; alone: the task's default window")
-    parser.add_argument("--cache-step", "--deepcache", type=int, metavar="N", help="the task's default window with interval N")
+    parser.add_argument(
+        "--cache",
+        nargs="?",
+        const="default",
+        metavar="SPEC",
+        help="N<interval>-<start>-<stop>[-b<branch>][-o<order>] or none; alone: the task's default window",
+    )
+    parser.add_argument(
+        "--cache-step", "--deepcache", type=int, metavar="N", help="the task's default window with interval N"
+    )
 
 
 def cache_override(args: argparse.Namespace, window: str) -> list[str]:

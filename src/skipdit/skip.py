@@ -1,9 +1,9 @@
 """Long skip connections, and how a cached pass uses them. The one place that knows either.
 
 Every backbone is `depth` layers, 0 .. L-1, with n skips that join layer i to layer L-1-i for i < n (Skip-DiT, arXiv
-2411.17616, section 3). A *full* pass runs all of them and hands out the input of layer L-b. A *cached* pass runs layers
-0 .. b-1, puts that feature (from an earlier full pass, or a forecast) where the middle would have ended, and runs layers
-L-b .. L-1: the shallow features, and so the skips, are fresh.
+2411.17616, section 3). A *full* pass runs all of them and hands out the input of layer L-b. A *cached* pass runs
+layers 0 .. b-1, puts that feature (from an earlier full pass, or a forecast) where the middle would have ended, and
+runs layers L-b .. L-1: the shallow features, and so the skips, are fresh.
 
                 full pass                          cached pass, b = 1
 

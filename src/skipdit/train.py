@@ -5,6 +5,7 @@ the global batch, of which each process takes its rows. So a run resumes exactly
 processes or on gradient accumulation.
 """
 
+import copy
 import fnmatch
 import json
 import math
@@ -20,13 +21,16 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.utils import tqdm
+from omegaconf import OmegaConf
 from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.utils.data import Dataset
 from torch.utils.tensorboard import SummaryWriter
 
 from skipdit import checkpoint
-from skipdit.config import setting, to_dict, to_yaml
+from skipdit.config import flatten, setting, to_dict, to_yaml
 from skipdit.data.stream import Stream, make_loader, rows_of, seed_of
+from skipdit.device import cpu_only
 from skipdit.ema import EMA
 
 
@@ -142,7 +146,7 @@ def fit(
     if config.precision not in ("fp32", "bf16", "fp16") or config.parallel not in ("ddp", "fsdp"):
         raise ValueError(f"precision {config.precision!r} or parallel {config.parallel!r}: see --help for the choices")
     out = Path(out)
-    accelerator = Accelerator(mixed_precision=config.precision.replace("fp32", "no"))
+    accelerator = Accelerator(cpu=cpu_only(), mixed_precision=config.precision.replace("fp32", "no"))
     device, world, rank = accelerator.device, accelerator.num_processes, accelerator.process_index
     if not dry_run:
         claim_folder(out, run_config, accelerator)
@@ -155,7 +159,9 @@ def fit(
     ema = EMA(model, config.ema_decay)
     if config.compile:
         model.compile()
+    blueprint = None
     if config.parallel == "fsdp" and world > 1:
+        blueprint = copy.deepcopy(ema.model).to("meta")  # sample grids are made by an unsharded copy
         trained = _shard(model, config.precision)
         _shard(ema.model, "fp32")
     else:
@@ -184,9 +190,11 @@ def fit(
     for step in range(start, config.steps):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(config, step)
-        indices, finite = [], True
+        indices = []
         for number, row_range in enumerate(rows):
-            batch = {k: v.to(device, non_blocking=True) if isinstance(v, Tensor) else v for k, v in next(loader).items()}
+            batch = {
+                k: v.to(device, non_blocking=True) if isinstance(v, Tensor) else v for k, v in next(loader).items()
+            }
             if log:
                 log.broken(batch["broken"])
             draw = Draw(config.seed, step, row_range, config.batch_size, device)
@@ -217,7 +225,9 @@ def fit(
         progress.update()
         if dry_run:
             progress.close()
-            accelerator.print(f"one step of {config.batch_size} samples: peak memory {peak_memory() / 2**30:.2f} GiB per process")
+            accelerator.print(
+                f"one step of {config.batch_size} samples: peak memory {peak_memory() / 2**30:.2f} GiB per process"
+            )
             return ema.model
 
         done = step + 1
@@ -229,15 +239,24 @@ def fit(
             began = time.perf_counter()
             progress.set_postfix(loss=f"{mean:.4f}", samples_per_s=f"{rate:.1f}", grad=f"{norm:.2f}")
             if log:
-                log.write({"step": done, "loss": mean, "grad_norm": norm, "lr": learning_rate(config, step), "samples_per_second": rate})
+                log.write(
+                    {
+                        "step": done,
+                        "loss": mean,
+                        "grad_norm": norm,
+                        "lr": learning_rate(config, step),
+                        "samples_per_second": rate,
+                    }
+                )
         if done % config.save_every == 0 or done == config.steps:
             checkpoint.save(
                 out / "checkpoints", done, model, ema.model, optimizer.optimizer, to_dict(run_config), config.keep,
                 writer=accelerator.is_main_process,
             )  # fmt: skip
         if sample is not None and config.sample_every and (done % config.sample_every == 0 or done == config.steps):
+            averaged = ema.model if blueprint is None else _gather(ema.model, blueprint, device)
             if accelerator.is_main_process:
-                sample(ema.model, done)
+                sample(averaged, done)
             accelerator.wait_for_everyone()
     progress.close()
     if log:
@@ -248,26 +267,20 @@ def fit(
 
 def claim_folder(out: Path, run_config: Any, accelerator: Accelerator) -> None:
     """Write config.yaml into a new run folder, or check that the one there is the same run."""
-    path = out / "config.yaml"
+    path, text = out / "config.yaml", to_yaml(run_config)
     if path.exists():
-        from omegaconf import OmegaConf
-
-        before, now = _flat(OmegaConf.to_container(OmegaConf.load(path))), _flat(to_dict(run_config))
-        differ = [k for k in before | now if before.get(k) != now.get(k) and k.rpartition(".")[2] not in _FREE]
+        before, now = flatten(OmegaConf.load(path)), flatten(OmegaConf.create(text))
+        free = _FREE - ({"steps"} if now.get("train.decay_steps") else set())  # the decay counts back from the end
+        differ = [k for k in before | now if before.get(k) != now.get(k) and k.removeprefix("train.") not in free]
         if differ:
-            lines = [f"  {k}: {before.get(k)} there, {now.get(k)} now" for k in differ]
-            raise ValueError(f"{out} holds a run with other settings; give this one another folder (out=...):\n" + "\n".join(lines))
+            raise ValueError(
+                f"{out} holds a run with other settings; give this one another folder (out=...):\n"
+                + "\n".join(f"  {key}: {before.get(key)} there, {now.get(key)} now" for key in differ)
+            )
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         out.mkdir(parents=True, exist_ok=True)
-        path.write_text(to_yaml(run_config))
-
-
-def _flat(nested: dict, prefix: str = "") -> dict:
-    flat = {}
-    for key, value in nested.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
-    return flat
+        path.write_text(text)
 
 
 def _shard(model: nn.Module, precision: str) -> nn.Module:
@@ -280,6 +293,15 @@ def _shard(model: nn.Module, precision: str) -> nn.Module:
         if type(module).__name__ in model._no_split_modules:
             fully_shard(module, mp_policy=policy)
     return fully_shard(model, mp_policy=policy)
+
+
+def _gather(sharded: nn.Module, blueprint: nn.Module, device: torch.device) -> nn.Module:
+    """An unsharded copy of a sharded model. Every process calls it; the main one gets the weights."""
+    state = get_model_state_dict(sharded, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    model = copy.deepcopy(blueprint).to_empty(device=device)
+    if state:
+        model.load_state_dict(state)
+    return model
 
 
 def _synchronise(accelerator: Accelerator, model: nn.Module, last: bool):
@@ -308,9 +330,10 @@ def describe(model: nn.Module, config: TrainConfig, accumulation: int, micro: in
     frozen = sum(p.numel() for p in model.parameters() if not p.requires_grad)
     states = 4 * (2 * (trained + frozen) + 3 * trained)  # weights, average; gradient and two moments of the trained
     states /= world if config.parallel == "fsdp" else 1
+    epochs = config.batch_size * config.steps / samples
     return (
         f"parameters: {trained:,} trained, {frozen:,} frozen | batch {config.batch_size} = {micro} x {accumulation} "
-        f"accumulated x {world} processes | {samples:,} samples, {config.batch_size * config.steps / samples:.1f} epochs | "
+        f"accumulated x {world} processes | {samples:,} samples, {epochs:.1f} epochs | "
         f"weights, gradients, optimizer and average: {states / 2**30:.2f} GiB per process"
     )
 

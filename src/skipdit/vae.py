@@ -1,6 +1,5 @@
 """The autoencoder between pixels and latents: any diffusers `AutoencoderKL`, from a folder or the Hub."""
 
-import hashlib
 from pathlib import Path
 
 import torch
@@ -20,18 +19,10 @@ def load_vae(source: str, dtype: torch.dtype = torch.float32) -> AutoencoderKL:
         vae = AutoencoderKL.from_pretrained(source, torch_dtype=dtype, low_cpu_mem_usage=False)
     except OSError as error:
         raise FileNotFoundError(
-            f"no autoencoder {source}: neither a folder here nor fetched from the Hub ({str(error).splitlines()[0]})"
+            f"no autoencoder {source}: neither a folder here nor fetched from the Hub ({str(error).splitlines()[0]}); "
+            "`bash scripts/download.sh class-to-image` fetches the one of the released models"
         ) from error
     return vae.eval().requires_grad_(False)
-
-
-def vae_id(vae: AutoencoderKL) -> str:
-    """A fingerprint of the weights, the same for every path, dtype on disk and machine."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(vae.state_dict().items()):
-        digest.update(name.encode())
-        digest.update(tensor.detach().cpu().to(torch.bfloat16).view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()[:16]
 
 
 def downsampling(vae: AutoencoderKL) -> int:
@@ -49,8 +40,12 @@ def latent_size(image_size: int, vae: AutoencoderKL) -> int:
 
 @torch.no_grad()
 def encode(vae: AutoencoderKL, images: Tensor) -> tuple[Tensor, Tensor]:
-    """Images (N, 3, H, W) in [-1, 1] -> mean and standard deviation of the scaled latents, each (N, C, h, w)."""
-    posterior = vae.encode(images.to(vae.dtype)).latent_dist
+    """Images (N, 3, H, W) in [-1, 1] -> mean and standard deviation of the scaled latents, each (N, C, h, w).
+
+    In the autoencoder's own dtype, whatever autocast is on around it: latents on disk and in training are the same.
+    """
+    with torch.autocast(images.device.type, enabled=False):
+        posterior = vae.encode(images.to(vae.dtype)).latent_dist
     scale = vae.config.scaling_factor
     return posterior.mean.float() * scale, posterior.std.float() * scale
 

@@ -1,13 +1,15 @@
-"""Reading and writing checkpoints: released layouts to ours and back.
+"""Reading checkpoints: released layouts to ours, strictly, and back to released names.
 
-    python -m skipdit.weights convert IN OUT      # a safetensors folder for `from_pretrained`
-    python -m skipdit.weights download class-to-image
+    python -m skipdit.weights convert IN OUT       # a safetensors folder for `DiT.from_pretrained(OUT)`
+    python -m skipdit.weights export IN OUT.pt     # the released layout {"ema": ...}, to ship
 
-Files are memory-mapped and never unpickle code.
+IN is anything that `load_weights` reads. Files are memory-mapped and never unpickle code.
 """
 
 import argparse
 import fnmatch
+import hashlib
+import json
 import pickle
 import re
 from collections.abc import Mapping
@@ -28,8 +30,16 @@ _OURS_TO_RELEASED = [
     (re.compile(r"^skips\.(\d+)\.norm\."), r"skip_norms.\1."),
     (re.compile(r"^skips\.(\d+)\.linear\."), r"skip_linears.\1.linear."),
 ]
-_WRAPPER_PREFIXES = re.compile(r"^(?:module\.|_orig_mod\.)+")  # left by DistributedDataParallel and torch.compile
+_WRAPPERS = re.compile(r"^(?:module\.|_orig_mod\.)+|(?<=\.)_orig_mod\.")  # of DistributedDataParallel, torch.compile
 _CONTAINERS = ("ema", "model", "state_dict", "module")  # what a training checkpoint keeps its weights under, best first
+_PICKLED = (".pt", ".pth", ".bin")
+_MARKS = {  # a parameter that tells a backbone from those below it
+    "Hunyuan-DiT before v1.2 (style embedding, beta_end 0.03)": "style_embedder.weight",
+    "text-to-image Hunyuan-DiT": "mlp_t5.0.weight",
+    "text-to-video Latte": "temporal_transformer_blocks.0.scale_shift_table",
+    "class-to-video Latte": "temp_embed",
+    "class-to-image DiT": "blocks.0.attn.qkv.weight",
+}
 
 
 class WeightsError(ValueError):
@@ -55,6 +65,27 @@ def to_released(state: State) -> dict[str, Tensor]:
     return _rename(state, _OURS_TO_RELEASED)
 
 
+def identify(state: State) -> str:
+    """The backbone that a state dict under our names belongs to, for example 'class-to-image DiT, 14 long skips'."""
+    backbone = next((name for name, mark in _MARKS.items() if mark in state), "an unknown model")
+    skips = len({name.rpartition(".")[0] for name in state if re.search(r"^skips\.\d+\.norm\.|\.skip_norm\.", name)})
+    classes = state.get("y_embedder.embedding_table.weight")
+    return (
+        backbone
+        + (f", {skips} long skips" if skips else "")
+        + (f", {len(classes) - 1} classes" if classes is not None else "")
+    )
+
+
+def fingerprint(model: nn.Module) -> str:
+    """Sixteen hex digits that tell a model's weights, the same on every machine and for every dtype on disk."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().to(torch.bfloat16).view(torch.uint8).numpy().data)
+    return digest.hexdigest()[:16]
+
+
 def load_checkpoint(path: str | Path) -> dict:
     """Everything in a .pt file, memory-mapped where its format allows, without ever running pickled code.
 
@@ -63,57 +94,89 @@ def load_checkpoint(path: str | Path) -> dict:
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):
             try:
-                return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+                content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
             except RuntimeError as error:  # files from before torch 1.6 cannot be mapped
                 if "mmap can only be used" not in str(error):
                     raise
-                return torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise WeightsError(f"{path} holds pickled code or is not a checkpoint; it was not loaded. {error}") from error
-    except (RuntimeError, EOFError, OSError) as error:
-        if isinstance(error, FileNotFoundError):
-            raise
-        raise WeightsError(f"{path} is damaged or incomplete: {error}. Download or copy it again.") from error
+                content = torch.load(path, map_location="cpu", weights_only=True)
+    except (FileNotFoundError, MemoryError):
+        raise
+    except PermissionError as error:
+        raise WeightsError(f"{path} may not be read: {error.strerror}") from error
+    except Exception as error:  # damaged bytes make the unpickler raise nearly anything
+        # Not the message of an UnpicklingError itself: it recommends to unpickle the file unsafely.
+        reason = "" if isinstance(error, pickle.UnpicklingError) else f" ({str(error)[:200] or type(error).__name__})"
+        if code := re.search(r"GLOBAL (\S+)", str(error)):
+            raise WeightsError(
+                f"{path} was not loaded: it wants to call {code[1]}, and a checkpoint may run no code"
+            ) from error
+        raise WeightsError(
+            f"{path} is damaged, incomplete or no checkpoint{reason}; download or copy it again"
+        ) from error
+    if not isinstance(content, dict):
+        raise WeightsError(f"{path} holds a {type(content).__name__}, not a checkpoint")
+    return content
 
 
 def load_state(source: str | Path | State) -> dict[str, Tensor]:
-    """The weights of a checkpoint under our names.
+    """The weights of a checkpoint under our names, mapped from the file where its format allows.
 
     Args:
-        source: a .pt / .pth / .bin or .safetensors file, a folder that holds one (`from_pretrained` layout or this
-            project's checkpoints), or a state dict. Of a training checkpoint {model, ema, opt, args} the EMA is taken.
+        source: a .pt / .pth / .bin or .safetensors file; a folder that holds one, its shards (`from_pretrained`
+            layout) or training checkpoints, of which the newest counts; or a dict as such a file holds. Of a training
+            checkpoint {model, ema, opt, args} the EMA is taken.
+
+    Raises:
+        FileNotFoundError: nothing there; of shards, all that are missing are named.
+        WeightsError: unreadable, or not a state dict.
     """
-    if isinstance(source, Mapping):
-        return from_released(source)
-    path = Path(source)
-    if path.is_dir():
-        path = _weights_file(path)
-    if not path.exists():
-        raise FileNotFoundError(f"no checkpoint at {path}; `bash scripts/download.sh class-to-image` fetches the released ones")
-    if path.suffix == ".safetensors":
+    state = source if isinstance(source, Mapping) else read(Path(source))
+    state = next((state[key] for key in _CONTAINERS if isinstance(state.get(key), Mapping)), state)
+    if strays := [str(name) for name, value in state.items() if not isinstance(value, Tensor)]:
+        raise WeightsError(f"{_name(source)} is not a state dict: {', '.join(strays[:5])} are not tensors")
+    return from_released({_WRAPPERS.sub("", name): tensor for name, tensor in state.items()})
+
+
+def _name(source: str | Path | State) -> str:
+    return "the state dict" if isinstance(source, Mapping) else str(source)
+
+
+def read(path: Path) -> dict:
+    """All that the weights file, or the shards, at a path hold."""
+    files = _weights_files(path)
+    if missing := [str(file) for file in files if not file.exists()]:
+        raise FileNotFoundError(f"no checkpoint at {', '.join(missing)}; scripts/download.sh fetches the released ones")
+    if files[0].suffix != ".safetensors":
+        return load_checkpoint(files[0])
+    content = {}
+    for file in files:
         try:
-            with safe_open(path, framework="pt") as file:
-                state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
+            with safe_open(file, framework="pt") as tensors:
+                content |= {name: tensors.get_tensor(name) for name in tensors.keys()}  # noqa: SIM118 (not a mapping)
         except SafetensorError as error:
-            raise WeightsError(f"{path} is damaged or incomplete: {error}. Download or copy it again.") from error
-    else:
-        state = load_checkpoint(path)
-        for key in _CONTAINERS:
-            if isinstance(state.get(key), Mapping):
-                state = state[key]
-                break
-    strays = [name for name, value in state.items() if not isinstance(value, Tensor)]
-    if strays:
-        raise WeightsError(f"{path} is not a state dict: {', '.join(map(str, strays[:5]))} are not tensors")
-    return from_released({_WRAPPER_PREFIXES.sub("", name): tensor for name, tensor in state.items()})
+            raise WeightsError(f"{file} is damaged or incomplete ({error}); download or copy it again") from error
+    return content
 
 
-def _weights_file(folder: Path) -> Path:
-    """The one weights file of a folder, or its newest training checkpoint."""
-    for pattern in ("*.safetensors", "checkpoints/*.pt", "*.pt"):
-        if files := sorted(folder.glob(pattern)):
-            return files[-1]
-    raise WeightsError(f"{folder} holds no .safetensors or .pt file")
+def _weights_files(path: Path) -> list[Path]:
+    """The file itself; in a folder its weights file, the shards of that, or the newest training checkpoint."""
+    if not path.is_dir():
+        return [path]
+    for index in path.glob("*.safetensors.index.json"):
+        try:
+            return sorted({path / shard for shard in json.loads(index.read_text())["weight_map"].values()})
+        except (ValueError, KeyError) as error:
+            raise WeightsError(f"{index} is damaged; download or copy it again") from error
+    numbered = [file for file in [*path.glob("*.pt"), *path.glob("checkpoints/*.pt")] if file.stem.isdigit()]
+    files = (
+        sorted(path.glob("*.safetensors"))
+        or sorted(numbered, key=lambda file: int(file.stem))[-1:]
+        or sorted(file for file in path.iterdir() if file.suffix in _PICKLED)
+    )
+    if len(files) != 1:
+        names = ", ".join(file.name for file in files) or "no weights"
+        raise WeightsError(f"{path} holds {names}" + ("; name one of these files" if files else ""))
+    return files
 
 
 def load_weights(model: nn.Module, source: str | Path | State, allow_missing: str | None = None) -> list[str]:
@@ -130,31 +193,45 @@ def load_weights(model: nn.Module, source: str | Path | State, allow_missing: st
 
     Raises:
         WeightsError: lists every missing, unexpected and misshapen name.
+        FileNotFoundError: see `load_state`.
     """
     theirs, ours = load_state(source), model.state_dict()
     missing = [name for name in ours if name not in theirs]
-    if allow_missing is not None and set(missing) == set(fnmatch.filter(ours, allow_missing)):
-        wrong_missing = []
-    else:
-        wrong_missing = missing
-    unexpected = [name for name in theirs if name not in ours]
-    misshapen = [
-        f"{name} is {tuple(theirs[name].shape)}, the model has {tuple(ours[name].shape)}"
-        for name in ours
-        if name in theirs and theirs[name].shape != ours[name].shape
-    ]
-    if wrong_missing or unexpected or misshapen:
-        where = "the state dict" if isinstance(source, Mapping) else str(source)
-        lines = [f"{where} does not fit {type(model).__name__}:"]
-        for title, names in [("missing", wrong_missing), ("unexpected", unexpected), ("misshapen", misshapen)]:
-            if names:
-                lines += [f"  {title} ({len(names)}):", *(f"    {name}" for name in names)]
-        if unexpected and all(name.startswith("skips.") for name in unexpected):
-            lines.append("  The checkpoint has long skips and the model has none: set model.skip=true.")
-        if wrong_missing and all(name.startswith("skips.") for name in wrong_missing):
-            lines.append("  The model has long skips and the checkpoint has none: stage 1 of training adds them.")
-        raise WeightsError("\n".join(lines))
+    optional = set(fnmatch.filter(ours, allow_missing)) if allow_missing else set()
+    allowed = optional if optional.isdisjoint(theirs) else set()  # all of them or none
+    misfits = {
+        "missing": [name for name in missing if name not in allowed],
+        "unexpected": [name for name in theirs if name not in ours],
+        "misshapen": [
+            f"{name} is {tuple(theirs[name].shape)}, the model has {tuple(tensor.shape)}"
+            for name, tensor in ours.items()
+            if name in theirs and theirs[name].shape != tensor.shape
+        ],
+    }
+    if any(misfits.values()):
+        lines = [f"{_name(source)} holds {identify(theirs)}; it does not fit {type(model).__name__}, {identify(ours)}:"]
+        for title, names in misfits.items():
+            lines += [f"  {title} ({len(names)}):", *(f"    {name}" for name in names)] if names else []
+        raise WeightsError("\n".join(lines + _advice(ours, theirs)))
     with torch.no_grad():
         for name, tensor in theirs.items():  # one at a time: mapped pages are read once and can be dropped again
             ours[name].copy_(tensor)
     return missing
+
+
+def _advice(ours: State, theirs: State) -> list[str]:
+    """What to do where only the long skips are at odds."""
+    differ = ours.keys() ^ theirs.keys()
+    if not differ or not all(name.startswith("skips.") for name in differ):
+        return []
+    if not any(name.startswith("skips.") for name in ours):
+        return ["  The checkpoint has long skips and the model has none: set model.skip=true."]
+    if not any(name.startswith("skips.") for name in theirs):
+        return ["  The model has long skips and the checkpoint has none: stage 1 of training adds them."]
+    return ["  Only some of the long skips are there: a checkpoint must bring all of them or none."]
+
+
+if __name__ == "__main__":
+    from skipdit.convert import main
+
+    main()

@@ -14,7 +14,7 @@ from skipdit.data.stream import BrokenSample
 
 
 def centre_crop(image: Image.Image, size: int) -> Image.Image:
-    """The ADM / DiT preprocessing: halve with a box filter while twice too large, resize bicubically, crop the centre."""
+    """ADM and DiT's preprocessing: halve by box filter while twice too large, resize bicubically, crop the centre."""
     while min(image.size) >= 2 * size:
         image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
     scale = size / min(image.size)

@@ -1,7 +1,7 @@
 """Latents encoded once, in safetensors shards that say how they were made.
 
-A shard holds `mean` and, for sampling, `std` (N, 2, C, h, w), scaled: index 1 along the second axis is the flipped copy;
-`label` (N,). Its metadata: autoencoder fingerprint and scaling, "mean" or "sample", dtype, image size.
+A shard holds `mean` and, for sampling, `std` (N, 2, C, h, w), scaled: index 1 along the second axis is the flipped
+copy; `label` (N,). Its metadata: autoencoder fingerprint and scaling, "mean" or "sample", dtype, image size.
 """
 
 import bisect
@@ -51,7 +51,7 @@ class Latents(Dataset):
     def __init__(self, folder: str | Path, expected: LatentInfo | None = None):
         shards = sorted(Path(folder).glob("*.safetensors"))
         if not shards:
-            raise FileNotFoundError(f"no latents in {folder}; `python -m skipdit.encode --config ...` makes them")
+            raise FileNotFoundError(f"no latents in {folder}; `python -m skipdit.encode --help` tells how to make them")
         self.info = LatentInfo.read(shards[0])
         for shard in shards:
             _refuse_difference(shard, LatentInfo.read(shard), self.info)
@@ -61,6 +61,7 @@ class Latents(Dataset):
         self._paths = shards
         sizes = [shard.get_slice("label").get_shape()[0] for shard in self._shards]
         self._ends = list(accumulate(sizes))
+        self.num_classes = 1 + max(int(shard.get_tensor("label").max()) for shard in self._shards)
         self._keys = ["mean", "std"] if self.info.kind == "sample" else ["mean"]
 
     def __len__(self) -> int:
@@ -71,7 +72,9 @@ class Latents(Dataset):
         row = index - (self._ends[number - 1] if number else 0)
         shard = self._shards[number]
         try:
-            return {key: shard.get_slice(key)[row] for key in self._keys} | {"label": int(shard.get_slice("label")[row])}
+            return {key: shard.get_slice(key)[row] for key in self._keys} | {
+                "label": int(shard.get_slice("label")[row])
+            }
         except (SafetensorError, OSError) as error:
             raise BrokenSample(f"{self._paths[number]}: row {row}: {error}") from error
 
@@ -83,4 +86,6 @@ def _refuse_difference(path: Path, found: LatentInfo, expected: LatentInfo) -> N
         if key != "dtype" and value != getattr(expected, key)
     ]
     if differ:
-        raise ValueError(f"latents {path} do not fit: {'; '.join(differ)}. Encode them again with `python -m skipdit.encode`.")
+        raise ValueError(
+            f"latents {path} do not fit: {'; '.join(differ)}. Encode them again with `python -m skipdit.encode`."
+        )

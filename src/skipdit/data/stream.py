@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, default_collate
+from torch.utils.data import DataLoader, Dataset
 
 
 class BrokenSample(Exception):
@@ -62,7 +62,8 @@ def collate(samples: list) -> dict[str, Tensor | list]:
     if not good:
         raise RuntimeError("no sample of a whole batch could be read:\n  " + "\n  ".join(broken))
     blank = {key: torch.zeros_like(torch.as_tensor(value)) for key, value in good[0].items()}
-    batch = default_collate([blank if isinstance(sample, _Broken) else sample for sample in samples])
+    rows = [blank if isinstance(sample, _Broken) else sample for sample in samples]
+    batch = {key: torch.stack([torch.as_tensor(row[key]) for row in rows]) for key in blank}
     batch["weight"] = torch.tensor([float(not isinstance(sample, _Broken)) for sample in samples])
     batch["broken"] = broken
     return batch
@@ -88,7 +89,7 @@ def rows_of(global_batch: int, micro_batch: int, rank: int, world: int) -> list[
 
     Raises ValueError if the numbers do not divide.
     """
-    if global_batch % (micro_batch * world):
+    if micro_batch < 1 or global_batch % (micro_batch * world):
         raise ValueError(
             f"batch_size {global_batch} is not a multiple of micro_batch_size {micro_batch} x {world} processes; "
             f"change one of them"
@@ -97,7 +98,9 @@ def rows_of(global_batch: int, micro_batch: int, rank: int, world: int) -> list[
     return [range(start, start + micro_batch) for start in starts]
 
 
-def make_loader(stream: Stream, rows: list[range], global_batch: int, start: int, stop: int, workers: int) -> DataLoader:
+def make_loader(
+    stream: Stream, rows: list[range], global_batch: int, start: int, stop: int, workers: int
+) -> DataLoader:
     """Micro-batches of one process for optimizer steps start .. stop - 1, in order."""
     return DataLoader(
         stream,

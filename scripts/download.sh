@@ -1,0 +1,7 @@
+#!/usr/bin/env bash
+# Fetch the released checkpoints of a task into checkpoints/; run it again to continue an interrupted download.
+#     bash scripts/download.sh class-to-image [--dir FOLDER] [--only NAME ...] [--dry-run]
+set -euo pipefail
+python="$(dirname "$0")/../.venv/bin/python"
+[ -x "$python" ] || python=python
+exec "$python" -m skipdit.download "$@"

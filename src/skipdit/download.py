@@ -1,0 +1,228 @@
+"""Fetch released checkpoints, and what their pipelines need, from the Hugging Face Hub.
+
+    python -m skipdit.download class-to-image                      # everything for the task, into checkpoints/
+    python -m skipdit.download class-to-video --only ffs sky       # some of it
+    python -m skipdit.download text-to-video --dry-run             # only list it
+
+The same command again continues where an interrupted one stopped, and skips what is there.
+"""
+
+import argparse
+import hashlib
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatch
+from pathlib import Path, PurePosixPath
+from typing import TypeVar
+
+from huggingface_hub import get_hf_file_metadata, hf_hub_url, list_repo_files
+from huggingface_hub.file_download import http_get
+from huggingface_hub.utils import build_hf_headers
+
+from skipdit.weights import WeightsError, identify, load_state
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Item:
+    """Files of one Hub repository that belong together.
+
+    Attributes:
+        repo: Hub repository, owner/name.
+        files: names or patterns in the repository; "a|b" is one file published under either name.
+        folder: where they go, below the folder for all checkpoints; inside, they keep the repository's layout.
+        gigabytes: published size, where known.
+        holds: what `weights.identify` must say of the checkpoint; None for files that are no checkpoint of ours.
+    """
+
+    repo: str
+    files: tuple[str, ...]
+    folder: str = "."
+    gigabytes: float | None = None
+    holds: str | None = None
+
+    def __str__(self) -> str:
+        size = f"{self.gigabytes:5.2f} GB" if self.gigabytes else "size n/a"
+        return f"{size}  {self.repo}: {_either(self.files)}"
+
+
+def _skip_dit(files: str, gigabytes: float, holds: str) -> Item:
+    return Item("GuanjieChen/Skip-DiT", (files,), gigabytes=gigabytes, holds=holds)
+
+
+# The table of the paper's repository swaps the links of Latte-skip and DiT-XL/2-skip. File names are right, so they
+# are what counts here, and the content is checked after the download.
+_LATTE = "class-to-video Latte, 7 long skips"
+TASKS: dict[str, dict[str, Item]] = {
+    "class-to-image": {
+        "dit": _skip_dit("DiT-XL-2-skip.pt", 11.40, "class-to-image DiT, 14 long skips, 1000 classes"),
+        "vae": Item("stabilityai/sd-vae-ft-ema", ("config.json", "*.safetensors"), "sd-vae-ft-ema"),
+    },
+    "class-to-video": {
+        "ffs": _skip_dit("ffs-skip.pt", 2.77, _LATTE),
+        "sky": _skip_dit("skylapse-skip.pt|skytimelapse-skip.pt", 2.77, _LATTE),
+        "taichi": _skip_dit("taichi-skip.pt", 2.77, _LATTE),
+        "ucf101": _skip_dit("ucf101-skip.pt", 2.77, f"{_LATTE}, 101 classes"),
+    },
+    "text-to-video": {
+        "latte": _skip_dit("Latte-skip.pt", 8.76, "text-to-video Latte, 14 long skips"),
+        "pipeline": Item(
+            "maxin-cn/Latte-0", ("vae/*", "text_encoder/*", "scheduler/*", "transformer/config.json"), "Latte-0"
+        ),
+        "tokenizer": Item("maxin-cn/Latte-1", ("tokenizer/*",), "Latte-0"),  # beside the rest of the pipeline
+    },
+    "text-to-image": {
+        "hunyuan": Item(
+            "Tencent-Hunyuan/HunyuanDiT-v1.2",
+            ("t2i/model/pytorch_model_ema.pt",),
+            "HunyuanDiT-v1.2",
+            holds="text-to-image Hunyuan-DiT, 19 long skips",
+        ),
+        "pipeline": Item(
+            "Tencent-Hunyuan/HunyuanDiT-v1.2",
+            ("t2i/clip_text_encoder/*", "t2i/mt5/*", "t2i/sdxl-vae-fp16-fix/*", "t2i/tokenizer/*"),
+            "HunyuanDiT-v1.2",
+        ),
+    },
+}
+
+
+def select(task: str, only: Sequence[str] = ()) -> dict[str, Item]:
+    """The items of a task, or those of them that `only` names. Raises ValueError for an unknown name."""
+    if task not in TASKS:
+        raise ValueError(f"unknown task {task!r}; known: {', '.join(TASKS)}")
+    if unknown := [name for name in only if name not in TASKS[task]]:
+        raise ValueError(f"{task} has no {', '.join(unknown)}; known: {', '.join(TASKS[task])}")
+    return {name: item for name, item in TASKS[task].items() if not only or name in only}
+
+
+def download(task: str, folder: str | Path = "checkpoints", only: Sequence[str] = ()) -> list[Path]:
+    """Fetch the items of a task: partial files are resumed, complete ones passed over.
+
+    Returns:
+        The local files.
+
+    Raises:
+        FileNotFoundError: the Hub lacks files (all are listed, before anything is fetched) or cannot be reached.
+        WeightsError: a checkpoint is damaged or holds another model.
+    """
+    items = select(task, only)
+    published: dict[str, list[str]] = {}
+    for item in items.values():
+        if item.repo not in published:
+            published[item.repo] = _ask_hub(item, item.files, list_repo_files, item.repo)
+    names, missing = {}, []
+    for key, item in items.items():
+        names[key], absent = _resolve(item, published[item.repo])
+        missing += [f"  {item.repo}: {_either([file])}" for file in absent]
+    if missing:
+        raise FileNotFoundError("nothing was fetched, because the Hub does not have:\n" + "\n".join(missing))
+    local = []
+    for key, item in items.items():
+        target = Path(folder) / item.folder
+        for name in names[key]:
+            local.append(_ask_hub(item, [name], fetch, item.repo, name, target))
+        if item.holds:
+            _check(local[-1], item)
+    return local
+
+
+def _ask_hub(item: Item, files: Sequence[str], call: Callable[..., T], *args) -> T:
+    """A call that asks the Hub, whose failures become a FileNotFoundError that names repository and files."""
+    try:
+        return call(*args)
+    except Exception as error:  # each major version of the client brings the exceptions of another HTTP library
+        reason = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
+        raise FileNotFoundError(
+            f"could not fetch {item.repo}: {_either(files)} from the Hub: {reason}.\n"
+            "Check the connection and the disk space; the same command again continues where this one stopped."
+        ) from error
+
+
+def fetch(repo: str, name: str, folder: Path) -> Path:
+    """One file of a Hub repository, continued from what an interrupted call left. Returns `folder / name`.
+
+    The Hub client's own download does the same but starts an interrupted file from its first byte again. Raises what
+    the client raises, and OSError if the bytes do not have the published checksum.
+    """
+    target, url = folder / name, hf_hub_url(repo, name)
+    remote = get_hf_file_metadata(url)
+    if target.exists() and target.stat().st_size == remote.size:
+        return target
+    target.parent.mkdir(parents=True, exist_ok=True)
+    partial = target.with_name(f"{target.name}.{remote.etag[:12]}.partial")  # bytes of two versions never mix
+    with open(partial, "ab") as file:
+        if file.tell() > remote.size:  # two processes wrote it
+            file.truncate(0)
+        done = partial.stat().st_size
+        http_get(url, file, resume_size=done, headers=build_hf_headers(), expected_size=remote.size)
+    if len(remote.etag) == 64 and _sha256(partial) != remote.etag:  # small files have no such checksum
+        partial.unlink()
+        raise OSError("what arrived is damaged and was removed")
+    os.replace(partial, target)
+    return target
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(2**24):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _either(files: Sequence[str]) -> str:
+    return ", ".join(files).replace("|", " or ")
+
+
+def _resolve(item: Item, published: list[str]) -> tuple[list[str], list[str]]:
+    """Names of an item's files among the published ones, and the patterns that match none."""
+    names, absent = [], []
+    for pattern in item.files:
+        found = [[name for name in published if fnmatch(name, either)] for either in pattern.split("|")]
+        first = next(filter(None, found), [])
+        names += first
+        absent += [] if first else [pattern]
+    # a .bin beside .safetensors is the same weights once more, pickled
+    safe = {PurePosixPath(name).parent for name in names if name.endswith(".safetensors") and ".fp16." not in name}
+    return [name for name in names if not (name.endswith(".bin") and PurePosixPath(name).parent in safe)], absent
+
+
+def _check(path: Path, item: Item) -> None:
+    """Raise WeightsError unless a checkpoint holds the model that it should. Reads names and shapes only."""
+    found = identify(load_state(path))
+    if found != item.holds:
+        raise WeightsError(
+            f"{path} from {item.repo} holds {found}, but should hold {item.holds}. Some published links lead to the "
+            "wrong file: if you saved this one by hand, remove it and run the command again."
+        )
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        "python -m skipdit.download",
+        description=__doc__,
+        epilog="\n".join(
+            f"{task}:\n" + "\n".join(f"  {name:<10}{item}" for name, item in items.items())
+            for task, items in TASKS.items()
+        ),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("task", choices=TASKS)
+    parser.add_argument("--dir", type=Path, default=Path("checkpoints"), help="folder for the files [%(default)s]")
+    parser.add_argument("--only", nargs="+", default=[], metavar="NAME", help="fetch only these, see below")
+    parser.add_argument("--dry-run", action="store_true", help="list what would be fetched, without a connection")
+    args = parser.parse_args(argv)
+    try:
+        for name, item in select(args.task, args.only).items():
+            print(f"{name:<10}{item} -> {args.dir / item.folder}")
+        if not args.dry_run:
+            print(*download(args.task, args.dir, args.only), sep="\n")
+    except (ValueError, OSError) as error:
+        parser.exit(2, f"error: {error}\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,67 @@
+"""Image against image: PSNR and SSIM. Images are uint8 (N, C, H, W), as they are saved; frames of a video are N images.
+
+`skipdit.data.images.to_uint8` makes them of floats in [-1, 1].
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+PEAK = 255  # data range of 8-bit images
+WINDOW, SIGMA = 11, 1.5  # side and standard deviation of SSIM's Gaussian window, pixels
+C1, C2 = (0.01 * PEAK) ** 2, (0.03 * PEAK) ** 2  # keep SSIM's quotients finite on flat regions
+
+
+def psnr(a: Tensor, b: Tensor) -> Tensor:
+    """Peak signal-to-noise ratio of image pairs in dB, over all channels together; identical images give inf.
+
+    Args:
+        a, b: uint8 (N, C, H, W).
+
+    Returns:
+        (N,), float64. Raises ValueError for other dtypes or differing shapes.
+    """
+    _check(a, b)
+    squares = (a.float() - b.float()).square()  # exact: integers below 2^24
+    return 10 * torch.log10(PEAK**2 / squares.flatten(1).mean(1, dtype=torch.float64))
+
+
+def ssim(a: Tensor, b: Tensor) -> Tensor:
+    """Structural similarity of image pairs, at most 1: mean over channels and all places where the window fits.
+
+    Wang et al., "Image quality assessment: from error visibility to structural similarity", 2004, equation 13, with its
+    Gaussian window of 11 pixels; biased covariances.
+
+    Args:
+        a, b: uint8 (N, C, H, W), at least 11 pixels high and wide.
+
+    Returns:
+        (N,), float64. Raises ValueError for other dtypes, differing shapes or smaller images.
+    """
+    _check(a, b)
+    if min(a.shape[-2:]) < WINDOW:
+        raise ValueError(f"SSIM's window is {WINDOW} pixels; images of {a.shape[-2]}x{a.shape[-1]} are too small")
+    # One pair at a time: five float64 maps per channel of a large batch would not fit in memory.
+    return torch.stack([_ssim_of_pair(x.double(), y.double()) for x, y in zip(a, b, strict=True)])
+
+
+def _ssim_of_pair(a: Tensor, b: Tensor) -> Tensor:
+    """a, b (C, H, W), float64 -> scalar."""
+    offsets = torch.arange(WINDOW, dtype=a.dtype, device=a.device) - WINDOW // 2
+    weights = torch.softmax(-(offsets**2) / (2 * SIGMA**2), dim=0)
+    maps = torch.stack([a, b, a * a, b * b, a * b]).flatten(0, 1)[:, None]  # (5C, 1, H, W)
+    local = F.conv2d(F.conv2d(maps, weights.view(1, 1, -1, 1)), weights.view(1, 1, 1, -1))
+    mean_a, mean_b, square_a, square_b, product = local.chunk(5)  # 5 x (C, 1, H - 10, W - 10)
+    variances = square_a - mean_a**2 + square_b - mean_b**2
+    covariance = product - mean_a * mean_b
+    luminance = (2 * mean_a * mean_b + C1) / (mean_a**2 + mean_b**2 + C1)
+    return (luminance * (2 * covariance + C2) / (variances + C2)).mean()
+
+
+def _check(a: Tensor, b: Tensor) -> None:
+    if a.dtype != torch.uint8 or b.dtype != torch.uint8:
+        raise ValueError(
+            f"images are {a.dtype} and {b.dtype}, they must be uint8; `skipdit.data.images.to_uint8` converts [-1, 1]"
+        )
+    if a.shape != b.shape or a.ndim != 4:
+        raise ValueError(f"images are {tuple(a.shape)} and {tuple(b.shape)}; both must be the same (N, C, H, W)")

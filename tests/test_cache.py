@@ -1,0 +1,184 @@
+"""Plans, what is stored, and the promises of USERS' stories: nothing stale, nothing shared, nothing kept."""
+
+import gc
+import re
+import warnings
+
+import pytest
+import torch
+from conftest import tiny_dit
+
+from skipdit import CacheSpec, SkipCache
+from skipdit.class_to_image.sample import generate
+from skipdit.diffusion import Diffusion
+from skipdit.sample import generators
+
+SPECS = ["N2-1000-20", "N3-1000-20-b2", "N3-1000-20-o1"]
+
+
+def sample(model, cache="none", steps=12, labels=(1, 2), seed=0, **kwargs):
+    noise = generators(seed, range(len(labels)), "cpu")
+    return generate(model, torch.tensor(labels), noise, steps=steps, sampler="ddim", cache=cache, **kwargs)
+
+
+@pytest.mark.parametrize("text", ["none", "N2-700-50", "N3-1000-20-b4", "N4-800-100-o1", "N2-900-49-b2-o1"])
+def test_spec_round_trips(text):
+    assert str(CacheSpec.parse(text)) == text
+
+
+@pytest.mark.parametrize(
+    ("text", "complaint"),
+    [("N0-700-50", "interval is 0"), ("N2-700-50-b0", "branch is 0"), ("N2-700-50-o2", "order is 2")]
+    + [(text, "does not parse") for text in ("", "2-700-50", "N2-700", "N2-700-50-x1", "N2-700-50 N3", "always")],
+)
+def test_bad_spec_is_refused(text, complaint):
+    with pytest.raises(ValueError, match=complaint):
+        CacheSpec.parse(text)
+
+
+def test_branch_larger_than_the_model_is_refused():
+    with pytest.raises(ValueError, match=r"branch 3 is larger than the model's number of skips, 2"):
+        sample(tiny_dit(), "N2-1000-20-b3")
+
+
+@pytest.mark.parametrize("scale", [1.0, 4.0])
+def test_interval_one_is_bit_equal_to_uncached(scale):
+    model = tiny_dit()
+    assert torch.equal(sample(model, "N1-1000-20", guidance_scale=scale), sample(model, guidance_scale=scale))
+
+
+def test_all_full_plan_through_the_cache_is_bit_equal():
+    """The cached code path itself, not the short cut of a run without cached steps."""
+    model, cache = tiny_dit(), SkipCache("N2-1000-20-o1", range(100, 0, -10))
+    x, t, y = torch.randn(2, 4, 4, 4), torch.tensor([5, 5]), torch.tensor([0, 1])
+    with torch.no_grad():
+        assert torch.equal(model(x, t, y, cache=cache.at(0)), model(x, t, y))
+
+
+@pytest.mark.parametrize("spec", SPECS)
+@pytest.mark.parametrize("scale", [1.0, 4.0])
+def test_cached_steps_change_the_sample(spec, scale):
+    """The cache engages for every guidance scale, and its sample stays near the uncached one."""
+    model = tiny_dit()
+    cached, uncached = sample(model, spec, guidance_scale=scale), sample(model, guidance_scale=scale)
+    assert 0 < (cached - uncached).abs().max() < 0.5 * uncached.abs().max()
+
+
+@pytest.mark.parametrize("spec", SPECS)
+def test_a_b_a(spec):
+    """Story 1: the second A equals the first, whatever ran in between, at another shape and step count too."""
+    model = tiny_dit()
+    first = sample(model, spec)
+    sample(model, spec, labels=(3,), steps=7, seed=5)
+    sample(model, "N4-1000-20", labels=(4, 5, 6))
+    assert torch.equal(sample(model, spec), first)
+
+
+def test_no_tensor_survives_a_run():
+    model, steps = tiny_dit(), 12
+    cache = SkipCache("N3-1000-20-o1", Diffusion(steps).sampling_timesteps)
+    before = _tensors()
+    sample(model, cache)
+    assert cache.peak_bytes > 0
+    assert _tensors() - before == 0
+    assert not any(isinstance(value, torch.Tensor) for value in vars(model).values())
+
+
+def _tensors() -> int:
+    gc.collect()
+    return sum(isinstance(thing, torch.Tensor) for thing in gc.get_objects())
+
+
+@pytest.mark.parametrize("spec", SPECS)
+def test_guidance_in_one_call_or_two_is_the_same(spec):
+    """Story 2: the two halves of guidance never see each other's features."""
+    model, timesteps = tiny_dit(), list(range(950, 0, -50))
+    together, apart = SkipCache(spec, timesteps), SkipCache(spec, timesteps)
+    y, null = torch.tensor([1, 2]), torch.full((2,), model.null_class)
+    with torch.no_grad():
+        for i, step in enumerate(timesteps):
+            x, t = torch.randn(2, 4, 4, 4), torch.full((2,), step)
+            both = model(torch.cat([x, x]), torch.cat([t, t]), torch.cat([y, null]), cache=together.at(i))
+            cond = model(x, t, y, cache=apart.at(i, stream="cond"))
+            uncond = model(x, t, null, cache=apart.at(i, stream="uncond"))
+            torch.testing.assert_close(both, torch.cat([cond, uncond]), atol=1e-5, rtol=1e-5)
+
+
+def test_two_runs_on_one_model_never_meet():
+    """Runs whose steps interleave give what they give alone."""
+    model, timesteps = tiny_dit(), list(range(900, 0, -100))
+    inputs = [torch.randn(len(timesteps), 1, 4, 4, 4) for _ in range(2)]
+
+    def step(cache, xs, i):
+        with torch.no_grad():
+            return model(xs[i], torch.tensor([timesteps[i]]), torch.tensor([1]), cache=cache.at(i))
+
+    alone = []
+    for xs in inputs:
+        cache = SkipCache("N3-1000-20", timesteps)
+        alone.append([step(cache, xs, i) for i in range(len(timesteps))])
+    caches = [SkipCache("N3-1000-20", timesteps) for _ in inputs]
+    for i in range(len(timesteps)):
+        for cache, xs, expected in zip(caches, inputs, alone, strict=True):
+            assert torch.equal(step(cache, xs, i), expected[i])
+
+
+@pytest.mark.parametrize("steps", [28, 50, 28, 3])
+def test_plan_follows_the_actual_timesteps(steps):
+    """Story 4: nothing assumes a step count."""
+    timesteps = Diffusion(steps).sampling_timesteps
+    cache = SkipCache("N2-700-50", timesteps)
+    assert len(cache.plan) == steps
+    assert all(full for full, t in zip(cache.plan, timesteps, strict=True) if t >= 700)
+    assert cache.full_steps + cache.cached_steps == steps
+
+
+def test_custom_timesteps_as_tensor_and_floats():
+    assert SkipCache("N2-700-50", torch.tensor([800.5, 650.0, 600.0, 10.0])).plan == [True, False, True, False]
+
+
+def test_a_cache_that_never_engages_warns():
+    with pytest.warns(UserWarning, match=re.escape("cache N2-100-50 never engages")):
+        SkipCache("N2-100-50", [900, 500, 200])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        SkipCache("none", [900, 500, 200])
+
+
+def test_forecast_is_linear_over_steps():
+    """Order 1 continues a feature that moves at constant speed exactly, order 0 keeps it still."""
+    timesteps = list(range(900, 0, -100))
+    for spec, expected in (("N3-1000-0", [3.0, 3.0]), ("N3-1000-0-o1", [4.0, 5.0])):
+        cache = SkipCache(spec, timesteps)
+        seen = {}
+        for i, full in enumerate(cache.plan):
+            step = cache.at(i)
+            if full:
+                step.output = torch.full((2,), float(i))
+            else:
+                seen[i] = step.feature.tolist()
+        assert seen[1] == [0.0, 0.0]  # one full step so far: nothing to forecast from
+        assert [seen[4][0], seen[5][0]] == expected
+
+
+def test_peak_bytes_are_the_features_bytes():
+    model, timesteps = tiny_dit(), list(range(900, 0, -100))
+    tokens, width, rows = 4, 32, 2
+    for spec, features in (("N2-1000-20", 1), ("N2-1000-20-o1", 2)):
+        cache = SkipCache(spec, timesteps)
+        with torch.no_grad():
+            for i, t in enumerate(timesteps):
+                model(torch.randn(rows, 4, 4, 4), torch.full((rows,), t), torch.zeros(rows).long(), cache=cache.at(i))
+        assert cache.peak_bytes == features * rows * tokens * width * 4
+
+
+@pytest.mark.parametrize("spec", ["none", "N2-1000-20", "N3-1000-20-o1"])
+def test_guidance_interval(spec):
+    """Outside the interval only the conditional half runs; over the whole range it is plain guidance."""
+    model = tiny_dit()
+    assert torch.equal(sample(model, spec, guidance_interval=(0, 1000)), sample(model, spec))
+    nowhere = sample(model, spec, guidance_interval=(2000, 3000))
+    torch.testing.assert_close(nowhere, sample(model, spec, guidance_scale=1.0))
+    middle = sample(model, spec, guidance_interval=(300, 700))
+    assert not torch.allclose(middle, nowhere)
+    assert not torch.allclose(middle, sample(model, spec))

@@ -1,0 +1,309 @@
+"""Training: resume, processes, freezing, broken data, bad numbers. Small models of the real classes, a real folder."""
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import tiny_dit
+
+from skipdit.checkpoint import latest
+from skipdit.class_to_image.data import DataConfig
+from skipdit.class_to_image.sample import ModelConfig
+from skipdit.class_to_image.train import Config, train
+from skipdit.data.stream import rows_of
+from skipdit.train import Draw, TrainConfig, describe, fit, learning_rate, set_trainable
+from skipdit.weights import load_weights
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture
+def config(tmp_path, vae_folder, image_folder):
+    """Four steps of four images, a checkpoint every other step."""
+    return Config(
+        out=str(tmp_path / "run"),
+        vae=str(vae_folder),
+        model=ModelConfig(patch_size=2, hidden_size=32, depth=4, num_heads=2, num_classes=3, skip=True),
+        data=DataConfig(path=str(image_folder), image_size=8),
+        train=TrainConfig(
+            steps=4,
+            batch_size=4,
+            lr=1e-2,
+            ema_decay=0.9,
+            precision="fp32",
+            workers=0,
+            log_every=1,
+            save_every=2,
+            sample_every=0,
+        ),
+    )
+
+
+def stats(config) -> list[dict]:
+    return [json.loads(line) for line in (Path(config.out) / "stats.jsonl").read_text().splitlines()]
+
+
+def state(config) -> dict:
+    return latest(Path(config.out) / "checkpoints")[1]
+
+
+def assert_equal(a, b, path="") -> None:
+    """Two checkpoints hold the same bits."""
+    if isinstance(a, dict):
+        assert a.keys() == b.keys(), path
+        for key in a:
+            assert_equal(a[key], b[key], f"{path}/{key}")
+    elif isinstance(a, torch.Tensor):
+        assert torch.equal(a, b), path
+    elif isinstance(a, list):
+        assert len(a) == len(b), path
+        for i, (x, y) in enumerate(zip(a, b, strict=True)):
+            assert_equal(x, y, f"{path}/{i}")
+    else:
+        assert a == b, path
+
+
+def run_script(config, *overrides, processes=1, **kwargs) -> subprocess.CompletedProcess:
+    """The trainer as a user starts it."""
+    from skipdit.config import to_yaml
+
+    file = Path(config.out).parent / f"{Path(config.out).name}.yaml"
+    file.write_text(to_yaml(config))
+    launcher = [sys.executable]
+    if processes > 1:
+        launcher += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+    command = [*launcher, str(ROOT / "class-to-image/train.py"), "--config", str(file), *overrides]
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.run(command, capture_output=True, text=True, env=env, cwd=file.parent, timeout=300, **kwargs)
+
+
+def test_loss_falls(config):
+    config.train.steps, config.train.lr = 60, 3e-3
+    train(config)
+    losses = [line["loss"] for line in stats(config)]
+    assert sum(losses[-10:]) < 0.9 * sum(losses[:10])
+
+
+def test_resume_is_bit_equal(config, tmp_path):
+    """Story 7: two steps, then two more, equal four at once: weights, average, optimizer, data, noise."""
+    train(config)
+    whole = state(config)
+    config.out = str(tmp_path / "resumed")
+    config.train.steps = 2
+    train(config)
+    config.train.steps = 4
+    train(config)
+    assert_equal(whole | {"args": None}, state(config) | {"args": None})
+    assert [line["step"] for line in stats(config)] == [1, 2, 3, 4]
+
+
+def test_killed_run_continues_bit_equal(config, tmp_path):
+    """SIGKILL at three moments, saving included (every step saves), then the same command to the end."""
+    config.train.steps, config.train.save_every, config.train.keep = 40, 1, 2
+    train(config)
+    whole = state(config)
+    config.out = str(tmp_path / "killed")
+    from skipdit.config import to_yaml
+
+    file = tmp_path / "killed.yaml"
+    file.write_text(to_yaml(config))
+    command = [sys.executable, str(ROOT / "class-to-image/train.py"), "--config", str(file)]
+    for goal in (3, 11, 19):
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, cwd=tmp_path)
+        checkpoints = tmp_path / "killed/checkpoints"
+        while process.poll() is None and not any(int(p.stem) >= goal for p in checkpoints.glob("*.pt")):
+            time.sleep(0.001)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        assert process.returncode == -signal.SIGKILL
+        assert not (checkpoints / "0000040.pt").exists()
+    assert run_script(config).returncode == 0
+    assert_equal(whole | {"args": None}, state(config) | {"args": None})
+    assert [line["step"] for line in stats(config)] == list(range(1, 41))
+
+
+def test_damaged_checkpoint_is_passed_over(config):
+    train(config)
+    folder = Path(config.out) / "checkpoints"
+    newest = folder / "0000004.pt"
+    newest.write_bytes(newest.read_bytes()[:1000])
+    with pytest.warns(UserWarning, match=r"0000004\.pt is damaged"):
+        path, _ = latest(folder)
+    assert path.name == "0000002.pt"
+
+
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_two_processes_equal_one(config, tmp_path, parallel):
+    """Same data, noise and losses; gradients differ by the order of summation only."""
+    train(config)
+    alone = stats(config)
+    one = state(config)["ema"]
+    config.out, config.train.parallel = str(tmp_path / parallel), parallel
+    result = run_script(config, processes=2)
+    assert result.returncode == 0, result.stderr[-3000:]
+    for a, b in zip(alone, stats(config), strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], rel=1e-4)
+        assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-3)
+    for name, tensor in state(config)["ema"].items():
+        torch.testing.assert_close(tensor, one[name], atol=2e-4, rtol=1e-3)
+
+
+def test_accumulation_and_checkpointing_give_the_same_gradients(config, tmp_path):
+    """Story 20: both only save memory."""
+    config.train.steps = 1
+    train(config)
+    reference = stats(config)[0]["grad_norm"]
+    for name, change in [("accumulated", {"micro_batch_size": 1}), ("recomputed", {"gradient_checkpointing": True})]:
+        config.out = str(tmp_path / name)
+        for key, value in change.items():
+            setattr(config.train, key, value)
+        train(config)
+        assert stats(config)[0]["grad_norm"] == pytest.approx(reference, rel=1e-4)
+
+
+def test_stage_one_trains_the_skips_only(config, tmp_path):
+    """Plain weights start it; the blocks before the first skip get no graph, since nothing in them is trained."""
+    config.model.skip = False
+    train(config)
+    plain = tmp_path / "run"
+    config.out, config.init, config.model.skip, config.train.freeze = str(tmp_path / "stage1"), str(plain), True, True
+    train(config)
+    before, after = latest(plain / "checkpoints")[1], state(config)
+    for name, tensor in after["model"].items():
+        if name.startswith("skip"):
+            assert not torch.equal(tensor, after["ema"][name])
+        else:
+            assert torch.equal(tensor, before["ema"][name]), name
+    assert {key.split(".")[0] for key in after["opt"]["state"]} == {"skips"}
+
+
+def test_stage_one_builds_no_graph_before_the_first_skip():
+    model = tiny_dit()
+    set_trainable(model, {"skips.*": True, "*": False})
+    graphs = {}
+    for i, block in enumerate(model.blocks):
+        block.register_forward_hook(lambda module, args, out, i=i: graphs.update({i: out.requires_grad}))
+    model(torch.randn(1, 4, 4, 4), torch.tensor([3]), torch.tensor([1]))
+    assert graphs == {0: False, 1: False, 2: True, 3: True}
+
+
+def test_freezing_must_cover_every_parameter():
+    with pytest.raises(ValueError, match=r"no freezing rule covers parameter x_embedder\.proj\.weight"):
+        set_trainable(tiny_dit(), {"skips.*": True, "blocks.*": False})
+    with pytest.raises(ValueError, match=r"match no parameter: slips\.\*"):
+        set_trainable(tiny_dit(), {"slips.*": True, "*": False})
+
+
+def test_broken_images_are_skipped_counted_and_listed(config, capsys):
+    config.train.steps, config.train.batch_size = 12, 4
+    train(config)
+    listed = (Path(config.out) / "broken_files.txt").read_text()
+    assert "class0/03.png" in listed
+    assert "class1/04.png" in listed
+    assert "2 unreadable files were skipped" in capsys.readouterr().out
+    assert all(math.isfinite(line["loss"]) for line in stats(config))
+
+
+def test_nan_aborts_naming_step_and_batch(config):
+    """Story 13: bad steps change nothing; after a few in a row the run stops and the good checkpoint stays."""
+    train(config)
+    good = state(config)
+    config.train.steps, config.train.max_bad_steps = 20, 3
+
+    def loss(model, batch, draw):
+        return model(torch.zeros(4, 4, 4, 4), draw.randint(1000), batch["label"]).flatten(1).mean(1) * math.nan
+
+    model = tiny_dit(num_classes=3)
+    with pytest.raises(RuntimeError, match=r"3 steps in a row .* step 6, dataset samples \[\d+, \d+, \d+, \d+\]"):
+        from skipdit.data.images import ImageFolder
+
+        fit(model, loss, ImageFolder(config.data.path, 8), config.train, config.out, config)
+    assert_equal(state(config) | {"args": None}, good | {"args": None})
+
+
+def test_full_disk_keeps_the_last_checkpoint(config, monkeypatch):
+    config.train.steps = 2
+    train(config)
+    config.train.steps = 4
+
+    def no_space(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("skipdit.checkpoint.os.fsync", no_space)
+    with pytest.raises(RuntimeError, match=r"No space left on device.*last good checkpoint is .*0000002\.pt"):
+        train(config)
+    assert [p.name for p in (Path(config.out) / "checkpoints").iterdir()] == ["0000002.pt"]
+
+
+def test_other_settings_in_the_same_folder_are_refused(config):
+    train(config)
+    config.train.lr = 5e-3
+    with pytest.raises(ValueError, match=r"other settings(.|\n)*train\.lr: 0\.01 there, 0\.005 now"):
+        train(config)
+
+
+def test_averaged_weights_are_what_the_samplers_load(config):
+    train(config)
+    model = tiny_dit(num_classes=3)
+    assert load_weights(model, config.out) == []
+    assert torch.equal(model.skips[0].linear.weight, state(config)["ema"]["skip_linears.0.linear.weight"])
+
+
+def test_empty_dataset(config, tmp_path):
+    (tmp_path / "nothing").mkdir()
+    config.data.path = str(tmp_path / "nothing")
+    with pytest.raises(ValueError, match="nothing is empty of images"):
+        train(config)
+
+
+def test_image_size_that_does_not_divide(config):
+    config.data.image_size = 9
+    with pytest.raises(ValueError, match="image_size 9 is not a multiple of the autoencoder's factor 2"):
+        train(config)
+    config.data.image_size = 10
+    with pytest.raises(ValueError, match="patch_size 2 does not divide the latent size 5"):
+        train(config)
+
+
+def test_dry_run_measures_and_writes_nothing(config, capsys):
+    train(config, dry_run=True)
+    assert "peak memory" in capsys.readouterr().out
+    assert not Path(config.out).exists()
+
+
+def test_description_counts(config):
+    model = tiny_dit()
+    set_trainable(model, {"skips.*": True, "*": False})
+    text = describe(model, config.train, 2, 1, 2, 100)
+    skips = 2 * (64 * 32 + 32 + 64 + 64)
+    assert f"parameters: {skips:,} trained" in text
+    assert "batch 4 = 1 x 2 accumulated x 2 processes" in text
+
+
+def test_rows_cover_the_global_batch():
+    rows = [row for rank in range(2) for part in rows_of(12, 3, rank, 2) for row in part]
+    assert sorted(rows) == list(range(12))
+    with pytest.raises(ValueError, match="batch_size 10 is not a multiple of micro_batch_size 3 x 2 processes"):
+        rows_of(10, 3, 0, 2)
+
+
+def test_draws_do_not_depend_on_the_split():
+    def draw(step: int, rows: range) -> Draw:
+        return Draw(0, step, rows, 6, torch.device("cpu"))
+
+    whole, parts = draw(7, range(6)), [draw(7, range(i, i + 2)) for i in (0, 2, 4)]
+    assert torch.equal(whole.randn(3), torch.cat([part.randn(3) for part in parts]))
+    assert torch.equal(whole.randint(1000), torch.cat([part.randint(1000) for part in parts]))
+    assert not torch.equal(draw(8, range(6)).randn(3), draw(7, range(6)).randn(3))
+
+
+def test_learning_rate_warms_up_and_decays():
+    config = TrainConfig(steps=100, lr=1.0, warmup=10, decay_steps=20)
+    assert [learning_rate(config, step) for step in (0, 9, 50, 80, 90, 99)] == pytest.approx([0.1, 1, 1, 1, 0.5, 0.05])
