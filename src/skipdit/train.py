@@ -168,7 +168,11 @@ def fit(
         trained = accelerator.prepare_model(model)
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(
-        parameters, lr=config.lr, betas=config.betas, weight_decay=config.weight_decay, fused=device.type == "cuda"
+        parameters,
+        lr=config.lr,
+        betas=tuple(config.betas),
+        weight_decay=config.weight_decay,
+        fused=device.type == "cuda",
     )
     optimizer = accelerator.prepare_optimizer(optimizer)
 
@@ -219,7 +223,8 @@ def fit(
             if bad >= config.max_bad_steps:
                 raise RuntimeError(
                     f"{bad} steps in a row had a non-finite loss or gradient; last at step {step}, dataset samples "
-                    f"{indices}. The newest checkpoint in {out / 'checkpoints'} is good: lower train.lr or look at those samples."
+                    f"{indices}. The newest checkpoint in {out / 'checkpoints'} is good; "
+                    "lower train.lr, or look at those samples."
                 )
         optimizer.zero_grad(set_to_none=True)
         progress.update()
@@ -352,6 +357,9 @@ class Log:
             lines = [line for line in self.path.read_text().splitlines() if line.endswith("}")]
             kept = [line for line in lines if json.loads(line)["step"] <= self.start]
             self.path.write_text("".join(f"{line}\n" for line in kept))
+        self.broken_path = self.out / "broken_files.txt"
+        if self.broken_path.exists():
+            self._seen = set(self.broken_path.read_text().splitlines())
         self.board = SummaryWriter(self.out / "tensorboard", purge_step=self.start)
 
     def write(self, stats: dict) -> None:
@@ -363,10 +371,10 @@ class Log:
     def broken(self, messages: list[str]) -> None:
         for message in set(messages) - self._seen:
             self._seen.add(message)
-            with open(self.out / "broken_files.txt", "a") as file:
+            with open(self.broken_path, "a") as file:
                 file.write(message + "\n")
 
     def close(self) -> None:
         self.board.close()
         if self._seen:
-            print(f"{len(self._seen)} unreadable files were skipped, listed in {self.out / 'broken_files.txt'}")
+            print(f"{len(self._seen)} unreadable files were skipped, listed in {self.broken_path}")

@@ -1,0 +1,139 @@
+"""How long full and cached steps take, against how many FLOPs they are.
+
+    python benchmarks/latency.py --model DiT-S/2-skip --batch 4
+    python benchmarks/latency.py --model DiT-skip --batch 8 --dtype bfloat16 --compile --json results/xl.json
+    python benchmarks/latency.py --model demo --batch 4
+
+Weights are random: they do not change the time. The overhead of a cached step is its share of the time over its share
+of the FLOPs; 1.00 means that caching saves exactly what it leaves out.
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+import torch
+
+from skipdit.bench import interleaved_medians, median, model_inputs, step_flops
+from skipdit.cache import CacheStep, SkipCache
+from skipdit.class_to_image.model import DiT
+from skipdit.class_to_image.sample import generate
+from skipdit.config import friendly_errors
+from skipdit.diffusion import Diffusion
+from skipdit.sample import generators, resolve_dtype, versions
+from skipdit.train import peak_memory
+
+DEMO = {"input_size": 8, "patch_size": 1, "hidden_size": 128, "depth": 12, "num_heads": 2, "num_classes": 10}
+
+
+def measure(args: argparse.Namespace) -> dict:
+    """All numbers of one model and setting."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    dtype = resolve_dtype(args.dtype, device)
+    model = DiT(**DEMO) if args.model == "demo" else DiT.from_name(args.model)
+    for parameter in model.parameters():  # DiT's initialisation is zero in places, and zeros can be fast
+        torch.nn.init.normal_(parameter, std=0.02)
+    model = model.to(device, dtype).eval().requires_grad_(False)
+    if args.compile:
+        model.compile(fullgraph=True)
+    x, t, y = model_inputs(model, args.batch, device)
+    ahead = {branch: model.condition(t[:1], y, branch)[0] for branch in (None, args.branch)}
+    stored = CacheStep(args.branch, None)
+    with torch.no_grad():
+        model(x, t, y, cache=stored)
+
+    def call(cache: CacheStep | None, branch: int | None = None, precomputed: bool = True):
+        with torch.no_grad():
+            return model(x, t, y, cache=cache, conditioning=ahead[branch] if precomputed else None)
+
+    functions = {
+        "full": lambda: call(CacheStep(args.branch, None)),
+        "cached": lambda: call(CacheStep(args.branch, stored.output), args.branch),
+        "full, modulations per step": lambda: call(CacheStep(args.branch, None), precomputed=False),
+        "cached, modulations per step": lambda: call(CacheStep(args.branch, stored.output), precomputed=False),
+    }
+    steps = {name: median(times) for name, times in interleaved_medians(functions, args.repeats, device).items()}
+    flops = step_flops(model, args.batch, args.branch)
+    share = flops["cached"] / flops["full"]
+    result = {
+        "model": args.model,
+        "batch": args.batch,
+        "tokens": len(model.pos_embed[0]),
+        "dtype": str(dtype),
+        "compile": args.compile,
+        "branch": args.branch,
+        "seconds": steps,
+        "flops": flops,
+        "flop_share_of_cached_step": share,
+        "overhead": steps["cached"] / steps["full"] / share,
+        "overhead, modulations per step": steps["cached, modulations per step"]
+        / steps["full, modulations per step"]
+        / share,
+        "tflops_per_second": {kind: flops[kind] / steps[kind] / 1e12 for kind in ("full", "cached")},
+        **versions(),
+    }
+    if args.steps:
+        result["end_to_end"] = end_to_end(model, args, flops)
+    return result | {"peak_memory_bytes": peak_memory()}
+
+
+def end_to_end(model: DiT, args: argparse.Namespace, flops: dict[str, float]) -> dict:
+    """Seconds of a whole DDIM run, uncached and cached, guidance in the same batch."""
+    labels = torch.zeros(max(args.batch // 2, 1), dtype=torch.long, device=model.device)
+    timesteps = Diffusion(args.steps).sampling_timesteps
+    spec = f"{args.cache}-b{args.branch}"
+
+    def run(cache: str):
+        noise = generators(0, range(len(labels)), model.device)
+        return generate(model, labels, noise, steps=args.steps, sampler="ddim", cache=cache)
+
+    times = interleaved_medians({"uncached": lambda: run("none"), "cached": lambda: run(spec)}, 3, model.device)
+    cache = SkipCache(spec, timesteps)
+    seconds = {name: median(values) for name, values in times.items()}
+    cached_flops = cache.full_steps * flops["full"] + cache.cached_steps * flops["cached"]
+    return {
+        "cache": spec,
+        "steps": {"full": cache.full_steps, "cached": cache.cached_steps},
+        "seconds": seconds,
+        "speedup": seconds["uncached"] / seconds["cached"],
+        "speedup_flops": len(timesteps) * flops["full"] / cached_flops,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="DiT-S/2-skip", help="a published name with skips, or demo [%(default)s]")
+    parser.add_argument(
+        "--batch", type=int, default=4, help="rows of a model call; guidance takes two each [%(default)s]"
+    )
+    parser.add_argument("--dtype", default="auto", help="auto, float32, bfloat16 or float16 [%(default)s]")
+    parser.add_argument("--compile", action="store_true", help="compile the model")
+    parser.add_argument("--branch", type=int, default=1, help="outer layers that a cached step runs [%(default)s]")
+    parser.add_argument("--cache", default="N2-1000-20", help="window of the whole run [%(default)s]")
+    parser.add_argument("--steps", type=int, default=0, help="also time whole DDIM runs of so many steps [%(default)s]")
+    parser.add_argument("--repeats", type=int, default=15, help="timed calls of each kind [%(default)s]")
+    parser.add_argument("--json", type=Path, help="write the numbers here too")
+    args = parser.parse_args()
+    with friendly_errors():
+        result = measure(args)
+    if args.json:
+        args.json.parent.mkdir(parents=True, exist_ok=True)
+        args.json.write_text(json.dumps(result, indent=2) + "\n")
+    compiled = ", compiled" if args.compile else ""
+    print(
+        f"{args.model}, batch {args.batch}, {result['tokens']} tokens, {result['dtype']}{compiled}, {result['device']}"
+    )
+    print("\n| step | ms | GFLOP | TFLOP/s |\n|---|---|---|---|")
+    for kind in ("full", "cached"):
+        ms, gigaflops = result["seconds"][kind] * 1e3, result["flops"][kind] / 1e9
+        print(f"| {kind} | {ms:.2f} | {gigaflops:.2f} | {result['tflops_per_second'][kind]:.3f} |")
+    print(f"\noverhead of a cached step: {result['overhead']:.2f} of its share of the FLOPs", end="")
+    print(f" ({result['overhead, modulations per step']:.2f} when the modulations are computed at every step)")
+    if "end_to_end" in result:
+        run = result["end_to_end"]
+        gain = f"{run['speedup']:.2f}x faster, {run['speedup_flops']:.2f}x in FLOPs"
+        print(f"{run['cache']} over {args.steps} steps: {gain}")
+
+
+if __name__ == "__main__":
+    main()

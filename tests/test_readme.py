@@ -1,0 +1,122 @@
+"""Every command of the README is here, and runs: small where it can, up to its first check where it cannot."""
+
+import os
+import re
+import struct
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from skipdit.class_to_image import DiT
+from skipdit.weights import to_released
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+SMALL_TRAINING = "train.steps=2 train.batch_size=2 train.warmup=0 train.decay_steps=0 train.sample_every=0"
+SAMPLE, TRAIN = (
+    "python class-to-image/sample.py --config configs/class-to-image/",
+    "python class-to-image/train.py --config ",
+)
+
+# Command -> what a test adds to it to make it small. In order: later ones use what earlier ones made.
+RUN = {
+    f"{SAMPLE}demo.yaml": "num_samples=2 steps=3",
+    f"{SAMPLE}demo.yaml --cache N2-1000-20-o1 out=samples/demo-cached": "num_samples=2 steps=5",
+    "python class-to-image/compare.py --config configs/class-to-image/demo.yaml": "num_samples=2 steps=8",
+    "python -m skipdit.encode --data fashion_mnist --path data --image-size 32 "
+    "--vae class-to-image/weights/vae --out data/fashion-latents": "--workers 0",
+    f"{TRAIN}configs/class-to-image/fashion_plain.yaml": SMALL_TRAINING,
+    f"{TRAIN}configs/class-to-image/fashion_stage1.yaml": SMALL_TRAINING,
+    f"{TRAIN}configs/class-to-image/fashion_stage2.yaml": SMALL_TRAINING,
+}
+# Commands that need a download, eight GPUs or minutes: what they do first, or why not even that.
+ELSEWHERE = {
+    "bash scripts/demo.sh": "CI's own machine; its last line is compare.py above",
+    "bash scripts/test.sh": "runs this test",
+    "bash scripts/setup.sh": "test.sh begins with it",
+    "conda env create --file environment.yaml": "no conda here; test_environment below",
+    "bash scripts/download.sh class-to-image": "test_download.py",
+    "torchrun --nproc-per-node 8 class-to-image/sample.py "
+    "--config configs/class-to-image/imagenet256_sample_50k.yaml": "test_sample.py runs two processes",
+    "bash scripts/train_c2i_8gpu.sh scratch": "test_train.py runs two processes",
+}
+WITHOUT_CHECKPOINT = [f"{SAMPLE}imagenet256_sample.yaml", f"{SAMPLE}imagenet256_sample_cache.yaml"]
+
+
+def commands() -> list[str]:
+    blocks = re.findall(r"```bash\n(.*?)```", README, flags=re.S)
+    lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
+    return [" ".join(line.split("#")[0].split()) for line in lines if line.split("#")[0].strip()]
+
+
+def run(command: str, folder: Path) -> subprocess.CompletedProcess:
+    command = command.replace("python ", f"{sys.executable} ", 1)
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.run(command.split(), capture_output=True, text=True, cwd=folder, env=env, timeout=300)
+
+
+@pytest.fixture(scope="module")
+def checkout(tmp_path_factory) -> Path:
+    """A folder that looks like a checkout, with a FashionMNIST of 20 random pictures in it."""
+    folder = tmp_path_factory.mktemp("checkout")
+    for name in ("class-to-image", "configs", "scripts"):
+        (folder / name).symlink_to(ROOT / name)
+    raw = folder / "data/FashionMNIST/raw"
+    raw.mkdir(parents=True)
+    for part, count in (("train", 20), ("t10k", 20)):
+        pixels, labels = os.urandom(count * 28 * 28), bytes(i % 10 for i in range(count))
+        (raw / f"{part}-images-idx3-ubyte").write_bytes(struct.pack(">4i", 2051, count, 28, 28) + pixels)
+        (raw / f"{part}-labels-idx1-ubyte").write_bytes(struct.pack(">2i", 2049, count) + labels)
+    return folder
+
+
+def test_every_command_is_accounted_for():
+    assert sorted(set(commands())) == sorted([*RUN, *ELSEWHERE, *WITHOUT_CHECKPOINT])
+
+
+def test_commands_run(checkout):
+    for command, small in RUN.items():
+        result = run(f"{command} {small}", checkout)
+        assert result.returncode == 0, f"{command}\n{result.stderr[-3000:]}"
+    assert (checkout / "samples/demo/grid.png").exists()
+    assert (checkout / "samples/demo/compare.png").exists()
+    assert (checkout / "results/fashion-stage2/checkpoints/0000002.pt").exists()
+
+
+@pytest.mark.parametrize("command", WITHOUT_CHECKPOINT)
+def test_without_the_released_checkpoint_the_fix_is_named(command, tmp_path):
+    for name in ("class-to-image", "configs"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    result = run(command, tmp_path)
+    assert result.returncode == 2
+    last = result.stderr.strip().splitlines()[-1]
+    assert last.startswith("error: missing: weights=checkpoints/DiT-XL-2-skip.pt, vae=checkpoints/sd-vae-ft-ema")
+    assert "bash scripts/download.sh class-to-image" in last
+
+
+def test_python_example(tmp_path):
+    (code,) = re.findall(r"```python\n(.*?)```", README, flags=re.S)
+    tiny = {"input_size": 32, "patch_size": 8, "hidden_size": 32, "depth": 8, "num_heads": 2, "num_classes": 10}
+    torch.save({"ema": to_released(DiT(**tiny).state_dict())}, tmp_path / "tiny.pt")
+    code = code.replace('DiT.from_name("DiT-skip")', f"DiT(**{tiny})")
+    code = code.replace("checkpoints/DiT-XL-2-skip.pt", str(tmp_path / "tiny.pt"))
+    names = {"x": torch.randn(2, 4, 32, 32), "t": torch.tensor([5, 5]), "y": torch.tensor([0, 1])}
+    with torch.no_grad():
+        exec(code, names)
+    assert names["out"].shape == (2, 8, 32, 32)
+
+
+def test_files_that_the_readme_names_exist():
+    names = re.findall(r"\b(?:class-to-image|configs|scripts|visuals|benchmarks)/[\w./-]+\.\w+", README)
+    missing = [name for name in names if not (ROOT / name).exists() and "weights" not in name]
+    assert not missing
+
+
+def test_environment():
+    import yaml
+
+    environment = yaml.safe_load((ROOT / "environment.yaml").read_text())
+    assert {"pip": ["-e ."]} in environment["dependencies"]

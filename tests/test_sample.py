@@ -1,0 +1,279 @@
+"""The sampler as users run it: seeds, interruption, processes, refusals, reports."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import tiny_dit
+from PIL import Image
+
+from skipdit.class_to_image.sample import Config, ModelConfig, build_model, generate, main, sample
+from skipdit.config import to_yaml
+from skipdit.data.latents import Latents
+from skipdit.diffusion import Diffusion
+from skipdit.sample import Ahead, Job, generators, resolve_dtype
+from skipdit.vae import decode, load_vae
+from skipdit.weights import to_released
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture
+def config(tmp_path, vae_folder):
+    torch.save({"ema": to_released(tiny_dit().state_dict())}, tmp_path / "tiny.pt")
+    return Config(
+        weights=str(tmp_path / "tiny.pt"),
+        vae=str(vae_folder),
+        out=str(tmp_path / "out"),
+        image_size=8,
+        num_samples=5,
+        batch_size=2,
+        steps=6,
+        sampler="ddim",
+        cache="N2-1000-20",
+        model=ModelConfig(patch_size=2, hidden_size=32, depth=4, num_heads=2, num_classes=10, skip=True),
+    )
+
+
+def images(folder) -> list[np.ndarray]:
+    return [np.array(Image.open(path)).astype(int) for path in sorted(Path(folder).glob("0*.png"))]
+
+
+def assert_same_images(a, b) -> None:
+    """Batch size may change the last bit of a float32 sum, and so, rarely, the rounding of a pixel."""
+    assert len(images(a)) == len(images(b)) > 0
+    for x, y in zip(images(a), images(b), strict=True):
+        assert np.abs(x - y).max() <= 1
+
+
+def test_outputs_and_report(config):
+    config.npz = True
+    report = sample(config)
+    folder = Path(config.out)
+    assert len(images(folder)) == 5
+    assert np.load(folder / "samples.npz")["arr_0"].shape == (5, 8, 8, 3)
+    assert Image.open(folder / "grid.png").size[0] > 8
+    assert json.loads((folder / "report.json").read_text()) == json.loads(json.dumps(report))
+    plan = Diffusion(6).sampling_timesteps
+    assert report["steps"] == {"full": 3, "cached": 3}, plan
+    assert report["cache_bytes"] == 2 * 4 * 32 * 4  # the last batch has one image, with guidance two rows
+    assert report["seconds_per_step"]["full"] > 0
+    assert report["seconds_per_step"]["cached"] > 0
+    assert report["flops_per_step"]["cached"] < report["flops_per_step"]["full"]
+    assert {"seed", "config", "versions", "device"} <= report.keys()
+
+
+@pytest.mark.parametrize("sampler", ["ddim", "ddpm"])
+def test_image_does_not_depend_on_batch_size(config, tmp_path, sampler):
+    """Story 10."""
+    config.sampler = sampler
+    sample(config)
+    first, config.out, config.batch_size = config.out, str(tmp_path / "other"), 5
+    sample(config)
+    assert_same_images(first, config.out)
+
+
+def test_image_does_not_depend_on_the_number_of_processes(config, tmp_path):
+    sample(config)
+    first, config.out = config.out, str(tmp_path / "two")
+    file = tmp_path / "two.yaml"
+    file.write_text(to_yaml(config))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command += [str(ROOT / "class-to-image/sample.py"), "--config", str(file)]
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    result = subprocess.run(command, capture_output=True, text=True, env=env, timeout=300)
+    assert result.returncode == 0, result.stderr[-2000:]
+    assert_same_images(first, config.out)
+    assert json.loads((Path(config.out) / "report.json").read_text())["processes"] == 2
+
+
+def test_interrupted_run_continues(config, tmp_path):
+    """Story 11: what is there stays, what is missing is made, and is what it would have been."""
+    sample(config)
+    folder = Path(config.out)
+    whole, kept = images(folder), (folder / "000000.png").stat().st_mtime_ns
+    for index in (1, 4):
+        (folder / f"{index:06d}.png").unlink()
+    (folder / "000001.partial").write_bytes(b"half a picture")
+    sample(config)
+    assert (folder / "000000.png").stat().st_mtime_ns == kept
+    for a, b in zip(whole, images(folder), strict=True):
+        assert np.abs(a - b).max() <= 1
+
+
+def test_more_images_of_the_same_run(config):
+    sample(config)
+    config.num_samples = 7
+    sample(config)
+    assert len(images(config.out)) == 7
+
+
+@pytest.mark.parametrize(("key", "value"), [("guidance_scale", 2.0), ("cache", "N3-1000-20"), ("seed", 1)])
+def test_other_settings_in_the_same_folder_are_refused(config, key, value):
+    sample(config)
+    setattr(config, key, value)
+    with pytest.raises(ValueError, match=rf"holds samples made with other settings(.|\n)*{key}"):
+        sample(config)
+
+
+def test_other_weights_in_the_same_folder_are_refused(config):
+    sample(config)
+    torch.save({"ema": to_released(tiny_dit(seed=1).state_dict())}, config.weights)
+    with pytest.raises(ValueError, match=r"other settings(.|\n)*weights"):
+        sample(config)
+
+
+@pytest.mark.parametrize(
+    ("change", "complaint"),
+    [
+        ({"classes": [3, 10, -1]}, r"class ids \[10, -1\] are out of range; this model knows 0 .. 9"),
+        ({"image_size": 9}, "image_size 9 is not a multiple of the autoencoder's factor 2"),
+        ({"image_size": 10}, "patch_size 2 does not divide the latent size 5"),
+        ({"cache": "N2-1000-20-b3"}, "cache branch 3 is larger than the model's number of skips, 2"),
+        ({"cache": "N0-1000-20"}, "interval is 0"),
+        ({"cache": "sometimes"}, "does not parse"),
+        ({"sampler": "euler"}, "sampler is 'euler'"),
+        ({"dtype": "float8"}, "dtype is 'float8'"),
+        ({"steps": 2000}, "steps are 2000"),
+        ({"weights": "nowhere/a.pt", "vae": "nowhere/vae.d"}, r"missing: weights=nowhere/a\.pt, vae=nowhere/vae\.d"),
+    ],
+)
+def test_bad_input_is_named(config, change, complaint):
+    for key, value in change.items():
+        setattr(config, key, value)
+    with pytest.raises((ValueError, FileNotFoundError), match=complaint):
+        sample(config)
+
+
+def test_errors_reach_the_user_without_a_traceback(config, tmp_path):
+    file = tmp_path / "config.yaml"
+    file.write_text(to_yaml(config))
+    command = [sys.executable, str(ROOT / "class-to-image/sample.py"), "--config", str(file), "guidance=3"]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 2
+    assert result.stderr.strip().splitlines()[-1].startswith("error: override 'guidance=3': unknown key 'guidance'")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "spec"),
+    [
+        ([], "N2-1000-20"),
+        (["--cache", "N3-1000-20-o1"], "N3-1000-20-o1"),
+        (["--cache", "none"], "none"),
+        (["--cache"], "N2-1000-20-b4"),
+        (["--cache", "seed=3"], "N2-1000-20-b4"),
+        (["--cache-step", "3"], "N3-1000-20-b4"),
+        (["--deepcache", "5"], "N5-1000-20-b4"),
+        (["--model", "DiT-cache-4"], "N4-1000-20-b4"),
+    ],
+)
+def test_command_lines_of_the_original(config, tmp_path, monkeypatch, arguments, spec):
+    file = tmp_path / "config.yaml"
+    file.write_text(to_yaml(config))
+    seen = []
+    monkeypatch.setattr("skipdit.class_to_image.sample.sample", seen.append)
+    monkeypatch.setattr(sys, "argv", ["sample.py", "--config", str(file), *arguments])
+    main()
+    assert seen[0].cache == spec
+    assert seen[0].seed == (3 if "seed=3" in arguments else 0)
+    assert seen[0].model.name == ("DiT-skip" if "DiT-cache-4" in arguments else None)
+
+
+def test_published_names():
+    with torch.device("meta"):
+        xl = build_model(ModelConfig(name="DiT-skip"), 32)
+        small = build_model(ModelConfig(name="DiT-S/8"), 64)
+    assert (len(xl.blocks), xl.n_skips, xl.config.hidden_size) == (28, 14, 1152)
+    assert (small.n_skips, small.config.patch_size, small.config.hidden_size) == (0, 8, 384)
+    with pytest.raises(ValueError, match="unknown model 'DiT-XXL/2'"):
+        build_model(ModelConfig(name="DiT-XXL/2"), 32)
+
+
+def test_values_computed_ahead_change_nothing():
+    """The modulations of many steps at once are those of each step alone, cached steps included."""
+    model, labels = tiny_dit(), torch.tensor([1, 2])
+    c_all = model.condition(torch.tensor([10, 500]), labels)
+    c_outer = model.condition(torch.tensor([10, 500]), labels, branch=1)
+    x = torch.randn(2, 4, 4, 4)
+    from skipdit.cache import CacheStep
+
+    for number, t in enumerate((10, 500)):
+        times, full = torch.full((2,), t), CacheStep(1, None)
+        torch.testing.assert_close(model(x, times, labels, full), model(x, times, labels, None, c_all[number]))
+        cached = CacheStep(1, full.output)
+        expected = model(x, times, labels, cached)
+        torch.testing.assert_close(expected, model(x, times, labels, cached, c_outer[number]))
+
+
+def test_ahead_computes_in_chunks_of_one_kind():
+    calls = []
+
+    def compute(steps, full):
+        calls.append((steps, full))
+        return steps
+
+    ahead = Ahead(compute, [True, False, True, False, True], chunk=2)
+    assert [ahead.at(i, full) for i, full in enumerate([True, False, True, True, True])] == [0, 1, 2, 3, 4]
+    assert calls == [([0, 2], True), ([1, 3], False), ([3], True), ([4], True)]
+
+
+@torch.no_grad()
+def test_guidance_channels():
+    model = tiny_dit()
+    noise = generators(0, range(2), "cpu")
+    some = generate(model, torch.tensor([1, 2]), noise, steps=4, sampler="ddim", guidance_channels=3)
+    noise = generators(0, range(2), "cpu")
+    every = generate(model, torch.tensor([1, 2]), noise, steps=4, sampler="ddim", guidance_channels=None)
+    assert not torch.equal(some, every)
+
+
+def test_latents_that_are_not_finite_raise(vae_folder):
+    """Story 14: the stage is named, no black picture is saved."""
+    with pytest.raises(FloatingPointError, match="latents are not finite before decoding"):
+        decode(load_vae(str(vae_folder)), torch.full((1, 4, 4, 4), torch.nan))
+
+
+def test_bfloat16_sampling_runs(config):
+    config.dtype = "bfloat16"
+    sample(config)
+    assert len(images(config.out)) == 5
+    assert resolve_dtype("auto", torch.device("cpu")) == torch.float32
+
+
+def test_seeds_are_per_sample():
+    a, b = generators(0, [3, 7], "cpu"), generators(0, [7], "cpu")
+    assert torch.equal(torch.randn(4, generator=a[1]), torch.randn(4, generator=b[0]))
+
+
+def test_job_shares_out_every_index(tmp_path):
+    jobs = [Job(tmp_path, {"a": 1}, 7, rank=rank, world=3) for rank in range(3)]
+    assert sorted(i for job in jobs for i in job.pending()) == list(range(7))
+
+
+def test_encoding_and_training_on_latents(tmp_path, vae_folder, image_folder):
+    """`python -m skipdit.encode`: flipped copies, broken images left out and listed, a mismatch refused."""
+    out = tmp_path / "latents"
+    command = [sys.executable, "-m", "skipdit.encode", "--data", "image_folder", "--path", str(image_folder)]
+    command += ["--image-size", "8", "--vae", str(vae_folder), "--out", str(out), "--shard", "10", "--workers", "0"]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr[-2000:]
+    assert "2 unreadable images were left out" in result.stdout
+    latents = Latents(out)
+    assert len(latents) == 22
+    item = latents[21]
+    assert item["mean"].shape == (2, 4, 4, 4)
+    assert item["std"].min() > 0
+    assert latents.info.kind == "sample"
+    from skipdit.class_to_image.data import DataConfig, make_dataset
+
+    with pytest.raises(ValueError, match="image_size is 8 there, 16 wanted"):
+        make_dataset(DataConfig("latents", str(out), 16), load_vae(str(vae_folder)))
+    other = load_vae(str(vae_folder))
+    other.decoder.conv_in.weight.data += 1
+    with pytest.raises(ValueError, match="vae_id is"):
+        make_dataset(DataConfig("latents", str(out), 8), other)
