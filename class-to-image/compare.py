@@ -16,6 +16,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
+from skipdit.bench import median
 from skipdit.cache import CacheSpec, SkipCache
 from skipdit.class_to_image.sample import Config, generate, open_models
 from skipdit.config import friendly_errors, load_config, make_parser, to_dict
@@ -62,6 +63,8 @@ def compare(config: Config, rows: list[Row], models, repeats: int) -> tuple[list
     model, vae, per_step = models
     classes = list(config.classes) or list(range(config.model.num_classes))
     labels = torch.tensor([classes[i % len(classes)] for i in range(config.num_samples)], device=model.device)
+    for warm_up in ("none", f"N2-1000-0-b{rows[-2].spec.branch}"):  # both kinds of step, in case they compile
+        generate(model, labels, generators(0, labels, model.device), steps=4, sampler="ddim", cache=warm_up)
     times: list[list[float]] = [[] for _ in rows]
     images: list[Tensor] = [torch.empty(0)] * len(rows)
     for _ in range(repeats):  # interleaved: a machine that slows down slows all rows
@@ -84,15 +87,15 @@ def compare(config: Config, rows: list[Row], models, repeats: int) -> tuple[list
             times[number].append((time.perf_counter() - began) / config.num_samples)
     table = []
     for row, seconds, made in zip(rows, times, images, strict=True):
-        cache, best = row.cache(), sorted(seconds)[len(seconds) // 2]
+        cache, middle = row.cache(), median(seconds)
         table.append(
             {
                 "name": row.name,
                 "cache": str(row.spec),
                 "full_steps": cache.full_steps,
                 "cached_steps": cache.cached_steps,
-                "seconds_per_image": best,
-                "speedup": sorted(times[0])[len(times[0]) // 2] / best,
+                "seconds_per_image": middle,
+                "speedup": median(times[0]) / middle,
                 "flops_speedup": rows[0].flops(per_step) / row.flops(per_step),
                 "psnr": psnr(made, images[0]).mean().item(),
                 "ssim": ssim(made, images[0]).mean().item(),
@@ -116,14 +119,15 @@ def markdown(table: list[dict]) -> str:
     return "\n".join(lines)
 
 
-def picture(rows: list[Row], images: list[Tensor], columns: int = 10, side: int = 64) -> Image.Image:
-    """One line of images per row, named on the left."""
+def picture(table: list[dict], images: list[Tensor], columns: int = 10, side: int = 64) -> Image.Image:
+    """One line of images per row of the table, with its name, speedup in FLOPs and PSNR on the left."""
     columns = min(columns, len(images[0]))
-    margin, gap = 120, 2
-    canvas = Image.new("RGB", (margin + columns * (side + gap), len(rows) * (side + gap)), "white")
+    margin, gap = 130, 2
+    canvas = Image.new("RGB", (margin + columns * (side + gap), len(table) * (side + gap)), "white")
     draw, font = ImageDraw.Draw(canvas), ImageFont.load_default(14)
-    for y, (row, made) in enumerate(zip(rows, images, strict=True)):
-        draw.text((4, y * (side + gap) + side // 2 - 8), row.name, fill="black", font=font)
+    for y, (row, made) in enumerate(zip(table, images, strict=True)):
+        cost = "" if math.isinf(row["psnr"]) else f"\n{row['flops_speedup']:.2f}x, {row['psnr']:.1f} dB"
+        draw.text((4, y * (side + gap) + side // 2 - 14), row["name"] + cost, fill="black", font=font)
         for x in range(columns):
             tile = Image.fromarray(made[x].permute(1, 2, 0).numpy()).resize((side, side), Image.Resampling.BICUBIC)
             canvas.paste(tile, (margin + x * (side + gap), y * (side + gap)))
@@ -135,7 +139,7 @@ def main() -> None:
     parser.add_argument("--intervals", type=int, nargs="+", default=[2, 3, 4], help="cache intervals [2 3 4]")
     parser.add_argument("--branch", type=int, default=1, help="cache branch [%(default)s]")
     parser.add_argument("--repeats", type=int, default=1, help="times to run each row; medians are shown [%(default)s]")
-    args = parser.parse_args()
+    args = parser.parse_intermixed_args()
     with friendly_errors():
         config = load_config(Config, args.config, args.overrides)
         models = open_models(config, args.branch)
@@ -143,7 +147,7 @@ def main() -> None:
         table, images = compare(config, rows, models, args.repeats)
     out = Path(config.out)
     out.mkdir(parents=True, exist_ok=True)
-    picture(rows, images).save(out / "compare.png")
+    picture(table, images).save(out / "compare.png")
     record = {"rows": table, "config": to_dict(config), **versions()}
     (out / "compare.json").write_text(json.dumps(record, indent=2) + "\n")
     print(f"\n{config.num_samples} images, {config.sampler} {config.steps} steps, guidance {config.guidance_scale}\n")

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from diffusers import AutoencoderKL
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 from torchvision.io import write_png
 from torchvision.utils import make_grid
 from tqdm import tqdm
@@ -39,12 +39,14 @@ from skipdit.sample import (
     original_model_name,
     preflight,
     report,
+    require_finite,
     resolve_dtype,
 )
 from skipdit.vae import decode, latent_size, load_vae
 from skipdit.weights import fingerprint, load_weights
 
 WINDOW = "N{}-1000-20-b4"  # the original code's caching window for this task
+SAMPLERS = {"ddpm": ddpm, "ddim": ddim}
 AHEAD_BYTES = 2**28  # memory for modulations that are computed ahead of their steps
 
 
@@ -123,9 +125,9 @@ def generate(
 
     Returns:
         Latents (N, C, H, W), float32.
+
+    Raises FloatingPointError, naming the step, if they stop being finite.
     """
-    if sampler not in ("ddpm", "ddim"):
-        raise ValueError(f"sampler is {sampler!r}; it is ddpm or ddim")
     diffusion = Diffusion(steps)
     timesteps = diffusion.sampling_timesteps
     run = cache if isinstance(cache, SkipCache) else SkipCache(cache, timesteps)
@@ -137,7 +139,9 @@ def generate(
     steps_on_device = torch.tensor(timesteps, device=labels.device)
 
     def condition(steps: list[int], full: bool) -> list[Conditioning]:
-        return model.condition(steps_on_device[steps], both, None if full else run.spec.branch)
+        return model.condition(
+            torch.stack([steps_on_device[j] for j in steps]), both, None if full else run.spec.branch
+        )
 
     rows_bytes = 6 * model.config.hidden_size * len(both) * len(model.blocks) * model.dtype.itemsize
     ahead = Ahead(condition, run.plan, max(1, AHEAD_BYTES // rows_bytes))
@@ -154,7 +158,19 @@ def generate(
         blocks, final = conditioning
         return model(x, t, labels, step, Conditioning(blocks[:, : len(labels)], final[: len(labels)]))
 
-    return (ddpm if sampler == "ddpm" else ddim)(guided, x, diffusion, generators, callback=callback, progress=progress)
+    finite: list[Tensor] = []  # per step, on the device: read once, after the run
+
+    def after_step(i: int, x: Tensor, x0: Tensor) -> None:
+        finite.append(x.isfinite().all())
+        if callback is not None:
+            callback(i, x, x0)
+
+    try:
+        x = SAMPLERS[sampler](guided, x, diffusion, generators, callback=after_step, progress=progress)
+    finally:
+        run.clear()
+    require_finite(finite, timesteps, model.dtype)
+    return x
 
 
 class Models(NamedTuple):
@@ -165,7 +181,7 @@ class Models(NamedTuple):
     flops: dict[str, float]  # of one full and one cached step, per image
 
 
-def open_models(config: Config, branch: int) -> Models:
+def open_models(config: Config, branch: int | None) -> Models:
     """Check a config, then load its model and autoencoder.
 
     Raises ValueError or FileNotFoundError for settings that do not fit each other, before any weight is read.
@@ -177,12 +193,17 @@ def open_models(config: Config, branch: int) -> Models:
     vae = load_vae(config.vae).to(device)
     with torch.device("meta"):
         model = build_model(config.model, latent_size(config.image_size, vae))
-    if branch > max(model.n_skips, 1):
+    Diffusion(config.steps)
+    if config.sampler not in SAMPLERS:
+        raise ValueError(f"sampler is {config.sampler!r}; known: {', '.join(SAMPLERS)}")
+    if branch is not None and branch > model.n_skips:
         raise ValueError(f"cache branch {branch} is larger than the model's number of skips, {model.n_skips}")
-    flops = step_flops(model, 1 if config.guidance_scale == 1 else 2, branch)
+    flops = step_flops(model, 1 if config.guidance_scale == 1 else 2, branch or 1)
+    dtype = resolve_dtype(config.dtype, device)
+    nn.Module.to(model, dtype=dtype)  # not diffusers' own, which warns of float32 modules that this model has not
     model.to_empty(device="cpu")
     load_weights(model, config.weights)
-    model.to(device, resolve_dtype(config.dtype, device)).eval().requires_grad_(False)
+    model.to(device).eval().requires_grad_(False)
     if config.compile:
         model.compile(fullgraph=True)
     return Models(model, vae, flops)
@@ -192,15 +213,17 @@ def sample(config: Config) -> dict:
     """Run a config. Returns the report that is also written to report.json."""
     state, spec = process_state(), CacheSpec.parse(config.cache)
     device, main = state.device, state.is_main_process
-    model, vae, flops = open_models(config, spec.branch)
+    model, vae, flops = open_models(config, spec.branch if spec.interval > 1 else None)
     classes = list(config.classes) or list(range(config.model.num_classes))
     images_depend_not_on = {"out", "batch_size", "compile", "npz", "num_samples", "weights", "vae"}
     identity = {key: value for key, value in to_dict(config).items() if key not in images_depend_not_on}
-    identity |= {"weights": fingerprint(model), "vae": fingerprint(vae), "cache": str(spec), "dtype": str(model.dtype)}
+    identity |= {"weights": fingerprint(model), "vae": fingerprint(vae), "cache": str(spec)}
+    identity |= {"dtype": str(model.dtype), "device": device.type}  # devices draw different noise from one seed
     job = Job(config.out, identity, config.num_samples, rank=state.process_index, world=state.num_processes)
 
     timesteps = Diffusion(config.steps).sampling_timesteps
-    cache, timer, made, began = SkipCache(spec, timesteps), StepTimer(device), 0, time.perf_counter()
+    cache, timer, began = SkipCache(spec, timesteps), StepTimer(device), time.perf_counter()
+    made = cache_bytes = 0
     progress = tqdm(total=len(job.pending()), desc="images", unit="image", disable=not main)
     for indices in job.batches(config.batch_size):
         cache = SkipCache(spec, timesteps)
@@ -221,7 +244,7 @@ def sample(config: Config) -> dict:
         images = to_uint8(decode(vae, latents)).permute(0, 2, 3, 1).cpu().numpy()
         for index, image in zip(indices, images, strict=True):
             job.save(index, lambda path, image=image: Image.fromarray(image).save(path, format="png"))
-        made += len(indices)
+        made, cache_bytes = made + len(indices), max(cache_bytes, cache.peak_bytes)
         progress.update(len(indices))
     progress.close()
     seconds = time.perf_counter() - began
@@ -230,6 +253,7 @@ def sample(config: Config) -> dict:
         cache,
         timer.seconds(),
         flops,
+        cache_bytes=cache_bytes,
         num_samples=config.num_samples,
         seconds_per_image=seconds / made if made else None,  # of the images that this process made now
         processes=state.num_processes,
@@ -270,7 +294,7 @@ def main() -> None:
     parser.add_argument(
         "--model", metavar="NAME", help="model name, as model.name; the original's DiT-cache-N also sets the cache"
     )
-    args = parser.parse_args()
+    args = parser.parse_intermixed_args()
     with friendly_errors():
         if args.model:
             name, interval = original_model_name(args.model)

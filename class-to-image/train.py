@@ -43,7 +43,7 @@ class Config:
 def main() -> None:
     parser = make_parser(Config, __doc__)
     parser.add_argument("--dry-run", action="store_true", help="take one step, print its peak memory, write nothing")
-    args = parser.parse_args()
+    args = parser.parse_intermixed_args()
     with friendly_errors():
         train(load_config(Config, args.config, args.overrides), args.dry_run)
 
@@ -53,9 +53,9 @@ def train(config: Config, dry_run: bool = False) -> DiT:
     vae = load_vae(config.vae)
     torch.manual_seed(config.train.seed)
     model = build_model(config.model, latent_size(config.data.image_size, vae))
-    if config.init:
+    if config.init and not any(Path(config.out).glob("checkpoints/*.pt")):  # a run that goes on has its own weights
         new = load_weights(model, config.init, allow_missing="skips.*")
-        if new:
+        if new and process_state().is_main_process:
             print(f"{len(new)} skip parameters are not in {config.init} and start anew:\n  " + "\n  ".join(new))
     with process_state().local_main_process_first():  # a data set that downloads itself does so once
         dataset = make_dataset(config.data, vae)

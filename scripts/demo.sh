@@ -9,4 +9,4 @@ case $task in
   *) echo "no demo for '$task' yet; there is one for class-to-image" >&2; exit 2 ;;
 esac
 bash scripts/setup.sh
-.venv/bin/python "$task/compare.py" --config "configs/$task/demo.yaml" num_samples=20
+.venv/bin/python "$task/compare.py" --config "configs/$task/demo.yaml" num_samples=20 --repeats 2

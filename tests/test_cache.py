@@ -74,11 +74,12 @@ def test_a_b_a(spec):
     assert torch.equal(sample(model, spec), first)
 
 
-def test_no_tensor_survives_a_run():
+@pytest.mark.parametrize("interval", [(0, 1000), (300, 700)])
+def test_no_tensor_survives_a_run(interval):
     model, steps = tiny_dit(), 12
     cache = SkipCache("N3-1000-20-o1", Diffusion(steps).sampling_timesteps)
     before = _tensors()
-    sample(model, cache)
+    sample(model, cache, guidance_interval=interval)
     assert cache.peak_bytes > 0
     assert _tensors() - before == 0
     assert not any(isinstance(value, torch.Tensor) for value in vars(model).values())
@@ -182,3 +183,17 @@ def test_guidance_interval(spec):
     middle = sample(model, spec, guidance_interval=(300, 700))
     assert not torch.allclose(middle, nowhere)
     assert not torch.allclose(middle, sample(model, spec))
+
+
+def test_a_stream_that_sat_out_a_full_step_runs_its_own():
+    """Guidance that starts in mid-run has nothing fresh to reuse: a full step, and the counts say so."""
+    cache = SkipCache("N2-1000-0", list(range(900, 0, -100)))
+    kinds = []
+    for i in range(len(cache.plan)):
+        step = cache.at(i, stream="guided" if 3 <= i < 6 else "conditional")
+        kinds.append(step.feature is None)
+        step.output = torch.zeros(1)
+    assert cache.plan == [True, False] * 4 + [True]
+    assert kinds == [True, False, True, True, True, False, True, False, True]
+    assert cache.ran == kinds
+    assert (cache.full_steps, cache.cached_steps) == (6, 3)

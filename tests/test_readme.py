@@ -16,10 +16,8 @@ from skipdit.weights import to_released
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 SMALL_TRAINING = "train.steps=2 train.batch_size=2 train.warmup=0 train.decay_steps=0 train.sample_every=0"
-SAMPLE, TRAIN = (
-    "python class-to-image/sample.py --config configs/class-to-image/",
-    "python class-to-image/train.py --config ",
-)
+SAMPLE = "python class-to-image/sample.py --config configs/class-to-image/"
+TRAIN = "python class-to-image/train.py --config configs/class-to-image/"
 
 # Command -> what a test adds to it to make it small. In order: later ones use what earlier ones made.
 RUN = {
@@ -28,9 +26,9 @@ RUN = {
     "python class-to-image/compare.py --config configs/class-to-image/demo.yaml": "num_samples=2 steps=8",
     "python -m skipdit.encode --data fashion_mnist --path data --image-size 32 "
     "--vae class-to-image/weights/vae --out data/fashion-latents": "--workers 0",
-    f"{TRAIN}configs/class-to-image/fashion_plain.yaml": SMALL_TRAINING,
-    f"{TRAIN}configs/class-to-image/fashion_stage1.yaml": SMALL_TRAINING,
-    f"{TRAIN}configs/class-to-image/fashion_stage2.yaml": SMALL_TRAINING,
+    f"{TRAIN}fashion_plain.yaml": SMALL_TRAINING,
+    f"{TRAIN}fashion_stage1.yaml": SMALL_TRAINING,
+    f"{TRAIN}fashion_stage2.yaml": SMALL_TRAINING,
 }
 # Commands that need a download, eight GPUs or minutes: what they do first, or why not even that.
 ELSEWHERE = {

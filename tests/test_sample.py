@@ -12,6 +12,7 @@ import torch
 from conftest import tiny_dit
 from PIL import Image
 
+from skipdit.bench import step_flops
 from skipdit.class_to_image.sample import Config, ModelConfig, build_model, generate, main, sample
 from skipdit.config import to_yaml
 from skipdit.data.latents import Latents
@@ -61,7 +62,7 @@ def test_outputs_and_report(config):
     assert json.loads((folder / "report.json").read_text()) == json.loads(json.dumps(report))
     plan = Diffusion(6).sampling_timesteps
     assert report["steps"] == {"full": 3, "cached": 3}, plan
-    assert report["cache_bytes"] == 2 * 4 * 32 * 4  # the last batch has one image, with guidance two rows
+    assert report["cache_bytes"] == 4 * 4 * 32 * 4  # two images, with guidance four rows, of four tokens
     assert report["seconds_per_step"]["full"] > 0
     assert report["seconds_per_step"]["cached"] > 0
     assert report["flops_per_step"]["cached"] < report["flops_per_step"]["full"]
@@ -144,10 +145,14 @@ def test_other_weights_in_the_same_folder_are_refused(config):
     ],
 )
 def test_bad_input_is_named(config, change, complaint):
+    good = {key: getattr(config, key) for key in change}
     for key, value in change.items():
         setattr(config, key, value)
     with pytest.raises((ValueError, FileNotFoundError), match=complaint):
         sample(config)
+    for key, value in good.items():
+        setattr(config, key, value)
+    sample(config)  # the refused command left nothing behind that refuses the mended one
 
 
 def test_errors_reach_the_user_without_a_traceback(config, tmp_path):
@@ -238,11 +243,38 @@ def test_latents_that_are_not_finite_raise(vae_folder):
         decode(load_vae(str(vae_folder)), torch.full((1, 4, 4, 4), torch.nan))
 
 
+def test_weights_that_overflow_name_the_step(config):
+    state = tiny_dit().state_dict()
+    state["final_layer.linear.bias"] += float("inf")
+    torch.save({"ema": to_released(state)}, config.weights)
+    with pytest.raises(FloatingPointError, match=r"not finite from step 0 \(timestep 999\) on, in torch\.float32"):
+        sample(config)
+    assert not images(config.out)
+
+
 def test_bfloat16_sampling_runs(config):
     config.dtype = "bfloat16"
     sample(config)
     assert len(images(config.out)) == 5
     assert resolve_dtype("auto", torch.device("cpu")) == torch.float32
+
+
+def test_flops_are_counted_right():
+    """A closed form: 24 D^2 per token and block, 4 D^2 per token and skip, attention 4 T D, and the small ends."""
+    model, width, tokens, batch = tiny_dit(), 32, 4, 3
+    block = batch * tokens * (24 * width**2 + 4 * tokens * width) + batch * 12 * width**2  # adaLN: per sample
+    skip = batch * tokens * 4 * width**2
+    embed = batch * (2 * 256 * width + 2 * width**2 + tokens * 2 * 16 * width)
+    ends = embed + batch * (4 * width**2 + tokens * 2 * width * 32)
+    flops = step_flops(model, batch, branch=1)
+    assert flops == {"full": 4 * block + 2 * skip + ends, "cached": 2 * block + skip + ends}
+
+
+def test_nothing_optional_is_imported():
+    """Story 16: neither flash-attn, xformers nor apex is needed."""
+    code = "import sys\nfor name in ('flash_attn', 'xformers', 'apex'): sys.modules[name] = None\n"
+    code += "import skipdit.class_to_image.train"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 
 def test_seeds_are_per_sample():

@@ -1,6 +1,5 @@
 """Counting and timing model calls."""
 
-import copy
 import statistics
 import time
 from collections.abc import Callable
@@ -24,7 +23,8 @@ def step_flops(model: nn.Module, batch: int, branch: int = 1) -> dict[str, float
 
     Counted on the meta device: nothing is computed.
     """
-    model = copy.deepcopy(model).to("meta").eval()
+    with torch.device("meta"):
+        model = type(model).from_config(model.config).to("meta").eval()
     inputs = model_inputs(model, batch)
 
     def count(cache: CacheStep | None) -> float:

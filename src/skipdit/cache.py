@@ -157,6 +157,11 @@ class SkipCache:
             self._stored.pop(stream, None)
         return step
 
+    def clear(self) -> None:
+        """Forget the stored features; the counts stay. For the end of a run."""
+        self._stored.clear()
+        self._open.clear()
+
     def _collect(self, stream: str) -> None:
         """Take over what the last full call of this stream left in its mailbox."""
         i, step = self._open.pop(stream, (0, None))

@@ -157,7 +157,7 @@ def friendly_errors() -> Iterator[None]:
     """Ends the program with a message, not a traceback, for what the user can mend: settings, files, checkpoints."""
     try:
         yield
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, ArithmeticError) as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from error
 

@@ -42,9 +42,13 @@ def _is_hub_name(path: str) -> bool:
 
 
 def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
-    """ "auto" is bfloat16 where the GPU has it, else float32. Raises ValueError for an unknown name."""
+    """Of a setting: "auto" is bfloat16 where the GPU has it, else float32. Raises ValueError for an unknown name."""
     if name == "auto":
-        return torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported() else torch.float32
+        return (
+            torch.bfloat16
+            if device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+            else torch.float32
+        )
     known = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
     if name not in known:
         raise ValueError(f"dtype is {name!r}; known: auto, {', '.join(known)}")
@@ -76,8 +80,9 @@ class Job:
         self.folder, self.total, self.suffix, self.rank, self.world = Path(folder), total, suffix, rank, world
         self.folder.mkdir(parents=True, exist_ok=True)
         path = self.folder / "job.json"
+        begun = any(self.folder.glob(f"[0-9]*.{suffix}"))  # a folder without samples is free for other settings
         text = json.dumps(identity, indent=2, sort_keys=True, default=str) + "\n"
-        if path.exists():
+        if begun and path.exists():
             before, now = json.loads(path.read_text()), json.loads(text)
             differ = [k for k in before | now if before.get(k) != now.get(k)]
             if differ:
@@ -107,6 +112,19 @@ class Job:
         pending = self.pending()
         for start in range(0, len(pending), size):
             yield pending[start : start + size]
+
+
+def require_finite(finite: list[torch.Tensor], timesteps: list[int], dtype: torch.dtype) -> None:
+    """Check the flags that a run collected, one per step; the one place that waits for the device.
+
+    Raises FloatingPointError that names the first step whose latents were not finite.
+    """
+    bad = (~torch.stack(finite)).nonzero().flatten().tolist()
+    if bad:
+        raise FloatingPointError(
+            f"latents are not finite from step {bad[0]} (timestep {timesteps[bad[0]]}) on, in {dtype}; "
+            "sample in bfloat16 or float32, or check the weights"
+        )
 
 
 class Ahead(Generic[T]):
@@ -177,7 +195,6 @@ def report(cache: SkipCache, seconds: dict[str, list[float]], flops: dict[str, f
         "seconds_per_step": median,
         "flops_per_step": flops,
         "flops_speedup": (steps["full"] + steps["cached"]) * flops["full"] / sum(steps[k] * flops[k] for k in steps),
-        "cache_bytes": cache.peak_bytes,
         "peak_memory_bytes": torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None,
         **versions(),
         **more,

@@ -12,11 +12,11 @@ import math
 import resource
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from accelerate import Accelerator
@@ -49,7 +49,7 @@ class TrainConfig:
     grad_clip: float = setting(0.0, "largest gradient norm; 0 leaves gradients alone")
     ema_decay: float = setting(0.9999, "decay of the averaged weights")
     freeze: bool = setting(False, "stage 1: train the long skips only")
-    precision: str = setting("bf16", "fp32, bf16 or fp16: automatic mixed precision; weights stay float32")
+    precision: str = setting("bf16", "fp32 or bf16: automatic mixed precision; weights stay float32")
     gradient_checkpointing: bool = setting(False, "recompute activations in the backward pass to save memory")
     compile: bool = setting(False, "compile the model with torch.compile")
     parallel: str = setting("ddp", "ddp, or fsdp to shard weights, gradients and optimizer over the processes")
@@ -62,10 +62,14 @@ class TrainConfig:
     max_bad_steps: int = setting(10, "abort after this many steps in a row with a non-finite loss")
 
 
-# Settings that may differ when a run is resumed: they do not change what is computed.
-_FREE = {"steps", "micro_batch_size", "parallel", "compile", "gradient_checkpointing"} | {
-    "workers", "log_every", "save_every", "keep", "sample_every", "max_bad_steps",
-}  # fmt: skip
+# Settings that may differ when a run is resumed: places, and what does not change what is computed.
+_FREE = {"out", "init", "vae", "data.path", "grid_guidance"} | {
+    f"train.{name}"
+    for name in (
+        *("steps", "micro_batch_size", "parallel", "compile", "gradient_checkpointing", "workers"),
+        *("log_every", "save_every", "keep", "sample_every", "max_bad_steps"),
+    )
+}
 
 
 class Draw:
@@ -143,131 +147,158 @@ def fit(
         RuntimeError: `max_bad_steps` non-finite losses in a row; names the step and the batch.
         ValueError: settings that do not fit each other, or the run already in `out`.
     """
-    if config.precision not in ("fp32", "bf16", "fp16") or config.parallel not in ("ddp", "fsdp"):
+    if config.precision not in ("fp32", "bf16") or config.parallel not in ("ddp", "fsdp"):
         raise ValueError(f"precision {config.precision!r} or parallel {config.parallel!r}: see --help for the choices")
     out = Path(out)
     accelerator = Accelerator(cpu=cpu_only(), mixed_precision=config.precision.replace("fp32", "no"))
-    device, world, rank = accelerator.device, accelerator.num_processes, accelerator.process_index
+    device, world = accelerator.device, accelerator.num_processes
     if not dry_run:
         claim_folder(out, run_config, accelerator)
-
-    if config.freeze:
-        set_trainable(model, {"skips.*": True, "*": False})
-    if config.gradient_checkpointing:
-        model.enable_gradient_checkpointing()
-    model.to(device).train()
-    ema = EMA(model, config.ema_decay)
-    if config.compile:
-        model.compile()
-    blueprint = None
-    if config.parallel == "fsdp" and world > 1:
-        blueprint = copy.deepcopy(ema.model).to("meta")  # sample grids are made by an unsharded copy
-        trained = _shard(model, config.precision)
-        _shard(ema.model, "fp32")
-    else:
-        trained = accelerator.prepare_model(model)
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(
-        parameters,
-        lr=config.lr,
-        betas=tuple(config.betas),
-        weight_decay=config.weight_decay,
-        fused=device.type == "cuda",
-    )
-    optimizer = accelerator.prepare_optimizer(optimizer)
-
-    start = 0
-    if not dry_run and (found := checkpoint.latest(out / "checkpoints")):
-        path, state = found
-        start = checkpoint.restore(state, model, ema.model, optimizer.optimizer)
-        accelerator.print(f"resuming from {path}")
-
     micro = config.micro_batch_size or config.batch_size // world
-    rows = rows_of(config.batch_size, micro, rank, world)
+    rows = rows_of(config.batch_size, micro, accelerator.process_index, world)
+
+    trained, ema, optimizer, blueprint = _prepare(model, config, accelerator)
+    start = 0 if dry_run else _resume(out, model, ema, optimizer, accelerator)
     stream = Stream(dataset, config.seed)
     loader = iter(make_loader(stream, rows, config.batch_size, start, config.steps, config.workers))
     accelerator.print(describe(model, config, len(rows), micro, world, len(dataset)))
-    log = None if dry_run or not accelerator.is_main_process else Log(out, start)
+    log = Log(out, start) if accelerator.is_main_process and not dry_run else None
+    broken = BrokenFiles(out / "broken_files.txt")
 
     progress = tqdm(initial=start, total=config.steps, desc="training", unit="step", dynamic_ncols=True)
-    totals, norm, bad, began = torch.zeros(2, device=device), math.nan, 0, time.perf_counter()
+    totals, bad, skipped, began = torch.zeros(2, device=device), 0, 0, time.perf_counter()
     for step in range(start, config.steps):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(config, step)
-        indices = []
-        for number, row_range in enumerate(rows):
-            batch = {
-                k: v.to(device, non_blocking=True) if isinstance(v, Tensor) else v for k, v in next(loader).items()
-            }
-            if log:
-                log.broken(batch["broken"])
-            draw = Draw(config.seed, step, row_range, config.batch_size, device)
-            with _synchronise(accelerator, trained, number == len(rows) - 1), accelerator.autocast():
-                losses = loss(trained, batch, draw).float() * batch["weight"]
-            with _synchronise(accelerator, trained, number == len(rows) - 1):
-                accelerator.backward(losses.sum() * world / config.batch_size)
-            totals += torch.stack([losses.detach().sum(), batch["weight"].sum()])
-            indices += batch["index"].tolist()
-        if accelerator.scaler is not None:
-            accelerator.unscale_gradients(optimizer)
-        norm = _full(torch.nn.utils.clip_grad_norm_(parameters, config.grad_clip or math.inf)).item()
-        finite = math.isfinite(norm)  # gradients are summed over processes, so all of them agree
+        gradients = _backward(trained, loss, loader, rows, step, config, accelerator)
+        finite = math.isfinite(gradients.norm)  # gradients are summed over processes, so all of them agree
         if finite:
             optimizer.step()
             ema.update(model, step + 1)
+            totals += gradients.sums
             bad = 0
         else:
-            bad += 1
-            totals.zero_()
+            bad, skipped = bad + 1, skipped + 1
             accelerator.print(f"step {step}: loss or gradient is not finite, step skipped ({bad} in a row)")
             if bad >= config.max_bad_steps:
                 raise RuntimeError(
                     f"{bad} steps in a row had a non-finite loss or gradient; last at step {step}, dataset samples "
-                    f"{indices}. The newest checkpoint in {out / 'checkpoints'} is good; "
+                    f"{gradients.indices}. The newest checkpoint in {out / 'checkpoints'} is good; "
                     "lower train.lr, or look at those samples."
                 )
         optimizer.zero_grad(set_to_none=True)
         progress.update()
         if dry_run:
             progress.close()
-            accelerator.print(
-                f"one step of {config.batch_size} samples: peak memory {peak_memory() / 2**30:.2f} GiB per process"
-            )
+            peak = f"peak memory {peak_memory() / 2**30:.2f} GiB per process"
+            accelerator.print(f"one step of {config.batch_size} samples: {peak}")
             return ema.model
 
         done = step + 1
-        if done % config.log_every == 0 or done == config.steps:
+        last = done == config.steps
+        broken.add(gradients.broken)
+        if done % config.log_every == 0 or last:
             loss_sum, count = accelerator.reduce(totals).tolist()
-            mean, seconds = loss_sum / max(count, 1), time.perf_counter() - began
-            rate = count / seconds
-            totals.zero_()
-            began = time.perf_counter()
-            progress.set_postfix(loss=f"{mean:.4f}", samples_per_s=f"{rate:.1f}", grad=f"{norm:.2f}")
+            stats = {
+                "step": done,
+                "loss": loss_sum / count if count else None,  # None: no step since the last line was finite
+                "grad_norm": gradients.norm if finite else None,
+                "lr": learning_rate(config, step),
+                "samples_per_second": count / (time.perf_counter() - began),
+                "skipped_steps": skipped,
+            }
+            totals, began = torch.zeros_like(totals), time.perf_counter()
+            shown = {k: f"{v:.4g}" for k, v in stats.items() if k in ("loss", "samples_per_second") and v is not None}
+            progress.set_postfix(shown)
             if log:
-                log.write(
-                    {
-                        "step": done,
-                        "loss": mean,
-                        "grad_norm": norm,
-                        "lr": learning_rate(config, step),
-                        "samples_per_second": rate,
-                    }
-                )
-        if done % config.save_every == 0 or done == config.steps:
-            checkpoint.save(
-                out / "checkpoints", done, model, ema.model, optimizer.optimizer, to_dict(run_config), config.keep,
-                writer=accelerator.is_main_process,
-            )  # fmt: skip
-        if sample is not None and config.sample_every and (done % config.sample_every == 0 or done == config.steps):
+                log.write(stats)
+        if done % config.save_every == 0 or last:
+            folder, args, writer = out / "checkpoints", to_dict(run_config), accelerator.is_main_process
+            checkpoint.save(folder, done, model, ema.model, optimizer.optimizer, args, config.keep, writer)
+        if sample is not None and config.sample_every and (done % config.sample_every == 0 or last):
             averaged = ema.model if blueprint is None else _gather(ema.model, blueprint, device)
             if accelerator.is_main_process:
                 sample(averaged, done)
             accelerator.wait_for_everyone()
     progress.close()
+    accelerator.wait_for_everyone()
     if log:
         log.close()
+        broken.summarise()
     accelerator.end_training()
     return ema.model
+
+
+def _prepare(model: nn.Module, config: TrainConfig, accelerator: Accelerator):
+    """Freeze, move, average, compile and wrap a model.
+
+    Returns the wrapped model, its EMA, the optimizer and, where weights are sharded, a model on the meta device from
+    which an unsharded copy can be made.
+    """
+    if config.freeze:
+        set_trainable(model, {"skips.*": True, "*": False})
+    if config.gradient_checkpointing:
+        model.enable_gradient_checkpointing()
+    model.to(accelerator.device).train()
+    ema, blueprint = EMA(model, config.ema_decay), None
+    if config.compile:
+        model.compile()
+    if config.parallel == "fsdp" and accelerator.num_processes > 1:
+        blueprint = copy.deepcopy(ema.model).to("meta")
+        trained = _shard(model, config.precision)
+        _shard(ema.model, "fp32")
+    else:
+        trained = accelerator.prepare_model(model)
+    optimizer = torch.optim.AdamW(
+        [p for p in model.parameters() if p.requires_grad],
+        lr=config.lr,
+        betas=tuple(config.betas),
+        weight_decay=config.weight_decay,
+        fused=accelerator.device.type == "cuda",
+    )
+    return trained, ema, accelerator.prepare_optimizer(optimizer), blueprint
+
+
+def _resume(out: Path, model: nn.Module, ema: EMA, optimizer, accelerator: Accelerator) -> int:
+    """Put the newest checkpoint back. Returns the step to go on from, 0 without one."""
+    found = checkpoint.latest(out / "checkpoints")
+    if found is None:
+        return 0
+    path, state = found
+    accelerator.print(f"resuming from {path}")
+    return checkpoint.restore(state, model, ema.model, optimizer.optimizer)
+
+
+class Gradients(NamedTuple):
+    """What one step's backward passes leave besides the gradients themselves."""
+
+    norm: float  # over all processes, before clipping
+    sums: Tensor  # (2,): sum of the losses and number of samples, of this process
+    indices: list[int]  # dataset indices, of this process
+    broken: list[str]
+
+
+def _backward(
+    model: nn.Module, loss: Loss, loader: Iterator, rows: list[range], step: int, config: TrainConfig, accelerator
+) -> Gradients:
+    """Accumulate the gradients of one step and clip them."""
+    device, sums = accelerator.device, torch.zeros(2, device=accelerator.device)
+    indices, broken = [], []
+    for number, row_range in enumerate(rows):
+        batch = next(loader)
+        indices += batch["index"].tolist()
+        broken += batch["broken"]
+        batch = {k: v.to(device, non_blocking=True) if isinstance(v, Tensor) else v for k, v in batch.items()}
+        draw = Draw(config.seed, step, row_range, config.batch_size, device)
+        with _synchronise(accelerator, model, number == len(rows) - 1):
+            with accelerator.autocast():
+                losses = loss(model, batch, draw).float() * batch["weight"]
+            # DDP and FSDP average over processes; times their number, it is the mean over the global batch
+            accelerator.backward(losses.sum() * accelerator.num_processes / config.batch_size)
+        sums += torch.stack([losses.detach().sum(), batch["weight"].sum()])
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip or math.inf)
+    norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+    return Gradients(norm.item(), sums, indices, broken)
 
 
 def claim_folder(out: Path, run_config: Any, accelerator: Accelerator) -> None:
@@ -275,8 +306,8 @@ def claim_folder(out: Path, run_config: Any, accelerator: Accelerator) -> None:
     path, text = out / "config.yaml", to_yaml(run_config)
     if path.exists():
         before, now = flatten(OmegaConf.load(path)), flatten(OmegaConf.create(text))
-        free = _FREE - ({"steps"} if now.get("train.decay_steps") else set())  # the decay counts back from the end
-        differ = [k for k in before | now if before.get(k) != now.get(k) and k.removeprefix("train.") not in free]
+        free = _FREE - ({"train.steps"} if now.get("train.decay_steps") else set())  # which counts back from the end
+        differ = [k for k in before | now if before.get(k) != now.get(k) and k not in free]
         if differ:
             raise ValueError(
                 f"{out} holds a run with other settings; give this one another folder (out=...):\n"
@@ -285,14 +316,15 @@ def claim_folder(out: Path, run_config: Any, accelerator: Accelerator) -> None:
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         out.mkdir(parents=True, exist_ok=True)
-        path.write_text(text)
+        _replace(path, text)
+    accelerator.wait_for_everyone()
 
 
 def _shard(model: nn.Module, precision: str) -> nn.Module:
     """Shard a model over all processes, block by block (FSDP2)."""
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
-    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
+    dtype = torch.bfloat16 if precision == "bf16" else None
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
     for module in model.modules():
         if type(module).__name__ in model._no_split_modules:
@@ -317,10 +349,6 @@ def _synchronise(accelerator: Accelerator, model: nn.Module, last: bool):
     return nullcontext() if last else accelerator.no_sync(model)
 
 
-def _full(norm: Tensor) -> Tensor:
-    return norm.full_tensor() if hasattr(norm, "full_tensor") else norm
-
-
 def peak_memory() -> int:
     """Largest memory so far in bytes: the GPU's, or without one this process's."""
     if torch.cuda.is_available():
@@ -343,38 +371,51 @@ def describe(model: nn.Module, config: TrainConfig, accumulation: int, micro: in
     )
 
 
-@dataclass
 class Log:
-    """stats.jsonl, tensorboard and broken_files.txt of a run. A resumed run drops the lines it will write again."""
+    """stats.jsonl and tensorboard of a run. A resumed run drops the lines that it will write again."""
 
-    out: Path
-    start: int
-    _seen: set[str] = field(default_factory=set)
-
-    def __post_init__(self):
-        self.path = self.out / "stats.jsonl"
+    def __init__(self, out: Path, start: int):
+        self.path = out / "stats.jsonl"
         if self.path.exists():
             lines = [line for line in self.path.read_text().splitlines() if line.endswith("}")]
-            kept = [line for line in lines if json.loads(line)["step"] <= self.start]
-            self.path.write_text("".join(f"{line}\n" for line in kept))
-        self.broken_path = self.out / "broken_files.txt"
-        if self.broken_path.exists():
-            self._seen = set(self.broken_path.read_text().splitlines())
-        self.board = SummaryWriter(self.out / "tensorboard", purge_step=self.start)
+            kept = [line for line in lines if json.loads(line)["step"] <= start]
+            _replace(self.path, "".join(f"{line}\n" for line in kept))
+        self.board = SummaryWriter(out / "tensorboard", purge_step=start)
 
     def write(self, stats: dict) -> None:
         with open(self.path, "a") as file:
             file.write(json.dumps(stats) + "\n")
         for key, value in stats.items():
-            self.board.add_scalar(f"train/{key}", value, stats["step"])
-
-    def broken(self, messages: list[str]) -> None:
-        for message in set(messages) - self._seen:
-            self._seen.add(message)
-            with open(self.broken_path, "a") as file:
-                file.write(message + "\n")
+            if value is not None:
+                self.board.add_scalar(f"train/{key}", value, stats["step"])
 
     def close(self) -> None:
         self.board.close()
-        if self._seen:
-            print(f"{len(self._seen)} unreadable files were skipped, listed in {self.broken_path}")
+
+
+class BrokenFiles:
+    """The list of unreadable files, one line each; every process appends what it meets."""
+
+    def __init__(self, path: Path):
+        self.path, self._seen = path, set()
+
+    def add(self, messages: list[str]) -> None:
+        new = {" ".join(message.split()) for message in messages} - self._seen
+        if new:
+            self._seen |= new
+            with open(self.path, "a") as file:
+                file.writelines(f"{message}\n" for message in sorted(new))
+
+    def summarise(self) -> None:
+        """Drop repetitions, by other processes or before an interruption, and say how many there are."""
+        messages = sorted(set(self.path.read_text().splitlines())) if self.path.exists() else []
+        if messages:
+            _replace(self.path, "".join(f"{message}\n" for message in messages))
+            print(f"{len(messages)} unreadable files were skipped, listed in {self.path}")
+
+
+def _replace(path: Path, text: str) -> None:
+    """Rewrite a file so that it is whole at any moment."""
+    partial = path.with_suffix(".partial")
+    partial.write_text(text)
+    partial.replace(path)

@@ -57,12 +57,20 @@ class Latents(Dataset):
             _refuse_difference(shard, LatentInfo.read(shard), self.info)
         if expected is not None:
             _refuse_difference(shards[0], self.info, expected)
-        self._shards = [safe_open(shard, framework="pt") for shard in shards]
-        self._paths = shards
+        self._paths, self._opened = shards, None
         sizes = [shard.get_slice("label").get_shape()[0] for shard in self._shards]
         self._ends = list(accumulate(sizes))
         self.num_classes = 1 + max(int(shard.get_tensor("label").max()) for shard in self._shards)
         self._keys = ["mean", "std"] if self.info.kind == "sample" else ["mean"]
+
+    @property
+    def _shards(self) -> list:
+        if self._opened is None:
+            self._opened = [safe_open(path, framework="pt") for path in self._paths]
+        return self._opened
+
+    def __getstate__(self) -> dict:  # for data loading processes that are spawned: open files do not travel
+        return self.__dict__ | {"_opened": None}
 
     def __len__(self) -> int:
         return self._ends[-1]

@@ -5,7 +5,6 @@ knows its step number therefore knows its data, on any number of processes and a
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -17,24 +16,23 @@ class BrokenSample(Exception):
     """Raised by a dataset whose file cannot be read; the message names the file and the reason."""
 
 
-@dataclass(frozen=True)
-class _Broken:
-    message: str
-
-
 def seed_of(*numbers: int) -> int:
     """One well-mixed 63-bit seed out of several non-negative numbers."""
     return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> np.uint64(1))
 
 
 class Stream(Dataset):
-    """Addresses a dataset by stream position. Broken samples become markers that `collate` gives weight zero."""
+    """Addresses a dataset by stream position.
+
+    A sample is what the dataset gives, with its `index`, `weight` 1 and `broken` "". Where a file cannot be read, it is
+    zeros of the usual shapes, `weight` 0 and the message: batches keep their shape, and no neighbour is repeated.
+    """
 
     def __init__(self, dataset: Dataset, seed: int):
         if len(dataset) == 0:
             raise ValueError("the dataset is empty")
         self.dataset, self.seed = dataset, seed
-        self._epoch, self._order = -1, None
+        self._epoch, self._order, self._blank = -1, None, None
 
     def index(self, position: int) -> int:
         """Dataset index at a stream position."""
@@ -44,29 +42,34 @@ class Stream(Dataset):
             self._epoch, self._order = epoch, torch.randperm(len(self.dataset), generator=generator)
         return int(self._order[offset])
 
-    def __getitem__(self, position: int):
+    def __getitem__(self, position: int) -> dict:
         index = self.index(position)
         try:
-            return {**self.dataset[index], "index": index}
+            return {**self.dataset[index], "index": index, "weight": 1.0, "broken": ""}
         except BrokenSample as error:
-            return _Broken(str(error))
+            return {**self.blank(), "index": index, "weight": 0.0, "broken": str(error)}
+
+    def blank(self) -> dict[str, Tensor]:
+        """Zeros of the shapes and types of a sample. Raises RuntimeError if none of the first hundred can be read."""
+        if self._blank is None:
+            reasons = []
+            for index in range(min(len(self.dataset), 100)):
+                try:
+                    sample = self.dataset[index]
+                except BrokenSample as error:
+                    reasons.append(str(error))
+                    continue
+                self._blank = {key: torch.zeros_like(torch.as_tensor(value)) for key, value in sample.items()}
+                return self._blank
+            raise RuntimeError("no sample could be read:\n  " + "\n  ".join(reasons))
+        return self._blank
 
 
-def collate(samples: list) -> dict[str, Tensor | list]:
-    """Stack samples. A broken one keeps its row, filled with zeros at weight 0: shapes never change, nothing repeats.
-
-    Returns the samples' own keys, `weight` (N,) and `broken`, the messages of the unreadable files.
-    """
-    good = [sample for sample in samples if not isinstance(sample, _Broken)]
-    broken = [sample.message for sample in samples if isinstance(sample, _Broken)]
-    if not good:
-        raise RuntimeError("no sample of a whole batch could be read:\n  " + "\n  ".join(broken))
-    blank = {key: torch.zeros_like(torch.as_tensor(value)) for key, value in good[0].items()}
-    rows = [blank if isinstance(sample, _Broken) else sample for sample in samples]
-    batch = {key: torch.stack([torch.as_tensor(row[key]) for row in rows]) for key in blank}
-    batch["weight"] = torch.tensor([float(not isinstance(sample, _Broken)) for sample in samples])
-    batch["broken"] = broken
-    return batch
+def collate(samples: list[dict]) -> dict[str, Tensor | list[str]]:
+    """Stack samples of a `Stream`; `broken` becomes the list of the messages of those that could not be read."""
+    keys = [key for key in samples[0] if key != "broken"]
+    batch = {key: torch.stack([torch.as_tensor(sample[key]) for sample in samples]) for key in keys}
+    return batch | {"broken": [sample["broken"] for sample in samples if sample["broken"]]}
 
 
 class _Positions:
