@@ -64,7 +64,8 @@ def compare(config: Config, rows: list[Row], models, repeats: int) -> tuple[list
     classes = list(config.classes) or list(range(config.model.num_classes))
     labels = torch.tensor([classes[i % len(classes)] for i in range(config.num_samples)], device=model.device)
     for warm_up in ("none", f"N2-1000-0-b{rows[-2].spec.branch}"):  # both kinds of step, in case they compile
-        generate(model, labels, generators(0, labels, model.device), steps=4, sampler="ddim", cache=warm_up)
+        noise = generators(0, range(len(labels)), model.device)
+        generate(model, labels, noise, steps=4, sampler="ddim", cache=warm_up)
     times: list[list[float]] = [[] for _ in rows]
     images: list[Tensor] = [torch.empty(0)] * len(rows)
     for _ in range(repeats):  # interleaved: a machine that slows down slows all rows

@@ -2,6 +2,7 @@
 
 import json
 import os
+import pickle
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +12,7 @@ import pytest
 import torch
 from conftest import tiny_dit
 from PIL import Image
+from safetensors.torch import load_file
 
 from skipdit.bench import step_flops
 from skipdit.class_to_image.sample import Config, ModelConfig, build_model, generate, main, sample
@@ -295,16 +297,34 @@ def test_encoding_and_training_on_latents(tmp_path, vae_folder, image_folder):
     result = subprocess.run(command, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr[-2000:]
     assert "2 unreadable images were left out" in result.stdout
+    assert len((out / "broken_files.txt").read_text().splitlines()) == 2
+    again = subprocess.run([*command[:-4], "--shard", "5", "--workers", "0"], capture_output=True, text=True)
+    assert again.returncode == 2
+    assert "holds other latents, or other shards" in again.stderr
+    first = out / "latents-00000.safetensors"
+    kept = load_file(first)
+    first.unlink()
+    with pytest.raises(ValueError, match="holds latents of 14 of 24 images: encoding was interrupted"):
+        Latents(out)
+    assert subprocess.run(command, capture_output=True).returncode == 0
+    assert all(torch.equal(tensor, kept[key]) for key, tensor in load_file(first).items())
     latents = Latents(out)
     assert len(latents) == 22
     item = latents[21]
     assert item["mean"].shape == (2, 4, 4, 4)
     assert item["std"].min() > 0
     assert latents.info.kind == "sample"
+    assert torch.equal(pickle.loads(pickle.dumps(latents))[21]["mean"], item["mean"])  # to spawned workers
     from skipdit.class_to_image.data import DataConfig, make_dataset
 
     with pytest.raises(ValueError, match="image_size is 8 there, 16 wanted"):
         make_dataset(DataConfig("latents", str(out), 16), load_vae(str(vae_folder)))
+    with pytest.raises(ValueError, match="kind is 'sample' there, 'mean' wanted"):
+        make_dataset(DataConfig("latents", str(out), 8, latents="mean"), load_vae(str(vae_folder)))
+    rescaled = load_vae(str(vae_folder))
+    rescaled.register_to_config(scaling_factor=0.18215)
+    with pytest.raises(ValueError, match=r"scaling_factor is 0\.5 there, 0\.18215 wanted"):
+        make_dataset(DataConfig("latents", str(out), 8), rescaled)
     other = load_vae(str(vae_folder))
     other.decoder.conv_in.weight.data += 1
     with pytest.raises(ValueError, match="vae_id is"):

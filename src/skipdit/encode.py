@@ -9,7 +9,9 @@ Training then needs neither the images nor the autoencoder. An interrupted run c
 """
 
 import argparse
+import json
 import os
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
@@ -18,7 +20,7 @@ from torch.utils.data import DataLoader, Subset
 from tqdm import tqdm
 
 from skipdit.data.images import FashionMNIST, ImageFolder, to_float
-from skipdit.data.latents import LatentInfo
+from skipdit.data.latents import LatentInfo, Part
 from skipdit.data.stream import Stream, collate
 from skipdit.device import process_state
 from skipdit.vae import encode, latent_size, load_vae
@@ -63,34 +65,37 @@ def run(args: argparse.Namespace) -> None:
     state = process_state()
     vae = load_vae(args.vae)
     latent_size(args.image_size, vae)
-    dataset = DATASETS[args.data](args.path, args.image_size)
+    with state.local_main_process_first():  # a data set that downloads itself does so once
+        dataset = DATASETS[args.data](args.path, args.image_size)
     info = LatentInfo(fingerprint(vae), vae.config.scaling_factor, args.latents, "float16", args.image_size)
     vae.to(state.device)
     args.out.mkdir(parents=True, exist_ok=True)
     starts = range(0, len(dataset), args.shard)[state.process_index :: state.num_processes]
-    broken: list[str] = []
-    with tqdm(total=len(starts), desc="encoding", unit="shard", disable=not state.is_main_process) as progress:
-        for start in starts:
-            target = args.out / f"latents-{start // args.shard:05d}.safetensors"
-            if target.exists():
-                if LatentInfo.read(target) != info:
-                    raise ValueError(f"{args.out} holds latents made otherwise; give these another folder (--out)")
-            else:
-                rows = Subset(_InOrder(dataset, 0), range(start, min(start + args.shard, len(dataset))))
-                tensors, unread = encode_shard(
-                    vae, DataLoader(rows, args.batch_size, collate_fn=collate, num_workers=args.workers), args.latents
-                )
-                broken += unread
-                partial = target.with_suffix(".partial")
-                save_file(tensors, partial, metadata=info.metadata())
-                os.replace(partial, target)
-            progress.update()
-    if broken:
-        listing = args.out / f"broken_files.{state.process_index}.txt"
-        listing.write_text("\n".join(broken) + "\n")
-        print(f"{len(broken)} unreadable images were left out, listed in {listing}")
+    source = f"{args.data} {args.path}"
+    shards = [args.out / f"latents-{start // args.shard:05d}.safetensors" for start in starts]
+    for start, target in zip(
+        tqdm(starts, desc="encoding", unit="shard", disable=not state.is_main_process), shards, strict=True
+    ):
+        stop = min(start + args.shard, len(dataset))
+        if target.exists():
+            found = Part.read(target)
+            if LatentInfo.read(target) != info or replace(found, broken=()) != Part(source, start, stop, len(dataset)):
+                raise ValueError(f"{args.out} holds other latents, or other shards; give these another folder (--out)")
+            continue
+        rows = Subset(_InOrder(dataset, 0), range(start, stop))
+        loader = DataLoader(rows, args.batch_size, collate_fn=collate, num_workers=args.workers)
+        tensors, broken = encode_shard(vae, loader, args.latents)
+        part = Part(source, start, stop, len(dataset), tuple(broken))
+        partial = target.with_suffix(".partial")
+        save_file(tensors, partial, metadata=info.metadata() | {"part": json.dumps(asdict(part))})
+        os.replace(partial, target)
+    state.wait_for_everyone()
     if state.is_main_process:
-        print(f"{len(dataset)} images, latents in {args.out}")
+        broken = [message for shard in sorted(args.out.glob("*.safetensors")) for message in Part.read(shard).broken]
+        print(f"{len(dataset) - len(broken)} of {len(dataset)} images, latents in {args.out}")
+        if broken:
+            (args.out / "broken_files.txt").write_text("".join(f"{message}\n" for message in broken))
+            print(f"{len(broken)} unreadable images were left out, listed in {args.out / 'broken_files.txt'}")
 
 
 def encode_shard(vae, loader: DataLoader, kind: str) -> tuple[dict[str, torch.Tensor], list[str]]:

@@ -38,7 +38,8 @@ def preflight(files: dict[str, str], fetch: str) -> None:
 
 
 def _is_hub_name(path: str) -> bool:
-    return re.fullmatch(r"[\w-]+/[\w-]+", path) is not None and not Path(path).parent.exists()
+    owner = Path(path).parts[0]
+    return re.fullmatch(r"[\w-]+/[\w-]+", path) is not None and owner != "checkpoints" and not Path(owner).exists()
 
 
 def resolve_dtype(name: str, device: torch.device) -> torch.dtype:

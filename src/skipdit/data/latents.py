@@ -38,6 +38,24 @@ class LatentInfo:
             raise ValueError(f"{path} is not a latent file of `python -m skipdit.encode`: {error}") from error
 
 
+@dataclass(frozen=True)
+class Part:
+    """Which part of which dataset a shard holds."""
+
+    source: str  # kind and folder of the images
+    start: int
+    stop: int
+    total: int  # images in the dataset
+    broken: tuple[str, ...] = ()  # messages of the unreadable images, which the shard lacks
+
+    @classmethod
+    def read(cls, path: Path) -> "Part":
+        LatentInfo.read(path)  # its error for files of other origin
+        with safe_open(path, framework="pt") as file:
+            part = json.loads(file.metadata()["part"])
+        return cls(**part | {"broken": tuple(part["broken"])})
+
+
 class Latents(Dataset):
     """Samples {"mean": (2, C, h, w), ["std"], "label"} of a folder of shards, memory-mapped.
 
@@ -57,6 +75,13 @@ class Latents(Dataset):
             _refuse_difference(shard, LatentInfo.read(shard), self.info)
         if expected is not None:
             _refuse_difference(shards[0], self.info, expected)
+        parts = [Part.read(shard) for shard in shards]
+        encoded, total = sum(part.stop - part.start for part in parts), parts[0].total
+        if encoded != total or len({(part.source, part.total) for part in parts}) > 1:
+            raise ValueError(
+                f"{folder} holds latents of {encoded} of {total} images: encoding was interrupted, or mixed with "
+                "another one; run the same `python -m skipdit.encode` command again, or encode into a new folder"
+            )
         self._paths, self._opened = shards, None
         sizes = [shard.get_slice("label").get_shape()[0] for shard in self._shards]
         self._ends = list(accumulate(sizes))
