@@ -12,11 +12,11 @@ import torch
 import torch.nn.functional as F
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.modeling_utils import ModelMixin
-from timm.layers import Mlp, PatchEmbed
+from timm.layers import Mlp
 from torch import Tensor, nn
 
 from skipdit.cache import CacheStep
-from skipdit.nn import Attention, LabelEmbedder, TimestepEmbedder, gated, modulate, sincos_2d
+from skipdit.nn import Attention, LabelEmbedder, PatchEmbed, TimestepEmbedder, gated, modulate, sincos_2d
 from skipdit.skip import LongSkip, skip_stack
 
 SIZES = {  # the published sizes

@@ -1,7 +1,10 @@
 """What the tests share: golden files, and tiny models of the real classes."""
 
 import json
+import os
 from pathlib import Path
+
+os.environ["OMP_NUM_THREADS"] = "1"  # bit-equality needs one number of threads here and in the processes started here
 
 import numpy as np
 import pytest

@@ -116,7 +116,7 @@ def _refuse_difference(path: Path, found: LatentInfo, expected: LatentInfo) -> N
     differ = [
         f"{key} is {value!r} there, {getattr(expected, key)!r} wanted"
         for key, value in asdict(found).items()
-        if key != "dtype" and value != getattr(expected, key)
+        if value != getattr(expected, key)
     ]
     if differ:
         raise ValueError(
