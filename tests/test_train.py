@@ -139,7 +139,15 @@ def test_damaged_checkpoint_is_passed_over(config):
     assert path.name == "0000002.pt"
 
 
-@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+FSDP = pytest.param(
+    "fsdp",
+    marks=pytest.mark.skipif(
+        not hasattr(torch.cpu.Stream, "record_event"), reason="this torch cannot shard on a CPU, only on GPUs"
+    ),
+)
+
+
+@pytest.mark.parametrize("parallel", ["ddp", FSDP])
 def test_two_processes_equal_one(config, tmp_path, parallel):
     """Same data, noise and losses; gradients differ by the order of summation only. Then one process takes over."""
     train(config)
