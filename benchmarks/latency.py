@@ -11,10 +11,11 @@ of the FLOPs; 1.00 means that caching saves exactly what it leaves out.
 import argparse
 import json
 from pathlib import Path
+from statistics import median
 
 import torch
 
-from skipdit.bench import interleaved_medians, median, model_inputs, step_flops
+from skipdit.bench import interleaved_seconds, model_inputs, run_flops, step_flops
 from skipdit.cache import CacheStep, SkipCache
 from skipdit.class_to_image.model import DiT
 from skipdit.class_to_image.sample import generate
@@ -52,7 +53,7 @@ def measure(args: argparse.Namespace) -> dict:
         "full, modulations per step": lambda: call(CacheStep(args.branch, None), precomputed=False),
         "cached, modulations per step": lambda: call(CacheStep(args.branch, stored.output), precomputed=False),
     }
-    steps = {name: median(times) for name, times in interleaved_medians(functions, args.repeats, device).items()}
+    steps = {name: median(times) for name, times in interleaved_seconds(functions, args.repeats, device).items()}
     flops = step_flops(model, args.batch, args.branch)
     share = flops["cached"] / flops["full"]
     result = {
@@ -87,16 +88,15 @@ def end_to_end(model: DiT, args: argparse.Namespace, flops: dict[str, float]) ->
         noise = generators(0, range(len(labels)), model.device)
         return generate(model, labels, noise, steps=args.steps, sampler="ddim", cache=cache)
 
-    times = interleaved_medians({"uncached": lambda: run("none"), "cached": lambda: run(spec)}, 3, model.device)
+    times = interleaved_seconds({"uncached": lambda: run("none"), "cached": lambda: run(spec)}, 3, model.device)
     cache = SkipCache(spec, timesteps)
     seconds = {name: median(values) for name, values in times.items()}
-    cached_flops = cache.full_steps * flops["full"] + cache.cached_steps * flops["cached"]
     return {
         "cache": spec,
         "steps": {"full": cache.full_steps, "cached": cache.cached_steps},
         "seconds": seconds,
         "speedup": seconds["uncached"] / seconds["cached"],
-        "speedup_flops": len(timesteps) * flops["full"] / cached_flops,
+        "speedup_flops": len(timesteps) * flops["full"] / run_flops(cache, flops),
     }
 
 

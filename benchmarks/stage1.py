@@ -7,11 +7,12 @@ half runs without one by itself. The middle row forces one all the same, by aski
 """
 
 import argparse
+from statistics import median
 
 import torch
 from torch import nn
 
-from skipdit.bench import interleaved_medians, median, model_inputs
+from skipdit.bench import interleaved_seconds, model_inputs
 from skipdit.class_to_image.model import DiT
 from skipdit.train import set_trainable
 
@@ -63,7 +64,7 @@ def main() -> None:
         "skips trained, graph through all": stage(skips, x.clone().requires_grad_()),
         "skips trained (stage 1)": stage(skips, x),
     }
-    times = interleaved_medians({name: run for name, (run, _) in kinds.items()}, args.repeats, device)
+    times = interleaved_seconds({name: run for name, (run, _) in kinds.items()}, args.repeats, device)
     print(
         f"{args.model}, batch {args.batch}, {model.dtype}, {device}\n\n| | s / step | activations MiB |\n|---|---|---|"
     )

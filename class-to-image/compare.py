@@ -11,14 +11,15 @@ import math
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import median
 
 import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from skipdit.bench import median
+from skipdit.bench import run_flops
 from skipdit.cache import CacheSpec, SkipCache
-from skipdit.class_to_image.sample import Config, generate, open_models
+from skipdit.class_to_image.sample import Config, generate, generate_settings, open_models
 from skipdit.config import friendly_errors, load_config, make_parser, to_dict
 from skipdit.data.images import to_uint8
 from skipdit.diffusion import Diffusion
@@ -34,24 +35,22 @@ class Row:
     name: str
     spec: CacheSpec
     steps: int
-    sampler: str
 
     def cache(self) -> SkipCache:
         return SkipCache(self.spec, Diffusion(self.steps).sampling_timesteps)
 
     def flops(self, per_step: dict[str, float]) -> float:
-        cache = self.cache()
-        return cache.full_steps * per_step["full"] + cache.cached_steps * per_step["cached"]
+        return run_flops(self.cache(), per_step)
 
 
 def rows_for(config: Config, intervals: list[int], branch: int, per_step: dict[str, float]) -> list[Row]:
     """Uncached, then per interval: reuse, forecast, and the number of uncached steps nearest to their FLOPs."""
-    rows = [Row("uncached", CacheSpec(), config.steps, config.sampler)]
+    rows = [Row("uncached", CacheSpec(), config.steps)]
     for interval in intervals:
-        reuse = Row(f"reuse N={interval}", CacheSpec(interval, 1000, 20, branch), config.steps, config.sampler)
-        forecast = Row(f"forecast N={interval}", reuse.spec.with_order(1), config.steps, config.sampler)
+        reuse = Row(f"reuse N={interval}", CacheSpec(interval, 1000, 20, branch), config.steps)
+        forecast = Row(f"forecast N={interval}", reuse.spec.with_order(1), config.steps)
         fewer = max(1, round(reuse.flops(per_step) / per_step["full"]))
-        rows += [reuse, forecast, Row(f"{fewer} steps", CacheSpec(), fewer, config.sampler)]
+        rows += [reuse, forecast, Row(f"{fewer} steps", CacheSpec(), fewer)]
     return rows
 
 
@@ -76,11 +75,7 @@ def compare(config: Config, rows: list[Row], models, repeats: int) -> tuple[list
                 model,
                 labels,
                 noise,
-                steps=row.steps,
-                sampler=row.sampler,
-                guidance_scale=config.guidance_scale,
-                guidance_channels=config.guidance_channels,
-                guidance_interval=(config.guidance_low, config.guidance_high),
+                **generate_settings(config) | {"steps": row.steps},
                 cache=row.cache(),
                 progress=True,
             )

@@ -97,6 +97,17 @@ def build_model(config: ModelConfig, input_size: int) -> DiT:
     return DiT.from_name(config.name, **given) if config.name else DiT(**given)
 
 
+def generate_settings(config: Config) -> dict:
+    """What a config says of the arguments of `generate`."""
+    return {
+        "steps": config.steps,
+        "sampler": config.sampler,
+        "guidance_scale": config.guidance_scale,
+        "guidance_channels": config.guidance_channels,
+        "guidance_interval": (config.guidance_low, config.guidance_high),
+    }
+
+
 @torch.no_grad()
 def generate(
     model: DiT,
@@ -232,11 +243,7 @@ def sample(config: Config) -> dict:
             model,
             torch.tensor([classes[i % len(classes)] for i in indices], device=device),
             generators(config.seed, indices, device),
-            steps=config.steps,
-            sampler=config.sampler,
-            guidance_scale=config.guidance_scale,
-            guidance_channels=config.guidance_channels,
-            guidance_interval=(config.guidance_low, config.guidance_high),
+            **generate_settings(config),
             cache=cache,
             callback=lambda i, x, x0, ran=cache.ran: timer.tick(ran[i]),
             progress=main,

@@ -31,7 +31,7 @@ import skipdit
 from skipdit.bench import step_flops
 from skipdit.cache import SkipCache
 from skipdit.class_to_image.model import DiT
-from skipdit.class_to_image.sample import Config, build_model, generate
+from skipdit.class_to_image.sample import Config, build_model, generate, generate_settings
 from skipdit.config import friendly_errors, load_config
 from skipdit.data.images import FashionMNIST, to_float, to_uint8
 from skipdit.diffusion import Diffusion
@@ -158,11 +158,7 @@ def sample(model: DiT, config: Config, spec: str, identity: dict, folder: Path) 
             model,
             torch.tensor(indices, device=model.device) % CLASSES,
             generators(config.seed, indices, model.device),
-            steps=config.steps,
-            sampler=config.sampler,
-            guidance_scale=config.guidance_scale,
-            guidance_channels=config.guidance_channels,
-            guidance_interval=(config.guidance_low, config.guidance_high),
+            **generate_settings(config),
             cache=spec,
             progress=True,
         )

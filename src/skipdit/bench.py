@@ -1,6 +1,5 @@
 """Counting and timing model calls."""
 
-import statistics
 import time
 from collections.abc import Callable
 
@@ -8,7 +7,7 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from skipdit.cache import CacheStep
+from skipdit.cache import CacheStep, SkipCache
 
 
 def model_inputs(model: nn.Module, batch: int, device: torch.device | str | None = None) -> tuple[torch.Tensor, ...]:
@@ -38,7 +37,12 @@ def step_flops(model: nn.Module, batch: int, branch: int = 1) -> dict[str, float
     return flops
 
 
-def interleaved_medians(
+def run_flops(cache: SkipCache, per_step: dict[str, float]) -> float:
+    """FLOPs of a whole run, from those of one full and one cached step."""
+    return cache.full_steps * per_step["full"] + cache.cached_steps * per_step["cached"]
+
+
+def interleaved_seconds(
     functions: dict[str, Callable[[], object]], repeats: int, device: torch.device
 ) -> dict[str, list[float]]:
     """Seconds of each function, `repeats` times in turn: a machine that speeds up or slows down favours none."""
@@ -60,7 +64,3 @@ def interleaved_medians(
         for name, function in functions.items():
             times[name].append(seconds(function))
     return times
-
-
-def median(values: list[float]) -> float:
-    return statistics.median(values)

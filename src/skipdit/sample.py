@@ -12,6 +12,7 @@ from typing import Any, Generic, TypeVar
 import torch
 
 import skipdit
+from skipdit.bench import run_flops
 from skipdit.cache import SkipCache
 from skipdit.data.stream import seed_of
 
@@ -195,7 +196,7 @@ def report(cache: SkipCache, seconds: dict[str, list[float]], flops: dict[str, f
         "steps": steps,
         "seconds_per_step": median,
         "flops_per_step": flops,
-        "flops_speedup": (steps["full"] + steps["cached"]) * flops["full"] / sum(steps[k] * flops[k] for k in steps),
+        "flops_speedup": len(cache.plan) * flops["full"] / run_flops(cache, flops),
         "peak_memory_bytes": torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None,
         **versions(),
         **more,

@@ -7,7 +7,6 @@ processes or on gradient accumulation.
 
 import copy
 import fnmatch
-import json
 import math
 import resource
 import sys
@@ -25,13 +24,13 @@ from omegaconf import OmegaConf
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.utils.data import Dataset
-from torch.utils.tensorboard import SummaryWriter
 
 from skipdit import checkpoint
 from skipdit.config import flatten, setting, to_dict, to_yaml
 from skipdit.data.stream import Stream, make_loader, rows_of, seed_of
 from skipdit.device import cpu_only
 from skipdit.ema import EMA
+from skipdit.runlog import BrokenFiles, Log, replace_text
 
 
 @dataclass
@@ -316,7 +315,7 @@ def claim_folder(out: Path, run_config: Any, accelerator: Accelerator) -> None:
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         out.mkdir(parents=True, exist_ok=True)
-        _replace(path, text)
+        replace_text(path, text)
     accelerator.wait_for_everyone()
 
 
@@ -369,53 +368,3 @@ def describe(model: nn.Module, config: TrainConfig, accumulation: int, micro: in
         f"accumulated x {world} processes | {samples:,} samples, {epochs:.1f} epochs | "
         f"weights, gradients, optimizer and average: {states / 2**30:.2f} GiB per process"
     )
-
-
-class Log:
-    """stats.jsonl and tensorboard of a run. A resumed run drops the lines that it will write again."""
-
-    def __init__(self, out: Path, start: int):
-        self.path = out / "stats.jsonl"
-        if self.path.exists():
-            lines = [line for line in self.path.read_text().splitlines() if line.endswith("}")]
-            kept = [line for line in lines if json.loads(line)["step"] <= start]
-            _replace(self.path, "".join(f"{line}\n" for line in kept))
-        self.board = SummaryWriter(out / "tensorboard", purge_step=start)
-
-    def write(self, stats: dict) -> None:
-        with open(self.path, "a") as file:
-            file.write(json.dumps(stats) + "\n")
-        for key, value in stats.items():
-            if value is not None:
-                self.board.add_scalar(f"train/{key}", value, stats["step"])
-
-    def close(self) -> None:
-        self.board.close()
-
-
-class BrokenFiles:
-    """The list of unreadable files, one line each; every process appends what it meets."""
-
-    def __init__(self, path: Path):
-        self.path, self._seen = path, set()
-
-    def add(self, messages: list[str]) -> None:
-        new = {" ".join(message.split()) for message in messages} - self._seen
-        if new:
-            self._seen |= new
-            with open(self.path, "a") as file:
-                file.writelines(f"{message}\n" for message in sorted(new))
-
-    def summarise(self) -> None:
-        """Drop repetitions, by other processes or before an interruption, and say how many there are."""
-        messages = sorted(set(self.path.read_text().splitlines())) if self.path.exists() else []
-        if messages:
-            _replace(self.path, "".join(f"{message}\n" for message in messages))
-            print(f"{len(messages)} unreadable files were skipped, listed in {self.path}")
-
-
-def _replace(path: Path, text: str) -> None:
-    """Rewrite a file so that it is whole at any moment."""
-    partial = path.with_suffix(".partial")
-    partial.write_text(text)
-    partial.replace(path)
