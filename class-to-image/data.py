@@ -1,18 +1,13 @@
-"""Images, or latents made of them once, and how a batch of either becomes clean latents."""
+"""Images, or latents made of them once."""
 
 from dataclasses import dataclass
 
-import torch
 from diffusers import AutoencoderKL
-from torch import Tensor
 from torch.utils.data import Dataset
 
 from skipdit.config import setting
-from skipdit.data.images import FashionMNIST, ImageFolder, to_float
-from skipdit.data.latents import LatentInfo, Latents
-from skipdit.train import Draw
-from skipdit.vae import encode
-from skipdit.weights import fingerprint
+from skipdit.data.images import FashionMNIST, ImageFolder
+from skipdit.data.latents import Latents, expected_latents
 
 
 @dataclass
@@ -28,28 +23,11 @@ class DataConfig:
 
 def make_dataset(config: DataConfig, vae: AutoencoderKL) -> Dataset:
     """The dataset of a config. Raises ValueError or FileNotFoundError that names what is wrong with it."""
-    if config.latents not in ("mean", "sample"):
-        raise ValueError(f"data.latents is {config.latents!r}; it is 'mean' or 'sample'")
+    expected = expected_latents(config.latents, config.image_size, vae)
     if config.kind == "image_folder":
         return ImageFolder(config.path, config.image_size)
     if config.kind == "fashion_mnist":
         return FashionMNIST(config.path, config.image_size)
     if config.kind == "latents":
-        info = LatentInfo(fingerprint(vae), vae.config.scaling_factor, config.latents, "float16", config.image_size)
-        return Latents(config.path, info)
+        return Latents(config.path, expected)
     raise ValueError(f"data.kind is {config.kind!r}; it is image_folder, fashion_mnist or latents")
-
-
-def clean_latents(batch: dict, config: DataConfig, vae: AutoencoderKL, draw: Draw) -> Tensor:
-    """A batch of either kind -> latents (N, C, h, w), float32, flipped at random where the config says so."""
-    flipped = draw.rand() < 0.5
-    if "mean" in batch:
-        rows, copy = torch.arange(len(flipped), device=draw.device), (flipped & config.flip).long()
-        mean = batch["mean"][rows, copy].float()
-        std = batch["std"][rows, copy].float() if config.latents == "sample" else None
-    else:
-        images = to_float(batch["image"])
-        if config.flip:
-            images = torch.where(flipped[:, None, None, None], images.flip(-1), images)
-        mean, std = encode(vae.to(images.device), images)
-    return mean + std * draw.randn(*mean.shape[1:]) if config.latents == "sample" else mean

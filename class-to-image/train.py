@@ -13,11 +13,12 @@ import torch
 from torchvision.io import write_png
 from torchvision.utils import make_grid
 
-from skipdit.class_to_image.data import DataConfig, clean_latents, make_dataset
+from skipdit.class_to_image.data import DataConfig, make_dataset
 from skipdit.class_to_image.model import DiT
 from skipdit.class_to_image.sample import ModelConfig, build_model, generate
 from skipdit.config import friendly_errors, load_config, make_parser, setting
 from skipdit.data.images import to_uint8
+from skipdit.data.latents import clean_latents
 from skipdit.device import process_state
 from skipdit.diffusion import Diffusion
 from skipdit.sample import generators
@@ -64,7 +65,8 @@ def train(config: Config, dry_run: bool = False) -> DiT:
     diffusion = Diffusion()
 
     def loss(model: torch.nn.Module, batch: dict, draw: Draw) -> torch.Tensor:
-        x0 = clean_latents(batch, config.data, vae, draw)
+        flipped = (draw.rand() < 0.5) & config.data.flip
+        x0 = clean_latents(batch, flipped, config.data.latents, vae, draw.randn)
         labels = torch.where(draw.rand() < config.label_dropout, config.model.num_classes, batch["label"])
         t, noise = draw.randint(len(diffusion)), draw.randn(*x0.shape[1:])
         x = diffusion.q_sample(x0, t, noise)

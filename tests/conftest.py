@@ -14,6 +14,7 @@ from PIL import Image
 from safetensors import safe_open
 
 from skipdit.class_to_image import DiT
+from skipdit.class_to_video import Latte
 
 GOLDEN = Path(__file__).parent / "golden"
 
@@ -40,7 +41,17 @@ def tiny_dit(seed: int = 0, **overrides) -> DiT:
     """A four-block DiT on 4x4 latents whose outputs depend on all of its weights (DiT's own init predicts zero)."""
     torch.manual_seed(seed)
     config = {"input_size": 4, "patch_size": 2, "hidden_size": 32, "depth": 4, "num_heads": 2, "num_classes": 10}
-    model = DiT(**config | overrides)
+    return _stirred(DiT(**config | overrides))
+
+
+def tiny_latte(seed: int = 0, **overrides) -> Latte:
+    """A class-conditional Latte of four pairs on four frames of 4x4 latents."""
+    torch.manual_seed(seed)
+    config = {"input_size": 4, "patch_size": 2, "hidden_size": 32, "depth": 8, "num_heads": 2, "num_frames": 4}
+    return _stirred(Latte(**config | {"num_classes": 5, "extras": 2} | overrides))
+
+
+def _stirred(model):
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.1)
     return model.eval()

@@ -304,7 +304,7 @@ def test_encoding_and_training_on_latents(tmp_path, vae_folder, image_folder):
     first = out / "latents-00000.safetensors"
     kept = load_file(first)
     first.unlink()
-    with pytest.raises(ValueError, match="holds latents of 14 of 24 images: encoding was interrupted"):
+    with pytest.raises(ValueError, match="holds latents of 14 of 24 samples: encoding was interrupted"):
         Latents(out)
     assert subprocess.run(command, capture_output=True).returncode == 0
     assert all(torch.equal(tensor, kept[key]) for key, tensor in load_file(first).items())

@@ -1,7 +1,7 @@
 """Gaussian diffusion with a learned variance: respacing, losses, DDPM and DDIM.
 
-Papers: DDPM (arXiv 2006.11239), improved DDPM (2102.09672, "iDDPM" below), DDIM (2010.02502). Shapes: x (N, C, ...),
-model output (N, 2C, ...): noise, then the interpolation coefficient of the log variance.
+Papers: DDPM (arXiv 2006.11239), improved DDPM (2102.09672, "iDDPM" below), DDIM (2010.02502). Shapes: x (N, ..., C, H,
+W), pictures or clips; model output (N, ..., 2C, H, W): noise, then the interpolation coefficient of the log variance.
 """
 
 import math
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-Model = Callable[[Tensor, Tensor, int], Tensor]  # (x, timesteps (N,), step index from 0) -> (N, 2C, ...)
+Model = Callable[[Tensor, Tensor, int], Tensor]  # (x, timesteps (N,), step index from 0) -> (N, ..., 2C, H, W)
 Callback = Callable[[int, Tensor, Tensor], None]  # (step index, x after the step, predicted x0)
 Generators = torch.Generator | Sequence[torch.Generator] | None
 
@@ -106,14 +106,14 @@ class Diffusion:
 
     def pred_x0(self, out: Tensor, x: Tensor, k: int | Tensor) -> Tensor:
         """x0 that the predicted noise (the first C channels of out) implies."""
-        noise = out[:, : x.shape[1]]
+        noise = out.narrow(-3, 0, x.shape[-3])
         return self.coefficient("x0_from_x", k, x) * x - self.coefficient("x0_from_noise", k, x) * noise
 
     def posterior(self, out: Tensor, x: Tensor, k: int | Tensor) -> Posterior:
         """p(x_{t-1} | x_t) from the model's output (DDPM eq. 7, iDDPM eq. 15)."""
         x0 = self.pred_x0(out, x, k)
         mean = self.coefficient("mean_from_x0", k, x) * x0 + self.coefficient("mean_from_x", k, x) * x
-        fraction = (out[:, x.shape[1] :] + 1) / 2
+        fraction = (out.narrow(-3, x.shape[-3], x.shape[-3]) + 1) / 2
         low, high = self.coefficient("min_log", k, x), self.coefficient("max_log", k, x)
         return Posterior(mean, fraction * high + (1 - fraction) * low, x0)
 
@@ -124,10 +124,10 @@ class Diffusion:
         only: the noise is detached in it. `loss` is their sum.
         """
         out, x0, x, noise = out.float(), x0.float(), x.float(), noise.float()
-        predicted, fraction = out.chunk(2, dim=1)
+        predicted, fraction = out.chunk(2, dim=-3)
         mse = _mean((predicted - noise).square())
 
-        p = self.posterior(torch.cat([predicted.detach(), fraction], dim=1), x, k)
+        p = self.posterior(torch.cat([predicted.detach(), fraction], dim=-3), x, k)
         true_mean = self.coefficient("mean_from_x0", k, x) * x0 + self.coefficient("mean_from_x", k, x) * x
         kl = normal_kl(true_mean, self.coefficient("min_log", k, x), p.mean, p.log_variance)
         nll = -discretized_log_likelihood(x0, p.mean, p.log_variance / 2)
@@ -183,7 +183,7 @@ def ddpm(
 
     Args:
         model: `model(x, timesteps, i)`; i is the step index that `SkipCache.at` wants.
-        x: noise (N, C, ...).
+        x: noise (N, ..., C, H, W).
         generators: one, or one per sample, on x's device.
         callback: called after every step.
     """

@@ -1,11 +1,14 @@
-"""Encode a dataset of images into latents, once, with their flipped copies.
+"""Encode a dataset of images or clips into latents, once, with their flipped copies.
 
     python -m skipdit.encode --data fashion_mnist --path data --image-size 32 \\
         --vae class-to-image/weights/vae --out data/fashion-latents
     torchrun --nproc-per-node 8 -m skipdit.encode --data image_folder --path data/imagenet/train --image-size 256 \\
         --vae stabilityai/sd-vae-ft-ema --out data/imagenet/latents
+    python -m skipdit.encode --data videos --path data/UCF101/videos --labelled --image-size 256 --shard 200 \\
+        --vae stabilityai/sd-vae-ft-ema --out data/UCF101/latents
 
-Training then needs neither the images nor the autoencoder. An interrupted run continues with the shards it lacks.
+Training then does not decode, crop or encode any more. Of clips all frames are kept, so that training still draws its
+random stretches. An interrupted run continues with the shards it lacks.
 """
 
 import argparse
@@ -15,30 +18,49 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
+from diffusers import AutoencoderKL
 from safetensors.torch import save_file
-from torch.utils.data import DataLoader, Subset
+from torch.utils.data import DataLoader, Dataset, Subset
 from tqdm import tqdm
 
+from skipdit.data.clips import ClipData, ClipDataset, VideoFiles
 from skipdit.data.images import FashionMNIST, ImageFolder, to_float
-from skipdit.data.latents import LatentInfo, Part
+from skipdit.data.latents import LatentInfo, Part, expected_latents
 from skipdit.data.stream import Stream, collate
 from skipdit.device import process_state
 from skipdit.vae import encode, latent_size, load_vae
-from skipdit.weights import fingerprint
 
-DATASETS = {"image_folder": ImageFolder, "fashion_mnist": FashionMNIST}
+IMAGES = {"image_folder": ImageFolder, "fashion_mnist": FashionMNIST}
 
 
 class _InOrder(Stream):
-    """A stream that does not shuffle: position is index."""
+    """A stream that neither shuffles nor crops: position is index, a clip is all of it."""
 
     def index(self, position: int) -> int:
         return position
 
+    def take(self, index: int, position: int) -> dict:
+        return self.dataset[index]
+
+
+def open_dataset(args: argparse.Namespace) -> Dataset:
+    if args.data in IMAGES:
+        return IMAGES[args.data](args.path, args.image_size)
+    return VideoFiles(
+        ClipData(
+            kind=args.data,
+            path=args.path,
+            image_size=args.image_size,
+            labelled=args.labelled,
+            classes=args.classes,
+            num_frames=1,  # here no clip is too short
+        )
+    )
+
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", choices=DATASETS, required=True, help="kind of dataset")
+    parser.add_argument("--data", choices=[*IMAGES, "videos", "frames"], required=True, help="kind of dataset")
     parser.add_argument("--path", required=True, help="its folder")
     parser.add_argument("--image-size", type=int, default=256, help="pixels along a side [%(default)s]")
     parser.add_argument(
@@ -51,9 +73,16 @@ def main() -> None:
         help="keep the posterior's mean, or also its deviation to sample from it in training [%(default)s]",
     )
     parser.add_argument("--out", type=Path, required=True, help="folder for the shards")
-    parser.add_argument("--shard", type=int, default=10_000, help="images per file [%(default)s]")
-    parser.add_argument("--batch-size", type=int, default=64, help="images per autoencoder call [%(default)s]")
-    parser.add_argument("--workers", type=int, default=4, help="image reading processes [%(default)s]")
+    parser.add_argument("--labelled", action="store_true", help="clips: the folder below path is their class")
+    parser.add_argument(
+        "--classes",
+        nargs="+",
+        default=[],
+        metavar="FOLDER",
+        help="clips: their class folders to encode",
+    )
+    parser.add_argument("--shard", type=int, default=10_000, help="images or clips per file [%(default)s]")
+    parser.add_argument("--workers", type=int, default=4, help="reading processes [%(default)s]")
     args = parser.parse_args()
     try:
         run(args)
@@ -66,12 +95,13 @@ def run(args: argparse.Namespace) -> None:
     vae = load_vae(args.vae)
     latent_size(args.image_size, vae)
     with state.local_main_process_first():  # a data set that downloads itself does so once
-        dataset = DATASETS[args.data](args.path, args.image_size)
-    info = LatentInfo(fingerprint(vae), vae.config.scaling_factor, args.latents, "float16", args.image_size)
+        dataset = open_dataset(args)
+    info = expected_latents(args.latents, args.image_size, vae)
     vae.to(state.device)
     args.out.mkdir(parents=True, exist_ok=True)
     starts = range(0, len(dataset), args.shard)[state.process_index :: state.num_processes]
-    source = f"{args.data} {args.path}"
+    source = " ".join([args.data, args.path, *args.classes])
+    batch_size = 1 if isinstance(dataset, ClipDataset) else 64  # clips differ in length
     shards = [args.out / f"latents-{start // args.shard:05d}.safetensors" for start in starts]
     for start, target in zip(
         tqdm(starts, desc="encoding", unit="shard", disable=not state.is_main_process), shards, strict=True
@@ -83,7 +113,7 @@ def run(args: argparse.Namespace) -> None:
                 raise ValueError(f"{args.out} holds other latents, or other shards; give these another folder (--out)")
             continue
         rows = Subset(_InOrder(dataset, 0), range(start, stop))
-        loader = DataLoader(rows, args.batch_size, collate_fn=collate, num_workers=args.workers)
+        loader = DataLoader(rows, batch_size, collate_fn=collate, num_workers=args.workers)
         tensors, broken = encode_shard(vae, loader, args.latents)
         part = Part(source, start, stop, len(dataset), tuple(broken))
         partial = target.with_suffix(".partial")
@@ -92,27 +122,35 @@ def run(args: argparse.Namespace) -> None:
     state.wait_for_everyone()
     if state.is_main_process:
         broken = [message for shard in sorted(args.out.glob("*.safetensors")) for message in Part.read(shard).broken]
-        print(f"{len(dataset) - len(broken)} of {len(dataset)} images, latents in {args.out}")
+        unit = "clips" if isinstance(dataset, ClipDataset) else "images"
+        print(f"{len(dataset) - len(broken)} of {len(dataset)} {unit}, latents in {args.out}")
         if broken:
             (args.out / "broken_files.txt").write_text("".join(f"{message}\n" for message in broken))
-            print(f"{len(broken)} unreadable images were left out, listed in {args.out / 'broken_files.txt'}")
+            print(f"{len(broken)} unreadable {unit} were left out, listed in {args.out / 'broken_files.txt'}")
 
 
-def encode_shard(vae, loader: DataLoader, kind: str) -> tuple[dict[str, torch.Tensor], list[str]]:
-    """Tensors of one shard, and the messages of the images that could not be read and are left out."""
-    parts: dict[str, list] = {"mean": [], "std": [], "label": []}
+def encode_shard(vae: AutoencoderKL, loader: DataLoader, kind: str) -> tuple[dict[str, torch.Tensor], list[str]]:
+    """Tensors of one shard, and the messages of the samples that could not be read and are left out."""
+    parts: dict[str, list] = {"mean": [], "std": [], "label": [], "length": []}
     broken = []
-    for batch in tqdm(loader, leave=False, desc="images", unit="batch"):
+    for batch in tqdm(loader, leave=False, desc="samples", unit="batch"):
+        broken += batch["broken"]
         kept = batch["weight"] > 0
-        images = to_float(batch["image"][kept].to(vae.device))
-        both = [encode(vae, view) for view in (images, images.flip(-1))]
+        pictures = batch["image"][kept]
+        if not len(pictures):
+            continue
+        if pictures.ndim == 5:  # clips (N, F, 3, H, W)
+            parts["length"].append(torch.full((len(pictures),), pictures.shape[1]))
+            pictures = pictures.flatten(0, 1)
+        pictures = to_float(pictures.to(vae.device))
+        both = [encode(vae, view) for view in (pictures, pictures.flip(-1))]
         for key, tensors in zip(("mean", "std"), zip(*both, strict=True), strict=True):
             parts[key].append(torch.stack(tensors, dim=1).half().cpu())
-        parts["label"].append(batch["label"][kept])
-        broken += batch["broken"]
+        if "label" in batch:
+            parts["label"].append(batch["label"][kept])
     if kind == "mean":
-        del parts["std"]
-    return {key: torch.cat(tensors) for key, tensors in parts.items()}, broken
+        parts["std"] = []
+    return {key: torch.cat(tensors) for key, tensors in parts.items() if tensors}, broken
 
 
 if __name__ == "__main__":

@@ -41,20 +41,12 @@ class Attention(nn.Module):
         self.proj = nn.Linear(dim, dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        """x (N, T, D) -> (N, T, D)"""
-        q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)  # 3 x (N, H, T, D/H)
-        x = F.scaled_dot_product_attention(q, k, v)
-        return self.proj(x.transpose(1, 2).flatten(2))
-
-
-def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    """x (N, T, D) * (1 + scale (N, D)) + shift (N, D), as one fused multiply-add over the tokens."""
-    return torch.addcmul(shift[:, None], x, 1 + scale[:, None])
-
-
-def gated(x: Tensor, gate: Tensor, branch: Tensor) -> Tensor:
-    """Residual x (N, T, D) + gate (N, D) * branch (N, T, D)."""
-    return torch.addcmul(x, gate[:, None], branch)
+        """x (..., T, D) -> (..., T, D); tokens attend within their row of T."""
+        groups = x.shape[:-2]
+        qkv = self.qkv(x).flatten(0, -3).unflatten(-1, (3, self.num_heads, -1))  # (G, T, 3, H, D/H), G groups in all
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)
+        x = F.scaled_dot_product_attention(q, k, v)  # (G, H, T, D/H): the fused kernels want four axes
+        return self.proj(x.transpose(1, 2).flatten(2)).unflatten(0, groups)
 
 
 def timestep_embedding(t: Tensor, dim: int, max_period: float = 10_000) -> Tensor:

@@ -82,9 +82,9 @@ class Draw:
         """Normal (rows, *shape)."""
         return torch.randn(self._global, *shape, generator=self._generator, device=self.device)[self._rows]
 
-    def rand(self) -> Tensor:
-        """Uniform [0, 1), (rows,)."""
-        return torch.rand(self._global, generator=self._generator, device=self.device)[self._rows]
+    def rand(self, *shape: int) -> Tensor:
+        """Uniform [0, 1), (rows, *shape)."""
+        return torch.rand(self._global, *shape, generator=self._generator, device=self.device)[self._rows]
 
     def randint(self, high: int) -> Tensor:
         """Integers 0 .. high - 1, (rows,)."""
@@ -163,6 +163,8 @@ def fit(
     accelerator.print(describe(model, config, len(rows), micro, world, len(dataset)))
     log = Log(out, start) if accelerator.is_main_process and not dry_run else None
     broken = BrokenFiles(out / "broken_files.txt")
+    if accelerator.is_main_process and not dry_run:
+        broken.add(getattr(dataset, "left_out", []))
 
     progress = tqdm(initial=start, total=config.steps, desc="training", unit="step", dynamic_ncols=True)
     totals, bad, skipped, began = torch.zeros(2, device=device), 0, 0, time.perf_counter()

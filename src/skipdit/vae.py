@@ -38,27 +38,33 @@ def latent_size(image_size: int, vae: AutoencoderKL) -> int:
     return image_size // factor
 
 
+CHUNK = 32  # pictures per call of the autoencoder: the frames of a batch of clips do not fit all at once
+
+
 @torch.no_grad()
 def encode(vae: AutoencoderKL, images: Tensor) -> tuple[Tensor, Tensor]:
-    """Images (N, 3, H, W) in [-1, 1] -> mean and standard deviation of the scaled latents, each (N, C, h, w).
+    """Images (..., 3, H, W) in [-1, 1] -> mean and standard deviation of the scaled latents, each (..., C, h, w).
 
     In the autoencoder's own dtype, whatever autocast is on around it: latents on disk and in training are the same.
     """
     with torch.autocast(images.device.type, enabled=False):
-        posterior = vae.encode(images.to(vae.dtype)).latent_dist
-    scale = vae.config.scaling_factor
-    return posterior.mean.float() * scale, posterior.std.float() * scale
+        chunks = images.to(vae.dtype).flatten(0, -4).split(CHUNK)
+        posteriors = [vae.encode(chunk).latent_dist for chunk in chunks]
+    scale, leading = vae.config.scaling_factor, images.shape[:-3]
+    mean, std = (torch.cat([getattr(p, name).float() for p in posteriors]) for name in ("mean", "std"))
+    return (mean * scale).unflatten(0, leading), (std * scale).unflatten(0, leading)
 
 
 @torch.no_grad()
 def decode(vae: AutoencoderKL, latents: Tensor) -> Tensor:
-    """Scaled latents (N, C, h, w) -> images (N, 3, H, W), about [-1, 1], float32.
+    """Scaled latents (..., C, h, w) -> images (..., 3, H, W), about [-1, 1], float32.
 
     Raises FloatingPointError if latents or images are not finite (an fp16 autoencoder may overflow: use bf16).
     """
     if not torch.isfinite(latents).all():
         raise FloatingPointError("latents are not finite before decoding")
-    images = vae.decode((latents / vae.config.scaling_factor).to(vae.dtype)).sample.float()
+    chunks = (latents / vae.config.scaling_factor).to(vae.dtype).flatten(0, -4).split(CHUNK)
+    images = torch.cat([vae.decode(chunk).sample.float() for chunk in chunks]).unflatten(0, latents.shape[:-3])
     if not torch.isfinite(images).all():
         raise FloatingPointError(f"images are not finite after decoding in {vae.dtype}: decode in bf16 or float32")
     return images

@@ -1,19 +1,29 @@
 """Latents encoded once, in safetensors shards that say how they were made.
 
 A shard holds `mean` and, for sampling, `std` (N, 2, C, h, w), scaled: index 1 along the second axis is the flipped
-copy; `label` (N,). Its metadata: autoencoder fingerprint and scaling, "mean" or "sample", dtype, image size.
+copy; `label` of the pictures, if there are classes. In a shard of clips N counts the frames of all its clips, one clip
+after the other, and `length` and `label` have one entry per clip. Its metadata: autoencoder fingerprint and scaling,
+"mean" or "sample", dtype, image size; and which part of which dataset it holds.
 """
 
 import bisect
 import json
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from itertools import accumulate
 from pathlib import Path
 
+import torch
+from diffusers import AutoencoderKL
 from safetensors import SafetensorError, safe_open
+from torch import Tensor
 from torch.utils.data import Dataset
 
+from skipdit.data.clips import Clip, ClipDataset
+from skipdit.data.images import to_float
 from skipdit.data.stream import BrokenSample
+from skipdit.vae import encode
+from skipdit.weights import fingerprint
 
 
 @dataclass(frozen=True)
@@ -42,11 +52,11 @@ class LatentInfo:
 class Part:
     """Which part of which dataset a shard holds."""
 
-    source: str  # kind and folder of the images
+    source: str  # kind and folder of the pictures or clips
     start: int
     stop: int
-    total: int  # images in the dataset
-    broken: tuple[str, ...] = ()  # messages of the unreadable images, which the shard lacks
+    total: int  # samples in the dataset
+    broken: tuple[str, ...] = ()  # messages of the unreadable ones, which the shard lacks
 
     @classmethod
     def read(cls, path: Path) -> "Part":
@@ -56,60 +66,151 @@ class Part:
         return cls(**part | {"broken": tuple(part["broken"])})
 
 
-class Latents(Dataset):
-    """Samples {"mean": (2, C, h, w), ["std"], "label"} of a folder of shards, memory-mapped.
+class Shards:
+    """The shards of one encoded dataset, memory-mapped, as one table of rows.
 
     Args:
         folder: what `python -m skipdit.encode` wrote.
         expected: how the trainer would have made them; a difference is refused.
 
+    Attributes:
+        clips: whether it is a dataset of clips; rows are their frames.
+
     Raises FileNotFoundError or ValueError, naming the folder and the fields that differ.
     """
 
     def __init__(self, folder: str | Path, expected: LatentInfo | None = None):
-        shards = sorted(Path(folder).glob("*.safetensors"))
-        if not shards:
+        self.paths, self._opened = sorted(Path(folder).glob("*.safetensors")), None
+        if not self.paths:
             raise FileNotFoundError(f"no latents in {folder}; `python -m skipdit.encode --help` tells how to make them")
-        self.info = LatentInfo.read(shards[0])
-        for shard in shards:
-            _refuse_difference(shard, LatentInfo.read(shard), self.info)
+        self.info = LatentInfo.read(self.paths[0])
+        for path in self.paths:
+            _refuse_difference(path, LatentInfo.read(path), self.info)
         if expected is not None:
-            _refuse_difference(shards[0], self.info, expected)
-        parts = [Part.read(shard) for shard in shards]
+            _refuse_difference(self.paths[0], self.info, expected)
+        parts = [Part.read(path) for path in self.paths]
         encoded, total = sum(part.stop - part.start for part in parts), parts[0].total
         if encoded != total or len({(part.source, part.total) for part in parts}) > 1:
             raise ValueError(
-                f"{folder} holds latents of {encoded} of {total} images: encoding was interrupted, or mixed with "
+                f"{folder} holds latents of {encoded} of {total} samples: encoding was interrupted, or mixed with "
                 "another one; run the same `python -m skipdit.encode` command again, or encode into a new folder"
             )
-        self._paths, self._opened = shards, None
-        sizes = [shard.get_slice("label").get_shape()[0] for shard in self._shards]
-        self._ends = list(accumulate(sizes))
-        self.num_classes = 1 + max(int(shard.get_tensor("label").max()) for shard in self._shards)
         self._keys = ["mean", "std"] if self.info.kind == "sample" else ["mean"]
+        self._ends = list(accumulate(shard.get_slice("mean").get_shape()[0] for shard in self._shards))
+        self.clips = "length" in self._shards[0].keys()  # noqa: SIM118 (not a mapping)
 
     @property
     def _shards(self) -> list:
         if self._opened is None:
-            self._opened = [safe_open(path, framework="pt") for path in self._paths]
+            self._opened = [safe_open(path, framework="pt") for path in self.paths]
         return self._opened
 
     def __getstate__(self) -> dict:  # for data loading processes that are spawned: open files do not travel
         return self.__dict__ | {"_opened": None}
 
+    def column(self, name: str) -> list[int] | None:
+        """The integers `name` of all shards, one after the other; None if they have none."""
+        if name not in self._shards[0].keys():  # noqa: SIM118
+            return None
+        return [number for shard in self._shards for number in shard.get_tensor(name).tolist()]
+
     def __len__(self) -> int:
         return self._ends[-1]
 
-    def __getitem__(self, index: int) -> dict:
-        number = bisect.bisect_right(self._ends, index)
-        row = index - (self._ends[number - 1] if number else 0)
-        shard = self._shards[number]
+    def read(self, rows: range) -> dict[str, Tensor]:
+        """`mean` and, if kept, `std` (R, 2, C, h, w) of rows of one shard. Raises BrokenSample."""
+        number = bisect.bisect_right(self._ends, rows.start)
+        first = self._ends[number - 1] if number else 0
         try:
-            return {key: shard.get_slice(key)[row] for key in self._keys} | {
-                "label": int(shard.get_slice("label")[row])
-            }
+            tables = {key: self._shards[number].get_slice(key) for key in self._keys}
+            stretch = slice(rows.start - first, rows[-1] + 1 - first)
+            return {key: table[stretch][:: rows.step] for key, table in tables.items()}
         except (SafetensorError, OSError) as error:
-            raise BrokenSample(f"{self._paths[number]}: row {row}: {error}") from error
+            raise BrokenSample(f"{self.paths[number]}: row {rows.start - first}: {error}") from error
+
+
+class Latents(Dataset):
+    """Encoded pictures. Samples: {"mean": (2, C, h, w), ["std"], "label"}. Arguments and errors as in `Shards`."""
+
+    def __init__(self, folder: str | Path, expected: LatentInfo | None = None):
+        self._table = Shards(folder, expected)
+        if self._table.clips:
+            raise ValueError(f"{folder} holds latents of clips, not of pictures")
+        self.info, self._labels = self._table.info, self._table.column("label")
+        self.num_classes = 1 + max(self._labels)
+
+    def __len__(self) -> int:
+        return len(self._table)
+
+    def __getitem__(self, index: int) -> dict:
+        rows = self._table.read(range(index, index + 1))
+        return {key: row[0] for key, row in rows.items()} | {"label": self._labels[index]}
+
+
+class ClipLatents(ClipDataset):
+    """Encoded clips. Samples: {"mean": (F + I, 2, C, h, w), ["std"], and with classes "label", "image_label"}.
+
+    Arguments as in `ClipDataset`, errors as in `Shards`.
+    """
+
+    def __init__(
+        self,
+        folder: str | Path,
+        num_frames: int,
+        frame_interval: int,
+        images: int = 0,
+        expected: LatentInfo | None = None,
+    ):
+        super().__init__(num_frames, frame_interval, images)
+        self._table = Shards(folder, expected)
+        if not self._table.clips:
+            raise ValueError(f"{folder} holds latents of pictures, not of clips")
+        lengths, self.labels = self._table.column("length"), self._table.column("label")
+        self.names = [f"{folder}: clip {number}" for number in range(len(lengths))]
+        starts = [stop - length for stop, length in zip(accumulate(lengths), lengths, strict=True)]
+        kept = self._leave_out_short(lengths)
+        self._rows = [range(starts[i], starts[i] + lengths[i]) for i in kept]
+
+    def open(self, index: int) -> Clip:
+        return _EncodedClip(self._table, self._rows[index])
+
+
+class _EncodedClip(Clip):
+    def __init__(self, table: Shards, rows: range):
+        self._table, self._rows = table, rows
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def read(self, frames: range) -> dict[str, Tensor]:
+        return self._table.read(self._rows[frames.start : frames.stop : frames.step])
+
+
+def expected_latents(kind: str, image_size: int, vae: AutoencoderKL) -> LatentInfo:
+    """How the latents of a training run have to be made. Raises ValueError for an unknown kind."""
+    if kind not in ("mean", "sample"):
+        raise ValueError(f"data.latents is {kind!r}; it is 'mean' or 'sample'")
+    return LatentInfo(fingerprint(vae), vae.config.scaling_factor, kind, "float16", image_size)
+
+
+def clean_latents(batch: dict, flipped: Tensor, kind: str, vae: AutoencoderKL, draw: Callable[..., Tensor]) -> Tensor:
+    """A batch of pictures or of latents -> clean latents (..., C, h, w), float32.
+
+    Args:
+        batch: "image" uint8 (..., 3, H, W), or "mean" and "std" (..., 2, C, h, w).
+        flipped: bool (...), which of them to flip horizontally.
+        kind: "mean", or "sample" from the autoencoder's posterior.
+        vae: encodes images, on their device.
+        draw: `draw(*shape)` gives normal noise of shape (N, *shape).
+    """
+    flipped = flipped[..., None, None, None]
+    if "mean" in batch:
+        keys = ("mean", "std") if kind == "sample" else ("mean",)
+        mean, *std = (torch.where(flipped, *batch[key].float().unbind(-4)[::-1]) for key in keys)
+    else:
+        images = to_float(batch["image"])
+        mean, *std = encode(vae.to(images.device), torch.where(flipped, images.flip(-1), images))
+    return mean + std[0] * draw(*mean.shape[1:]) if kind == "sample" else mean
 
 
 def _refuse_difference(path: Path, found: LatentInfo, expected: LatentInfo) -> None:

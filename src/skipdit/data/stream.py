@@ -13,7 +13,10 @@ from torch.utils.data import DataLoader, Dataset
 
 
 class BrokenSample(Exception):
-    """Raised by a dataset whose file cannot be read; the message names the file and the reason."""
+    """Raised by a dataset whose files cannot be read; every message, one line, names a file and the reason."""
+
+    def __init__(self, *messages: str):
+        super().__init__("\n".join(" ".join(message.split()) for message in messages))
 
 
 def seed_of(*numbers: int) -> int:
@@ -26,6 +29,9 @@ class Stream(Dataset):
 
     A sample is what the dataset gives, with its `index`, `weight` 1 and `broken` "". Where a file cannot be read, it is
     zeros of the usual shapes, `weight` 0 and the message: batches keep their shape, and no neighbour is repeated.
+
+    A dataset whose samples are random crops has `draw(index, rng)` besides `[index]`; its randomness follows from the
+    seed and the position.
     """
 
     def __init__(self, dataset: Dataset, seed: int):
@@ -45,9 +51,15 @@ class Stream(Dataset):
     def __getitem__(self, position: int) -> dict:
         index = self.index(position)
         try:
-            return {**self.dataset[index], "index": index, "weight": 1.0, "broken": ""}
+            return {"broken": "", **self.take(index, position), "index": index, "weight": 1.0}
         except BrokenSample as error:
             return {**self.blank(), "index": index, "weight": 0.0, "broken": str(error)}
+
+    def take(self, index: int, position: int) -> dict:
+        """What the dataset gives at an index, drawn there for a position. Raises BrokenSample."""
+        if hasattr(self.dataset, "draw"):
+            return self.dataset.draw(index, np.random.default_rng(seed_of(self.seed, position)))
+        return self.dataset[index]
 
     def blank(self) -> dict[str, Tensor]:
         """Zeros of the shapes and types of a sample. Raises RuntimeError if none of the first hundred can be read."""
@@ -55,11 +67,12 @@ class Stream(Dataset):
             reasons = []
             for index in range(min(len(self.dataset), 100)):
                 try:
-                    sample = self.dataset[index]
+                    sample = self.take(index, 0)
                 except BrokenSample as error:
                     reasons.append(str(error))
                     continue
-                self._blank = {key: torch.zeros_like(torch.as_tensor(value)) for key, value in sample.items()}
+                values = {key: torch.as_tensor(value) for key, value in sample.items() if key != "broken"}
+                self._blank = {key: torch.zeros_like(value) for key, value in values.items()}
                 return self._blank
             raise RuntimeError("no sample could be read:\n  " + "\n  ".join(reasons))
         return self._blank
@@ -69,7 +82,7 @@ def collate(samples: list[dict]) -> dict[str, Tensor | list[str]]:
     """Stack samples of a `Stream`; `broken` becomes the list of the messages of those that could not be read."""
     keys = [key for key in samples[0] if key != "broken"]
     batch = {key: torch.stack([torch.as_tensor(sample[key]) for sample in samples]) for key in keys}
-    return batch | {"broken": [sample["broken"] for sample in samples if sample["broken"]]}
+    return batch | {"broken": [line for sample in samples for line in sample["broken"].splitlines()]}
 
 
 class _Positions:

@@ -1,0 +1,16 @@
+"""Clips, or latents made of them once, with images of other clips for joint training."""
+
+from diffusers import AutoencoderKL
+
+from skipdit.data.clips import ClipData, ClipDataset, VideoFiles
+from skipdit.data.latents import ClipLatents, expected_latents
+
+
+def make_dataset(config: ClipData, vae: AutoencoderKL) -> ClipDataset:
+    """The dataset of a config. Raises ValueError or FileNotFoundError that names what is wrong with it."""
+    expected = expected_latents(config.latents, config.image_size, vae)
+    if config.kind in ("videos", "frames"):
+        return VideoFiles(config)
+    if config.kind == "latents":
+        return ClipLatents(config.path, config.num_frames, config.frame_interval, config.images, expected)
+    raise ValueError(f"data.kind is {config.kind!r}; it is videos, frames or latents")

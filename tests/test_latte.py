@@ -1,0 +1,188 @@
+"""Latte gives the released code's numbers, and keeps its promises about frames, images and skips."""
+
+import json
+
+import pytest
+import torch
+from conftest import GOLDEN, assert_close, tiny_latte
+
+from skipdit import SkipCache
+from skipdit.cache import CacheStep
+from skipdit.class_to_video import Latte
+from skipdit.weights import from_released, load_weights, to_released
+
+
+@pytest.fixture(params=["latte_skip_extras1_0", "latte_skip_extras2_0"])
+def skip_case(golden, request):
+    case = golden(request.param)
+    model = Latte(**case.case["config"]).eval()
+    load_weights(model, case.state)
+    return model, case
+
+
+@torch.no_grad()
+def test_forward_equals_released_code(skip_case):
+    model, case = skip_case
+    x, t = case.inputs["x"], case.inputs["t"]
+    assert_close(model(x, t, case.inputs.get("y")), case.outputs["forward"])
+
+
+@torch.no_grad()
+def test_joint_forward_equals_released_code(skip_case):
+    model, case = skip_case
+    images = case.inputs["joint/x"], case.inputs["t"], case.inputs.get("y"), case.inputs.get("joint/y_image")
+    assert_close(model(*images, use_image_num=case.case["joint_images"]), case.outputs["joint"])
+
+
+@torch.no_grad()
+def test_plain_forward_equals_released_code(golden):
+    case = golden("latte_plain_0")
+    model = Latte(**case.case["config"], skip=False).eval()
+    load_weights(model, case.state)
+    assert_close(model(*(case.inputs[k] for k in ("x", "t", "y"))), case.outputs["forward"])
+
+
+@torch.no_grad()
+def test_guided_forward_equals_released_code(golden):
+    case = golden("latte_skip_extras2_0")
+    model = Latte(**case.case["config"]).eval()
+    load_weights(model, case.state)
+    x, t, y = case.inputs["x"], case.inputs["t"], case.inputs["y_cfg"]
+    guided = model.forward_with_cfg(x, t, y, case.case["cfg_scale"], cfg_channels=case.case["cfg_channels"])
+    assert_close(guided, case.outputs["forward_with_cfg"])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("run", "spec"), [("every2", "N2-900-49"), ("every3", "N3-900-49")])
+def test_cached_trajectory_equals_released_code(skip_case, run, spec):
+    model, case = skip_case
+    timesteps = case.case["timesteps"]
+    cache = SkipCache(spec, timesteps)
+    assert cache.plan == case.case["runs"][run]["full"]
+    assert cache.spec.branch == case.case["branch"]
+    for i, t in enumerate(timesteps):
+        out = model(case.inputs["xs"][i], torch.full((2,), t), case.inputs.get("y"), cache=cache.at(i))
+        assert_close(out, case.outputs[f"cached/{run}/{i}"])
+
+
+@pytest.mark.parametrize(
+    ("checkpoint", "classes"),
+    [
+        ("ffs-skip.pt / sky / taichi (class-to-video, extras=1)", {}),
+        ("ucf101-skip.pt (class-to-video, extras=2, num_classes=101)", {"extras": 2, "num_classes": 101}),
+    ],
+)
+def test_full_size_model_has_the_released_keys(checkpoint, classes):
+    shapes = json.loads((GOLDEN / "released_checkpoint_keys.json").read_text())[checkpoint]
+    with torch.device("meta"):
+        model = Latte.from_name("Latte-skip", **classes)
+    ours = {name: list(tensor.shape) for name, tensor in to_released(model.state_dict()).items()}
+    assert ours == shapes
+    state = from_released({name: torch.empty(shape, device="meta") for name, shape in shapes.items()})
+    config = Latte.config_from_state(state)
+    assert {key: model.config[key] for key in config} == config | {"n_skips": None}
+
+
+def test_images_change_nothing_in_the_clip():
+    model, x, t = tiny_latte(), torch.randn(2, 7, 4, 4, 4), torch.tensor([5, 500])
+    y, y_image = torch.tensor([0, 1]), torch.tensor([[2, 3, 4], [0, 1, 2]])
+    with torch.no_grad():
+        joint = model(x, t, y, y_image, use_image_num=3)
+        torch.testing.assert_close(joint[:, :4], model(x[:, :4], t, y))
+        other = model(x, t, y, (y_image + 1) % 5, use_image_num=3)
+    assert torch.equal(joint[:, :4], other[:, :4])
+    assert not torch.allclose(joint[:, 4:], other[:, 4:])
+
+
+def test_frames_see_each_other():
+    model, x = tiny_latte(), torch.randn(1, 4, 4, 4, 4)
+    changed = x.clone()
+    changed[:, 3] += 1
+    with torch.no_grad():
+        a, b = (model(x, torch.tensor([5]), torch.tensor([0])) for x in (x, changed))
+    assert not torch.allclose(a[:, 0], b[:, 0])
+
+
+@pytest.mark.parametrize(("n_skips", "wanted"), [(None, 3), (1, 1), (0, 0)])
+def test_skips_of_the_outer_pairs_only(n_skips, wanted):
+    model = tiny_latte(depth=12, n_skips=n_skips)
+    assert len(model.skips) == model.n_skips == wanted
+    full = CacheStep(1, None)
+    x, t, y = torch.randn(2, 4, 4, 4, 4), torch.tensor([5, 500]), torch.tensor([0, 1])
+    with torch.no_grad():
+        if wanted:
+            expected = model(x, t, y, cache=full)
+            torch.testing.assert_close(model(x, t, y, cache=CacheStep(1, full.output)), expected)
+        else:
+            with pytest.raises(ValueError, match="cache branch 1 is larger than the model's number of skips, 0"):
+                model(x, t, y, cache=full)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "complaint"),
+    [
+        ({"depth": 5}, "depth 5 is odd"),
+        ({"extras": 3}, "extras is 3"),
+        ({"n_skips": 3}, "n_skips is 3; 4 pairs have at most 2"),
+        ({"num_heads": 5}, "hidden_size 32 is not a multiple of num_heads 5"),
+    ],
+)
+def test_bad_arguments_are_named(arguments, complaint):
+    with pytest.raises(ValueError, match=complaint):
+        tiny_latte(**arguments)
+
+
+@pytest.mark.parametrize(
+    ("frames", "size", "y", "complaint"),
+    [
+        (5, 4, torch.tensor([0]), "clips have 5 frames, the model was made for 4"),
+        (4, 6, torch.tensor([0]), r"latents are \(6, 6\), the model was made for \(4, 4\)"),
+        (4, 4, None, "y is missing"),
+    ],
+)
+def test_inputs_that_do_not_fit_are_named(frames, size, y, complaint):
+    with pytest.raises(ValueError, match=complaint):
+        tiny_latte()(torch.randn(1, frames, 4, size, size), torch.tensor([5]), y)
+
+
+def test_unconditional_model_refuses_classes():
+    with pytest.raises(ValueError, match="the model is unconditional"):
+        tiny_latte(extras=1)(torch.randn(1, 4, 4, 4, 4), torch.tensor([5]), torch.tensor([0]))
+
+
+@pytest.mark.parametrize("extras", [1, 2])
+def test_modulations_ahead_change_nothing(extras):
+    """The modulations of many steps at once are those of each step alone, cached steps included."""
+    model, y = tiny_latte(extras=extras), torch.tensor([1, 2]) if extras == 2 else None
+    ahead = model.condition(torch.tensor([10, 500]), y)
+    outer = model.condition(torch.tensor([10, 500]), y, branch=1)
+    x = torch.randn(2, 4, 4, 4, 4)
+    with torch.no_grad():
+        for number, step in enumerate((10, 500)):
+            t, full = torch.full((2,), step), CacheStep(1, None)
+            torch.testing.assert_close(model(x, t, y, cache=full), model(x, t, y, conditioning=ahead[number]))
+            cached = CacheStep(1, full.output)
+            expected = model(x, t, y, cache=cached)
+            torch.testing.assert_close(expected, model(x, t, y, cache=cached, conditioning=outer[number]))
+
+
+def test_gradient_checkpointing_gives_the_same_gradients():
+    inputs = torch.randn(2, 6, 4, 4, 4), torch.tensor([5, 500]), torch.tensor([0, 1]), torch.tensor([[1, 2], [3, 4]])
+
+    def gradients(checkpointing: bool) -> dict:
+        model = tiny_latte().train()
+        if checkpointing:
+            model.enable_gradient_checkpointing()
+        model(*inputs, use_image_num=2).square().mean().backward()
+        return {name: p.grad for name, p in model.named_parameters()}
+
+    torch.testing.assert_close(gradients(True), gradients(False))
+
+
+def test_pretrained_round_trip(tmp_path):
+    model = tiny_latte()
+    model.save_pretrained(tmp_path)
+    again = Latte.from_pretrained(tmp_path)
+    assert again.config.num_frames == 4
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(again.state_dict()[name], tensor)
