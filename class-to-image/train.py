@@ -13,9 +13,10 @@ import torch
 from torchvision.io import write_png
 from torchvision.utils import make_grid
 
+from skipdit.class_sample import generate
 from skipdit.class_to_image.data import DataConfig, make_dataset
 from skipdit.class_to_image.model import DiT
-from skipdit.class_to_image.sample import ModelConfig, build_model, generate
+from skipdit.class_to_image.sample import ModelConfig, build_model
 from skipdit.config import friendly_errors, load_config, make_parser, setting
 from skipdit.data.images import to_uint8
 from skipdit.data.latents import clean_latents

@@ -66,6 +66,7 @@ class Latte(AdaLNTransformer):
             raise ValueError(f"n_skips is {n_skips}; {pairs} pairs have at most {pairs // 2}")
         classes = num_classes if extras == 2 else None
         self._build(input_size, patch_size, in_channels, hidden_size, depth, num_heads, mlp_ratio, classes, n_skips)
+        self.sample_shape = (num_frames, *self.sample_shape)
         temporal = torch.from_numpy(sincos_1d(np.arange(num_frames), hidden_size)).float()
         self.register_buffer("temp_embed", temporal[None])
 

@@ -9,7 +9,7 @@ import torch
 from conftest import tiny_dit
 
 from skipdit import CacheSpec, SkipCache
-from skipdit.class_to_image.sample import generate
+from skipdit.class_sample import generate
 from skipdit.diffusion import Diffusion
 from skipdit.sample import generators
 

@@ -7,7 +7,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from skipdit import SkipCache
-from skipdit.class_to_image.sample import generate
+from skipdit.class_sample import generate
 from skipdit.diffusion import Diffusion
 from skipdit.sample import generators
 
@@ -58,7 +58,7 @@ class _NoReadBack(TorchDispatchMode):
 @pytest.mark.parametrize("sampler", ["ddpm", "ddim"])
 @pytest.mark.parametrize("spec", ["none", "N2-1000-20", "N3-1000-20-o1"])
 def test_no_step_waits_for_the_device(sampler, spec, monkeypatch):
-    monkeypatch.setattr("skipdit.class_to_image.sample.require_finite", lambda *_: None)  # after the last step
+    monkeypatch.setattr("skipdit.class_sample.require_finite", lambda *_: None)  # after the last step
     model, diffusion, labels = tiny_dit(), Diffusion(8), torch.tensor([1, 2])
     cache, noise = SkipCache(spec, diffusion.sampling_timesteps), generators(0, range(2), "cpu")
     with _NoReadBack():

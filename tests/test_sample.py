@@ -15,7 +15,8 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from skipdit.bench import step_flops
-from skipdit.class_to_image.sample import Config, ModelConfig, build_model, generate, main, sample
+from skipdit.class_sample import generate
+from skipdit.class_to_image.sample import Config, ModelConfig, build_model, main, sample
 from skipdit.config import to_yaml
 from skipdit.data.latents import Latents
 from skipdit.diffusion import Diffusion
@@ -102,7 +103,7 @@ def test_interrupted_run_continues(config, tmp_path):
     whole, kept = images(folder), (folder / "000000.png").stat().st_mtime_ns
     for index in (1, 4):
         (folder / f"{index:06d}.png").unlink()
-    (folder / "000001.partial").write_bytes(b"half a picture")
+    (folder / "partial-000001.png").write_bytes(b"half a picture")
     sample(config)
     assert (folder / "000000.png").stat().st_mtime_ns == kept
     for a, b in zip(whole, images(folder), strict=True):

@@ -94,6 +94,7 @@ class AdaLNTransformer(ModelMixin, ConfigMixin):
         blocks_per_layer: blocks that make one layer of the skip stack; a cached pass of branch b runs twice b layers.
         inner_axes: axes of the tokens between samples and width.
         n_skips: number of long skips.
+        sample_shape: latents of one sample, (C, H, W) or (F, C, H, W).
         null_class: class id of no class, None for an unconditional model.
     """
 
@@ -102,6 +103,7 @@ class AdaLNTransformer(ModelMixin, ConfigMixin):
     blocks_per_layer: int = 1
     inner_axes: int = 1
     null_class: int | None
+    sample_shape: tuple[int, ...]
 
     def _build(
         self,
@@ -120,6 +122,7 @@ class AdaLNTransformer(ModelMixin, ConfigMixin):
             raise ValueError(f"patch_size {patch_size} does not divide the latent size {input_size}")
         self.n_skips = n_skips
         self.null_class = num_classes
+        self.sample_shape = (in_channels, input_size, input_size)
         self.gradient_checkpointing = False
 
         self.x_embedder = PatchEmbed(input_size, patch_size, in_channels, hidden_size)

@@ -10,11 +10,12 @@ from torch.utils.flop_counter import FlopCounterMode
 from skipdit.cache import CacheStep, SkipCache
 
 
-def model_inputs(model: nn.Module, batch: int, device: torch.device | str | None = None) -> tuple[torch.Tensor, ...]:
-    """Random inputs for a class-conditional image model: x (N, C, H, W), t (N,), y (N,)."""
-    device, size = device or model.device, model.config.input_size
-    x = torch.randn(batch, model.config.in_channels, size, size, device=device, dtype=model.dtype)
-    return x, torch.full((batch,), 500, device=device), torch.zeros(batch, dtype=torch.long, device=device)
+def model_inputs(model: nn.Module, batch: int, device: torch.device | str | None = None) -> tuple:
+    """Random inputs for a DiT or Latte: x (N, *sample_shape), t (N,), y (N,) or None."""
+    device = device or model.device
+    x = torch.randn(batch, *model.sample_shape, device=device, dtype=model.dtype)
+    y = None if model.null_class is None else torch.zeros(batch, dtype=torch.long, device=device)
+    return x, torch.full((batch,), 500, device=device), y
 
 
 def step_flops(model: nn.Module, batch: int, branch: int = 1) -> dict[str, float]:

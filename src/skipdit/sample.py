@@ -102,7 +102,7 @@ class Job:
 
     def save(self, index: int, write: Callable[[Path], None]) -> None:
         """Write a sample under a temporary name, then give it its own: a file that exists is complete."""
-        partial = self.path(index).with_suffix(".partial")
+        partial = self.folder / f"partial-{self.path(index).name}"  # keeps the suffix: encoders go by it
         write(partial)
         partial.replace(self.path(index))
 

@@ -1,0 +1,105 @@
+"""Train Skip-DiT (Latte) on clips, with single images beside them: from scratch, or in two stages onto a plain Latte.
+
+    accelerate launch class-to-video/train.py --config configs/class-to-video/ucf101_scratch.yaml
+    python class-to-video/train.py --config configs/class-to-video/emoji.yaml out=results/mine
+
+The same command again continues an interrupted run.
+"""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torchvision.io import write_png
+
+from skipdit.class_sample import generate
+from skipdit.class_to_video.data import make_dataset
+from skipdit.class_to_video.model import Latte
+from skipdit.class_to_video.sample import ModelConfig, build_model
+from skipdit.config import friendly_errors, load_config, make_parser, setting
+from skipdit.data.clips import ClipData
+from skipdit.data.images import to_uint8
+from skipdit.data.latents import clean_latents
+from skipdit.device import process_state
+from skipdit.diffusion import Diffusion
+from skipdit.media import contact_sheet, side_by_side, write_gif
+from skipdit.sample import generators
+from skipdit.train import Draw, TrainConfig, fit
+from skipdit.vae import decode, latent_size, load_vae
+from skipdit.weights import load_weights
+
+
+@dataclass
+class Config:
+    """A class-to-video training run."""
+
+    out: str = setting("results/class-to-video", "run folder")
+    init: str | None = setting(None, "checkpoint to start from; a plain Latte may start a skip model (stage 1)")
+    vae: str = setting("stabilityai/sd-vae-ft-ema", "autoencoder, folder or Hub name")
+    label_dropout: float = setting(0.1, "share of labels replaced by the null class, for guidance")
+    grid_guidance: float = setting(1.0, "guidance scale of the sample clips")
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: ClipData = field(default_factory=ClipData)
+    train: TrainConfig = field(default_factory=TrainConfig)
+
+
+def main() -> None:
+    parser = make_parser(Config, __doc__)
+    parser.add_argument("--dry-run", action="store_true", help="take one step, print its peak memory, write nothing")
+    args = parser.parse_intermixed_args()
+    with friendly_errors():
+        train(load_config(Config, args.config, args.overrides), args.dry_run)
+
+
+def train(config: Config, dry_run: bool = False) -> Latte:
+    """Run a config. Returns the averaged model."""
+    vae = load_vae(config.vae)
+    torch.manual_seed(config.train.seed)
+    model = build_model(config.model, latent_size(config.data.image_size, vae), config.data.num_frames)
+    if config.init and not any(Path(config.out).glob("checkpoints/*.pt")):  # a run that goes on has its own weights
+        new = load_weights(model, config.init, allow_missing="skips.*")
+        if new and process_state().is_main_process:
+            print(f"{len(new)} skip parameters are not in {config.init} and start anew:\n  " + "\n  ".join(new))
+    dataset, classes, images = make_dataset(config.data, vae), config.model.num_classes, config.data.images
+    if classes is not None and not 0 < dataset.num_classes <= classes:
+        raise ValueError(
+            f"{config.data.path} has {dataset.num_classes} classes and the model {classes}: set model.num_classes to "
+            "that, and data.labelled=true for folders that are classes"
+        )
+    diffusion = Diffusion()
+
+    def loss(model: torch.nn.Module, batch: dict, draw: Draw) -> torch.Tensor:
+        mirrored = (draw.rand(1 + images) < 0.5) & config.data.flip  # a clip as a whole, every image by itself
+        flipped = torch.cat([mirrored[:, :1].expand(-1, config.data.num_frames), mirrored[:, 1:]], dim=1)
+        x0 = clean_latents(batch, flipped, config.data.latents, vae, draw.randn)  # (N, F + I, C, h, w)
+        y = y_image = None
+        if classes is not None:
+            labels = torch.cat([batch["label"][:, None], *([batch["image_label"]] if images else [])], dim=1)
+            y, y_image = torch.where(draw.rand(1 + images) < config.label_dropout, classes, labels).split(
+                [1, images], 1
+            )
+            y = y.squeeze(1)
+        t, noise = draw.randint(len(diffusion)), draw.randn(*x0.shape[1:])
+        x = diffusion.q_sample(x0, t, noise)
+        return diffusion.losses(model(x, t, y, y_image, use_image_num=images), x0, x, t, noise)["loss"]
+
+    def sample(model: Latte, step: int) -> None:
+        count = min(8, classes or 4)
+        labels = None if classes is None else torch.arange(count, device=model.device)
+        noise = generators(config.train.seed, range(count), model.device)
+        try:
+            latents = generate(model, labels, noise, steps=50, sampler="ddim", guidance_scale=config.grid_guidance)
+        except FloatingPointError as error:  # of the average only; the training goes on
+            print(f"no sample clips at step {step}: {error}")
+            return
+        clips = to_uint8(decode(vae.to(model.device), latents)).cpu()
+        folder = Path(config.out) / "samples"
+        folder.mkdir(exist_ok=True)
+        write_png(contact_sheet(clips), str(folder / f"{step:07d}.png"))
+        write_gif(folder / f"{step:07d}.gif", side_by_side(clips), fps=8)
+
+    return fit(model, loss, dataset, config.train, config.out, config, sample, dry_run)
+
+
+if __name__ == "__main__":
+    main()

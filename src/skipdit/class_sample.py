@@ -1,0 +1,263 @@
+"""What the samplers of DiT and Latte share: models whose only condition is a class, or nothing."""
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
+from diffusers import AutoencoderKL
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from skipdit.adaln import AdaLNTransformer, Conditioning
+from skipdit.bench import step_flops
+from skipdit.cache import CacheSpec, SkipCache
+from skipdit.config import required, setting, to_dict
+from skipdit.data.images import to_uint8
+from skipdit.device import process_state
+from skipdit.diffusion import Diffusion, ddim, ddpm, randn
+from skipdit.sample import Ahead, Job, StepTimer, generators, preflight, report, require_finite, resolve_dtype
+from skipdit.vae import decode, load_vae
+from skipdit.weights import fingerprint, load_weights
+
+SAMPLERS = {"ddpm": ddpm, "ddim": ddim}
+AHEAD_BYTES = 2**28  # memory for modulations that are computed ahead of their steps
+
+
+@dataclass
+class SamplingConfig:
+    """Settings of a sampling run that do not depend on the task."""
+
+    weights: str = required("checkpoint: .pt, .safetensors, or folder")
+    out: str = setting("samples", "folder for the samples and the report")
+    vae: str = setting("stabilityai/sd-vae-ft-ema", "autoencoder, folder or Hub name")
+    image_size: int = setting(256, "pixels along a side")
+    classes: list[int] = field(
+        default_factory=list, metadata={"help": "class ids, repeated over the samples; empty: all of them"}
+    )
+    num_samples: int = setting(8, "samples to make")
+    batch_size: int = setting(8, "samples per model call and process (guidance doubles it)")
+    seed: int = setting(0, "seed of the run; sample i depends on it and on i")
+    sampler: str = setting("ddpm", "ddpm or ddim")
+    steps: int = setting(250, "sampling steps")
+    guidance_scale: float = setting(1.0, "classifier-free guidance; 1 is none")
+    guidance_channels: int | None = setting(None, "latent channels to guide; null for all")
+    guidance_low: int = setting(0, "guide at timesteps from here ...")
+    guidance_high: int = setting(1000, "... to here")
+    cache: str = setting("none", "Skip-Cache spec, as --cache")
+    dtype: str = setting("auto", "auto, float32, bfloat16 or float16")
+    compile: bool = setting(False, "compile the model with torch.compile")
+
+
+# Settings that say where and how fast, not what is made. Of the weights the fingerprints count.
+_FREE = {"out", "batch_size", "compile", "num_samples", "weights", "vae"}
+
+
+def generate_settings(config: SamplingConfig) -> dict:
+    """What a config says of the arguments of `generate`."""
+    return {
+        "steps": config.steps,
+        "sampler": config.sampler,
+        "guidance_scale": config.guidance_scale,
+        "guidance_channels": config.guidance_channels,
+        "guidance_interval": (config.guidance_low, config.guidance_high),
+    }
+
+
+def labels_of(config: SamplingConfig, model: AdaLNTransformer, indices: Sequence[int]) -> Tensor | None:
+    """Class ids of samples, on the model's device; None for an unconditional model."""
+    if model.null_class is None:
+        return None
+    classes = list(config.classes) or list(range(model.null_class))
+    return torch.tensor([classes[i % len(classes)] for i in indices], device=model.device)
+
+
+@torch.no_grad()
+def generate(
+    model: AdaLNTransformer,
+    labels: Tensor | None,
+    generators: Sequence[torch.Generator],
+    *,
+    steps: int | str = 250,
+    sampler: str = "ddpm",
+    guidance_scale: float = 4.0,
+    guidance_channels: int | None = 3,
+    guidance_interval: tuple[int, int] = (0, 1000),
+    cache: SkipCache | str = "none",
+    callback: Callable[[int, Tensor, Tensor], None] | None = None,
+    progress: bool = False,
+) -> Tensor:
+    """Sample latents.
+
+    Args:
+        model: in eval mode.
+        labels: class ids (N,), on the model's device; None for an unconditional model, which is not guided.
+        generators: N, on the model's device.
+        guidance_interval: timesteps, both ends included, between which guidance acts; elsewhere the unconditional half
+            is not run at all (arXiv 2404.07724).
+        cache: a spec, or a `SkipCache` for these steps to read its counts afterwards.
+        callback: see `diffusion.ddpm`.
+
+    Returns:
+        Latents (N, *model.sample_shape), float32.
+
+    Raises FloatingPointError, naming the step, if they stop being finite.
+    """
+    diffusion, count = Diffusion(steps), len(generators)
+    timesteps = diffusion.sampling_timesteps
+    run = cache if isinstance(cache, SkipCache) else SkipCache(cache, timesteps)
+    x = randn((count, *model.sample_shape), generators, model.device, torch.float32)
+    both = None if labels is None else torch.cat([labels, torch.full_like(labels, model.null_class)])
+    low, high = guidance_interval
+
+    steps_on_device = torch.tensor(timesteps, device=model.device)
+
+    def condition(steps: list[int], full: bool) -> list[Conditioning]:
+        return model.condition(
+            torch.stack([steps_on_device[j] for j in steps]), both, None if full else run.spec.branch
+        )
+
+    rows = 1 if both is None else len(both)
+    step_bytes = 6 * model.config.hidden_size * rows * len(model.blocks) * model.dtype.itemsize
+    ahead = Ahead(condition, run.plan, max(1, AHEAD_BYTES // step_bytes))
+
+    def guided(x: Tensor, t: Tensor, i: int) -> Tensor:
+        guide = labels is not None and guidance_scale != 1 and low <= timesteps[i] <= high
+        step = run.at(i, stream="guided" if guide else "conditional")
+        conditioning = ahead.at(i, step is None or step.feature is None)
+        x = x.to(model.dtype)
+        if guide:
+            x, t = torch.cat([x, x]), torch.cat([t, t])
+            out = model.forward_with_cfg(x, t, both, guidance_scale, step, guidance_channels, conditioning)
+            return out[:count]
+        blocks, final = conditioning
+        return model(x, t, labels, cache=step, conditioning=Conditioning(blocks[:, :count], final[:count]))
+
+    finite: list[Tensor] = []  # per step, on the device: read once, after the run
+
+    def after_step(i: int, x: Tensor, x0: Tensor) -> None:
+        finite.append(x.isfinite().all())
+        if callback is not None:
+            callback(i, x, x0)
+
+    try:
+        x = SAMPLERS[sampler](guided, x, diffusion, generators, callback=after_step, progress=progress)
+    finally:
+        run.clear()
+    require_finite(finite, timesteps, model.dtype)
+    return x
+
+
+class Models(NamedTuple):
+    """What a config asks for, on the device, ready to sample."""
+
+    model: AdaLNTransformer
+    vae: AutoencoderKL
+    flops: dict[str, float]  # of one full and one cached step, per sample
+
+
+def open_models(
+    config: SamplingConfig, build: Callable[[AutoencoderKL], AdaLNTransformer], branch: int | None, fetch: str
+) -> Models:
+    """Check a config, then load its model and autoencoder.
+
+    Args:
+        build: makes the model of the config, for latents of this autoencoder; called on the meta device.
+        branch: the cache's, None without a cache.
+        fetch: the command that fetches the released weights.
+
+    Raises ValueError or FileNotFoundError for settings that do not fit each other, before any weight is read.
+    """
+    device = process_state().device
+    preflight({"weights": config.weights, "vae": config.vae}, fetch)
+    vae = load_vae(config.vae).to(device)
+    with torch.device("meta"):
+        model = build(vae)
+    if bad := [c for c in config.classes if not 0 <= c < (model.null_class or 0)]:
+        known = f"0 .. {model.null_class - 1}" if model.null_class else "no classes"
+        raise ValueError(f"class ids {bad} are out of range; this model knows {known}")
+    Diffusion(config.steps)
+    if config.sampler not in SAMPLERS:
+        raise ValueError(f"sampler is {config.sampler!r}; known: {', '.join(SAMPLERS)}")
+    guided = config.guidance_scale != 1
+    if guided and model.null_class is None:
+        raise ValueError(f"guidance_scale is {config.guidance_scale}, and the model is unconditional: set it to 1")
+    if branch is not None and branch > model.n_skips:
+        raise ValueError(f"cache branch {branch} is larger than the model's number of skips, {model.n_skips}")
+    flops = step_flops(model, 2 if guided else 1, branch or 1)
+    dtype = resolve_dtype(config.dtype, device)
+    nn.Module.to(model, dtype=dtype)  # not diffusers' own, which warns of float32 modules that this model has not
+    model.to_empty(device="cpu")
+    load_weights(model, config.weights)
+    model.to(device).eval().requires_grad_(False)
+    if config.compile:
+        model.compile(fullgraph=True)
+    return Models(model, vae, flops)
+
+
+def run_job(
+    config: SamplingConfig, models: Models, save: Callable[[Job, int, Tensor], None], suffix: str, free: set[str]
+) -> tuple[Job, dict]:
+    """Make the samples of a config that are not there yet.
+
+    Args:
+        save: `save(job, index, pixels)` writes a sample, uint8 of the shape that the autoencoder gives.
+        suffix: of the samples' files.
+        free: the task's settings that do not determine the samples.
+
+    Returns:
+        The job, all of whose samples exist then, and the run's report.
+    """
+    state, spec = process_state(), CacheSpec.parse(config.cache)
+    model, vae, flops = models
+    device, main = state.device, state.is_main_process
+    identity = {key: value for key, value in to_dict(config).items() if key not in _FREE | free}
+    identity |= {"weights": fingerprint(model), "vae": fingerprint(vae), "cache": str(spec)}
+    identity |= {"dtype": str(model.dtype), "device": device.type}  # devices draw different noise from one seed
+    job = Job(config.out, identity, config.num_samples, suffix, rank=state.process_index, world=state.num_processes)
+
+    timesteps = Diffusion(config.steps).sampling_timesteps
+    cache, timer, began = SkipCache(spec, timesteps), StepTimer(device), time.perf_counter()
+    made = cache_bytes = 0
+    progress = tqdm(total=len(job.pending()), desc="samples", unit="sample", disable=not main)
+    for indices in job.batches(config.batch_size):
+        cache = SkipCache(spec, timesteps)
+        timer.start()
+        latents = generate(
+            model,
+            labels_of(config, model, indices),
+            generators(config.seed, indices, device),
+            **generate_settings(config),
+            cache=cache,
+            callback=lambda i, x, x0, ran=cache.ran: timer.tick(ran[i]),
+            progress=main,
+        )
+        for index, pixels in zip(indices, to_uint8(decode(vae, latents)).cpu(), strict=True):
+            save(job, index, pixels)
+        made, cache_bytes = made + len(indices), max(cache_bytes, cache.peak_bytes)
+        progress.update(len(indices))
+    progress.close()
+    seconds = time.perf_counter() - began
+    state.wait_for_everyone()
+    return job, report(
+        cache,
+        timer.seconds(),
+        flops,
+        cache_bytes=cache_bytes,
+        num_samples=config.num_samples,
+        seconds_per_sample=seconds / made if made else None,  # of those that this process made now
+        processes=state.num_processes,
+        seed=config.seed,
+        config=to_dict(config),
+    )
+
+
+def summary(job: Job, report: dict, unit: str) -> str:
+    """One line for the end of a run."""
+    steps, times = report["steps"], report["seconds_per_step"]
+    return (
+        f"{job.total} {unit} in {job.folder}: {steps['full']} full and {steps['cached']} cached steps, "
+        f"{report['flops_speedup']:.2f}x fewer FLOPs"
+        + "".join(f", {kind} step {value * 1e3:.1f} ms" for kind, value in times.items() if value)
+    )

@@ -1,0 +1,50 @@
+"""Writing clips for people to look at: mp4, GIF, and contact sheets."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import imageio.v3 as imageio
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torchvision.utils import make_grid
+
+
+def write_mp4(path: Path, frames: Tensor, fps: float) -> None:
+    """Frames uint8 (F, 3, H, W), H and W even -> H.264 that any player shows, nearly without loss."""
+    options = ["-crf", "10", "-pix_fmt", "yuv420p"]
+    imageio.imwrite(
+        path, _pixels(frames), plugin="FFMPEG", fps=fps, codec="libx264", macro_block_size=1, output_params=options
+    )
+
+
+def read_mp4(path: Path) -> Tensor:
+    """uint8 (F, 3, H, W)."""
+    return torch.from_numpy(imageio.imread(path, plugin="FFMPEG").copy()).permute(0, 3, 1, 2)
+
+
+def write_gif(path: Path, frames: Tensor, fps: float) -> None:
+    """Frames uint8 (F, 3, H, W) -> a GIF that repeats for ever, each frame with its own 256 colours."""
+    first, *rest = [Image.fromarray(frame).quantize(dither=Image.Dither.NONE) for frame in _pixels(frames)]
+    first.save(path, format="gif", save_all=True, append_images=rest, duration=round(1000 / fps), loop=0)
+
+
+def contact_sheet(clips: Sequence[Tensor], columns: int = 8) -> Tensor:
+    """Clips, each uint8 (F, 3, H, W) -> one picture, a clip per line, `columns` of its frames evenly spread."""
+    shown = []
+    for clip in clips:
+        picks = torch.linspace(0, len(clip) - 1, min(columns, len(clip))).round().long()
+        shown.append(clip[picks])
+    return make_grid(torch.cat(shown), nrow=len(shown[0]), pad_value=255)
+
+
+def side_by_side(clips: Sequence[Tensor], columns: int = 4) -> Tensor:
+    """Clips of one length, each uint8 (F, 3, H, W) -> one clip that shows all of them in a grid."""
+    grids = [make_grid(torch.stack(frames), nrow=columns, pad_value=255) for frames in zip(*clips, strict=True)]
+    film = torch.stack(grids)
+    return film[..., : film.shape[-2] // 2 * 2, : film.shape[-1] // 2 * 2]  # H.264 wants even sides
+
+
+def _pixels(frames: Tensor) -> np.ndarray:
+    return frames.permute(0, 2, 3, 1).cpu().numpy()
