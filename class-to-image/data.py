@@ -1,27 +1,13 @@
 """Images, or latents made of them once."""
 
-from dataclasses import dataclass
-
 from diffusers import AutoencoderKL
 from torch.utils.data import Dataset
 
-from skipdit.config import setting
-from skipdit.data.images import FashionMNIST, ImageFolder
+from skipdit.data.images import FashionMNIST, ImageData, ImageFolder
 from skipdit.data.latents import Latents, expected_latents
 
 
-@dataclass
-class DataConfig:
-    """Where training images come from."""
-
-    kind: str = setting("image_folder", "image_folder, fashion_mnist, or latents (made by `python -m skipdit.encode`)")
-    path: str = setting("data/imagenet/train", "folder of the images or latents")
-    image_size: int = setting(256, "pixels along a side")
-    latents: str = setting("sample", "mean or sample: what of the autoencoder's posterior is trained on")
-    flip: bool = setting(True, "flip half of the images horizontally")
-
-
-def make_dataset(config: DataConfig, vae: AutoencoderKL) -> Dataset:
+def make_dataset(config: ImageData, vae: AutoencoderKL) -> Dataset:
     """The dataset of a config. Raises ValueError or FileNotFoundError that names what is wrong with it."""
     expected = expected_latents(config.latents, config.image_size, vae)
     if config.kind == "image_folder":

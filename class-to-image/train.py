@@ -14,11 +14,11 @@ from torchvision.io import write_png
 from torchvision.utils import make_grid
 
 from skipdit.class_sample import generate
-from skipdit.class_to_image.data import DataConfig, make_dataset
+from skipdit.class_to_image.data import make_dataset
 from skipdit.class_to_image.model import DiT
 from skipdit.class_to_image.sample import ModelConfig, build_model
 from skipdit.config import friendly_errors, load_config, make_parser, setting
-from skipdit.data.images import to_uint8
+from skipdit.data.images import ImageData, to_uint8
 from skipdit.data.latents import clean_latents
 from skipdit.device import process_state
 from skipdit.diffusion import Diffusion
@@ -38,7 +38,7 @@ class Config:
     label_dropout: float = setting(0.1, "share of labels replaced by the null class, for guidance")
     grid_guidance: float = setting(4.0, "guidance scale of the sample grids")
     model: ModelConfig = field(default_factory=ModelConfig)
-    data: DataConfig = field(default_factory=DataConfig)
+    data: ImageData = field(default_factory=ImageData)
     train: TrainConfig = field(default_factory=TrainConfig)
 
 

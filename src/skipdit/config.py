@@ -34,15 +34,20 @@ def required(help: str) -> Any:
     return field(default="???", metadata={"help": help})
 
 
-def load_config(schema: type[T], file: str | Path | None, overrides: list[str] = ()) -> T:
+def load_config(schema: type[T], file: str | Path | None, overrides: list[str] = (), section: str | None = None) -> T:
     """Build a `schema` instance from a YAML file, then from `key=value` overrides, later ones winning.
+
+    With `section`, the schema is that of one section of the file, and overrides are of its keys.
 
     Raises ConfigError naming file, line and key for anything the schema does not know.
     """
     config = OmegaConf.structured(schema)
     if file is not None:
         values, lines = _read(Path(file))
-        config = _merge(schema, config, values, lambda key: f"{file}, line {lines.get(key, '?')}")
+        prefix = f"{section}." if section else ""
+        if section and not isinstance(values := values.get(section), dict):
+            raise ConfigError(f"{file} has no section {section!r}")
+        config = _merge(schema, config, values, lambda key: f"{file}, line {lines.get(prefix + key, '?')}")
     for text in overrides:
         if "=" not in text:
             raise ConfigError(f"override {text!r} has no '='; write key=value, for example sample.steps=50")

@@ -6,6 +6,7 @@ random stretch, and for joint image-video training (Latte, arXiv 2401.03048) fra
 
 import re
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -94,8 +95,8 @@ class ClipDataset(Dataset, ABC):
         another one is drawn, and `broken` holds the message. Raises BrokenSample if the clip itself cannot be read.
         """
         clip = self.open(index)
-        if self._is_short(len(clip)):
-            raise BrokenSample(self._short(index, len(clip)))
+        if self.is_short(len(clip)):
+            raise BrokenSample(self.too_short(index, len(clip)))
         start = int(rng.integers(len(clip) - self.span + 1))
         parts, labels, broken = [clip.read(range(start, start + self.span, self.frame_interval))], [], []
         for _ in range(self.images):
@@ -131,16 +132,16 @@ class ClipDataset(Dataset, ABC):
     def _label(self, index: int) -> dict:
         return {} if self.labels is None else {"label": self.labels[index]}
 
-    def _is_short(self, length: int) -> bool:
+    def is_short(self, length: int) -> bool:
         return length < self.span
 
-    def _short(self, index: int, length: int) -> str:
+    def too_short(self, index: int, length: int) -> str:
         return f"{self.names[index]}: {length} frames, too short for {self.num_frames} at every {self.frame_interval}"
 
     def _leave_out_short(self, lengths: list[int]) -> list[int]:
         """Drop the clips that are too short. Returns the positions that stay."""
-        kept = [i for i, length in enumerate(lengths) if not self._is_short(length)]
-        self.left_out = [self._short(i, length) for i, length in enumerate(lengths) if self._is_short(length)]
+        kept = [i for i, length in enumerate(lengths) if not self.is_short(length)]
+        self.left_out = [self.too_short(i, length) for i, length in enumerate(lengths) if self.is_short(length)]
         if not kept:
             raise ValueError(f"all {len(lengths)} clips are too short, for example {self.left_out[0]}")
         self.names = [self.names[i] for i in kept]
@@ -164,6 +165,11 @@ class VideoFiles(ClipDataset):
 
     Samples: {"image": uint8 (F + I, 3, S, S)}, with classes "label" and "image_label". Files of other kinds are passed
     over. Raises FileNotFoundError or ValueError, naming the folder, if there is nothing to read.
+
+    Attributes:
+        classes: class folders in order of their ids.
+        strays: how many files of which suffix were passed over.
+        pictures, picture_root: the pictures to draw images from, None for frames of the clips themselves.
     """
 
     def __init__(self, config: ClipData):
@@ -171,35 +177,44 @@ class VideoFiles(ClipDataset):
         self.root, self.size, self.kind = Path(config.path), config.image_size, config.kind
         if not self.root.is_dir():
             raise FileNotFoundError(f"no folder of clips {self.root}")
-        if config.clip_list:
-            self.names = _lines(config.clip_list)
-        else:
-            self.names = _find_videos(self.root) if self.kind == "videos" else _find_frame_folders(self.root)
+        self.strays: Counter[str] = Counter()
+        self.names = _lines(config.clip_list) if config.clip_list else self._find()
         self.labels = self._classify(config) if config.labelled or config.classes else None
         if not self.names:
             wanted = "video files" if self.kind == "videos" else "folders of pictures"
             raise ValueError(f"{self.root} holds no {wanted}" + (f" of {config.classes}" if config.classes else ""))
         if self.kind == "frames":
             self._leave_out_short([len(_frames(self.root / name)) for name in self.names])
-        self._pictures = _lines(config.image_list) if config.image_list and config.images else None
-        self._picture_root = Path(config.image_path or config.path)
-        if self._pictures == []:
+        self.pictures = _lines(config.image_list) if config.image_list and config.images else None
+        self.picture_root = Path(config.image_path or config.path)
+        if self.pictures == []:
             raise ValueError(f"{config.image_list} lists no pictures")
+
+    def _find(self) -> list[str]:
+        """Names of all clips below the root: video files, or folders that hold pictures themselves."""
+        wanted = VIDEO_SUFFIXES if self.kind == "videos" else IMAGE_SUFFIXES
+        found = set()
+        for path in self.root.rglob("*"):
+            if path.suffix.lower() in wanted:
+                found.add(path if self.kind == "videos" else path.parent)
+            elif path.is_file():
+                self.strays[path.suffix.lower()] += 1
+        return sorted(path.relative_to(self.root).as_posix() for path in found)
 
     def open(self, index: int) -> Clip:
         path = self.root / self.names[index]
         return _Video(path, self.size) if self.kind == "videos" else _FrameFolder(path, self.size)
 
     def draw_image(self, index: int, rng: np.random.Generator) -> tuple[dict, int | None]:
-        if self._pictures is None:
+        if self.pictures is None:
             return super().draw_image(index, rng)
         own = Path(self.names[index]).with_suffix("").name
         for _ in range(ATTEMPTS):
-            name = self._pictures[int(rng.integers(len(self._pictures)))]
+            name = self.pictures[int(rng.integers(len(self.pictures)))]
             if own not in Path(name).parts:
                 break
         label = None if self.labels is None else self._class_of(name)
-        return _read_pictures([self._picture_root / name], self.size), label
+        return _read_pictures([self.picture_root / name], self.size), label
 
     def _classify(self, config: ClipData) -> list[int]:
         """Class ids of the clips; those outside of the classes asked for are dropped."""
@@ -270,17 +285,6 @@ def _read_pictures(files: Sequence[Path], size: int) -> dict[str, Tensor]:
             raise BrokenSample(f"{file}: {error}") from error
         pictures.append(to_square(torch.from_numpy(pixels).permute(2, 0, 1), size))
     return {"image": torch.stack(pictures)}
-
-
-def _find_videos(root: Path) -> list[str]:
-    files = (path for path in root.rglob("*") if path.suffix.lower() in VIDEO_SUFFIXES and path.is_file())
-    return sorted(path.relative_to(root).as_posix() for path in files)
-
-
-def _find_frame_folders(root: Path) -> list[str]:
-    """Folders that hold pictures themselves, at any depth."""
-    folders = {path.parent for path in root.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES}
-    return sorted(folder.relative_to(root).as_posix() for folder in folders)
 
 
 def _frames(folder: Path) -> list[Path]:

@@ -1,5 +1,6 @@
 """Labelled images: folders and FashionMNIST. Samples are {"image": uint8 (3, H, W), "label": int}."""
 
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,19 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision import datasets
 
+from skipdit.config import setting
 from skipdit.data.stream import BrokenSample
+
+
+@dataclass
+class ImageData:
+    """Where training images come from."""
+
+    kind: str = setting("image_folder", "image_folder, fashion_mnist, or latents (made by `python -m skipdit.encode`)")
+    path: str = setting("data/imagenet/train", "folder of the images or latents")
+    image_size: int = setting(256, "pixels along a side")
+    latents: str = setting("sample", "mean or sample: what of the autoencoder's posterior is trained on")
+    flip: bool = setting(True, "flip half of the images horizontally")
 
 
 def centre_crop(image: Image.Image, size: int) -> Image.Image:

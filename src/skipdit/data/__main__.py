@@ -1,0 +1,130 @@
+"""Walk the dataset of a training config: what is there, what is too short, what is broken.
+
+    python -m skipdit.data check configs/class-to-video/ucf101_scratch.yaml path=data/UCF101/videos
+    python -m skipdit.data check configs/class-to-video/sky_scratch.yaml --good good.txt
+
+Reads every file as training does. Ends with status 1 if anything is broken. The list of good clips can be given back to
+training as data.clip_list.
+"""
+
+import argparse
+from collections import Counter
+from pathlib import Path
+from statistics import median
+
+from omegaconf import OmegaConf
+from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
+
+from skipdit.config import friendly_errors, load_config
+from skipdit.data.clips import ClipData, ClipDataset, VideoFiles
+from skipdit.data.images import FashionMNIST, ImageData, ImageFolder
+from skipdit.data.latents import Shards
+from skipdit.data.stream import BrokenSample
+
+CLIPS = ("videos", "frames")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m skipdit.data", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("action", choices=["check"])
+    parser.add_argument("config", metavar="CONFIG", help="YAML file of a training run; its section `data` counts")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings of that section to replace")
+    parser.add_argument("--good", type=Path, metavar="FILE", help="write the names of the good clips, one per line")
+    parser.add_argument("--quick", action="store_true", help="of every clip read the first and the last frame only")
+    parser.add_argument("--workers", type=int, default=4, help="reading processes [%(default)s]")
+    args = parser.parse_intermixed_args()
+    with friendly_errors():
+        broken = check(args)
+    raise SystemExit(1 if broken else 0)
+
+
+def check(args: argparse.Namespace) -> int:
+    """Print the report. Returns the number of broken files."""
+    kind = OmegaConf.load(args.config).get("data", {}).get("kind") if Path(args.config).is_file() else None
+    clips = kind in CLIPS
+    config = load_config(ClipData if clips else ImageData, args.config, args.overrides, section="data")
+    if config.kind == "latents":
+        table = Shards(config.path)
+        unit = f"frames of {len(table.column('length')):,} clips" if table.clips else "images"
+        print(f"{config.path}: latents of {len(table):,} {unit}, {table.info}")
+        return 0
+    if clips:
+        dataset = VideoFiles(config)
+    else:
+        dataset = (FashionMNIST if config.kind == "fashion_mnist" else ImageFolder)(config.path, config.image_size)
+    loader = DataLoader(_Walk(dataset, args.quick), batch_size=None, num_workers=args.workers)
+    found = list(tqdm(loader, desc="reading", unit="clip" if clips else "image"))
+    broken = [error for _, error in found if error]
+    if clips:
+        _describe_clips(dataset, config, [length for length, error in found if not error])
+        if dataset.pictures:
+            broken += _missing(dataset)
+        short = dataset.left_out + [
+            dataset.too_short(i, n) for i, (n, error) in enumerate(found) if not error and dataset.is_short(n)
+        ]
+        _list(f"too short for {config.num_frames} frames at every {config.frame_interval}", short)
+    else:
+        print(f"{config.path}: {len(found) - len(broken):,} images in {dataset.num_classes} classes")
+    _list("broken", broken)
+    if args.good and clips:
+        good = [dataset.names[i] for i, (n, error) in enumerate(found) if not error and not dataset.is_short(n)]
+        args.good.write_text("".join(f"{name}\n" for name in good))
+        print(f"{len(good):,} good clips listed in {args.good}: train with data.clip_list={args.good}")
+    return len(broken)
+
+
+class _Walk(Dataset):
+    """(frames, error) of every sample."""
+
+    def __init__(self, dataset: Dataset, quick: bool):
+        self.dataset, self.quick = dataset, quick
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> tuple[int, str]:
+        try:
+            if not isinstance(self.dataset, ClipDataset):
+                self.dataset[index]
+                return 1, ""
+            clip = self.dataset.open(index)
+            length = len(clip)
+            step = max(1, length - 1) if self.quick else 64  # in stretches: a long clip does not fit into memory
+            for start in range(0, length, step):
+                clip.read(range(start, min(start + (1 if self.quick else step), length)))
+            return length, ""
+        except BrokenSample as error:
+            return 0, str(error)
+
+
+def _describe_clips(dataset: VideoFiles, config: ClipData, lengths: list[int]) -> None:
+    what = "video files" if config.kind == "videos" else "folders of frames"
+    print(f"{config.path}: {len(lengths):,} readable {what}, {sum(lengths):,} frames")
+    if lengths:
+        print(f"frames per clip: {min(lengths):,} to {max(lengths):,}, median {median(lengths):,.0f}")
+    if dataset.labels is not None:
+        counts = Counter(dataset.labels)
+        print(f"{len(dataset.classes)} classes of {min(counts.values()):,} to {max(counts.values()):,} clips:")
+        print("  " + ", ".join(f"{i} {name} ({counts[i]})" for i, name in enumerate(dataset.classes)))
+    if dataset.strays:
+        kinds = ", ".join(f"{count} {suffix or 'without suffix'}" for suffix, count in dataset.strays.most_common(5))
+        print(f"passed over: {sum(dataset.strays.values()):,} other files ({kinds})")
+
+
+def _missing(dataset: VideoFiles) -> list[str]:
+    """Messages of the listed pictures that do not exist."""
+    print(f"{len(dataset.pictures):,} pictures listed to draw images from")
+    paths = (dataset.picture_root / name for name in dataset.pictures)
+    return [f"{path}: listed, but not there" for path in paths if not path.is_file()]
+
+
+def _list(title: str, messages: list[str]) -> None:
+    if messages:
+        print(f"{title}: {len(messages)}\n  " + "\n  ".join(messages))
+
+
+if __name__ == "__main__":
+    main()
