@@ -2,6 +2,7 @@
 
     python benchmarks/latency.py --model DiT-S/2-skip --batch 4
     python benchmarks/latency.py --model DiT-skip --batch 8 --dtype bfloat16 --compile --json results/xl.json
+    python benchmarks/latency.py --model Latte-S/2-skip --batch 1
     python benchmarks/latency.py --model demo --batch 4
 
 Weights are random: they do not change the time. The overhead of a cached step is its share of the time over its share
@@ -15,26 +16,38 @@ from statistics import median
 
 import torch
 
+from skipdit.adaln import AdaLNTransformer
 from skipdit.bench import interleaved_seconds, model_inputs, run_flops, step_flops
 from skipdit.cache import CacheStep, SkipCache
-from skipdit.class_to_image.model import DiT
-from skipdit.class_to_image.sample import generate
+from skipdit.class_sample import generate
+from skipdit.class_to_image import DiT
+from skipdit.class_to_video import Latte
 from skipdit.config import friendly_errors
 from skipdit.diffusion import Diffusion
 from skipdit.sample import generators, resolve_dtype, versions
 from skipdit.train import peak_memory
 
-DEMO = {"input_size": 8, "patch_size": 1, "hidden_size": 128, "depth": 12, "num_heads": 2, "num_classes": 10}
+
+def build(name: str) -> AdaLNTransformer:
+    """A model of random weights, by published name or as the demos have it."""
+    if name == "demo":
+        return DiT(input_size=8, patch_size=1, hidden_size=128, depth=12, num_heads=2, num_classes=10)
+    if name == "demo-video":
+        return Latte(
+            input_size=16, patch_size=4, hidden_size=144, depth=16, num_heads=3, num_classes=8, num_frames=16, extras=2
+        )
+    return Latte.from_name(name) if name.startswith("Latte") else DiT.from_name(name)
 
 
 def measure(args: argparse.Namespace) -> dict:
     """All numbers of one model and setting."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = resolve_dtype(args.dtype, device)
-    model = DiT(**DEMO) if args.model == "demo" else DiT.from_name(args.model)
+    model = build(args.model)
     for parameter in model.parameters():  # DiT's initialisation is zero in places, and zeros can be fast
         torch.nn.init.normal_(parameter, std=0.02)
-    model = model.to(device, dtype).eval().requires_grad_(False)
+    torch.nn.Module.to(model, device, dtype)  # not diffusers' own, which warns of float32 modules that are not there
+    model.eval().requires_grad_(False)
     if args.compile:
         model.compile(fullgraph=True)
     x, t, y = model_inputs(model, args.batch, device)
@@ -59,6 +72,7 @@ def measure(args: argparse.Namespace) -> dict:
     result = {
         "model": args.model,
         "batch": args.batch,
+        "frames": model.sample_shape[0] if len(model.sample_shape) == 4 else 1,
         "tokens": len(model.pos_embed[0]),
         "dtype": str(dtype),
         "compile": args.compile,
@@ -78,14 +92,15 @@ def measure(args: argparse.Namespace) -> dict:
     return result | {"peak_memory_bytes": peak_memory()}
 
 
-def end_to_end(model: DiT, args: argparse.Namespace, flops: dict[str, float]) -> dict:
+def end_to_end(model: AdaLNTransformer, args: argparse.Namespace, flops: dict[str, float]) -> dict:
     """Seconds of a whole DDIM run, uncached and cached, guidance in the same batch."""
-    labels = torch.zeros(max(args.batch // 2, 1), dtype=torch.long, device=model.device)
+    count = max(args.batch // 2, 1)
+    labels = None if model.null_class is None else torch.zeros(count, dtype=torch.long, device=model.device)
     timesteps = Diffusion(args.steps).sampling_timesteps
     spec = f"{args.cache}-b{args.branch}"
 
     def run(cache: str):
-        noise = generators(0, range(len(labels)), model.device)
+        noise = generators(0, range(count), model.device)
         return generate(model, labels, noise, steps=args.steps, sampler="ddim", cache=cache)
 
     times = interleaved_seconds({"uncached": lambda: run("none"), "cached": lambda: run(spec)}, 3, model.device)
@@ -102,7 +117,9 @@ def end_to_end(model: DiT, args: argparse.Namespace, flops: dict[str, float]) ->
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="DiT-S/2-skip", help="a published name with skips, or demo [%(default)s]")
+    parser.add_argument(
+        "--model", default="DiT-S/2-skip", help="a published name with skips, demo or demo-video [%(default)s]"
+    )
     parser.add_argument(
         "--batch", type=int, default=4, help="rows of a model call; guidance takes two each [%(default)s]"
     )
@@ -120,9 +137,8 @@ def main() -> None:
         args.json.parent.mkdir(parents=True, exist_ok=True)
         args.json.write_text(json.dumps(result, indent=2) + "\n")
     compiled = ", compiled" if args.compile else ""
-    print(
-        f"{args.model}, batch {args.batch}, {result['tokens']} tokens, {result['dtype']}{compiled}, {result['device']}"
-    )
+    tokens = f"{result['frames']} x {result['tokens']} tokens"
+    print(f"{args.model}, batch {args.batch}, {tokens}, {result['dtype']}{compiled}, {result['device']}")
     print("\n| step | ms | GFLOP | TFLOP/s |\n|---|---|---|---|")
     for kind in ("full", "cached"):
         ms, gigaflops = result["seconds"][kind] * 1e3, result["flops"][kind] / 1e9

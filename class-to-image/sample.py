@@ -7,7 +7,6 @@ Writes single PNGs, grid.png, report.json and, with npz=true, samples.npz for AD
 again continues an interrupted run; any number of processes makes the same images.
 """
 
-import json
 from dataclasses import dataclass, field, fields
 
 import numpy as np
@@ -19,7 +18,7 @@ from torchvision.utils import make_grid
 from tqdm import tqdm
 
 from skipdit.cache import CacheSpec
-from skipdit.class_sample import Models, SamplingConfig, open_models, run_job, summary
+from skipdit.class_sample import Models, SamplingConfig, open_models, run_job
 from skipdit.class_to_image.model import DiT
 from skipdit.config import friendly_errors, load_config, make_parser, setting
 from skipdit.device import process_state
@@ -74,10 +73,9 @@ def sample(config: Config) -> dict:
     """Run a config. Returns the report that is also written to report.json."""
     spec = CacheSpec.parse(config.cache)
     models = load(config, spec.branch if spec.interval > 1 else None)
-    job, report = run_job(config, models, save, "png", free={"npz"})
+    job, report = run_job(config, models, save, "png", "image", free={"npz"})
     if process_state().is_main_process:
-        write_outputs(config, job, report)
-        print(summary(job, report, "images"))
+        write_outputs(config, job)
     return report
 
 
@@ -86,15 +84,14 @@ def save(job: Job, index: int, pixels: Tensor) -> None:
     job.save(index, lambda path: image.save(path, format="png"))
 
 
-def write_outputs(config: Config, job: Job, report: dict) -> None:
-    """grid.png of the first images, samples.npz if asked for, report.json."""
+def write_outputs(config: Config, job: Job) -> None:
+    """grid.png of the first images, samples.npz if asked for."""
     shown = [torch.from_numpy(_pixels(job, i)).permute(2, 0, 1) for i in range(min(config.num_samples, 64))]
     columns = len(config.classes) or (config.model.num_classes if config.model.num_classes <= 10 else 8)
     write_png(make_grid(torch.stack(shown), nrow=min(columns, 16)), str(job.folder / "grid.png"))
     if config.npz:  # the array names and the layout that ADM's evaluator reads
         packed = np.stack([_pixels(job, i) for i in tqdm(range(config.num_samples), desc="packing", unit="image")])
         np.savez(job.folder / "samples.npz", arr_0=packed)
-    (job.folder / "report.json").write_text(json.dumps(report, indent=2) + "\n")
 
 
 def _pixels(job: Job, index: int) -> np.ndarray:

@@ -8,14 +8,13 @@ them in motion, and report.json. The same command again continues an interrupted
 same clips.
 """
 
-import json
 from dataclasses import dataclass, field, fields
 
 from torch import Tensor
 from torchvision.io import write_png
 
 from skipdit.cache import CacheSpec
-from skipdit.class_sample import Models, SamplingConfig, open_models, run_job, summary
+from skipdit.class_sample import Models, SamplingConfig, open_models, run_job
 from skipdit.class_to_video.model import Latte
 from skipdit.config import friendly_errors, load_config, make_parser, setting
 from skipdit.device import process_state
@@ -81,13 +80,11 @@ def sample(config: Config) -> dict:
             write_gif(job.path(index).with_suffix(".gif"), pixels, config.fps)
         job.save(index, lambda path: write_mp4(path, pixels, config.fps))
 
-    job, report = run_job(config, models, save, "mp4", free={"gif"})
+    job, report = run_job(config, models, save, "mp4", "clip", free={"gif"})
     if process_state().is_main_process:
         clips = [read_mp4(job.path(i)) for i in range(min(config.num_samples, SHOWN))]
         write_png(contact_sheet(clips), str(job.folder / "sheet.png"))
         write_gif(job.folder / "preview.gif", side_by_side(clips), config.fps)
-        (job.folder / "report.json").write_text(json.dumps(report, indent=2) + "\n")
-        print(summary(job, report, "clips"))
     return report
 
 

@@ -30,8 +30,9 @@ from tqdm import tqdm
 import skipdit
 from skipdit.bench import step_flops
 from skipdit.cache import SkipCache
+from skipdit.class_sample import generate, generate_settings
 from skipdit.class_to_image.model import DiT
-from skipdit.class_to_image.sample import Config, build_model, generate, generate_settings
+from skipdit.class_to_image.sample import Config, build_model
 from skipdit.config import friendly_errors, load_config
 from skipdit.data.images import FashionMNIST, to_float, to_uint8
 from skipdit.diffusion import Diffusion

@@ -1,22 +1,91 @@
-"""Every shipped config loads and builds its model, and a config with a mistake says where it is."""
+"""Every shipped config fits its schema and its own comments; launch scripts start it; a mistake in one is located."""
 
 import json
+import math
+import os
 import re
+import shlex
+import shutil
+import subprocess
+from functools import cached_property
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
+from diffusers import ModelMixin
 
-from skipdit.cache import CacheSpec
+from skipdit.bench import run_flops, step_flops
+from skipdit.cache import CacheSpec, SkipCache
+from skipdit.class_sample import SAMPLERS
 from skipdit.class_to_image import sample, train
+from skipdit.class_to_video import sample as video_sample
+from skipdit.class_to_video import train as video_train
 from skipdit.config import ConfigError, load_config
+from skipdit.data.stream import rows_of
+from skipdit.diffusion import Diffusion
+from skipdit.download import TASKS, select
+from skipdit.weights import identify
 
 ROOT = Path(__file__).parents[1]
-CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
+SCRIPTS = {"class-to-image": (train, sample), "class-to-video": (video_train, video_sample)}
+SPEC = r"N\d+-\d+-\d+(?:-b\d+)?(?:-o\d+)?"
 
 
-def schema_of(path: Path) -> type:
-    return sample.Config if re.search("sample|demo", path.stem) else train.Config
+class Shipped:
+    """A config of this repository.
+
+    Attributes:
+        name: as the commands of the comments write it.
+        samples: whether it is a run of the task's sampler, not of its trainer.
+        head: the comment that the file begins with.
+        prose: the head in one line.
+        commands: the indented lines of the head, split as a shell does.
+    """
+
+    def __init__(self, path: Path):
+        self.path, self.task, self.name = path, path.parent.name, path.relative_to(ROOT).as_posix()
+        self.samples = re.search("sample|demo", path.stem) is not None
+        self.head = re.match(r"(?:#.*\n)*", path.read_text())[0]
+        self.prose = " ".join(line.removeprefix("#").strip() for line in self.head.splitlines())
+        lines = self.head.replace("\\\n#", "").splitlines()
+        self.commands = [shlex.split(line.removeprefix("#")) for line in lines if line.startswith("#   ")]
+
+    @property
+    def module(self) -> ModuleType:
+        """The script that runs it."""
+        return SCRIPTS[self.task][self.samples]
+
+    @cached_property
+    def config(self):
+        return self.load([])
+
+    def load(self, overrides: list[str]):
+        return load_config(self.module.Config, self.path, overrides)
+
+    @cached_property
+    def model(self) -> ModelMixin:
+        """On the meta device."""
+        data = self.config if self.samples else self.config.data
+        size = data.image_size // downsampling(self.config.vae)
+        frames = (data.num_frames,) if self.task == "class-to-video" else ()
+        with torch.device("meta"):
+            return SCRIPTS[self.task][1].build_model(self.config.model, size, *frames).to("meta")
+
+
+def cache_of(config, spec: str) -> SkipCache:
+    return SkipCache(spec, Diffusion(config.steps).sampling_timesteps)
+
+
+FLOPS: dict[tuple, dict[str, float]] = {}
+
+
+def flops_of(model: ModelMixin, guided: bool, branch: int = 1) -> dict[str, float]:
+    """Of a full and a cached step of one sample, counted once for all configs of the same model."""
+    key = (type(model), str(dict(model.config)), guided, branch)
+    if key not in FLOPS:
+        FLOPS[key] = step_flops(model, 2 if guided else 1, branch)
+    return FLOPS[key]
 
 
 def downsampling(vae: str) -> int:
@@ -25,24 +94,266 @@ def downsampling(vae: str) -> int:
     return 2 ** (len(json.loads(file.read_text())["block_out_channels"]) - 1) if file.exists() else 8
 
 
-@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: f"{path.parent.name}/{path.stem}")
-def test_shipped_config_builds_its_model(path):
-    schema = schema_of(path)
-    config = load_config(schema, path)
-    image_size = config.image_size if schema is sample.Config else config.data.image_size
-    with torch.device("meta"):
-        model = sample.build_model(config.model, image_size // downsampling(config.vae))
-    if schema is sample.Config:
-        assert CacheSpec.parse(config.cache).branch <= max(model.n_skips, 1)
+ALL = [Shipped(path) for path in sorted((ROOT / "configs").rglob("*.yaml"))]
+TRAINING, SAMPLING = [s for s in ALL if not s.samples], [s for s in ALL if s.samples]
 
 
-@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: f"{path.parent.name}/{path.stem}")
-def test_shipped_config_begins_with_a_command_that_exists(path):
-    head = re.match(r"(?:#.*\n)+", path.read_text())
-    assert head, "the first lines are to say the command and what to expect"
-    files = re.findall(r"(?:scripts|configs|[a-z]+-to-[a-z]+)/[\w/.-]+\.(?:sh|py|yaml)", head[0])
-    assert files, "no command"
-    assert [file for file in files if not (ROOT / file).exists()] == []
+def each(shipped: list[Shipped]):
+    return pytest.mark.parametrize("shipped", shipped, ids=lambda s: f"{s.task}/{s.path.stem}")
+
+
+@each(ALL)
+def test_shipped_config_builds_its_model(shipped):
+    assert shipped.model.config.input_size % shipped.model.config.patch_size == 0
+
+
+def test_every_config_is_of_a_task_and_has_an_out_folder_of_its_own():
+    folders = [shipped.config.out for shipped in ALL]
+    assert {shipped.task for shipped in ALL} == set(SCRIPTS)
+    assert sorted(set(folders)) == sorted(folders)
+
+
+@each([s for s in TRAINING if s.path.stem.endswith(("stage1", "stage2"))])
+def test_stages_follow_each_other(shipped):
+    """Stage 1 trains skips onto a plain model; stage 2 trains everything, from what stage 1 made."""
+    config, first = shipped.config, shipped.path.stem.endswith("stage1")
+    assert config.init
+    assert config.train.freeze is first
+    assert shipped.model.n_skips > 0
+    if not first:
+        before = Shipped(shipped.path.with_stem(shipped.path.stem.replace("stage2", "stage1"))).config
+        assert config.init == before.out
+        assert (config.model, config.data) == (before.model, before.data)
+
+
+@each(SAMPLING)
+def test_sampling_settings_fit_the_model(shipped):
+    config, known = shipped.config, shipped.model.null_class or 0
+    assert [c for c in config.classes if not 0 <= c < known] == []
+    assert known or config.guidance_scale == 1
+    assert config.sampler in SAMPLERS
+
+
+@each([s for s in SAMPLING if "\nweights: checkpoints/" in s.path.read_text()])
+def test_released_files_are_what_the_download_brings(shipped):
+    """Under the names that it writes, holding the model that the config builds."""
+    items = TASKS[shipped.task].values()
+    holds = {f"checkpoints/{name}": item.holds for item in items for name in "|".join(item.files).split("|")}
+    assert holds[shipped.config.weights] == identify(shipped.model.state_dict())
+    assert shipped.config.vae in {f"checkpoints/{item.folder}" for item in items if not item.holds}
+
+
+@pytest.mark.filterwarnings("error")  # SkipCache warns if it never engages
+@each(SAMPLING)
+def test_caches_engage_and_fit_the_model(shipped):
+    """That of the config, and those that its comment proposes."""
+    own = [shipped.config.cache] if shipped.config.cache != "none" else []
+    assert bool(own) == ("cache" in shipped.path.stem)
+    for spec in own + re.findall(SPEC, shipped.head):
+        cache = cache_of(shipped.config, spec)
+        assert cache.cached_steps > 0
+        assert cache.spec.branch <= shipped.model.n_skips
+
+
+@each(ALL)
+def test_shipped_config_begins_with_its_command(shipped, launch):
+    """Commands name files and settings that exist, and one of them runs this very config."""
+    runs = []
+    for command in shipped.commands:
+        if command[0] == "bash" and "train_" in command[1]:
+            runs.append(after("--config", launch(*command[1:]).stdout.splitlines()))
+        elif command[:2] == ["bash", "scripts/download.sh"]:
+            assert command[3:4] in ([], ["--only"])
+            assert select(command[2], command[4:])
+        elif command[0] == "wget":  # the checkpoint to start from
+            assert f"{after('-P', command)}/{Path(command[-1]).name}" == shipped.config.init
+        elif command[:3] == ["python", "-m", "skipdit.data"]:
+            assert command[3:] == ["check", shipped.name]
+        elif command[:3] == ["python", "-m", "skipdit.encode"]:
+            data = shipped.config.data
+            assert (after("--data", command), after("--path", command)) == (data.kind, data.path)
+            assert ("--labelled" in command) == data.labelled
+            assert after("--vae", command) == shipped.config.vae
+            assert f"data.kind=latents data.path={after('--out', command)}:" in shipped.prose
+        else:
+            assert command[0] in ("python", "torchrun")
+            script = f"{shipped.task}/{shipped.module.__name__.rpartition('.')[2]}.py"
+            assert script in command
+            assert (ROOT / script).is_file()
+            runs.append(after("--config", command))
+    assert runs == [shipped.name]
+
+
+def after(option: str, words: list[str]) -> str:
+    return words[words.index(option) + 1]
+
+
+@pytest.mark.parametrize("gpus", [4, 8, 16])
+@each([s for s in TRAINING if "8gpu" in s.head])
+def test_batch_of_a_launched_config_is_shared_out_evenly(shipped, gpus):
+    config = shipped.config.train
+    assert rows_of(config.batch_size, config.micro_batch_size or config.batch_size // gpus, 0, gpus)
+
+
+def number(text: str) -> float:
+    return float(text.replace(",", "").replace("M", "e6"))
+
+
+@each(ALL)
+def test_settings_quoted_in_the_comment(shipped):
+    """Steps, samples, the files of its neighbours, and settings as they are given on the command line."""
+    steps = shipped.config.steps if shipped.samples else shipped.config.train.steps
+    assert {number(n) for n in re.findall(r"([\d,.]*\dM?) steps", shipped.prose)} <= {steps}
+    if shipped.samples:
+        quoted = {number(n) for n in re.findall(r"([\d,]*\d) (?:clips|images)", shipped.prose)}
+        assert quoted <= {shipped.config.num_samples}
+    for file in re.findall(r"(?<![\w/-])[\w-]+\.yaml", shipped.head):
+        assert (shipped.path.parent / file).is_file()
+    for override in re.findall(r"(?<!\S)[a-z_]+(?:\.[a-z_]+)*=\S*\w", shipped.prose):
+        shipped.load([override])
+
+
+@each(ALL)
+def test_sizes_quoted_in_the_comment(shipped):
+    """Parameters, blocks, bytes on disk, frames."""
+    model, prose = shipped.model, shipped.prose
+    skips = sum(p.numel() for name, p in model.named_parameters() if name.startswith("skips."))
+    total = sum(p.numel() for p in model.parameters())
+    for trained, frozen in re.findall(r"(\d+)M parameters train, (\d+)M are frozen", prose):
+        assert (int(trained), int(frozen)) == (round(skips / 1e6), round((total - skips) / 1e6))
+    for count in re.findall(r"all (\d+)M parameters train", prose):
+        assert int(count) == round(total / 1e6)
+    for outer, blocks in re.findall(r"runs (\d+) of the (\d+) blocks", prose):
+        branch = CacheSpec.parse(shipped.config.cache).branch
+        assert (int(outer), int(blocks)) == (2 * branch * model.blocks_per_layer, len(model.blocks))
+    for gigabytes in re.findall(r"a checkpoint takes ([\d.]+) GB", prose):  # weights, average and two moments, float32
+        assert float(gigabytes) == round(4 * 4 * total / 1e9, 1)
+    for kibibytes in re.findall(r"(\d+) KiB a frame", prose):  # mean and deviation, both ways round, float16
+        assert int(kibibytes) == 2 * 2 * 2 * math.prod(model.sample_shape[-3:]) / 1024
+    for frames in re.findall(r"fewer than (\d+) frames", prose):
+        data = shipped.config.data
+        assert int(frames) == (data.num_frames - 1) * data.frame_interval + 1
+
+
+@each(SAMPLING)
+def test_costs_quoted_in_the_comment(shipped):
+    """Plans and the FLOPs that they save, with the overrides that the comment names; FLOPs of a sample."""
+    quoted = re.findall(
+        r"(\d+) full and (\d+) cached steps, ([\d.]+) times fewer FLOPs"
+        r"(?: with ((?:(?:--cache |[\w.]+=)[\w./-]*\w ?)+))?",
+        shipped.prose,
+    )
+    assert quoted or "cache" not in shipped.path.stem, "a config with a cache says what it saves"
+    for full, cached, saved, overrides in quoted:
+        config = shipped.load(overrides.replace("--cache ", "cache=").split())
+        cache = cache_of(config, config.cache)
+        flops = flops_of(shipped.model, config.guidance_scale != 1, cache.spec.branch)
+        assert (int(full), int(cached)) == (cache.full_steps, cache.cached_steps)
+        assert float(saved) == round(len(cache.plan) * flops["full"] / run_flops(cache, flops), 2)
+        assert not overrides or config.out != shipped.config.out, "other samples need another folder"
+    for teraflops in re.findall(r"([\d,]+) TFLOPs a clip", shipped.prose):
+        config = shipped.config
+        flops = flops_of(shipped.model, config.guidance_scale != 1)
+        assert number(teraflops) == round(config.steps * flops["full"] / 1e12)
+
+
+# Launch scripts
+
+
+@pytest.fixture
+def launch(tmp_path):
+    """Run a script in a copy of this repository's scripts, where `torchrun` prints its arguments, one a line."""
+    shutil.copytree(ROOT / "scripts", tmp_path / "scripts", ignore=shutil.ignore_patterns("__pycache__"))
+    (tmp_path / "configs").symlink_to(ROOT / "configs")
+    fake(tmp_path / "bin" / "torchrun", 'printf "%s\\n" "$@"')
+    inherited = {k: v for k, v in os.environ.items() if not re.match("GPUS|N?NODE|SLURM_|MASTER_", k)}
+    inherited["PATH"] = f"{tmp_path / 'bin'}:{inherited['PATH']}"
+
+    def run(script: str, *args: str, **environment: str) -> subprocess.CompletedProcess:
+        command = ["bash", script, *args]
+        return subprocess.run(command, cwd=tmp_path, env=inherited | environment, capture_output=True, text=True)
+
+    return run
+
+
+def fake(path: Path, body: str) -> None:
+    path.parent.mkdir(parents=True)
+    path.write_text(f"#!/usr/bin/env bash\n{body}\n")
+    path.chmod(0o755)
+
+
+C2I, C2V, NODES = (f"scripts/train_{name}.sh" for name in ("c2i_8gpu", "c2v_8gpu", "multinode"))
+STANDALONE = ["--standalone", "--nproc-per-node"]
+CLUSTER = {"NNODES": "4", "NODE_RANK": "3", "MASTER_ADDR": "node0"}
+
+
+@pytest.mark.parametrize("script", sorted((ROOT / "scripts").glob("*.sh")), ids=lambda path: path.name)
+def test_script_parses(script):
+    done = subprocess.run(["bash", "-n", str(script)], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+@pytest.mark.parametrize(
+    ("script", "args", "environment"),
+    [
+        (C2I, [], {}),
+        (C2I, ["stage3"], {}),
+        (C2V, [], {}),
+        (C2V, ["ucf101"], {}),
+        (C2V, ["ucf101", "stage3"], {}),
+        (C2V, ["kinetics", "scratch"], {}),
+        (C2V, ["scratch", "ucf101"], {}),
+        (NODES, [], CLUSTER),
+        (NODES, ["class-to-image"], CLUSTER),
+        (NODES, ["class-to-image", "ucf101_scratch"], CLUSTER),
+        *((NODES, ["class-to-image", "imagenet256_scratch"], CLUSTER | {name: ""}) for name in CLUSTER),
+    ],
+)
+def test_launch_script_explains_itself(launch, script, args, environment):
+    done = launch(script, *args, **environment)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert f"bash {script}" in done.stderr
+
+
+@pytest.mark.parametrize("stage", ["scratch", "stage1", "stage2"])
+@pytest.mark.parametrize("dataset", [None, "ffs", "sky", "taichi", "ucf101"])
+def test_8gpu_script_starts_torchrun(launch, dataset, stage):
+    script, args, config = C2I, [stage], f"class-to-image/imagenet256_{stage}"
+    if dataset:
+        script, args, config = C2V, [dataset, stage], f"class-to-video/{dataset}_{stage}"
+    said = launch(script, *args).stdout.splitlines()
+    assert said == [*STANDALONE, "8", f"{Path(config).parent}/train.py", "--config", f"configs/{config}.yaml"]
+    assert (ROOT / f"configs/{config}.yaml").is_file()
+
+
+@pytest.mark.parametrize(("script", "args"), [(C2I, ["stage1"]), (C2V, ["sky", "stage1"])])
+def test_8gpu_script_hands_on_what_follows(launch, script, args):
+    said = launch(script, *args, "--dry-run", "out=a folder", GPUS="4").stdout.splitlines()
+    assert said[:3] == [*STANDALONE, "4"]
+    assert said[-2:] == ["--dry-run", "out=a folder"]
+
+
+@pytest.mark.parametrize("slurm", [False, True])
+def test_multinode_script_starts_torchrun(launch, slurm):
+    names = {"NNODES": "SLURM_NNODES", "NODE_RANK": "SLURM_NODEID"} if slurm else {}
+    environment = {names.get(name, name): value for name, value in CLUSTER.items()}
+    said = launch(NODES, "class-to-video", "ucf101_scratch", "train.parallel=fsdp", **environment).stdout.splitlines()
+    assert said == [
+        *("--nnodes", "4", "--node-rank", "3", "--nproc-per-node", "8"),
+        *("--rdzv-backend", "static", "--rdzv-endpoint", "node0:29500"),
+        *("class-to-video/train.py", "--config", "configs/class-to-video/ucf101_scratch.yaml", "train.parallel=fsdp"),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("script", "args"), [(C2I, ["scratch"]), (C2V, ["ffs", "scratch"]), (NODES, ["class-to-image", "fashion_plain"])]
+)
+def test_launch_script_prefers_the_environment_of_the_checkout(launch, script, args, tmp_path):
+    fake(tmp_path / ".venv/bin/torchrun", "echo from .venv")
+    assert launch(script, *args, **CLUSTER).stdout == "from .venv\n"
+
+
+# Mistakes in configs
 
 
 @pytest.mark.parametrize(

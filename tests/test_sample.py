@@ -18,6 +18,7 @@ from skipdit.bench import step_flops
 from skipdit.class_sample import generate
 from skipdit.class_to_image.sample import Config, ModelConfig, build_model, main, sample
 from skipdit.config import to_yaml
+from skipdit.data.images import ImageData
 from skipdit.data.latents import Latents
 from skipdit.diffusion import Diffusion
 from skipdit.sample import Ahead, Job, generators, resolve_dtype
@@ -108,6 +109,13 @@ def test_interrupted_run_continues(config, tmp_path):
     assert (folder / "000000.png").stat().st_mtime_ns == kept
     for a, b in zip(whole, images(folder), strict=True):
         assert np.abs(a - b).max() <= 1
+
+
+def test_finished_run_keeps_its_report(config):
+    """The second time nothing is timed, and there is nothing to report."""
+    first = sample(config)
+    assert sample(config) == json.loads(json.dumps(first))
+    assert json.loads((Path(config.out) / "report.json").read_text()) == json.loads(json.dumps(first))
 
 
 def test_more_images_of_the_same_run(config):
@@ -316,17 +324,17 @@ def test_encoding_and_training_on_latents(tmp_path, vae_folder, image_folder):
     assert item["std"].min() > 0
     assert latents.info.kind == "sample"
     assert torch.equal(pickle.loads(pickle.dumps(latents))[21]["mean"], item["mean"])  # to spawned workers
-    from skipdit.class_to_image.data import DataConfig, make_dataset
+    from skipdit.class_to_image.data import make_dataset
 
     with pytest.raises(ValueError, match="image_size is 8 there, 16 wanted"):
-        make_dataset(DataConfig("latents", str(out), 16), load_vae(str(vae_folder)))
+        make_dataset(ImageData("latents", str(out), 16), load_vae(str(vae_folder)))
     with pytest.raises(ValueError, match="kind is 'sample' there, 'mean' wanted"):
-        make_dataset(DataConfig("latents", str(out), 8, latents="mean"), load_vae(str(vae_folder)))
+        make_dataset(ImageData("latents", str(out), 8, latents="mean"), load_vae(str(vae_folder)))
     rescaled = load_vae(str(vae_folder))
     rescaled.register_to_config(scaling_factor=0.18215)
     with pytest.raises(ValueError, match=r"scaling_factor is 0\.5 there, 0\.18215 wanted"):
-        make_dataset(DataConfig("latents", str(out), 8), rescaled)
+        make_dataset(ImageData("latents", str(out), 8), rescaled)
     other = load_vae(str(vae_folder))
     other.decoder.conv_in.weight.data += 1
     with pytest.raises(ValueError, match="vae_id is"):
-        make_dataset(DataConfig("latents", str(out), 8), other)
+        make_dataset(ImageData("latents", str(out), 8), other)

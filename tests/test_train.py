@@ -14,9 +14,9 @@ import torch
 from conftest import tiny_dit
 
 from skipdit.checkpoint import latest
-from skipdit.class_to_image.data import DataConfig
 from skipdit.class_to_image.sample import ModelConfig
 from skipdit.class_to_image.train import Config, train
+from skipdit.data.images import ImageData
 from skipdit.data.stream import rows_of
 from skipdit.train import Draw, TrainConfig, describe, fit, learning_rate, set_trainable
 from skipdit.weights import load_weights, to_released
@@ -31,7 +31,7 @@ def config(tmp_path, vae_folder, image_folder):
         out=str(tmp_path / "run"),
         vae=str(vae_folder),
         model=ModelConfig(patch_size=2, hidden_size=32, depth=4, num_heads=2, num_classes=3, skip=True),
-        data=DataConfig(path=str(image_folder), image_size=8),
+        data=ImageData(path=str(image_folder), image_size=8),
         train=TrainConfig(
             steps=4,
             batch_size=4,
@@ -70,7 +70,7 @@ def assert_equal(a, b, path="") -> None:
         assert a == b, path
 
 
-def run_script(config, *overrides, processes=1, **kwargs) -> subprocess.CompletedProcess:
+def run_script(config, *overrides, processes=1, task="class-to-image", **kwargs) -> subprocess.CompletedProcess:
     """The trainer as a user starts it."""
     from skipdit.config import to_yaml
 
@@ -79,7 +79,7 @@ def run_script(config, *overrides, processes=1, **kwargs) -> subprocess.Complete
     launcher = [sys.executable]
     if processes > 1:
         launcher += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-    command = [*launcher, str(ROOT / "class-to-image/train.py"), "--config", str(file), *overrides]
+    command = [*launcher, str(ROOT / task / "train.py"), "--config", str(file), *overrides]
     env = os.environ | {"OMP_NUM_THREADS": "1"}
     return subprocess.run(command, capture_output=True, text=True, env=env, cwd=file.parent, timeout=300, **kwargs)
 

@@ -1,5 +1,6 @@
 """What the samplers of DiT and Latte share: models whose only condition is a class, or nothing."""
 
+import json
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -197,17 +198,24 @@ def open_models(
 
 
 def run_job(
-    config: SamplingConfig, models: Models, save: Callable[[Job, int, Tensor], None], suffix: str, free: set[str]
+    config: SamplingConfig,
+    models: Models,
+    save: Callable[[Job, int, Tensor], None],
+    suffix: str,
+    unit: str,
+    free: set[str],
 ) -> tuple[Job, dict]:
-    """Make the samples of a config that are not there yet.
+    """Make the samples of a config that are not there yet, and report.json.
 
     Args:
         save: `save(job, index, pixels)` writes a sample, uint8 of the shape that the autoencoder gives.
         suffix: of the samples' files.
+        unit: what a sample is, for people.
         free: the task's settings that do not determine the samples.
 
     Returns:
-        The job, all of whose samples exist then, and the run's report.
+        The job, all of whose samples exist then, and the run's report. If all of them existed before, the report is the
+        one of then.
     """
     state, spec = process_state(), CacheSpec.parse(config.cache)
     model, vae, flops = models
@@ -219,8 +227,9 @@ def run_job(
 
     timesteps = Diffusion(config.steps).sampling_timesteps
     cache, timer, began = SkipCache(spec, timesteps), StepTimer(device), time.perf_counter()
-    made = cache_bytes = 0
-    progress = tqdm(total=len(job.pending()), desc="samples", unit="sample", disable=not main)
+    made, cache_bytes, complete = 0, 0, job.is_complete()
+    state.wait_for_everyone()
+    progress = tqdm(total=len(job.pending()), desc=f"{unit}s", unit=unit, disable=not main)
     for indices in job.batches(config.batch_size):
         cache = SkipCache(spec, timesteps)
         timer.start()
@@ -240,7 +249,10 @@ def run_job(
     progress.close()
     seconds = time.perf_counter() - began
     state.wait_for_everyone()
-    return job, report(
+    file = job.folder / "report.json"
+    if complete and file.exists():
+        return job, json.loads(file.read_text())
+    summary = report(
         cache,
         timer.seconds(),
         flops,
@@ -251,13 +263,12 @@ def run_job(
         seed=config.seed,
         config=to_dict(config),
     )
-
-
-def summary(job: Job, report: dict, unit: str) -> str:
-    """One line for the end of a run."""
-    steps, times = report["steps"], report["seconds_per_step"]
-    return (
-        f"{job.total} {unit} in {job.folder}: {steps['full']} full and {steps['cached']} cached steps, "
-        f"{report['flops_speedup']:.2f}x fewer FLOPs"
-        + "".join(f", {kind} step {value * 1e3:.1f} ms" for kind, value in times.items() if value)
-    )
+    if main:
+        file.write_text(json.dumps(summary, indent=2) + "\n")
+        steps, times = summary["steps"], summary["seconds_per_step"]
+        print(
+            f"{job.total} {unit}s in {job.folder}: {steps['full']} full and {steps['cached']} cached steps, "
+            f"{summary['flops_speedup']:.2f}x fewer FLOPs"
+            + "".join(f", {kind} step {value * 1e3:.1f} ms" for kind, value in times.items() if value)
+        )
+    return job, summary

@@ -55,16 +55,18 @@ def _skip_dit(files: str, gigabytes: float, holds: str) -> Item:
 # The table of the paper's repository swaps the links of Latte-skip and DiT-XL/2-skip. File names are right, so they
 # are what counts here, and the content is checked after the download.
 _LATTE = "class-to-video Latte, 7 long skips"
+_SD_VAE = Item("stabilityai/sd-vae-ft-ema", ("config.json", "*.safetensors"), "sd-vae-ft-ema")
 TASKS: dict[str, dict[str, Item]] = {
     "class-to-image": {
         "dit": _skip_dit("DiT-XL-2-skip.pt", 11.40, "class-to-image DiT, 14 long skips, 1000 classes"),
-        "vae": Item("stabilityai/sd-vae-ft-ema", ("config.json", "*.safetensors"), "sd-vae-ft-ema"),
+        "vae": _SD_VAE,
     },
     "class-to-video": {
         "ffs": _skip_dit("ffs-skip.pt", 2.77, _LATTE),
         "sky": _skip_dit("skylapse-skip.pt|skytimelapse-skip.pt", 2.77, _LATTE),
         "taichi": _skip_dit("taichi-skip.pt", 2.77, _LATTE),
         "ucf101": _skip_dit("ucf101-skip.pt", 2.77, f"{_LATTE}, 101 classes"),
+        "vae": _SD_VAE,
     },
     "text-to-video": {
         "latte": _skip_dit("Latte-skip.pt", 8.76, "text-to-video Latte, 14 long skips"),

@@ -100,7 +100,7 @@ def run(args: argparse.Namespace) -> None:
     vae.to(state.device)
     args.out.mkdir(parents=True, exist_ok=True)
     starts = range(0, len(dataset), args.shard)[state.process_index :: state.num_processes]
-    source = " ".join([args.data, args.path, *args.classes])
+    source = " ".join([args.data, args.path, *args.classes, *["labelled"] * args.labelled])
     batch_size = 1 if isinstance(dataset, ClipDataset) else 64  # clips differ in length
     shards = [args.out / f"latents-{start // args.shard:05d}.safetensors" for start in starts]
     for start, target in zip(

@@ -13,7 +13,7 @@ from torchvision.utils import make_grid
 
 def write_mp4(path: Path, frames: Tensor, fps: float) -> None:
     """Frames uint8 (F, 3, H, W), H and W even -> H.264 that any player shows, nearly without loss."""
-    options = ["-crf", "10", "-pix_fmt", "yuv420p"]
+    options = ["-crf", "10"]
     imageio.imwrite(
         path, _pixels(frames), plugin="FFMPEG", fps=fps, codec="libx264", macro_block_size=1, output_params=options
     )

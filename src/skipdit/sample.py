@@ -110,6 +110,10 @@ class Job:
         """This process's samples that do not exist yet."""
         return [i for i in range(self.rank, self.total, self.world) if not self.path(i).exists()]
 
+    def is_complete(self) -> bool:
+        """Whether all samples exist, of every process."""
+        return all(self.path(i).exists() for i in range(self.total))
+
     def batches(self, size: int) -> Iterator[list[int]]:
         pending = self.pending()
         for start in range(0, len(pending), size):

@@ -9,6 +9,7 @@ training as data.clip_list.
 
 import argparse
 from collections import Counter
+from dataclasses import fields
 from pathlib import Path
 from statistics import median
 
@@ -23,6 +24,7 @@ from skipdit.data.latents import Shards
 from skipdit.data.stream import BrokenSample
 
 CLIPS = ("videos", "frames")
+IMAGES = {"image_folder": ImageFolder, "fashion_mnist": FashionMNIST}
 
 
 def main() -> None:
@@ -43,18 +45,14 @@ def main() -> None:
 
 def check(args: argparse.Namespace) -> int:
     """Print the report. Returns the number of broken files."""
-    kind = OmegaConf.load(args.config).get("data", {}).get("kind") if Path(args.config).is_file() else None
-    clips = kind in CLIPS
-    config = load_config(ClipData if clips else ImageData, args.config, args.overrides, section="data")
+    config = load_section(args.config, args.overrides)
+    clips = config.kind in CLIPS
     if config.kind == "latents":
         table = Shards(config.path)
         unit = f"frames of {len(table.column('length')):,} clips" if table.clips else "images"
         print(f"{config.path}: latents of {len(table):,} {unit}, {table.info}")
         return 0
-    if clips:
-        dataset = VideoFiles(config)
-    else:
-        dataset = (FashionMNIST if config.kind == "fashion_mnist" else ImageFolder)(config.path, config.image_size)
+    dataset = VideoFiles(config) if clips else IMAGES[config.kind](config.path, config.image_size)
     loader = DataLoader(_Walk(dataset, args.quick), batch_size=None, num_workers=args.workers)
     found = list(tqdm(loader, desc="reading", unit="clip" if clips else "image"))
     broken = [error for _, error in found if error]
@@ -74,6 +72,17 @@ def check(args: argparse.Namespace) -> int:
         args.good.write_text("".join(f"{name}\n" for name in good))
         print(f"{len(good):,} good clips listed in {args.good}: train with data.clip_list={args.good}")
     return len(broken)
+
+
+def load_section(file: str, overrides: list[str]) -> ClipData | ImageData:
+    """The section `data` of a config, which is of clips or of images. Raises ConfigError or ValueError."""
+    config = load_config(ClipData, file, overrides, section="data")  # has all settings of images, and more
+    given = {*OmegaConf.load(file).data, *(text.partition("=")[0] for text in overrides)}
+    if config.kind in IMAGES or given <= {field.name for field in fields(ImageData)} - {"kind"}:
+        config = load_config(ImageData, file, overrides, section="data")
+    if config.kind not in (*CLIPS, *IMAGES, "latents"):
+        raise ValueError(f"data.kind is {config.kind!r}; it is {', '.join((*CLIPS, *IMAGES))} or latents")
+    return config
 
 
 class _Walk(Dataset):

@@ -4,6 +4,7 @@ A clip dataset is indexed by clip. `dataset[i]` is all of clip i; `dataset.draw(
 random stretch, and for joint image-video training (Latte, arXiv 2401.03048) frames of other clips behind it.
 """
 
+import os
 import re
 from abc import ABC, abstractmethod
 from collections import Counter
@@ -182,23 +183,22 @@ class VideoFiles(ClipDataset):
         self.labels = self._classify(config) if config.labelled or config.classes else None
         if not self.names:
             wanted = "video files" if self.kind == "videos" else "folders of pictures"
-            raise ValueError(f"{self.root} holds no {wanted}" + (f" of {config.classes}" if config.classes else ""))
+            raise ValueError(f"{self.root} holds no {wanted}" + ("" if self.labels is None else " in class folders"))
         if self.kind == "frames":
             self._leave_out_short([len(_frames(self.root / name)) for name in self.names])
-        self.pictures = _lines(config.image_list) if config.image_list and config.images else None
+        self.pictures = self._list_pictures(config.image_list) if config.image_list and config.images else None
         self.picture_root = Path(config.image_path or config.path)
-        if self.pictures == []:
-            raise ValueError(f"{config.image_list} lists no pictures")
 
     def _find(self) -> list[str]:
         """Names of all clips below the root: video files, or folders that hold pictures themselves."""
         wanted = VIDEO_SUFFIXES if self.kind == "videos" else IMAGE_SUFFIXES
         found = set()
-        for path in self.root.rglob("*"):
-            if path.suffix.lower() in wanted:
-                found.add(path if self.kind == "videos" else path.parent)
-            elif path.is_file():
-                self.strays[path.suffix.lower()] += 1
+        for folder, _, files in os.walk(self.root, followlinks=True):
+            for path in (Path(folder, file) for file in files):
+                if _is_a(path, wanted):
+                    found.add(path if self.kind == "videos" else path.parent)
+                else:
+                    self.strays[path.suffix.lower()] += 1
         return sorted(path.relative_to(self.root).as_posix() for path in found)
 
     def open(self, index: int) -> Clip:
@@ -208,11 +208,14 @@ class VideoFiles(ClipDataset):
     def draw_image(self, index: int, rng: np.random.Generator) -> tuple[dict, int | None]:
         if self.pictures is None:
             return super().draw_image(index, rng)
-        own = Path(self.names[index]).with_suffix("").name
-        for _ in range(ATTEMPTS):
-            name = self.pictures[int(rng.integers(len(self.pictures)))]
-            if own not in Path(name).parts:
-                break
+        clip = Path(self.names[index])
+        own = {clip.name, clip.stem}  # what a folder of this clip's pictures may be called
+        name = self.pictures[int(rng.integers(len(self.pictures)))]
+        if not own.isdisjoint(Path(name).parts):
+            others = [name for name in self.pictures if own.isdisjoint(Path(name).parts)]
+            if not others:
+                raise ValueError(f"data.image_list lists no picture of another clip than {self.names[index]}")
+            name = others[int(rng.integers(len(others)))]
         label = None if self.labels is None else self._class_of(name)
         return _read_pictures([self.picture_root / name], self.size), label
 
@@ -224,11 +227,17 @@ class VideoFiles(ClipDataset):
             raise ValueError(f"{self.root} has no clips of {', '.join(sorted(missing))} (data.classes)")
         return [self._class_of(name) for name in self.names]
 
+    def _list_pictures(self, file: str) -> list[str]:
+        """The pictures of a list; those outside of the classes asked for are dropped."""
+        listed = _lines(file)
+        pictures = [name for name in listed if self.labels is None or Path(name).parts[0] in self.classes]
+        if not pictures:
+            where = f" in the class folders {', '.join(self.classes)}: it has {listed[0]}" if listed else ""
+            raise ValueError(f"{file} lists no pictures{where}")
+        return pictures
+
     def _class_of(self, name: str) -> int:
-        folder = Path(name).parts[0]
-        if folder not in self.classes:
-            raise ValueError(f"picture {name} lies in none of the class folders {', '.join(self.classes)}")
-        return self.classes.index(folder)
+        return self.classes.index(Path(name).parts[0])
 
 
 class _Video(Clip):
@@ -289,8 +298,13 @@ def _read_pictures(files: Sequence[Path], size: int) -> dict[str, Tensor]:
 
 def _frames(folder: Path) -> list[Path]:
     """The pictures of a folder in the order of their numbers: frame_2 comes before frame_10."""
-    files = [path for path in folder.iterdir() if path.suffix.lower() in IMAGE_SUFFIXES] if folder.is_dir() else []
+    files = [path for path in folder.iterdir() if _is_a(path, IMAGE_SUFFIXES)] if folder.is_dir() else []
     return sorted(files, key=lambda file: [int(p) if p.isdigit() else p for p in re.split(r"(\d+)", file.stem)])
+
+
+def _is_a(path: Path, suffixes: set[str]) -> bool:
+    """Whether a file is one of these by its name. Hidden ones are not: macOS puts a "._clip.mp4" beside a clip.mp4."""
+    return path.suffix.lower() in suffixes and not path.name.startswith(".")
 
 
 def _lines(file: str) -> list[str]:

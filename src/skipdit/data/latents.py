@@ -58,6 +58,11 @@ class Part:
     total: int  # samples in the dataset
     broken: tuple[str, ...] = ()  # messages of the unreadable ones, which the shard lacks
 
+    @property
+    def readable(self) -> int:
+        """Samples that the shard holds; without any, it has no tensors."""
+        return self.stop - self.start - len(self.broken)
+
     @classmethod
     def read(cls, path: Path) -> "Part":
         LatentInfo.read(path)  # its error for files of other origin
@@ -95,6 +100,9 @@ class Shards:
                 f"{folder} holds latents of {encoded} of {total} samples: encoding was interrupted, or mixed with "
                 "another one; run the same `python -m skipdit.encode` command again, or encode into a new folder"
             )
+        self.paths = [p for p, part in zip(self.paths, parts, strict=True) if part.readable]
+        if not self.paths:
+            raise ValueError(f"{folder} holds no latents: none of the {total} samples could be read")
         self._keys = ["mean", "std"] if self.info.kind == "sample" else ["mean"]
         self._ends = list(accumulate(shard.get_slice("mean").get_shape()[0] for shard in self._shards))
         self.clips = "length" in self._shards[0].keys()  # noqa: SIM118 (not a mapping)
