@@ -1,8 +1,8 @@
 """Train the small `AutoencoderKL` behind an embedded model.
 
     python scripts/train_autoencoder.py --fashion data --out checkpoints/fashion-vae
-    python scripts/train_autoencoder.py --folders data/emoji-anim data/emoji-3d --init class-to-image/weights/vae \\
-        --out checkpoints/emoji-vae
+    python scripts/train_autoencoder.py --folders data/emoji-anim/videos data/emoji-3d/images \\
+        --init class-to-image/weights/vae --out checkpoints/emoji-vae
 
 A diffusers autoencoder in diffusers' own folder layout, so that the samplers and trainers treat it exactly as they
 treat the Stable Diffusion one. Images are square RGB in [-1, 1]; the latents have a quarter of their side and four

@@ -13,7 +13,9 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-TASKS = [path.parent for path in sorted(ROOT.glob("*-*/__init__.py"))]  # hyphenated folders become packages
+TASKS = {  # hyphenated folders become packages
+    path.parent: f"skipdit.{path.parent.name.replace('-', '_')}" for path in sorted(ROOT.glob("*-*/__init__.py"))
+}
 
 IMPORT_ALL = """
 import importlib, pkgutil, sys
@@ -61,10 +63,11 @@ def test_wheel_holds_every_package_and_data_file(wheel):
         for init in (ROOT / "src" / "skipdit").rglob("__init__.py")
         for module in init.parent.glob("*.py")
     }
-    for task in TASKS:
-        package = f"skipdit/{task.name.replace('-', '_')}"
-        files = [*task.rglob("*.py"), *(path for path in task.glob("weights/**/*") if path.is_file())]
-        expected |= {f"{package}/{path.relative_to(task).as_posix()}" for path in files}
+    for task, package in TASKS.items():
+        weights = [path for path in task.glob("weights/**/*") if path.is_file()]
+        assert weights, f"{task} has no embedded model"
+        files = [*task.rglob("*.py"), *weights]
+        expected |= {f"{package.replace('.', '/')}/{path.relative_to(task).as_posix()}" for path in files}
     assert TASKS
     with zipfile.ZipFile(wheel) as archive:
         assert sorted(expected - set(archive.namelist())) == []
@@ -73,12 +76,14 @@ def test_wheel_holds_every_package_and_data_file(wheel):
 def test_every_module_of_the_wheel_imports(installed, tmp_path):
     lines = run([sys.executable, "-c", IMPORT_ALL], tmp_path, PYTHONPATH=str(installed)).splitlines()
     modules = dict(line.split(" ", 1) for line in lines)  # also those that only the editable install could give
-    assert {"skipdit.train", "skipdit.class_to_image.sample"} <= set(modules)
+    of_tasks = {f"{package}.{file.stem}" for task, package in TASKS.items() for file in task.glob("[!_]*.py")}
+    assert of_tasks | {"skipdit.train"} <= set(modules)
     assert [name for name, file in modules.items() if not Path(file).is_relative_to(installed)] == []
 
 
 @pytest.mark.parametrize("how", ["sample.py", "train.py", "-m"])
-def test_script_runs(how, installed, tmp_path):
+@pytest.mark.parametrize("task", TASKS, ids=lambda task: task.name)
+def test_script_runs(task, how, installed, tmp_path):
     """By its path in this repository, or as a module of the installed package."""
-    script = ["-m", "skipdit.class_to_image.sample"] if how == "-m" else [str(ROOT / "class-to-image" / how)]
+    script = ["-m", f"{TASKS[task]}.sample"] if how == "-m" else [str(task / how)]
     assert "--config FILE" in run([sys.executable, *script, "--help"], tmp_path, PYTHONPATH=str(installed))

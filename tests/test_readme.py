@@ -7,6 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import imageio.v3 as imageio
+import numpy as np
 import pytest
 import torch
 
@@ -17,7 +19,10 @@ ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 SMALL_TRAINING = "train.steps=2 train.batch_size=2 train.warmup=0 train.decay_steps=0 train.sample_every=0"
 SAMPLE = "python class-to-image/sample.py --config configs/class-to-image/"
+SAMPLE_VIDEO = "python class-to-video/sample.py --config configs/class-to-video/"
 TRAIN = "python class-to-image/train.py --config configs/class-to-image/"
+
+EMOJI = ("face-smiling", "face-affection", "face-tongue", "face-negative", "face-costume", "cat-face", "heart", "hands")
 
 # Command -> what a test adds to it to make it small. In order: later ones use what earlier ones made.
 RUN = {
@@ -29,10 +34,18 @@ RUN = {
     f"{TRAIN}fashion_plain.yaml": SMALL_TRAINING,
     f"{TRAIN}fashion_stage1.yaml": SMALL_TRAINING,
     f"{TRAIN}fashion_stage2.yaml": SMALL_TRAINING,
+    f"{SAMPLE_VIDEO}demo.yaml": "num_samples=2 steps=3",
+    f"{SAMPLE_VIDEO}demo.yaml --cache N2-900-49-o1 out=samples/video-cached": "num_samples=1 steps=5",
+    "python class-to-video/compare.py --config configs/class-to-video/demo.yaml": "num_samples=1 steps=8",
+    "python -m skipdit.encode --data videos --path data/emoji-anim/videos --image-size 64 --classes face-smiling "
+    "face-affection face-tongue face-negative face-costume cat-face heart hands --vae class-to-video/weights/vae "
+    "--out data/emoji-latents": "--workers 0",
+    "python class-to-video/train.py --config configs/class-to-video/emoji.yaml": SMALL_TRAINING,
 }
 # Commands that need a download, eight GPUs or minutes: what they do first, or why not even that.
 ELSEWHERE = {
-    "bash scripts/demo.sh": "CI's own machine; its last line is compare.py above",
+    "bash scripts/demo.sh": "minutes; its last line is compare.py above",
+    "bash scripts/demo.sh class-to-video": "minutes; its last line is compare.py above",
     "bash scripts/test.sh": "runs this test",
     "bash scripts/setup.sh": "test.sh begins with it",
     "conda env create --file environment.yaml": "no conda here; test_environment below",
@@ -40,8 +53,19 @@ ELSEWHERE = {
     "torchrun --nproc-per-node 8 class-to-image/sample.py "
     "--config configs/class-to-image/imagenet256_sample_50k.yaml": "test_sample.py runs two processes",
     "bash scripts/train_c2i_8gpu.sh scratch": "test_train.py runs two processes",
+    "bash scripts/download.sh class-to-video": "test_download.py",
+    "torchrun --nproc-per-node 8 class-to-video/sample.py "
+    "--config configs/class-to-video/ucf101_sample_fvd.yaml": "test_video.py runs two processes",
+    "python -m skipdit.data check configs/class-to-video/ucf101_scratch.yaml": "test_clips.py, on small data sets",
+    "bash scripts/train_c2v_8gpu.sh ucf101 scratch": "test_video.py runs two processes",
+    "python scripts/fetch_emoji.py --out data/emoji-anim": "test_fetch_emoji.py, on small packages",
 }
-WITHOUT_CHECKPOINT = [f"{SAMPLE}imagenet256_sample.yaml", f"{SAMPLE}imagenet256_sample_cache.yaml"]
+WITHOUT_CHECKPOINT = {
+    f"{SAMPLE}imagenet256_sample.yaml": ("class-to-image", "DiT-XL-2-skip.pt"),
+    f"{SAMPLE}imagenet256_sample_cache.yaml": ("class-to-image", "DiT-XL-2-skip.pt"),
+    f"{SAMPLE_VIDEO}ucf101_sample.yaml": ("class-to-video", "ucf101-skip.pt"),
+    f"{SAMPLE_VIDEO}ucf101_sample_cache.yaml": ("class-to-video", "ucf101-skip.pt"),
+}
 
 
 def commands() -> list[str]:
@@ -58,9 +82,13 @@ def run(command: str, folder: Path) -> subprocess.CompletedProcess:
 
 @pytest.fixture(scope="module")
 def checkout(tmp_path_factory) -> Path:
-    """A folder that looks like a checkout, with a FashionMNIST of 20 random pictures in it."""
+    """A folder that looks like a checkout, with a FashionMNIST of 20 random pictures and 8 random emoji in it."""
     folder = tmp_path_factory.mktemp("checkout")
-    for name in ("class-to-image", "configs", "scripts"):
+    for number, kind in enumerate(EMOJI):
+        (folder / "data/emoji-anim/videos" / kind).mkdir(parents=True)
+        film = np.full((46, 64, 64, 3), 30 * number, np.uint8)
+        imageio.imwrite(folder / f"data/emoji-anim/videos/{kind}/a.mp4", film, plugin="FFMPEG", fps=24)
+    for name in ("class-to-image", "class-to-video", "configs", "scripts"):
         (folder / name).symlink_to(ROOT / name)
     raw = folder / "data/FashionMNIST/raw"
     raw.mkdir(parents=True)
@@ -82,17 +110,20 @@ def test_commands_run(checkout):
     assert (checkout / "samples/demo/grid.png").exists()
     assert (checkout / "samples/demo/compare.png").exists()
     assert (checkout / "results/fashion-stage2/checkpoints/0000002.pt").exists()
+    assert (checkout / "samples/video-demo/compare.gif").exists()
+    assert (checkout / "results/emoji/checkpoints/0000002.pt").exists()
 
 
-@pytest.mark.parametrize("command", WITHOUT_CHECKPOINT)
-def test_without_the_released_checkpoint_the_fix_is_named(command, tmp_path):
-    for name in ("class-to-image", "configs"):
+@pytest.mark.parametrize(("command", "wanted"), WITHOUT_CHECKPOINT.items())
+def test_without_the_released_checkpoint_the_fix_is_named(command, wanted, tmp_path):
+    task, checkpoint = wanted
+    for name in (task, "configs"):
         (tmp_path / name).symlink_to(ROOT / name)
     result = run(command, tmp_path)
     assert result.returncode == 2
     last = result.stderr.strip().splitlines()[-1]
-    assert last.startswith("error: missing: weights=checkpoints/DiT-XL-2-skip.pt, vae=checkpoints/sd-vae-ft-ema")
-    assert "bash scripts/download.sh class-to-image" in last
+    assert last.startswith(f"error: missing: weights=checkpoints/{checkpoint}, vae=checkpoints/sd-vae-ft-ema")
+    assert f"bash scripts/download.sh {task}" in last
 
 
 def test_python_example(tmp_path):
@@ -108,7 +139,7 @@ def test_python_example(tmp_path):
 
 
 def test_files_that_the_readme_names_exist():
-    names = re.findall(r"\b(?:class-to-image|configs|scripts|visuals|benchmarks)/[\w./-]+\.\w+", README)
+    names = re.findall(r"\b(?:class-to-image|class-to-video|configs|scripts|visuals|benchmarks)/[\w./-]+\.\w+", README)
     missing = [name for name in names if not (ROOT / name).exists() and "weights" not in name]
     assert not missing
 

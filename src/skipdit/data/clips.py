@@ -183,7 +183,8 @@ class VideoFiles(ClipDataset):
         self.labels = self._classify(config) if config.labelled or config.classes else None
         if not self.names:
             wanted = "video files" if self.kind == "videos" else "folders of pictures"
-            raise ValueError(f"{self.root} holds no {wanted}" + ("" if self.labels is None else " in class folders"))
+            place = "" if self.labels is None else " in class folders"
+            raise ValueError(f"{config.clip_list or self.root} holds no {wanted}{place}")
         if self.kind == "frames":
             self._leave_out_short([len(_frames(self.root / name)) for name in self.names])
         self.pictures = self._list_pictures(config.image_list) if config.image_list and config.images else None
