@@ -23,7 +23,7 @@ from skipdit.data.latents import clean_latents
 from skipdit.device import process_state
 from skipdit.diffusion import Diffusion
 from skipdit.media import contact_sheet, side_by_side, write_gif
-from skipdit.sample import generators
+from skipdit.sample import generators, preflight
 from skipdit.train import Draw, TrainConfig, fit
 from skipdit.vae import decode, latent_size, load_vae
 from skipdit.weights import load_weights
@@ -53,13 +53,15 @@ def main() -> None:
 
 def train(config: Config, dry_run: bool = False) -> Latte:
     """Run a config. Returns the averaged model."""
+    init = None if any(Path(config.out).glob("checkpoints/*.pt")) else config.init  # a run that goes on has weights
+    preflight({"vae": config.vae} | ({"init": init} if init else {}), "bash scripts/download.sh class-to-video")
     vae = load_vae(config.vae)
     torch.manual_seed(config.train.seed)
     model = build_model(config.model, latent_size(config.data.image_size, vae), config.data.num_frames)
-    if config.init and not any(Path(config.out).glob("checkpoints/*.pt")):  # a run that goes on has its own weights
-        new = load_weights(model, config.init, allow_missing="skips.*")
+    if init:
+        new = load_weights(model, init, allow_missing="skips.*")
         if new and process_state().is_main_process:
-            print(f"{len(new)} skip parameters are not in {config.init} and start anew:\n  " + "\n  ".join(new))
+            print(f"{len(new)} skip parameters are not in {init} and start anew:\n  " + "\n  ".join(new))
     dataset, classes, images = make_dataset(config.data, vae), config.model.num_classes, config.data.images
     if classes is not None and not 0 < dataset.num_classes <= classes:
         raise ValueError(

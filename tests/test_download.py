@@ -99,7 +99,10 @@ def hub(monkeypatch):
 
 EXPECTED = {
     "class-to-image": [(SKIP_DIT, "DiT-XL-2-skip.pt"), *(("stabilityai/sd-vae-ft-ema", name) for name in VAE)],
-    "class-to-video": [(SKIP_DIT, f"{name}-skip.pt") for name in ("ffs", "skytimelapse", "taichi", "ucf101")],
+    "class-to-video": [
+        *((SKIP_DIT, f"{name}-skip.pt") for name in ("ffs", "skytimelapse", "taichi", "ucf101")),
+        *(("stabilityai/sd-vae-ft-ema", name) for name in VAE),
+    ],
     "text-to-video": [
         (SKIP_DIT, "Latte-skip.pt"),
         ("maxin-cn/Latte-0", "vae/config.json"),
@@ -141,10 +144,10 @@ def test_files_land_where_pipelines_look(hub, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["skylapse-skip.pt", "skytimelapse-skip.pt"])
-def test_sky_is_found_under_either_name(hub, tmp_path, name):
+def test_sky_is_found_under_either_name_and_saved_under_one(hub, tmp_path, name):
     hub.repos[SKIP_DIT] = [name]
     hub.content[name] = checkpoint("temp_embed", 7)
-    assert tool.download("class-to-video", tmp_path, only=["sky"]) == [tmp_path / name]
+    assert tool.download("class-to-video", tmp_path, only=["sky"]) == [tmp_path / "skylapse-skip.pt"]
 
 
 def test_sky_under_both_names_is_fetched_once(hub, tmp_path):
@@ -205,7 +208,7 @@ def partial(server, folder: Path, content: bytes) -> None:
 
 def test_interrupted_file_continues_where_it_stopped(server, tmp_path):
     partial(server, tmp_path, server.content[:4_000])
-    assert tool.fetch("a/b", "big.pt", tmp_path).read_bytes() == server.content
+    assert tool.fetch("a/b", "big.pt", tmp_path / "big.pt").read_bytes() == server.content
     assert server.ranges == ["bytes=4000-"]
     assert [path.name for path in tmp_path.iterdir()] == ["big.pt"]
 
@@ -213,27 +216,27 @@ def test_interrupted_file_continues_where_it_stopped(server, tmp_path):
 def test_server_without_ranges_is_no_harm(server, tmp_path):
     server.knows_ranges = False
     partial(server, tmp_path, server.content[:4_000])
-    assert tool.fetch("a/b", "big.pt", tmp_path).read_bytes() == server.content
+    assert tool.fetch("a/b", "big.pt", tmp_path / "big.pt").read_bytes() == server.content
 
 
 def test_partial_file_that_grew_too_long_starts_again(server, tmp_path):
     partial(server, tmp_path, server.content * 2)
-    assert tool.fetch("a/b", "big.pt", tmp_path).read_bytes() == server.content
+    assert tool.fetch("a/b", "big.pt", tmp_path / "big.pt").read_bytes() == server.content
 
 
 def test_new_version_of_a_file_does_not_continue_the_old(server, tmp_path):
     partial(server, tmp_path, b"old" * 1_000)
     server.content = os.urandom(9_000)
     server.checksum = hashlib.sha256(server.content).hexdigest()
-    assert tool.fetch("a/b", "big.pt", tmp_path).read_bytes() == server.content
+    assert tool.fetch("a/b", "big.pt", tmp_path / "big.pt").read_bytes() == server.content
 
 
 def test_damaged_bytes_are_removed_and_the_next_call_succeeds(server, tmp_path):
     partial(server, tmp_path, bytes(4_000))
     with pytest.raises(OSError, match="damaged"):
-        tool.fetch("a/b", "big.pt", tmp_path)
+        tool.fetch("a/b", "big.pt", tmp_path / "big.pt")
     assert not list(tmp_path.iterdir())
-    assert tool.fetch("a/b", "big.pt", tmp_path).read_bytes() == server.content
+    assert tool.fetch("a/b", "big.pt", tmp_path / "big.pt").read_bytes() == server.content
 
 
 @pytest.mark.parametrize(

@@ -31,7 +31,7 @@ class Item:
 
     Attributes:
         repo: Hub repository, owner/name.
-        files: names or patterns in the repository; "a|b" is one file published under either name.
+        files: names or patterns in the repository; "a|b" is one file published under either name, saved as a.
         folder: where they go, below the folder for all checkpoints; inside, they keep the repository's layout.
         gigabytes: published size, where known.
         holds: what `weights.identify` must say of the checkpoint; None for files that are no checkpoint of ours.
@@ -125,7 +125,7 @@ def download(task: str, folder: str | Path = "checkpoints", only: Sequence[str] 
     for key, item in items.items():
         target = Path(folder) / item.folder
         for name in names[key]:
-            local.append(_ask_hub(item, [name], fetch, item.repo, name, target))
+            local.append(_ask_hub(item, [name], fetch, item.repo, name, target / _saved_as(name, item)))
         if item.holds:
             _check(local[-1], item)
     return local
@@ -143,13 +143,19 @@ def _ask_hub(item: Item, files: Sequence[str], call: Callable[..., T], *args) ->
         ) from error
 
 
-def fetch(repo: str, name: str, folder: Path) -> Path:
-    """One file of a Hub repository, continued from what an interrupted call left. Returns `folder / name`.
+def _saved_as(name: str, item: Item) -> str:
+    """What a published file is called here: one name, whichever of its two the Hub has."""
+    either = (pattern.split("|") for pattern in item.files)
+    return next((names[0] for names in either if len(names) > 1 and name in names), name)
+
+
+def fetch(repo: str, name: str, target: Path) -> Path:
+    """One file of a Hub repository, continued from what an interrupted call left. Returns `target`.
 
     The Hub client's own download does the same but starts an interrupted file from its first byte again. Raises what
     the client raises, and OSError if the bytes do not have the published checksum.
     """
-    target, url = folder / name, hf_hub_url(repo, name)
+    url = hf_hub_url(repo, name)
     remote = get_hf_file_metadata(url)
     if target.exists() and target.stat().st_size == remote.size:
         return target

@@ -62,7 +62,8 @@ class TrainConfig:
 
 
 # Settings that may differ when a run is resumed: places, and what does not change what is computed.
-_FREE = {"out", "init", "vae", "data.path", "grid_guidance"} | {
+_FREE = {"out", "init", "vae", "grid_guidance", "data.path", "data.clip_list", "data.image_path", "data.image_list"}
+_FREE |= {
     f"train.{name}"
     for name in (
         *("steps", "micro_batch_size", "parallel", "compile", "gradient_checkpointing", "workers"),

@@ -20,7 +20,7 @@ def load_vae(source: str, dtype: torch.dtype = torch.float32) -> AutoencoderKL:
     except OSError as error:
         raise FileNotFoundError(
             f"no autoencoder {source}: neither a folder here nor fetched from the Hub ({str(error).splitlines()[0]}); "
-            "`bash scripts/download.sh class-to-image` fetches the one of the released models"
+            "`bash scripts/download.sh class-to-image` or class-to-video fetches the one of the released models"
         ) from error
     return vae.eval().requires_grad_(False)
 

@@ -42,7 +42,7 @@ class ClipData:
     frame_interval: int = setting(3, "frames of the source from one to the next; 1 takes all")
     images: int = setting(0, "single frames of other clips beside every clip, for joint training")
     image_path: str | None = setting(None, "folder of the pictures in image_list")
-    image_list: str | None = setting(None, "text file with one picture <clip>/<frame> per line, to draw images from")
+    image_list: str | None = setting(None, "text file, a picture <clip>/<frame> per line: draw images from these")
     image_size: int = setting(256, "pixels along a side: centre crop, then resize")
     latents: str = setting("sample", "mean or sample: what of the autoencoder's posterior is trained on")
     flip: bool = setting(True, "flip half of the clips, and of the images, horizontally")
