@@ -2,7 +2,7 @@
 
 from diffusers import AutoencoderKL
 
-from skipdit.data.clips import ClipData, ClipDataset, VideoFiles
+from skipdit.data.clips import ClipData, ClipDataset, ClipFolder
 from skipdit.data.latents import ClipLatents, expected_latents
 
 
@@ -10,7 +10,7 @@ def make_dataset(config: ClipData, vae: AutoencoderKL) -> ClipDataset:
     """The dataset of a config. Raises ValueError or FileNotFoundError that names what is wrong with it."""
     expected = expected_latents(config.latents, config.image_size, vae)
     if config.kind in ("videos", "frames"):
-        return VideoFiles(config)
+        return ClipFolder(config)
     if config.kind == "latents":
         if config.classes or config.clip_list:
             raise ValueError("latents hold the clips of their encoding: leave out data.classes and data.clip_list")

@@ -23,7 +23,7 @@ from safetensors.torch import save_file
 from torch.utils.data import DataLoader, Dataset, Subset
 from tqdm import tqdm
 
-from skipdit.data.clips import ClipData, ClipDataset, VideoFiles
+from skipdit.data.clips import ClipData, ClipDataset, ClipFolder
 from skipdit.data.images import FashionMNIST, ImageFolder, to_float
 from skipdit.data.latents import LatentInfo, Part, expected_latents
 from skipdit.data.stream import Stream, collate
@@ -46,7 +46,7 @@ class _InOrder(Stream):
 def open_dataset(args: argparse.Namespace) -> Dataset:
     if args.data in IMAGES:
         return IMAGES[args.data](args.path, args.image_size)
-    return VideoFiles(
+    return ClipFolder(
         ClipData(
             kind=args.data,
             path=args.path,

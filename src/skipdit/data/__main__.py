@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from skipdit.config import friendly_errors, load_config
-from skipdit.data.clips import ClipData, ClipDataset, VideoFiles
+from skipdit.data.clips import STRETCH, ClipData, ClipDataset, ClipFolder
 from skipdit.data.images import FashionMNIST, ImageData, ImageFolder
 from skipdit.data.latents import Shards
 from skipdit.data.stream import BrokenSample
@@ -52,7 +52,7 @@ def check(args: argparse.Namespace) -> int:
         unit = f"frames of {len(table.column('length')):,} clips" if table.clips else "images"
         print(f"{config.path}: latents of {len(table):,} {unit}, {table.info}")
         return 0
-    dataset = VideoFiles(config) if clips else IMAGES[config.kind](config.path, config.image_size)
+    dataset = ClipFolder(config) if clips else IMAGES[config.kind](config.path, config.image_size)
     loader = DataLoader(_Walk(dataset, args.quick), batch_size=None, num_workers=args.workers)
     found = list(tqdm(loader, desc="reading", unit="clip" if clips else "image"))
     broken = [error for _, error in found if error]
@@ -100,16 +100,16 @@ class _Walk(Dataset):
                 self.dataset[index]
                 return 1, ""
             clip = self.dataset.open(index)
-            length = len(clip)
-            step = max(1, length - 1) if self.quick else 64  # in stretches: a long clip does not fit into memory
-            for start in range(0, length, step):
-                clip.read(range(start, min(start + (1 if self.quick else step), length)))
-            return length, ""
+            frames = range(len(clip))
+            every = [frames[start : start + STRETCH] for start in range(0, len(frames), STRETCH)]
+            for stretch in [frames[:1], frames[-1:]] if self.quick and frames else every:  # a long clip fills memory
+                clip.read(stretch)
+            return len(frames), ""
         except BrokenSample as error:
             return 0, str(error)
 
 
-def _describe_clips(dataset: VideoFiles, config: ClipData, lengths: list[int]) -> None:
+def _describe_clips(dataset: ClipFolder, config: ClipData, lengths: list[int]) -> None:
     what = "video files" if config.kind == "videos" else "folders of frames"
     print(f"{config.path}: {len(lengths):,} readable {what}, {sum(lengths):,} frames")
     if lengths:
@@ -123,7 +123,7 @@ def _describe_clips(dataset: VideoFiles, config: ClipData, lengths: list[int]) -
         print(f"passed over: {sum(dataset.strays.values()):,} other files ({kinds})")
 
 
-def _missing(dataset: VideoFiles) -> list[str]:
+def _missing(dataset: ClipFolder) -> list[str]:
     """Messages of the listed pictures that do not exist."""
     print(f"{len(dataset.pictures):,} pictures listed to draw images from")
     paths = (dataset.picture_root / name for name in dataset.pictures)

@@ -24,6 +24,7 @@ from skipdit.data.stream import BrokenSample
 
 VIDEO_SUFFIXES = {".mp4", ".avi", ".mov", ".mkv", ".webm", ".mpg", ".m4v"}
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
+STRETCH = 32  # frames to hold at the size of their file at once
 ATTEMPTS = 10  # other pictures to try where one of those that ride along cannot be read
 
 
@@ -161,7 +162,7 @@ class Clip(ABC):
         """Tensors with one entry per frame along the first axis. Raises BrokenSample."""
 
 
-class VideoFiles(ClipDataset):
+class ClipFolder(ClipDataset):
     """Clips that are video files or, with `kind` "frames", folders of numbered pictures, anywhere below a folder.
 
     Samples: {"image": uint8 (F + I, 3, S, S)}, with classes "label" and "image_label". Files of other kinds are passed
@@ -258,11 +259,14 @@ class _Video(Clip):
         return len(self._reader)
 
     def read(self, frames: range) -> dict[str, Tensor]:
-        try:
-            pixels = self._reader.get_batch(list(frames)).asnumpy()  # (F, H, W, 3)
-        except Exception as error:
-            raise BrokenSample(f"{self.path}: {_reason(error)}") from error
-        return {"image": to_square(torch.from_numpy(pixels).permute(0, 3, 1, 2), self.size)}
+        pictures = []
+        for start in range(0, len(frames), STRETCH):
+            try:
+                pixels = self._reader.get_batch(list(frames[start : start + STRETCH])).asnumpy()  # (F, H, W, 3)
+            except Exception as error:
+                raise BrokenSample(f"{self.path}: {_reason(error)}") from error
+            pictures.append(to_square(torch.from_numpy(pixels).permute(0, 3, 1, 2), self.size))
+        return {"image": torch.cat(pictures)}
 
 
 class _FrameFolder(Clip):
@@ -317,6 +321,6 @@ def _lines(file: str) -> list[str]:
 
 
 def _reason(error: Exception) -> str:
-    """One line of decord's message, without its source position."""
+    """One line of decord's message, without its times and source positions: the same for a file every time."""
     text = str(error).splitlines()[0] if str(error) else type(error).__name__
-    return re.sub(r"^\[[\d:]+\] \S+:\d+: ", "", text)
+    return re.sub(r"^(\[[\d:]+\] \S+:\d+: )+", "", text)
