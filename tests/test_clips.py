@@ -491,7 +491,10 @@ def test_broken_source_of_an_image_is_replaced(config, copied, layout):
         assert sample["broken"]
         assert all(line.startswith(str(broken)) for line in sample["broken"].splitlines())
     stream = Stream(dataset, 0)
-    assert sorted(stream[position]["weight"] for position in range(4)) == [0, 1, 1, 1]
+    batch = collate([stream[position] for position in range(4)])
+    assert sorted(batch["weight"].tolist()) == [0, 1, 1, 1]
+    assert len(batch["broken"]) > 1
+    assert all(line.startswith(str(broken)) for line in batch["broken"])
 
 
 def test_broken_and_missing_pictures_are_replaced(config, copied):
@@ -590,6 +593,7 @@ def test_latents_are_those_of_the_pixels_drawn(tmp_path, vae_folder, encode_clip
 def test_latents_without_classes_or_deviation(config, layouts, tmp_path, encode_clips):
     said = encode_clips("frames", layouts / "frames", tmp_path / "latents", "--latents", "mean")
     assert "4 of 4 clips, latents in" in said
+    assert load_file(tmp_path / "latents/latents-00000.safetensors").keys() == {"mean", "length"}
     latents = ClipLatents(tmp_path / "latents", num_frames=4, frame_interval=5, images=1)
     assert latents.left_out == [f"{tmp_path}/latents: clip 1: 14 frames, too short for 4 at every 5"]
     assert [len(latents[i]["mean"]) for i in range(len(latents))] == [20, 18, 22]
@@ -626,6 +630,7 @@ def test_encoding_goes_on_only_with_the_same_clips(layouts, tmp_path, encode_cli
     with pytest.raises(ValueError, match="holds latents of 2 of 4 samples: encoding was interrupted"):
         ClipLatents(out, 4, 3)
     encode_clips("videos", layouts / "classes", out, "--shard", "2")
+    assert sorted(out.iterdir()) == files
     again = load_file(files[1])
     assert again.keys() == before.keys() == {"mean", "std", "length"}
     assert all(torch.equal(again[key], before[key]) for key in before)
@@ -659,6 +664,14 @@ def test_latents_of_another_autoencoder_are_refused(layouts, tmp_path, vae_folde
     vae.decoder.conv_in.weight.data += 1
     with pytest.raises(ValueError, match="do not fit: vae_id is"):
         make_dataset(ClipData("latents", str(tmp_path / "latents"), image_size=8), vae)
+
+
+def test_labels_of_pictures_stay_with_them(tmp_path, image_folder, encode_clips):
+    """Two pictures within the batch are broken."""
+    encode_clips("image_folder", image_folder, tmp_path / "latents")
+    whole = [path for path in sorted(image_folder.rglob("*.png")) if path.name not in ("03.png", "04.png")]
+    latents = Latents(tmp_path / "latents")
+    assert [latents[i]["label"] for i in range(22)] == [int(path.parent.name.removeprefix("class")) for path in whole]
 
 
 def test_latents_of_pictures_are_none_of_clips(layouts, tmp_path, image_folder, encode_clips):
