@@ -42,8 +42,7 @@ class DiT(AdaLNTransformer):
         skip: bool = True,
     ):
         super().__init__()
-        n_skips = depth // 2 if skip else 0
-        self._build(input_size, patch_size, in_channels, hidden_size, depth, num_heads, mlp_ratio, num_classes, n_skips)
+        self._build(num_classes, n_skips=depth // 2 if skip else 0)
 
     def forward(
         self,
@@ -93,5 +92,7 @@ class DiT(AdaLNTransformer):
     def config_from_state(cls, state: Mapping[str, Tensor], num_heads: int | None = None) -> dict:
         """See `AdaLNTransformer.config_from_state`."""
         config = super().config_from_state(state, num_heads)
+        if "temp_embed" in state:
+            raise ValueError("these are the weights of a class-to-video Latte, not of a DiT")
         classes = len(state["y_embedder.embedding_table.weight"]) - 1  # the last row is the null class
         return config | {"num_classes": classes}

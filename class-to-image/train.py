@@ -17,15 +17,15 @@ from skipdit.class_sample import generate
 from skipdit.class_to_image.data import make_dataset
 from skipdit.class_to_image.model import DiT
 from skipdit.class_to_image.sample import ModelConfig, build_model
+from skipdit.class_train import open_training
 from skipdit.config import friendly_errors, load_config, make_parser, setting
 from skipdit.data.images import ImageData, to_uint8
 from skipdit.data.latents import clean_latents
 from skipdit.device import process_state
 from skipdit.diffusion import Diffusion
-from skipdit.sample import generators, preflight
+from skipdit.sample import generators
 from skipdit.train import Draw, TrainConfig, fit
-from skipdit.vae import decode, latent_size, load_vae
-from skipdit.weights import load_weights
+from skipdit.vae import decode, latent_size
 
 
 @dataclass
@@ -52,15 +52,15 @@ def main() -> None:
 
 def train(config: Config, dry_run: bool = False) -> DiT:
     """Run a config. Returns the averaged model."""
-    init = None if any(Path(config.out).glob("checkpoints/*.pt")) else config.init  # a run that goes on has weights
-    preflight({"vae": config.vae} | ({"init": init} if init else {}), "bash scripts/download.sh class-to-image")
-    vae = load_vae(config.vae)
-    torch.manual_seed(config.train.seed)
-    model = build_model(config.model, latent_size(config.data.image_size, vae))
-    if init:
-        new = load_weights(model, init, allow_missing="skips.*")
-        if new and process_state().is_main_process:
-            print(f"{len(new)} skip parameters are not in {init} and start anew:\n  " + "\n  ".join(new))
+    model, vae = open_training(
+        config.out,
+        config.init,
+        config.vae,
+        config.data.files(),
+        config.train,
+        lambda vae: build_model(config.model, latent_size(config.data.image_size, vae)),
+        "bash scripts/download.sh class-to-image",
+    )
     with process_state().local_main_process_first():  # a data set that downloads itself does so once
         dataset = make_dataset(config.data, vae)
     if dataset.num_classes > config.model.num_classes:

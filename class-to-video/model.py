@@ -64,8 +64,7 @@ class Latte(AdaLNTransformer):
             raise ValueError(f"extras is {extras}; 1 is unconditional, 2 class-conditional")
         if not 0 <= n_skips <= pairs // 2:
             raise ValueError(f"n_skips is {n_skips}; {pairs} pairs have at most {pairs // 2}")
-        classes = num_classes if extras == 2 else None
-        self._build(input_size, patch_size, in_channels, hidden_size, depth, num_heads, mlp_ratio, classes, n_skips)
+        self._build(num_classes if extras == 2 else None, n_skips)
         self.sample_shape = (num_frames, *self.sample_shape)
         temporal = torch.from_numpy(sincos_1d(np.arange(num_frames), hidden_size)).float()
         self.register_buffer("temp_embed", temporal[None])
@@ -99,6 +98,8 @@ class Latte(AdaLNTransformer):
         if frames != self.config.num_frames:
             raise ValueError(f"clips have {frames} frames, the model was made for {self.config.num_frames}")
         c = each = self.embed(t, y) if conditioning is None else None  # (N, 1, 1, D): one for all frames
+        if use_image_num and self.null_class is not None and y_image is None:
+            raise ValueError("y_image, the classes of the images, is missing")
         if use_image_num and self.null_class is not None:  # images have classes of their own: (N, F + I, 1, D)
             images = self.embed(t[:, None], y_image).squeeze(2)
             each = torch.cat([c.expand(-1, frames, -1, -1), images], dim=1)

@@ -76,11 +76,13 @@ def sample(config: Config) -> dict:
     models = load(config, spec.branch if spec.interval > 1 else None)
 
     def save(job: Job, index: int, pixels: Tensor) -> None:
-        if config.gif:
-            write_gif(job.path(index).with_suffix(".gif"), pixels, config.fps)
         job.save(index, lambda path: write_mp4(path, pixels, config.fps))
 
     job, report = run_job(config, models, save, "mp4", "clip", free={"gif"})
+    for index in range(job.rank, job.total, job.world) if config.gif else ():
+        gif = job.path(index).with_suffix(".gif")
+        if not gif.exists():
+            write_gif(gif, read_mp4(job.path(index)), config.fps)
     if process_state().is_main_process:
         clips = [read_mp4(job.path(i)) for i in range(min(config.num_samples, SHOWN))]
         write_png(contact_sheet(clips), str(job.folder / "sheet.png"))

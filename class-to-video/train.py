@@ -10,23 +10,23 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+from diffusers import AutoencoderKL
 from torchvision.io import write_png
 
 from skipdit.class_sample import generate
 from skipdit.class_to_video.data import make_dataset
 from skipdit.class_to_video.model import Latte
 from skipdit.class_to_video.sample import ModelConfig, build_model
+from skipdit.class_train import open_training
 from skipdit.config import friendly_errors, load_config, make_parser, setting
 from skipdit.data.clips import ClipData
 from skipdit.data.images import to_uint8
 from skipdit.data.latents import clean_latents
-from skipdit.device import process_state
 from skipdit.diffusion import Diffusion
 from skipdit.media import contact_sheet, side_by_side, write_gif
-from skipdit.sample import generators, preflight
-from skipdit.train import Draw, TrainConfig, fit
-from skipdit.vae import decode, latent_size, load_vae
-from skipdit.weights import load_weights
+from skipdit.sample import generators
+from skipdit.train import Draw, Loss, TrainConfig, fit
+from skipdit.vae import decode, latent_size
 
 
 @dataclass
@@ -51,24 +51,9 @@ def main() -> None:
         train(load_config(Config, args.config, args.overrides), args.dry_run)
 
 
-def train(config: Config, dry_run: bool = False) -> Latte:
-    """Run a config. Returns the averaged model."""
-    init = None if any(Path(config.out).glob("checkpoints/*.pt")) else config.init  # a run that goes on has weights
-    preflight({"vae": config.vae} | ({"init": init} if init else {}), "bash scripts/download.sh class-to-video")
-    vae = load_vae(config.vae)
-    torch.manual_seed(config.train.seed)
-    model = build_model(config.model, latent_size(config.data.image_size, vae), config.data.num_frames)
-    if init:
-        new = load_weights(model, init, allow_missing="skips.*")
-        if new and process_state().is_main_process:
-            print(f"{len(new)} skip parameters are not in {init} and start anew:\n  " + "\n  ".join(new))
-    dataset, classes, images = make_dataset(config.data, vae), config.model.num_classes, config.data.images
-    if classes is not None and not 0 < dataset.num_classes <= classes:
-        raise ValueError(
-            f"{config.data.path} has {dataset.num_classes} classes and the model {classes}: set model.num_classes to "
-            "that, and data.labelled=true for folders that are classes"
-        )
-    diffusion = Diffusion()
+def make_loss(config: Config, vae: AutoencoderKL) -> Loss:
+    """The loss of joint training: noise predicted for the F frames of a clip and the I images behind them."""
+    diffusion, classes, images = Diffusion(), config.model.num_classes, config.data.images
 
     def loss(model: torch.nn.Module, batch: dict, draw: Draw) -> torch.Tensor:
         mirrored = (draw.rand(1 + images) < 0.5) & config.data.flip  # a clip as a whole, every image by itself
@@ -77,13 +62,32 @@ def train(config: Config, dry_run: bool = False) -> Latte:
         y = y_image = None
         if classes is not None:
             labels = torch.cat([batch["label"][:, None], *([batch["image_label"]] if images else [])], dim=1)
-            y, y_image = torch.where(draw.rand(1 + images) < config.label_dropout, classes, labels).split(
-                [1, images], 1
-            )
-            y = y.squeeze(1)
+            labels = torch.where(draw.rand(1 + images) < config.label_dropout, classes, labels)
+            y, y_image = labels[:, 0], labels[:, 1:]
         t, noise = draw.randint(len(diffusion)), draw.randn(*x0.shape[1:])
         x = diffusion.q_sample(x0, t, noise)
         return diffusion.losses(model(x, t, y, y_image, use_image_num=images), x0, x, t, noise)["loss"]
+
+    return loss
+
+
+def train(config: Config, dry_run: bool = False) -> Latte:
+    """Run a config. Returns the averaged model."""
+    model, vae = open_training(
+        config.out,
+        config.init,
+        config.vae,
+        config.data.files(),
+        config.train,
+        lambda vae: build_model(config.model, latent_size(config.data.image_size, vae), config.data.num_frames),
+        "bash scripts/download.sh class-to-video",
+    )
+    dataset, classes = make_dataset(config.data, vae), config.model.num_classes
+    if classes is not None and not 0 < dataset.num_classes <= classes:
+        raise ValueError(
+            f"{config.data.path} has {dataset.num_classes} classes and the model {classes}: set model.num_classes to "
+            "that, and data.labelled=true for folders that are classes"
+        )
 
     def sample(model: Latte, step: int) -> None:
         count = min(8, classes or 4)
@@ -100,7 +104,7 @@ def train(config: Config, dry_run: bool = False) -> Latte:
         write_png(contact_sheet(clips), str(folder / f"{step:07d}.png"))
         write_gif(folder / f"{step:07d}.gif", side_by_side(clips), fps=8)
 
-    return fit(model, loss, dataset, config.train, config.out, config, sample, dry_run)
+    return fit(model, make_loss(config, vae), dataset, config.train, config.out, config, sample, dry_run)
 
 
 if __name__ == "__main__":

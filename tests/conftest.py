@@ -2,6 +2,8 @@
 
 import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 os.environ["OMP_NUM_THREADS"] = "1"  # bit-equality needs one number of threads here and in the processes started here
@@ -12,10 +14,14 @@ import torch
 from diffusers import AutoencoderKL
 from PIL import Image
 from safetensors import safe_open
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from skipdit.checkpoint import latest
 from skipdit.class_to_image import DiT
 from skipdit.class_to_video import Latte
+from skipdit.config import to_yaml
 
+ROOT = Path(__file__).parent.parent
 GOLDEN = Path(__file__).parent / "golden"
 
 
@@ -100,3 +106,57 @@ def assert_close(actual: torch.Tensor, expected: torch.Tensor, tolerance: float 
     assert actual.shape == expected.shape
     error = (actual - expected).abs().max().item()
     assert error < tolerance, f"max abs error {error:.2e}"
+
+
+def stats(config) -> list[dict]:
+    return [json.loads(line) for line in (Path(config.out) / "stats.jsonl").read_text().splitlines()]
+
+
+def state(config) -> dict:
+    return latest(Path(config.out) / "checkpoints")[1]
+
+
+def assert_equal(a, b, path="") -> None:
+    """Two checkpoints hold the same bits."""
+    if isinstance(a, dict):
+        assert a.keys() == b.keys(), path
+        for key in a:
+            assert_equal(a[key], b[key], f"{path}/{key}")
+    elif isinstance(a, torch.Tensor):
+        assert torch.equal(a, b), path
+    elif isinstance(a, list | tuple):
+        assert len(a) == len(b), path
+        for i, (x, y) in enumerate(zip(a, b, strict=True)):
+            assert_equal(x, y, f"{path}/{i}")
+    else:
+        assert a == b, path
+
+
+def run_script(config, *overrides, processes=1, task="class-to-image", **kwargs) -> subprocess.CompletedProcess:
+    """The trainer as a user starts it."""
+    file = Path(config.out).parent / f"{Path(config.out).name}.yaml"
+    file.write_text(to_yaml(config))
+    launcher = [sys.executable]
+    if processes > 1:
+        launcher += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+    command = [*launcher, str(ROOT / task / "train.py"), "--config", str(file), *overrides]
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.run(command, capture_output=True, text=True, env=env, cwd=file.parent, timeout=300, **kwargs)
+
+
+class NoReadBack(TorchDispatchMode):
+    """Fails on every operation whose result has to travel from the device to the host."""
+
+    FORBIDDEN = ("_local_scalar_dense", "nonzero", "is_nonzero", "item", "equal", "masked_select", "unique")
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        assert func._schema.name.split("::")[1] not in self.FORBIDDEN, f"{func} reads the device back"
+        return func(*args, **(kwargs or {}))
+
+
+FSDP = pytest.param(
+    "fsdp",
+    marks=pytest.mark.skipif(
+        not hasattr(torch.cpu.Stream, "record_event"), reason="this torch cannot shard on a CPU, only on GPUs"
+    ),
+)

@@ -2,9 +2,8 @@
 
 import pytest
 import torch
-from conftest import tiny_dit
+from conftest import NoReadBack, tiny_dit
 from torch._dynamo.testing import CompileCounterWithBackend
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from skipdit import SkipCache
 from skipdit.class_sample import generate
@@ -45,26 +44,16 @@ def test_uncached_is_one_graph():
     assert backend.frame_count == 1
 
 
-class _NoReadBack(TorchDispatchMode):
-    """Fails on every operation whose result has to travel from the device to the host."""
-
-    FORBIDDEN = ("_local_scalar_dense", "nonzero", "is_nonzero", "item", "equal", "masked_select", "unique")
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        assert func._schema.name.split("::")[1] not in self.FORBIDDEN, f"{func} reads the device back"
-        return func(*args, **(kwargs or {}))
-
-
 @pytest.mark.parametrize("sampler", ["ddpm", "ddim"])
 @pytest.mark.parametrize("spec", ["none", "N2-1000-20", "N3-1000-20-o1"])
 def test_no_step_waits_for_the_device(sampler, spec, monkeypatch):
     monkeypatch.setattr("skipdit.class_sample.require_finite", lambda *_: None)  # after the last step
     model, diffusion, labels = tiny_dit(), Diffusion(8), torch.tensor([1, 2])
     cache, noise = SkipCache(spec, diffusion.sampling_timesteps), generators(0, range(2), "cpu")
-    with _NoReadBack():
+    with NoReadBack():
         generate(model, labels, noise, steps=8, sampler=sampler, cache=cache)
 
 
 def test_the_read_back_check_can_fail():
-    with pytest.raises(AssertionError, match="reads the device back"), _NoReadBack():
+    with pytest.raises(AssertionError, match="reads the device back"), NoReadBack():
         torch.ones(1).item()

@@ -10,27 +10,26 @@ import imageio.v3 as imageio
 import numpy as np
 import pytest
 import torch
-from conftest import tiny_latte
+from conftest import FSDP, ROOT, NoReadBack, assert_equal, run_script, state, stats, tiny_latte
 from PIL import Image
-from test_compile import _NoReadBack
-from test_train import assert_equal, run_script, state, stats
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from skipdit import SkipCache
 from skipdit.bench import step_flops
 from skipdit.class_sample import generate
+from skipdit.class_to_video import Latte
 from skipdit.class_to_video import sample as sampler
 from skipdit.class_to_video.sample import ModelConfig, sample
-from skipdit.class_to_video.train import Config, train
+from skipdit.class_to_video.train import Config, make_loss, train
 from skipdit.config import to_yaml
+from skipdit.convert import main as convert
 from skipdit.data.clips import ClipData
 from skipdit.diffusion import Diffusion
 from skipdit.media import contact_sheet, read_mp4, side_by_side, write_gif, write_mp4
 from skipdit.sample import generators
-from skipdit.train import TrainConfig
-from skipdit.weights import to_released
+from skipdit.train import Draw, TrainConfig
+from skipdit.weights import load_weights, to_released
 
-ROOT = Path(__file__).parent.parent
 TINY = {"patch_size": 2, "hidden_size": 32, "depth": 8, "num_heads": 2, "num_classes": 5, "skip": True}
 
 
@@ -113,11 +112,12 @@ def test_resume_is_bit_equal(training, tmp_path):
     assert_equal(whole | {"args": None}, state(training) | {"args": None})
 
 
-def test_two_processes_equal_one(training, tmp_path):
+@pytest.mark.parametrize("parallel", ["ddp", FSDP])
+def test_two_processes_equal_one(training, tmp_path, parallel):
     training.train.sample_every = 4
     train(training)
     alone, whole = stats(training), state(training)["ema"]
-    training.out = str(tmp_path / "two")
+    training.out, training.train.parallel = str(tmp_path / "two"), parallel
     result = run_script(training, processes=2, task="class-to-video")
     assert result.returncode == 0, result.stderr[-3000:]
     for a, b in zip(alone, stats(training), strict=True):
@@ -127,6 +127,67 @@ def test_two_processes_equal_one(training, tmp_path):
         torch.testing.assert_close(tensor, whole[name], atol=2e-4, rtol=1e-3)
     for suffix in ("png", "gif"):
         assert (tmp_path / f"two/samples/0000004.{suffix}").exists()
+
+
+def test_accumulated_gradients_are_the_same(training, tmp_path):
+    train(training)
+    whole, training.out = stats(training), str(tmp_path / "accumulated")
+    training.train.micro_batch_size = 1
+    training.train.gradient_checkpointing = True
+    train(training)
+    for a, b in zip(whole, stats(training), strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], rel=1e-4)
+        assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-3)
+
+
+def test_mixed_precision(training, tmp_path):
+    """bf16, the default: near float32, and not equal to it."""
+    train(training)
+    exact, training.out, training.train.precision = stats(training), str(tmp_path / "bf16"), "bf16"
+    result = run_script(training, task="class-to-video")  # accelerate allows one precision per process
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert stats(training)[0]["loss"] == pytest.approx(exact[0]["loss"], rel=0.02)
+    assert stats(training)[0]["loss"] != exact[0]["loss"]
+
+
+class _Listener(torch.nn.Module):
+    """A model that notes what the loss asks of it."""
+
+    def forward(self, x, t, y, y_image, use_image_num):
+        self.x, self.t, self.y, self.y_image = x, t, y, y_image
+        return torch.cat([x, x], dim=2)
+
+
+def listen(training, rows=64) -> _Listener:
+    """What the model gets for a batch of latents that are 1, and 2 where they are flipped, almost without noise."""
+    mean = torch.stack([torch.ones(rows, 6, 4, 2, 2), torch.full((rows, 6, 4, 2, 2), 2.0)], dim=2)
+    batch = {"mean": mean, "label": torch.zeros(rows).long(), "image_label": torch.tensor([[1, 2]] * rows)}
+    draw = Draw(0, 0, range(rows), rows, torch.device("cpu"))
+    draw.randint = lambda high: torch.zeros(rows, dtype=torch.long)
+    draw.randn = lambda *shape: torch.zeros(rows, *shape)
+    model, training.data.latents = _Listener(), "mean"
+    make_loss(training, None)(model, batch, draw)
+    return model
+
+
+def test_a_clip_is_flipped_as_a_whole_and_images_by_themselves(training):
+    x = listen(training).x[..., 0, 0, 0].round()  # (N, 4 frames + 2 images)
+    assert (x[:, :4] == x[:, :1]).all()
+    patterns = {tuple(row) for row in x[:, [0, 4, 5]].tolist()}
+    assert len(patterns) == 8
+    training.data.flip = False
+    assert (listen(training).x.round() == 1).all()
+
+
+def test_labels_are_dropped_one_by_one(training):
+    training.label_dropout = 0.5
+    model, null = listen(training), training.model.num_classes
+    assert set(model.y.tolist()) == {0, null}
+    assert {tuple(row) for row in model.y_image.tolist()} == {(1, 2), (null, 2), (1, null), (null, null)}
+    training.label_dropout = 0.0
+    model = listen(training)
+    assert model.y.eq(0).all()
+    assert model.y_image.eq(torch.tensor([1, 2])).all()
 
 
 def test_stage_1_trains_the_skips_only(training, tmp_path):
@@ -188,6 +249,9 @@ def test_clip_does_not_depend_on_batch_size_or_interruption(sampling, tmp_path):
     sample(sampling)
     torch.testing.assert_close(clips(sampling.out), whole, atol=2, rtol=0)
     assert not list(Path(sampling.out).glob("0*.gif"))
+    sampling.gif = True  # asked for later
+    sample(sampling)
+    assert len(list(Path(sampling.out).glob("0*.gif"))) == 5
 
 
 def test_clip_does_not_depend_on_the_number_of_processes(sampling, tmp_path):
@@ -240,6 +304,18 @@ def test_command_lines_of_the_original(sampling, tmp_path, monkeypatch, argument
     assert seen[0].cache == spec
 
 
+def test_conversion(sampling, tmp_path, capsys):
+    """A Latte is converted as one; as a DiT it is refused with its name."""
+    with pytest.raises(SystemExit):
+        convert(["convert", sampling.weights, str(tmp_path / "folder"), "--num-heads", "2"])
+    assert "the weights of a class-to-video Latte, not of a DiT" in capsys.readouterr().err
+    latte = ["--model-class", "skipdit.class_to_video.Latte", "--num-heads", "2"]
+    convert(["convert", sampling.weights, str(tmp_path / "folder"), *latte])
+    model = Latte.from_pretrained(tmp_path / "folder")
+    assert load_weights(model, sampling.weights) == []
+    assert (model.config.num_frames, model.config.extras, model.n_skips) == (4, 2, 2)
+
+
 @pytest.mark.parametrize("extras", [1, 2])
 def test_two_graphs_without_breaks_or_read_backs(extras, monkeypatch):
     """Both kinds of step compile with fullgraph; no step waits for the device."""
@@ -253,7 +329,7 @@ def test_two_graphs_without_breaks_or_read_backs(extras, monkeypatch):
 
     expected = run("N2-900-49-o1")
     monkeypatch.setattr("skipdit.class_sample.require_finite", lambda *_: None)  # after the last step
-    with _NoReadBack():
+    with NoReadBack():
         run(SkipCache("N2-900-49-o1", Diffusion(10).sampling_timesteps))
     model.compile(fullgraph=True, backend=backend)
     torch.testing.assert_close(run("N2-900-49-o1"), expected)
@@ -271,7 +347,8 @@ def test_cached_step_is_its_share_of_the_flops():
         4 + 4
     )  # linear layers; attention in 4 tokens, 4 frames
     skip = 2 * tokens * 2 * d * d
-    assert flops["full"] - flops["cached"] == pytest.approx(2 * pair + skip + 2 * 2 * 2 * 2 * 6 * d * d)
+    modulation = 2 * 2 * 6 * d * d  # of one block, for two clips
+    assert flops["full"] - flops["cached"] == pytest.approx(2 * pair + skip + 4 * modulation)
 
 
 def test_media_round_trip(tmp_path):

@@ -105,19 +105,10 @@ class AdaLNTransformer(ModelMixin, ConfigMixin):
     null_class: int | None
     sample_shape: tuple[int, ...]
 
-    def _build(
-        self,
-        input_size: int,
-        patch_size: int,
-        in_channels: int,
-        hidden_size: int,
-        depth: int,
-        num_heads: int,
-        mlp_ratio: float,
-        num_classes: int | None,
-        n_skips: int,
-    ) -> None:
-        """Make all modules. `num_classes` None leaves out the class embedding."""
+    def _build(self, num_classes: int | None, n_skips: int) -> None:
+        """Make all modules of `self.config`. `num_classes` None leaves out the class embedding."""
+        input_size, patch_size, in_channels = self.config.input_size, self.config.patch_size, self.config.in_channels
+        hidden_size, num_heads, mlp_ratio = self.config.hidden_size, self.config.num_heads, self.config.mlp_ratio
         if input_size % patch_size:
             raise ValueError(f"patch_size {patch_size} does not divide the latent size {input_size}")
         self.n_skips = n_skips
@@ -130,7 +121,7 @@ class AdaLNTransformer(ModelMixin, ConfigMixin):
         if num_classes is not None:
             self.y_embedder = LabelEmbedder(num_classes, hidden_size)
         self.register_buffer("pos_embed", sincos_2d(hidden_size, input_size // patch_size))
-        self.blocks = nn.ModuleList(DiTBlock(hidden_size, num_heads, mlp_ratio) for _ in range(depth))
+        self.blocks = nn.ModuleList(DiTBlock(hidden_size, num_heads, mlp_ratio) for _ in range(self.config.depth))
         self.skips = nn.ModuleList(LongSkip(hidden_size) for _ in range(n_skips))
         self.final_layer = FinalLayer(hidden_size, patch_size**2 * 2 * in_channels)
         self.initialize_weights()

@@ -83,7 +83,7 @@ def generate(
     steps: int | str = 250,
     sampler: str = "ddpm",
     guidance_scale: float = 4.0,
-    guidance_channels: int | None = 3,
+    guidance_channels: int | None = None,
     guidance_interval: tuple[int, int] = (0, 1000),
     cache: SkipCache | str = "none",
     callback: Callable[[int, Tensor, Tensor], None] | None = None,
@@ -168,7 +168,7 @@ def open_models(
         branch: the cache's, None without a cache.
         fetch: the command that fetches the released weights.
 
-    Raises ValueError or FileNotFoundError for settings that do not fit each other, before any weight is read.
+    Raises ValueError or FileNotFoundError for settings that do not fit each other, before the model's weights are read.
     """
     device = process_state().device
     preflight({"weights": config.weights, "vae": config.vae}, fetch)

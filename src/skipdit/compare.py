@@ -59,20 +59,26 @@ def compare(config: SamplingConfig, rows: list[Row], models: Models, repeats: in
     Returns one dict per row, and the samples (N, ..., 3, H, W), uint8, of each.
     """
     model, vae, per_step = models
-    indices = range(config.num_samples)
-    labels = labels_of(config, model, indices)
     settings = generate_settings(config)
-    for warm_up in ("none", f"N2-1000-0-b{rows[-2].spec.branch}"):  # both kinds of step, in case they compile
-        generate(model, labels, generators(0, indices, model.device), **settings | {"steps": 4}, cache=warm_up)
+
+    def make(steps: int, cache: Callable[[], SkipCache]) -> Tensor:
+        batches = []
+        for start in range(0, config.num_samples, config.batch_size):
+            indices = range(start, min(start + config.batch_size, config.num_samples))
+            labels, noise = labels_of(config, model, indices), generators(config.seed, indices, model.device)
+            changed = settings | {"steps": steps}
+            latents = generate(model, labels, noise, **changed, cache=cache(), progress=True)
+            batches.append(to_uint8(decode(vae, latents)).cpu())
+        return torch.cat(batches)
+
+    for spec in (CacheSpec(), CacheSpec(2, stop=0, branch=rows[-2].spec.branch)):  # warm up
+        make(4, Row("", spec, 4).cache)
     times: list[list[float]] = [[] for _ in rows]
     samples: list[Tensor] = [torch.empty(0)] * len(rows)
     for _ in range(repeats):  # interleaved: a machine that slows down slows all rows
         for number, row in enumerate(rows):
-            noise = generators(config.seed, indices, model.device)
             began = time.perf_counter()
-            changed = settings | {"steps": row.steps}
-            latents = generate(model, labels, noise, **changed, cache=row.cache(), progress=True)
-            samples[number] = to_uint8(decode(vae, latents)).cpu()
+            samples[number] = make(row.steps, row.cache)
             times[number].append((time.perf_counter() - began) / config.num_samples)
     table = []
     for row, seconds, made in zip(rows, times, samples, strict=True):

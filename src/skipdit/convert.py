@@ -1,6 +1,7 @@
 """Checkpoints from one layout to another; the commands of `python -m skipdit.weights`.
 
     python -m skipdit.weights convert IN OUT       # a safetensors folder for `DiT.from_pretrained(OUT)`
+    python -m skipdit.weights convert checkpoints/ffs-skip.pt latte-ffs --model-class skipdit.class_to_video.Latte
     python -m skipdit.weights export IN OUT.pt     # the released layout {"ema": ...}, to ship
 
 IN is anything that `load_weights` reads; of a training checkpoint the EMA is taken. OUT must not exist yet.

@@ -1,6 +1,7 @@
 """Where a process runs."""
 
 import os
+from datetime import timedelta
 
 import torch
 from accelerate import PartialState
@@ -12,5 +13,8 @@ def cpu_only() -> bool:
 
 
 def process_state() -> PartialState:
-    """This process's rank, device and barriers, joined to the others that torchrun or accelerate launched."""
-    return PartialState(cpu=cpu_only())
+    """This process's rank, device and barriers, joined to the others that torchrun or accelerate launched.
+
+    Processes wait a day for each other: one may have hours of sampling left when another is done.
+    """
+    return PartialState(cpu=cpu_only(), timeout=timedelta(days=1))

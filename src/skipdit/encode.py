@@ -24,13 +24,11 @@ from torch.utils.data import DataLoader, Dataset, Subset
 from tqdm import tqdm
 
 from skipdit.data.clips import ClipData, ClipDataset, ClipFolder
-from skipdit.data.images import FashionMNIST, ImageFolder, to_float
+from skipdit.data.images import IMAGES, to_float
 from skipdit.data.latents import LatentInfo, Part, expected_latents
 from skipdit.data.stream import Stream, collate
 from skipdit.device import process_state
 from skipdit.vae import encode, latent_size, load_vae
-
-IMAGES = {"image_folder": ImageFolder, "fashion_mnist": FashionMNIST}
 
 
 class _InOrder(Stream):
@@ -142,10 +140,11 @@ def encode_shard(vae: AutoencoderKL, loader: DataLoader, kind: str) -> tuple[dic
         if pictures.ndim == 5:  # clips (N, F, 3, H, W)
             parts["length"].append(torch.full((len(pictures),), pictures.shape[1]))
             pictures = pictures.flatten(0, 1)
-        pictures = to_float(pictures.to(vae.device))
-        both = [encode(vae, view) for view in (pictures, pictures.flip(-1))]
-        for key, tensors in zip(("mean", "std"), zip(*both, strict=True), strict=True):
-            parts[key].append(torch.stack(tensors, dim=1).half().cpu())
+        for some in pictures.split(64):  # a long clip does not fit on the device
+            views = to_float(some.to(vae.device))
+            both = [encode(vae, view) for view in (views, views.flip(-1))]
+            for key, tensors in zip(("mean", "std"), zip(*both, strict=True), strict=True):
+                parts[key].append(torch.stack(tensors, dim=1).half().cpu())
         if "label" in batch:
             parts["label"].append(batch["label"][kept])
     if kind == "mean":

@@ -43,7 +43,7 @@ class Attention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x (..., T, D) -> (..., T, D); tokens attend within their row of T."""
         groups = x.shape[:-2]
-        qkv = self.qkv(x).flatten(0, -3).unflatten(-1, (3, self.num_heads, -1))  # (G, T, 3, H, D/H), G groups in all
+        qkv = self.qkv(x.flatten(0, -3)).unflatten(-1, (3, self.num_heads, -1))  # (G, T, 3, H, D/H), G groups in all
         q, k, v = qkv.permute(2, 0, 3, 1, 4)
         x = F.scaled_dot_product_attention(q, k, v)  # (G, H, T, D/H): the fused kernels want four axes
         return self.proj(x.transpose(1, 2).flatten(2)).unflatten(0, groups)

@@ -46,7 +46,7 @@ class BrokenFiles:
         messages = sorted(set(self.path.read_text().splitlines())) if self.path.exists() else []
         if messages:
             replace_text(self.path, "".join(f"{message}\n" for message in messages))
-            print(f"{len(messages)} unreadable files were skipped, listed in {self.path}")
+            print(f"files that were skipped: {len(messages)}; {self.path} says which and why")
 
 
 def replace_text(path: Path, text: str) -> None:

@@ -28,12 +28,16 @@ def preflight(files: dict[str, str], fetch: str) -> None:
     """Check that everything a run needs is there, before anything is loaded.
 
     Args:
-        files: setting name -> path, or Hub name ("owner/name" that is no path here), which cannot be checked offline.
+        files: setting name -> path; of the `vae` also a Hub name, which cannot be checked offline.
         fetch: the command that fetches what is missing.
 
     Raises FileNotFoundError that lists every missing file.
     """
-    missing = [f"{key}={path}" for key, path in files.items() if not Path(path).exists() and not _is_hub_name(path)]
+    missing = [
+        f"{key}={path}"
+        for key, path in files.items()
+        if not (Path(path).exists() or (key == "vae" and _is_hub_name(path)))
+    ]
     if missing:
         raise FileNotFoundError(f"missing: {', '.join(missing)}; `{fetch}` fetches the released ones")
 

@@ -35,7 +35,7 @@ class LongSkip(nn.Module):
         joined = torch.cat([x, shallow], dim=-1)
         norm = self.norm
         normed = F.layer_norm(joined.float(), norm.normalized_shape, norm.weight.float(), norm.bias.float(), norm.eps)
-        return self.linear(normed.to(x.dtype))
+        return self.linear(normed.to(x.dtype)).to(x.dtype)  # under autocast too: the residual stream stays float32
 
 
 def skip_stack(

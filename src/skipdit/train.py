@@ -28,7 +28,7 @@ from torch.utils.data import Dataset
 from skipdit import checkpoint
 from skipdit.config import flatten, setting, to_dict, to_yaml
 from skipdit.data.stream import Stream, make_loader, rows_of, seed_of
-from skipdit.device import cpu_only
+from skipdit.device import cpu_only, process_state
 from skipdit.ema import EMA
 from skipdit.runlog import BrokenFiles, Log, replace_text
 
@@ -62,7 +62,7 @@ class TrainConfig:
 
 
 # Settings that may differ when a run is resumed: places, and what does not change what is computed.
-_FREE = {"out", "init", "vae", "grid_guidance", "data.path", "data.clip_list", "data.image_path", "data.image_list"}
+_FREE = {"out", "init", "vae", "grid_guidance", "data.path", "data.image_path"}
 _FREE |= {
     f"train.{name}"
     for name in (
@@ -150,6 +150,7 @@ def fit(
     if config.precision not in ("fp32", "bf16") or config.parallel not in ("ddp", "fsdp"):
         raise ValueError(f"precision {config.precision!r} or parallel {config.parallel!r}: see --help for the choices")
     out = Path(out)
+    process_state()  # first: its processes wait for each other as long as it takes
     accelerator = Accelerator(cpu=cpu_only(), mixed_precision=config.precision.replace("fp32", "no"))
     device, world = accelerator.device, accelerator.num_processes
     if not dry_run:

@@ -1,6 +1,6 @@
 """Walk the dataset of a training config: what is there, what is too short, what is broken.
 
-    python -m skipdit.data check configs/class-to-video/ucf101_scratch.yaml path=data/UCF101/videos
+    python -m skipdit.data check configs/class-to-video/ucf101_scratch.yaml data.path=data/UCF101/videos
     python -m skipdit.data check configs/class-to-video/sky_scratch.yaml --good good.txt
 
 Reads every file as training does. Ends with status 1 if anything is broken. The list of good clips can be given back to
@@ -19,12 +19,11 @@ from tqdm import tqdm
 
 from skipdit.config import friendly_errors, load_config
 from skipdit.data.clips import STRETCH, ClipData, ClipDataset, ClipFolder
-from skipdit.data.images import FashionMNIST, ImageData, ImageFolder
+from skipdit.data.images import IMAGES, ImageData
 from skipdit.data.latents import Shards
 from skipdit.data.stream import BrokenSample
 
 CLIPS = ("videos", "frames")
-IMAGES = {"image_folder": ImageFolder, "fashion_mnist": FashionMNIST}
 
 
 def main() -> None:
@@ -33,7 +32,7 @@ def main() -> None:
     )
     parser.add_argument("action", choices=["check"])
     parser.add_argument("config", metavar="CONFIG", help="YAML file of a training run; its section `data` counts")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings of that section to replace")
+    parser.add_argument("overrides", nargs="*", metavar="data.key=value", help="settings of that section to replace")
     parser.add_argument("--good", type=Path, metavar="FILE", help="write the names of the good clips, one per line")
     parser.add_argument("--quick", action="store_true", help="of every clip read the first and the last frame only")
     parser.add_argument("--workers", type=int, default=4, help="reading processes [%(default)s]")
@@ -45,7 +44,7 @@ def main() -> None:
 
 def check(args: argparse.Namespace) -> int:
     """Print the report. Returns the number of broken files."""
-    config = load_section(args.config, args.overrides)
+    config = load_section(args.config, [text.removeprefix("data.") for text in args.overrides])  # as trainers take them
     clips = config.kind in CLIPS
     if config.kind == "latents":
         table = Shards(config.path)

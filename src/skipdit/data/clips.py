@@ -48,6 +48,11 @@ class ClipData:
     latents: str = setting("sample", "mean or sample: what of the autoencoder's posterior is trained on")
     flip: bool = setting(True, "flip half of the clips, and of the images, horizontally")
 
+    def files(self) -> dict[str, str]:
+        """What has to be there, by setting."""
+        names = ("path", "clip_list", "image_path", "image_list")
+        return {f"data.{name}": value for name in names if (value := getattr(self, name)) is not None}
+
 
 class ClipDataset(Dataset, ABC):
     """What training draws from clips, wherever they are kept.

@@ -25,6 +25,10 @@ class ImageData:
     latents: str = setting("sample", "mean or sample: what of the autoencoder's posterior is trained on")
     flip: bool = setting(True, "flip half of the images horizontally")
 
+    def files(self) -> dict[str, str]:
+        """What has to be there, by setting. FashionMNIST downloads itself."""
+        return {} if self.kind == "fashion_mnist" else {"data.path": self.path}
+
 
 def centre_crop(image: Image.Image, size: int) -> Image.Image:
     """ADM and DiT's preprocessing: halve by box filter while twice too large, resize bicubically, crop the centre."""
@@ -37,12 +41,12 @@ def centre_crop(image: Image.Image, size: int) -> Image.Image:
 
 
 def to_float(images: Tensor) -> Tensor:
-    """uint8 (N, 3, H, W) to float32 in [-1, 1]."""
+    """uint8 (..., 3, H, W) to float32 in [-1, 1]."""
     return images.float() / 127.5 - 1
 
 
 def to_uint8(images: Tensor) -> Tensor:
-    """float (N, 3, H, W) in [-1, 1] to uint8, rounded."""
+    """float (..., 3, H, W) in [-1, 1] to uint8, rounded."""
     return ((images.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
 
 
@@ -95,3 +99,6 @@ class FashionMNIST(Dataset):
 
     def __getitem__(self, index: int) -> dict:
         return {"image": self._images[index].expand(3, -1, -1), "label": self._labels[index]}
+
+
+IMAGES = {"image_folder": ImageFolder, "fashion_mnist": FashionMNIST}  # by data.kind

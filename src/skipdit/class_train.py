@@ -1,0 +1,48 @@
+"""What the trainers of DiT and Latte share: models whose only condition is a class, or nothing."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderKL
+
+from skipdit.adaln import AdaLNTransformer
+from skipdit.device import process_state
+from skipdit.sample import preflight
+from skipdit.train import TrainConfig
+from skipdit.vae import load_vae
+from skipdit.weights import load_weights
+
+
+def open_training(
+    out: str,
+    init: str | None,
+    vae: str,
+    data: dict[str, str],
+    train: TrainConfig,
+    build: Callable[[AutoencoderKL], AdaLNTransformer],
+    fetch: str,
+) -> tuple[AdaLNTransformer, AutoencoderKL]:
+    """Check that all files are there, then make the model of a training run and load its autoencoder.
+
+    Args:
+        out: run folder; a run that goes on has its own weights and needs no `init`.
+        init: checkpoint to start from; it may lack the long skips (stage 1).
+        vae: folder or Hub name.
+        data: setting name -> path of the data.
+        build: makes the model, for latents of this autoencoder.
+        fetch: the command that fetches the released weights.
+
+    Raises FileNotFoundError that lists every missing file, before anything is loaded; WeightsError.
+    """
+    begun = any(Path(out).glob("checkpoints/*.pt"))
+    needed = {"vae": vae} | ({"init": init} if init and not begun else {}) | data
+    preflight(needed, fetch)
+    autoencoder = load_vae(vae)
+    torch.manual_seed(train.seed)
+    model = build(autoencoder)
+    if "init" in needed:
+        new = load_weights(model, init, allow_missing="skips.*")
+        if new and process_state().is_main_process:
+            print(f"{len(new)} skip parameters are not in {init} and start anew:\n  " + "\n  ".join(new))
+    return model, autoencoder
