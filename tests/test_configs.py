@@ -165,12 +165,17 @@ def test_shipped_config_begins_with_its_command(shipped, launch):
         elif command[:2] == ["bash", "scripts/download.sh"]:
             assert command[3:4] in ([], ["--only"])
             assert select(command[2], command[4:])
+        elif command[:2] == ["python", "scripts/fetch_emoji.py"]:
+            assert after("--out", command) == "data/emoji-anim"
         elif command[0] == "wget":  # the checkpoint to start from
             assert f"{after('-P', command)}/{Path(command[-1]).name}" == shipped.config.init
         elif command[:3] == ["python", "-m", "skipdit.data"]:
             assert command[3:] == ["check", shipped.name]
         elif command[:3] == ["python", "-m", "skipdit.encode"]:
             data = shipped.config.data
+            if data.kind == "latents":  # the ones that this run trains on
+                assert after("--out", command) == data.path
+                continue
             assert (after("--data", command), after("--path", command)) == (data.kind, data.path)
             assert ("--labelled" in command) == data.labelled
             assert after("--vae", command) == shipped.config.vae

@@ -107,7 +107,7 @@ def markdown(table: list[dict], unit: str) -> str:
         "|---|---|---|---|---|---|---|",
     ]
     for row in table:
-        fidelity = "| |" if math.isinf(row["psnr"]) else f"| {row['psnr']:.1f} | {row['ssim']:.3f} |"
+        fidelity = "| | |" if math.isinf(row["psnr"]) else f"| {row['psnr']:.1f} | {row['ssim']:.3f} |"
         lines.append(
             f"| {row['name']} | {row['full_steps']} + {row['cached_steps']} | {row['seconds_per_sample']:.3f} "
             f"| {row['speedup']:.2f} | {row['flops_speedup']:.2f} {fidelity}"
