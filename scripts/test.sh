@@ -8,4 +8,4 @@ cd "$(dirname "$0")/.."
 bash scripts/setup.sh --dev
 export PATH="$PWD/.venv/bin:$PATH"
 ruff check .
-python -m pytest -q "$@"
+python -m pytest -q -n auto "$@"
