@@ -12,7 +12,7 @@ import torch
 from diffusers.configuration_utils import register_to_config
 from torch import Tensor
 
-from skipdit.adaln import AdaLNTransformer, Conditioning
+from skipdit.adaln import AdaLNTransformer, Conditioning, count_members
 from skipdit.cache import CacheStep
 from skipdit.nn import sincos_1d
 from skipdit.skip import skip_stack
@@ -98,9 +98,9 @@ class Latte(AdaLNTransformer):
         if frames != self.config.num_frames:
             raise ValueError(f"clips have {frames} frames, the model was made for {self.config.num_frames}")
         c = each = self.embed(t, y) if conditioning is None else None  # (N, 1, 1, D): one for all frames
-        if use_image_num and self.null_class is not None and y_image is None:
-            raise ValueError("y_image, the classes of the images, is missing")
         if use_image_num and self.null_class is not None:  # images have classes of their own: (N, F + I, 1, D)
+            if y_image is None:
+                raise ValueError("y_image, the classes of the images, is missing")
             images = self.embed(t[:, None], y_image).squeeze(2)
             each = torch.cat([c.expand(-1, frames, -1, -1), images], dim=1)
 
@@ -130,5 +130,5 @@ class Latte(AdaLNTransformer):
             raise ValueError("not the weights of a Latte: they lack 'temp_embed'")
         classes = state.get("y_embedder.embedding_table.weight")
         config |= {"num_frames": state["temp_embed"].shape[1], "extras": 1 if classes is None else 2}
-        config["n_skips"] = len({name.split(".")[1] for name in state if name.startswith("skips.")})
+        config["n_skips"] = count_members(state, "skips")
         return config | ({} if classes is None else {"num_classes": len(classes) - 1})

@@ -267,13 +267,13 @@ class AdaLNTransformer(ModelMixin, ConfigMixin):
             "patch_size": patch_size,
             "in_channels": in_channels,
             "hidden_size": hidden_size,
-            "depth": _count(state, "blocks"),
+            "depth": count_members(state, "blocks"),
             "num_heads": num_heads or published[hidden_size],
             "mlp_ratio": mlp_width / hidden_size,
-            "skip": _count(state, "skips") > 0,
+            "skip": count_members(state, "skips") > 0,
         }
 
 
-def _count(state: Mapping[str, Tensor], modules: str) -> int:
+def count_members(state: Mapping[str, Tensor], modules: str) -> int:
     """Members of a module list in a state dict."""
     return len({name.split(".")[1] for name in state if name.startswith(f"{modules}.")})
