@@ -10,7 +10,6 @@ from torch import Tensor
 
 from skipdit.adaln import AdaLNTransformer, Conditioning
 from skipdit.cache import CacheStep
-from skipdit.skip import skip_stack
 
 
 class DiT(AdaLNTransformer):
@@ -65,12 +64,10 @@ class DiT(AdaLNTransformer):
             (N, 2C, H, W): the noise, then the interpolation coefficient of the log variance.
         """
         c = self.embed(t, y) if conditioning is None else None  # (N, 1, D)
-        x = skip_stack(
+        x = self._stack(
             self.x_embedder(x) + self.pos_embed,  # (N, T, D)
             block=lambda i, x: self._block(i, x, c, conditioning),
-            fuse=self._fuse,
             depth=len(self.blocks),
-            n_skips=self.n_skips,
             cache=cache,
         )
         return self._unpatchify(self.final_layer(x, c, conditioning.final if conditioning else None))

@@ -12,7 +12,10 @@ def make_dataset(config: ClipData, vae: AutoencoderKL) -> ClipDataset:
     if config.kind in ("videos", "frames"):
         return ClipFolder(config)
     if config.kind == "latents":
-        if config.classes or config.clip_list:
-            raise ValueError("latents hold the clips of their encoding: leave out data.classes and data.clip_list")
-        return ClipLatents(config.path, config.num_frames, config.frame_interval, config.images, expected)
+        if config.classes or config.clip_list or config.captions:
+            raise ValueError(
+                "latents hold the clips of their encoding: leave out data.classes and data.clip_list, and data.captions"
+            )
+        drawn = (config.num_frames, config.frame_interval, config.images)
+        return ClipLatents(config.path, *drawn, expected, config.images_from)
     raise ValueError(f"data.kind is {config.kind!r}; it is videos, frames or latents")

@@ -7,15 +7,14 @@ D width.
 
 from collections.abc import Mapping
 
-import numpy as np
 import torch
 from diffusers.configuration_utils import register_to_config
 from torch import Tensor
 
-from skipdit.adaln import AdaLNTransformer, Conditioning, count_members
+from skipdit.adaln import AdaLNTransformer, Conditioning
 from skipdit.cache import CacheStep
 from skipdit.nn import sincos_1d
-from skipdit.skip import skip_stack
+from skipdit.weights import count_members
 
 
 class Latte(AdaLNTransformer):
@@ -66,8 +65,8 @@ class Latte(AdaLNTransformer):
             raise ValueError(f"n_skips is {n_skips}; {pairs} pairs have at most {pairs // 2}")
         self._build(num_classes if extras == 2 else None, n_skips)
         self.sample_shape = (num_frames, *self.sample_shape)
-        temporal = torch.from_numpy(sincos_1d(np.arange(num_frames), hidden_size)).float()
-        self.register_buffer("temp_embed", temporal[None])
+        temporal = sincos_1d(torch.arange(num_frames, dtype=torch.float64), hidden_size)
+        self.register_buffer("temp_embed", temporal.float()[None])
 
     def forward(
         self,
@@ -112,12 +111,10 @@ class Latte(AdaLNTransformer):
             clip = self._block(2 * i + 1, clip, c, conditioning, axis=-3)
             return torch.cat([clip, x[:, frames:]], dim=1) if use_image_num else clip
 
-        x = skip_stack(
+        x = self._stack(
             self.x_embedder(x.flatten(0, 1)).unflatten(0, x.shape[:2]) + self.pos_embed,  # (N, F + I, T, D)
             block=pair,
-            fuse=self._fuse,
             depth=len(self.blocks) // 2,
-            n_skips=self.n_skips,
             cache=cache,
         )
         return self._unpatchify(self.final_layer(x, each, conditioning.final if conditioning else None))

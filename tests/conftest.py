@@ -20,6 +20,7 @@ from skipdit.checkpoint import latest
 from skipdit.class_to_image import DiT
 from skipdit.class_to_video import Latte
 from skipdit.config import to_yaml
+from skipdit.text_to_video import LatteT2V
 
 ROOT = Path(__file__).parent.parent
 GOLDEN = Path(__file__).parent / "golden"
@@ -55,6 +56,14 @@ def tiny_latte(seed: int = 0, **overrides) -> Latte:
     torch.manual_seed(seed)
     config = {"input_size": 4, "patch_size": 2, "hidden_size": 32, "depth": 8, "num_heads": 2, "num_frames": 4}
     return _stirred(Latte(**config | {"num_classes": 5, "extras": 2} | overrides))
+
+
+def tiny_latte_t2v(seed: int = 0, **overrides) -> LatteT2V:
+    """A LatteT2V of four pairs on up to four frames of 4x4 latents, for texts of width 12."""
+    torch.manual_seed(seed)
+    config = {"num_attention_heads": 2, "attention_head_dim": 16, "num_layers": 4, "cross_attention_dim": 32}
+    config |= {"sample_size": 4, "caption_channels": 12, "video_length": 4}
+    return _stirred(LatteT2V(**config | overrides))
 
 
 def _stirred(model):

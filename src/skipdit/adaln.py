@@ -10,15 +10,22 @@ from collections.abc import Mapping
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
-from diffusers.configuration_utils import ConfigMixin
-from diffusers.models.modeling_utils import ModelMixin
 from timm.layers import Mlp
 from torch import Tensor, nn
 
 from skipdit.cache import CacheStep
-from skipdit.nn import Attention, LabelEmbedder, PatchEmbed, TimestepEmbedder, sincos_2d
-from skipdit.skip import LongSkip
+from skipdit.nn import (
+    Attention,
+    LabelEmbedder,
+    PatchEmbed,
+    TimestepEmbedder,
+    modulate,
+    normalize,
+    sincos_2d,
+    unpatchify,
+)
+from skipdit.skip import SkipTransformer, make_skips
+from skipdit.weights import count_members
 
 SIZES = {  # the published sizes
     "S": {"hidden_size": 384, "depth": 12, "num_heads": 6},
@@ -26,16 +33,6 @@ SIZES = {  # the published sizes
     "L": {"hidden_size": 1024, "depth": 24, "num_heads": 16},
     "XL": {"hidden_size": 1152, "depth": 28, "num_heads": 16},
 }
-
-
-def normalize(x: Tensor) -> Tensor:
-    """Layer norm without weights; the modulation that follows it has them."""
-    return F.layer_norm(x, x.shape[-1:], eps=1e-6)
-
-
-def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    """x * (1 + scale) + shift, as one fused multiply-add over the tokens."""
-    return torch.addcmul(shift, x, 1 + scale)
 
 
 class DiTBlock(nn.Module):
@@ -87,18 +84,16 @@ class Conditioning(NamedTuple):
     final: Tensor  # (N, ..., 2D)
 
 
-class AdaLNTransformer(ModelMixin, ConfigMixin):
+class AdaLNTransformer(SkipTransformer):
     """What DiT and Latte have in common. A subclass brings `forward`, in which it arranges tokens and blocks.
 
     Attributes:
         blocks_per_layer: blocks that make one layer of the skip stack; a cached pass of branch b runs twice b layers.
         inner_axes: axes of the tokens between samples and width.
-        n_skips: number of long skips.
         sample_shape: latents of one sample, (C, H, W) or (F, C, H, W).
         null_class: class id of no class, None for an unconditional model.
     """
 
-    _supports_gradient_checkpointing = True
     _no_split_modules = ["DiTBlock"]  # noqa: RUF012 (diffusers' convention; also the unit that FSDP shards)
     blocks_per_layer: int = 1
     inner_axes: int = 1
@@ -111,18 +106,17 @@ class AdaLNTransformer(ModelMixin, ConfigMixin):
         hidden_size, num_heads, mlp_ratio = self.config.hidden_size, self.config.num_heads, self.config.mlp_ratio
         if input_size % patch_size:
             raise ValueError(f"patch_size {patch_size} does not divide the latent size {input_size}")
-        self.n_skips = n_skips
         self.null_class = num_classes
         self.sample_shape = (in_channels, input_size, input_size)
-        self.gradient_checkpointing = False
 
         self.x_embedder = PatchEmbed(input_size, patch_size, in_channels, hidden_size)
         self.t_embedder = TimestepEmbedder(hidden_size)
         if num_classes is not None:
             self.y_embedder = LabelEmbedder(num_classes, hidden_size)
-        self.register_buffer("pos_embed", sincos_2d(hidden_size, input_size // patch_size))
+        side = torch.arange(input_size // patch_size, dtype=torch.float64)
+        self.register_buffer("pos_embed", sincos_2d(side, side, hidden_size).float()[None])
         self.blocks = nn.ModuleList(DiTBlock(hidden_size, num_heads, mlp_ratio) for _ in range(self.config.depth))
-        self.skips = nn.ModuleList(LongSkip(hidden_size) for _ in range(n_skips))
+        self.skips = make_skips(hidden_size, n_skips)
         self.final_layer = FinalLayer(hidden_size, patch_size**2 * 2 * in_channels)
         self.initialize_weights()
 
@@ -211,20 +205,9 @@ class AdaLNTransformer(ModelMixin, ConfigMixin):
         depth = len(self.blocks)
         return self.blocks[i](x, None, ahead.blocks[i if 2 * i < depth else i - depth], axis)  # cached: the outer ones
 
-    def _fuse(self, j: int, x: Tensor, shallow: Tensor) -> Tensor:
-        """Apply long skip j."""
-        return self._run(self.skips[j], x, shallow)
-
-    def _run(self, module: nn.Module, *args) -> Tensor:
-        if self.gradient_checkpointing and torch.is_grad_enabled():
-            return self._gradient_checkpointing_func(module, *args)
-        return module(*args)
-
     def _unpatchify(self, x: Tensor) -> Tensor:
         """(..., T, p * p * 2C) -> (..., 2C, H, W)"""
-        p, side = self.config.patch_size, self.config.input_size // self.config.patch_size
-        x = x.unflatten(-1, (p, p, -1)).unflatten(-4, (side, side))  # (..., h, w, p, p, 2C)
-        return x.movedim(-1, -5).transpose(-3, -2).flatten(-2).flatten(-3, -2)
+        return unpatchify(x, self.config.patch_size, self.config.input_size // self.config.patch_size)
 
     @classmethod
     def from_name(cls, name: str, **overrides) -> "AdaLNTransformer":
@@ -272,8 +255,3 @@ class AdaLNTransformer(ModelMixin, ConfigMixin):
             "mlp_ratio": mlp_width / hidden_size,
             "skip": count_members(state, "skips") > 0,
         }
-
-
-def count_members(state: Mapping[str, Tensor], modules: str) -> int:
-    """Members of a module list in a state dict."""
-    return len({name.split(".")[1] for name in state if name.startswith(f"{modules}.")})

@@ -6,12 +6,15 @@
         --vae stabilityai/sd-vae-ft-ema --out data/imagenet/latents
     python -m skipdit.encode --data videos --path data/UCF101/videos --labelled --image-size 256 --shard 200 \\
         --vae stabilityai/sd-vae-ft-ema --out data/UCF101/latents
+    python -m skipdit.encode --data videos --path data/clips --captions data/clips/captions.jsonl --image-size 256 \\
+        --shard 200 --vae stabilityai/sd-vae-ft-ema --out data/clips-latents
 
 Training then does not decode, crop or encode any more. Of clips all frames are kept, so that training still draws its
 random stretches. An interrupted run continues with the shards it lacks.
 """
 
 import argparse
+import hashlib
 import json
 import os
 from dataclasses import asdict, replace
@@ -38,11 +41,21 @@ class _InOrder(Stream):
         return position
 
     def take(self, index: int, position: int) -> dict:
-        return self.dataset[index]
+        sample = self.dataset[index]
+        captioned = getattr(self.dataset, "captions", None) is not None
+        return sample | {"label": index} if captioned else sample  # shards hold the captions of their rows, no others
+
+
+def captions_of(dataset: Dataset) -> list[str]:
+    """The caption of every row of a dataset; empty if it has none."""
+    captions = getattr(dataset, "captions", None)
+    return [] if captions is None else [captions[label] for label in dataset.labels]
 
 
 def open_dataset(args: argparse.Namespace) -> Dataset:
     if args.data in IMAGES:
+        if args.captions:
+            raise ValueError(f"--captions are of clips, and --data {args.data} is of images")
         return IMAGES[args.data](args.path, args.image_size)
     return ClipFolder(
         ClipData(
@@ -51,6 +64,7 @@ def open_dataset(args: argparse.Namespace) -> Dataset:
             image_size=args.image_size,
             labelled=args.labelled,
             classes=args.classes,
+            captions=args.captions,
             num_frames=1,  # here no clip is too short
         )
     )
@@ -79,6 +93,11 @@ def main() -> None:
         metavar="FOLDER",
         help="clips: their class folders to encode",
     )
+    parser.add_argument(
+        "--captions",
+        metavar="FILE|txt",
+        help="clips: JSONL or CSV of video and caption, or txt: files beside the clips",
+    )
     parser.add_argument("--shard", type=int, default=10_000, help="images or clips per file [%(default)s]")
     parser.add_argument("--workers", type=int, default=4, help="reading processes [%(default)s]")
     args = parser.parse_args()
@@ -99,6 +118,9 @@ def run(args: argparse.Namespace) -> None:
     args.out.mkdir(parents=True, exist_ok=True)
     starts = range(0, len(dataset), args.shard)[state.process_index :: state.num_processes]
     source = " ".join([args.data, args.path, *args.classes, *["labelled"] * args.labelled])
+    if captions := captions_of(dataset):  # with all of them: a file of captions may be edited
+        digest = hashlib.sha256(json.dumps([dataset.names, captions]).encode()).hexdigest()
+        source += f" captions {args.captions} {digest[:16]}"
     batch_size = 1 if isinstance(dataset, ClipDataset) else 64  # clips differ in length
     shards = [args.out / f"latents-{start // args.shard:05d}.safetensors" for start in starts]
     for start, target in zip(
@@ -115,16 +137,22 @@ def run(args: argparse.Namespace) -> None:
         tensors, broken = encode_shard(vae, loader, args.latents)
         part = Part(source, start, stop, len(dataset), tuple(broken))
         partial = target.with_suffix(".partial")
-        save_file(tensors, partial, metadata=info.metadata() | {"part": json.dumps(asdict(part))})
+        metadata = info.metadata() | {"part": json.dumps(asdict(part))}
+        metadata |= {"captions": json.dumps(captions[start:stop])} if captions else {}
+        save_file(tensors, partial, metadata=metadata)
         os.replace(partial, target)
     state.wait_for_everyone()
     if state.is_main_process:
         broken = [message for shard in sorted(args.out.glob("*.safetensors")) for message in Part.read(shard).broken]
         unit = "clips" if isinstance(dataset, ClipDataset) else "images"
         print(f"{len(dataset) - len(broken)} of {len(dataset)} {unit}, latents in {args.out}")
+        left_out, listed = getattr(dataset, "left_out", []), args.out / "broken_files.txt"
+        if broken or left_out:
+            listed.write_text("".join(f"{message}\n" for message in broken + left_out))
         if broken:
-            (args.out / "broken_files.txt").write_text("".join(f"{message}\n" for message in broken))
-            print(f"{len(broken)} unreadable {unit} were left out, listed in {args.out / 'broken_files.txt'}")
+            print(f"{len(broken)} unreadable {unit} were left out, listed in {listed}")
+        if left_out:
+            print(f"{len(left_out)} more had no caption or no frames, listed in {listed}")
 
 
 def encode_shard(vae: AutoencoderKL, loader: DataLoader, kind: str) -> tuple[dict[str, torch.Tensor], list[str]]:

@@ -2,7 +2,6 @@
 
 import math
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -12,16 +11,16 @@ class PatchEmbed(nn.Module):
     """Images (N, C, H, W) -> tokens (N, HW/p^2, D). Parameters are a convolution's, as in the released weights; it runs
     as one matrix product, which on a CPU takes a quarter of the convolution's time.
 
-    Raises ValueError for another image size than the one it was made for.
+    Raises ValueError for another image size than the one it was made for; `size` None takes any.
     """
 
-    def __init__(self, size: int, patch_size: int, in_channels: int, dim: int):
+    def __init__(self, size: int | None, patch_size: int, in_channels: int, dim: int):
         super().__init__()
         self.size, self.patch_size = size, patch_size
         self.proj = nn.Conv2d(in_channels, dim, patch_size, patch_size)
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.shape[-2:] != (self.size, self.size):
+        if self.size is not None and x.shape[-2:] != (self.size, self.size):
             raise ValueError(f"latents are {tuple(x.shape[-2:])}, the model was made for {(self.size, self.size)}")
         p = self.patch_size
         x = x.unflatten(3, (-1, p)).unflatten(2, (-1, p))  # (N, C, H/p, p, W/p, p)
@@ -81,14 +80,31 @@ class LabelEmbedder(nn.Module):
         return self.embedding_table(y)
 
 
-def sincos_1d(positions: np.ndarray, dim: int) -> np.ndarray:
-    """Sine-cosine table of positions (M,) -> (M, dim), sines first, computed in float64."""
-    angles = positions.reshape(-1, 1) * 10_000.0 ** -(np.arange(dim // 2) / (dim / 2))
-    return np.concatenate([np.sin(angles), np.cos(angles)], axis=1)
+def sincos_1d(positions: Tensor, dim: int) -> Tensor:
+    """Sine-cosine table of positions (M,) -> (M, dim), sines first, in the precision of the positions."""
+    exponents = torch.arange(dim // 2, dtype=positions.dtype, device=positions.device) / (dim / 2)
+    angles = positions[:, None] * 10_000.0**-exponents
+    return torch.cat([angles.sin(), angles.cos()], dim=1)
 
 
-def sincos_2d(dim: int, grid_size: int) -> Tensor:
-    """Fixed positional table of a square grid -> (1, grid_size**2, dim); columns fill the first half of `dim`."""
-    rows, columns = np.meshgrid(np.arange(grid_size), np.arange(grid_size), indexing="ij")
-    table = np.concatenate([sincos_1d(columns, dim // 2), sincos_1d(rows, dim // 2)], axis=1)
-    return torch.from_numpy(table).float()[None]
+def sincos_2d(rows: Tensor, columns: Tensor, dim: int) -> Tensor:
+    """Table of a grid of positions (h,) by (w,) -> (h * w, dim); columns fill the first half of `dim`."""
+    table = [sincos_1d(columns, dim // 2).expand(len(rows), -1, -1)]
+    table += [sincos_1d(rows, dim // 2)[:, None].expand(-1, len(columns), -1)]
+    return torch.cat(table, dim=2).flatten(0, 1)
+
+
+def normalize(x: Tensor) -> Tensor:
+    """Layer norm without weights; the modulation that follows it has them."""
+    return F.layer_norm(x, x.shape[-1:], eps=1e-6)
+
+
+def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    """x * (1 + scale) + shift, as one fused multiply-add over the tokens."""
+    return torch.addcmul(shift, x, 1 + scale)
+
+
+def unpatchify(x: Tensor, patch_size: int, rows: int) -> Tensor:
+    """Tokens (..., T, p * p * C), `rows` lines of patches -> pictures (..., C, H, W)."""
+    x = x.unflatten(-1, (patch_size, patch_size, -1)).unflatten(-4, (rows, -1))  # (..., h, w, p, p, C)
+    return x.movedim(-1, -5).transpose(-3, -2).flatten(-2).flatten(-3, -2)

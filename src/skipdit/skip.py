@@ -17,25 +17,49 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
+from diffusers.configuration_utils import ConfigMixin
+from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
 
 from skipdit.cache import CacheStep
 
 
 class LongSkip(nn.Module):
-    """Joins a shallow feature into the input of a deep layer: `Linear(LayerNorm([x, shallow]))`, 2D -> D."""
+    """Joins a shallow feature into the input of a deep layer, 2D -> D.
 
-    def __init__(self, dim: int):
+    Args:
+        dim: D.
+        residual: False: `Linear(LayerNorm([x, shallow]))` takes the place of x, as in the paper. True: it is added to x
+            and starts at zero, so that a pretrained plain model stays what it is when it gets its skips. The linear has
+            another name then: weights of one kind do not load into the other.
+    """
+
+    def __init__(self, dim: int, residual: bool = False):
         super().__init__()
         self.norm = nn.LayerNorm(2 * dim, eps=1e-6)
-        self.linear = nn.Linear(2 * dim, dim)
+        self.residual = residual
+        if residual:
+            self.delta = nn.Linear(2 * dim, dim)
+            nn.init.zeros_(self.delta.weight)
+            nn.init.zeros_(self.delta.bias)
+        else:
+            self.linear = nn.Linear(2 * dim, dim)
 
     def forward(self, x: Tensor, shallow: Tensor) -> Tensor:
         """x, shallow (..., D) -> (..., D). The norm runs in float32, as the released weights were trained."""
         joined = torch.cat([x, shallow], dim=-1)
         norm = self.norm
         normed = F.layer_norm(joined.float(), norm.normalized_shape, norm.weight.float(), norm.bias.float(), norm.eps)
-        return self.linear(normed.to(x.dtype)).to(x.dtype)  # under autocast too: the residual stream stays float32
+        normed = normed.to(x.dtype)
+        out = x + self.delta(normed) if self.residual else self.linear(normed)
+        return out.to(x.dtype)  # under autocast too: the residual stream stays float32
+
+
+def make_skips(dim: int, n_skips: int, fuse: str = "replace") -> nn.ModuleList:
+    """n long skips of width `dim`. Raises ValueError unless `fuse` is "replace" or "residual"; see `LongSkip`."""
+    if fuse not in ("replace", "residual"):
+        raise ValueError(f"fuse is {fuse!r}; it is 'replace', as the released models have it, or 'residual'")
+    return nn.ModuleList(LongSkip(dim, residual=fuse == "residual") for _ in range(n_skips))
 
 
 def skip_stack(
@@ -78,3 +102,36 @@ def skip_stack(
         if i < n_skips:
             shallow.append(x)
     return x
+
+
+class SkipTransformer(ModelMixin, ConfigMixin):
+    """What all backbones are: a stack of layers with long skips, in diffusers' model class.
+
+    Attributes:
+        skips: module list of `LongSkip`, made by the subclass.
+    """
+
+    _supports_gradient_checkpointing = True
+    gradient_checkpointing = False
+    skips: nn.ModuleList
+
+    @property
+    def n_skips(self) -> int:
+        return len(self.skips)
+
+    def _stack(self, x: Tensor, block: Callable[[int, Tensor], Tensor], depth: int, cache: CacheStep | None) -> Tensor:
+        """Run `depth` layers on x; see `skip_stack`."""
+        return skip_stack(
+            x,
+            block=block,
+            fuse=lambda j, x, shallow: self._run(self.skips[j], x, shallow),
+            depth=depth,
+            n_skips=self.n_skips,
+            cache=cache,
+        )
+
+    def _run(self, module: nn.Module, *args) -> Tensor:
+        """Call a module; in training with gradient checkpointing its activations are computed anew."""
+        if self.gradient_checkpointing and torch.is_grad_enabled():
+            return self._gradient_checkpointing_func(module, *args)
+        return module(*args)

@@ -31,6 +31,7 @@ _OURS_TO_RELEASED = [
     (re.compile(r"^skips\.(\d+)\.linear\."), r"skip_linears.\1.linear."),
 ]
 _WRAPPERS = re.compile(r"^(?:module\.|_orig_mod\.)+|(?<=\.)_orig_mod\.")  # of DistributedDataParallel, torch.compile
+_UNUSED = ("caption_projection.y_embedding",)  # buffers of released files that no forward pass reads
 _CONTAINERS = ("ema", "model", "state_dict", "module")  # what a training checkpoint keeps its weights under, best first
 _PICKLED = (".pt", ".pth", ".bin")
 _MARKS = {  # a parameter that tells a backbone from those below it
@@ -75,6 +76,11 @@ def identify(state: State) -> str:
         + (f", {skips} long skips" if skips else "")
         + (f", {len(classes) - 1} classes" if classes is not None else "")
     )
+
+
+def count_members(state: Mapping[str, Tensor], modules: str) -> int:
+    """Members of a module list in a state dict."""
+    return len({name.split(".")[1] for name in state if name.startswith(f"{modules}.")})
 
 
 def fingerprint(model: nn.Module) -> str:
@@ -137,7 +143,8 @@ def load_state(source: str | Path | State) -> dict[str, Tensor]:
     state = next((state[key] for key in _CONTAINERS if isinstance(state.get(key), Mapping)), state)
     if strays := [str(name) for name, value in state.items() if not isinstance(value, Tensor)]:
         raise WeightsError(f"{_name(source)} is not a state dict: {', '.join(strays[:5])} are not tensors")
-    return from_released({_WRAPPERS.sub("", name): tensor for name, tensor in state.items()})
+    named = {_WRAPPERS.sub("", name): tensor for name, tensor in state.items()}
+    return from_released({name: tensor for name, tensor in named.items() if name not in _UNUSED})
 
 
 def _name(source: str | Path | State) -> str:
@@ -227,6 +234,10 @@ def _advice(ours: State, theirs: State) -> list[str]:
     differ = ours.keys() ^ theirs.keys()
     if not differ or not all(name.startswith("skips.") for name in differ):
         return []
+    kinds = {name.split(".")[2] for name in differ}
+    if kinds == {"linear", "delta"}:
+        fuse = "residual" if "skips.0.delta.weight" in theirs else "replace"
+        return [f"  The two have long skips of different kinds: set model.fuse={fuse}, as the checkpoint has them."]
     if not any(name.startswith("skips.") for name in ours):
         return ["  The checkpoint has long skips and the model has none: set model.skip=true."]
     if not any(name.startswith("skips.") for name in theirs):

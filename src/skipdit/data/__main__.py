@@ -1,10 +1,10 @@
-"""Walk the dataset of a training config: what is there, what is too short, what is broken.
+"""Walk the dataset of a training config: what is there, what is too short, what lacks a caption, what is broken.
 
     python -m skipdit.data check configs/class-to-video/ucf101_scratch.yaml data.path=data/UCF101/videos
     python -m skipdit.data check configs/class-to-video/sky_scratch.yaml --good good.txt
 
-Reads every file as training does. Ends with status 1 if anything is broken. The list of good clips can be given back to
-training as data.clip_list.
+Reads every file as training does. Ends with status 1 if anything is broken or lacks its caption. The list of good clips
+can be given back to training as data.clip_list.
 """
 
 import argparse
@@ -43,13 +43,14 @@ def main() -> None:
 
 
 def check(args: argparse.Namespace) -> int:
-    """Print the report. Returns the number of broken files."""
+    """Print the report. Returns the number of broken files, and of clips without a caption."""
     config = load_section(args.config, [text.removeprefix("data.") for text in args.overrides])  # as trainers take them
-    clips = config.kind in CLIPS
+    clips, uncaptioned = config.kind in CLIPS, []
     if config.kind == "latents":
         table = Shards(config.path)
         unit = f"frames of {len(table.column('length')):,} clips" if table.clips else "images"
         print(f"{config.path}: latents of {len(table):,} {unit}, {table.info}")
+        _describe_captions(table.captions)
         return 0
     dataset = ClipFolder(config) if clips else IMAGES[config.kind](config.path, config.image_size)
     loader = DataLoader(_Walk(dataset, args.quick), batch_size=None, num_workers=args.workers)
@@ -59,7 +60,9 @@ def check(args: argparse.Namespace) -> int:
         _describe_clips(dataset, config, [length for length, error in found if not error])
         if dataset.pictures:
             broken += _missing(dataset)
-        short = dataset.left_out + [
+        uncaptioned = dataset.uncaptioned  # of what was left out it came first
+        _list("without caption, or with a second one", uncaptioned)
+        short = dataset.left_out[len(uncaptioned) :] + [
             dataset.too_short(i, n) for i, (n, error) in enumerate(found) if not error and dataset.is_short(n)
         ]
         _list(f"too short for {config.num_frames} frames at every {config.frame_interval}", short)
@@ -70,7 +73,7 @@ def check(args: argparse.Namespace) -> int:
         good = [dataset.names[i] for i, (n, error) in enumerate(found) if not error and not dataset.is_short(n)]
         args.good.write_text("".join(f"{name}\n" for name in good))
         print(f"{len(good):,} good clips listed in {args.good}: train with data.clip_list={args.good}")
-    return len(broken)
+    return len(broken) + len(uncaptioned)
 
 
 def load_section(file: str, overrides: list[str]) -> ClipData | ImageData:
@@ -113,13 +116,21 @@ def _describe_clips(dataset: ClipFolder, config: ClipData, lengths: list[int]) -
     print(f"{config.path}: {len(lengths):,} readable {what}, {sum(lengths):,} frames")
     if lengths:
         print(f"frames per clip: {min(lengths):,} to {max(lengths):,}, median {median(lengths):,.0f}")
-    if dataset.labels is not None:
+    _describe_captions(dataset.captions)
+    if dataset.labels is not None and dataset.captions is None:
         counts = Counter(dataset.labels)
         print(f"{len(dataset.classes)} classes of {min(counts.values()):,} to {max(counts.values()):,} clips:")
         print("  " + ", ".join(f"{i} {name} ({counts[i]})" for i, name in enumerate(dataset.classes)))
     if dataset.strays:
         kinds = ", ".join(f"{count} {suffix or 'without suffix'}" for suffix, count in dataset.strays.most_common(5))
         print(f"passed over: {sum(dataset.strays.values()):,} other files ({kinds})")
+
+
+def _describe_captions(captions: list[str] | None) -> None:
+    if captions is not None:
+        words = [len(text.split()) for text in captions]
+        lengths = f"median {median(words):,.0f} words, largest {max(words):,}"
+        print(f"{len(words):,} captions: {lengths}, for example {captions[0]!r}")
 
 
 def _missing(dataset: ClipFolder) -> list[str]:

@@ -2,13 +2,18 @@
 
 A clip dataset is indexed by clip. `dataset[i]` is all of clip i; `dataset.draw(i, rng)` is what training sees of it: a
 random stretch, and for joint image-video training (Latte, arXiv 2401.03048) frames of other clips behind it.
+
+A caption is a label: where clips have captions, a clip's label is the number of its caption in `dataset.captions`.
 """
 
+import csv
+import json
 import os
 import re
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -26,6 +31,7 @@ VIDEO_SUFFIXES = {".mp4", ".avi", ".mov", ".mkv", ".webm", ".mpg", ".m4v"}
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
 STRETCH = 32  # frames to hold at the size of their file at once
 ATTEMPTS = 10  # other pictures to try where one of those that ride along cannot be read
+BESIDE = "txt"  # as data.captions: every clip has a text file of its name beside it
 
 
 @dataclass
@@ -39,9 +45,11 @@ class ClipData:
     classes: list[str] = field(
         default_factory=list, metadata={"help": "class folders to use, in order of their ids; empty: all, by name"}
     )
+    captions: str | None = setting(None, "JSONL or CSV of video (relative to path), caption; or txt: beside every clip")
     num_frames: int = setting(16, "frames of a clip")
     frame_interval: int = setting(3, "frames of the source from one to the next; 1 takes all")
-    images: int = setting(0, "single frames of other clips beside every clip, for joint training")
+    images: int = setting(0, "single frames beside every clip, for joint training")
+    images_from: str = setting("other", "other or same: take those frames from other clips, or from the clip itself")
     image_path: str | None = setting(None, "folder of the pictures in image_list")
     image_list: str | None = setting(None, "text file, a picture <clip>/<frame> per line: draw images from these")
     image_size: int = setting(256, "pixels along a side: centre crop, then resize")
@@ -50,29 +58,44 @@ class ClipData:
 
     def files(self) -> dict[str, str]:
         """What has to be there, by setting."""
-        names = ("path", "clip_list", "image_path", "image_list")
+        names = ("path", "clip_list", "image_path", "image_list", *["captions"] * (self.captions != BESIDE))
         return {f"data.{name}": value for name in names if (value := getattr(self, name)) is not None}
 
 
 class ClipDataset(Dataset, ABC):
     """What training draws from clips, wherever they are kept.
 
-    A subclass sets `names` and `labels` (None where there are no classes), and opens clips.
+    A subclass sets `names` and `labels` (None where there are neither classes nor captions), and opens clips.
+
+    Args:
+        num_frames: F, frames of a clip.
+        frame_interval: frames of the source from one to the next.
+        images: I, single frames beside every clip.
+        images_from: "other" clips or the "same" one.
 
     Attributes:
-        left_out: messages about clips that are too short, where that is known without reading them.
+        captions: where clips have captions, what `labels` are indices of; clips left out as too short keep theirs here.
+        left_out: messages about clips left out for their captions, or as too short where that is known without reading.
+        uncaptioned: those of the first kind.
+
+    Raises ValueError, naming the setting, for one that is out of its range.
     """
 
     names: list[str]
     labels: list[int] | None
 
-    def __init__(self, num_frames: int, frame_interval: int, images: int = 0):
+    def __init__(self, num_frames: int, frame_interval: int, images: int = 0, images_from: str = "other"):
         if num_frames < 1 or frame_interval < 1 or images < 0:
             raise ValueError(
                 f"num_frames {num_frames} and frame_interval {frame_interval} must be at least 1, images {images} 0"
             )
-        self.num_frames, self.frame_interval, self.images = num_frames, frame_interval, images
+        if images_from not in ("other", "same"):
+            raise ValueError(f"data.images_from is {images_from!r}; it is 'other' or 'same'")
+        self.num_frames, self.frame_interval = num_frames, frame_interval
+        self.images, self.images_from = images, images_from
+        self.captions: list[str] | None = None
         self.left_out: list[str] = []
+        self.uncaptioned: list[str] = []
 
     @abstractmethod
     def open(self, index: int) -> "Clip":
@@ -85,7 +108,8 @@ class ClipDataset(Dataset, ABC):
 
     @property
     def num_classes(self) -> int:
-        return 0 if self.labels is None else 1 + max(self.labels)
+        """0 without classes; labels that are of captions are none."""
+        return 0 if self.labels is None or self.captions is not None else 1 + max(self.labels)
 
     def __len__(self) -> int:
         return len(self.names)
@@ -96,10 +120,11 @@ class ClipDataset(Dataset, ABC):
         return clip.read(range(len(clip))) | self._label(index)
 
     def draw(self, index: int, rng: np.random.Generator) -> dict:
-        """A stretch of clip `index` and `images` frames of other clips, F + I pictures along the first axis.
+        """A stretch of clip `index` and `images` single frames, F + I pictures along the first axis.
 
-        With classes, `label` is the clip's and `image_label` (I,) are the images'. Where an image cannot be read,
-        another one is drawn, and `broken` holds the message. Raises BrokenSample if the clip itself cannot be read.
+        With classes or captions, `label` is the clip's and `image_label` (I,) are those of the images' clips. Where an
+        image cannot be read, another one is drawn, and `broken` holds the message. Raises BrokenSample if the clip
+        itself cannot be read.
         """
         clip = self.open(index)
         if self.is_short(len(clip)):
@@ -107,7 +132,7 @@ class ClipDataset(Dataset, ABC):
         start = int(rng.integers(len(clip) - self.span + 1))
         parts, labels, broken = [clip.read(range(start, start + self.span, self.frame_interval))], [], []
         for _ in range(self.images):
-            picture, label, messages = self._draw_image(index, rng)
+            picture, label, messages = self._draw_image(index, clip, rng)
             parts.append(picture)
             labels.append(label)
             broken += messages
@@ -116,25 +141,26 @@ class ClipDataset(Dataset, ABC):
             sample["image_label"] = torch.tensor(labels)
         return sample | {"broken": "\n".join(broken)}
 
-    def _draw_image(self, index: int, rng: np.random.Generator) -> tuple[dict, int | None, list[str]]:
-        """A picture (1, ...) from another clip, its class, and messages of those that could not be read."""
+    def _draw_image(self, index: int, clip: "Clip", rng: np.random.Generator) -> tuple[dict, int | None, list[str]]:
+        """A picture (1, ...) to ride along, its label, and messages of those that could not be read."""
         broken = []
         for _ in range(ATTEMPTS):
             try:
-                return *self.draw_image(index, rng), broken
+                return *self.draw_image(index, clip, rng), broken
             except BrokenSample as error:
                 broken += error.args
         raise BrokenSample(*broken)
 
-    def draw_image(self, index: int, rng: np.random.Generator) -> tuple[dict, int | None]:
-        """One frame of another clip."""
-        if len(self) < 2:
-            raise ValueError("images of other clips are wanted, and there is only one clip: set data.images=0")
-        other = int(rng.integers(len(self) - 1))
-        other += other >= index
-        clip = self.open(other)
+    def draw_image(self, index: int, clip: "Clip", rng: np.random.Generator) -> tuple[dict, int | None]:
+        """One frame (1, ...) beside clip `index`, which is open as `clip`, and its label. Raises BrokenSample."""
+        if self.images_from == "other":
+            if len(self) < 2:
+                raise ValueError("images of other clips are wanted, and there is only one clip: set data.images=0")
+            other = int(rng.integers(len(self) - 1))
+            index = other + (other >= index)
+            clip = self.open(index)
         frame = int(rng.integers(len(clip)))
-        return clip.read(range(frame, frame + 1)), self._label(other).get("label")
+        return clip.read(range(frame, frame + 1)), self._label(index).get("label")
 
     def _label(self, index: int) -> dict:
         return {} if self.labels is None else {"label": self.labels[index]}
@@ -148,9 +174,10 @@ class ClipDataset(Dataset, ABC):
     def _leave_out_short(self, lengths: list[int]) -> list[int]:
         """Drop the clips that are too short. Returns the positions that stay."""
         kept = [i for i, length in enumerate(lengths) if not self.is_short(length)]
-        self.left_out = [self.too_short(i, length) for i, length in enumerate(lengths) if self.is_short(length)]
+        short = [self.too_short(i, length) for i, length in enumerate(lengths) if self.is_short(length)]
         if not kept:
-            raise ValueError(f"all {len(lengths)} clips are too short, for example {self.left_out[0]}")
+            raise ValueError(f"all {len(lengths)} clips are too short, for example {short[0]}")
+        self.left_out += short
         self.names = [self.names[i] for i in kept]
         self.labels = None if self.labels is None else [self.labels[i] for i in kept]
         return kept
@@ -170,8 +197,9 @@ class Clip(ABC):
 class ClipFolder(ClipDataset):
     """Clips that are video files or, with `kind` "frames", folders of numbered pictures, anywhere below a folder.
 
-    Samples: {"image": uint8 (F + I, 3, S, S)}, with classes "label" and "image_label". Files of other kinds are passed
-    over. Raises FileNotFoundError or ValueError, naming the folder, if there is nothing to read.
+    Samples: {"image": uint8 (F + I, 3, S, S)}, with classes or captions "label" and "image_label". Files of other kinds
+    are passed over. Raises FileNotFoundError or ValueError, naming the folder or the captions file and its line, if
+    there is nothing to read or settings exclude each other.
 
     Attributes:
         classes: class folders in order of their ids.
@@ -180,13 +208,17 @@ class ClipFolder(ClipDataset):
     """
 
     def __init__(self, config: ClipData):
-        super().__init__(config.num_frames, config.frame_interval, config.images)
+        super().__init__(config.num_frames, config.frame_interval, config.images, config.images_from)
+        _refuse_mixtures(config)
         self.root, self.size, self.kind = Path(config.path), config.image_size, config.kind
         if not self.root.is_dir():
             raise FileNotFoundError(f"no folder of clips {self.root}")
         self.strays: Counter[str] = Counter()
-        self.names = _lines(config.clip_list) if config.clip_list else self._find()
-        self.labels = self._classify(config) if config.labelled or config.classes else None
+        if config.captions:
+            self._caption(config)
+        else:
+            self.names = _lines(config.clip_list) if config.clip_list else self._find()
+            self.labels = self._classify(config) if config.labelled or config.classes else None
         if not self.names:
             wanted = "video files" if self.kind == "videos" else "folders of pictures"
             place = "" if self.labels is None else " in class folders"
@@ -212,11 +244,11 @@ class ClipFolder(ClipDataset):
         path = self.root / self.names[index]
         return _Video(path, self.size) if self.kind == "videos" else _FrameFolder(path, self.size)
 
-    def draw_image(self, index: int, rng: np.random.Generator) -> tuple[dict, int | None]:
+    def draw_image(self, index: int, clip: Clip, rng: np.random.Generator) -> tuple[dict, int | None]:
         if self.pictures is None:
-            return super().draw_image(index, rng)
-        clip = Path(self.names[index])
-        own = {clip.name, clip.stem}  # what a folder of this clip's pictures may be called
+            return super().draw_image(index, clip, rng)
+        path = Path(self.names[index])
+        own = {path.name, path.stem}  # what a folder of this clip's pictures may be called
         name = self.pictures[int(rng.integers(len(self.pictures)))]
         if not own.isdisjoint(Path(name).parts):
             others = [name for name in self.pictures if own.isdisjoint(Path(name).parts)]
@@ -233,6 +265,46 @@ class ClipFolder(ClipDataset):
         if missing := set(self.classes) - {Path(name).parts[0] for name in self.names}:
             raise ValueError(f"{self.root} has no clips of {', '.join(sorted(missing))} (data.classes)")
         return [self._class_of(name) for name in self.names]
+
+    def _caption(self, config: ClipData) -> None:
+        """Set the names, captions and labels of the clips that have a caption, in the order of their captions."""
+        listed = None
+        if config.clip_list:
+            listed = {Path(name).as_posix(): None for name in _lines(config.clip_list)}  # a set that keeps its order
+        beside = config.captions == BESIDE
+        rows = self._texts(self._find() if listed is None else listed) if beside else _rows(config.captions)
+        found, places, met = {}, {}, set()
+        for place, name, caption in rows:
+            if not _is_wanted(name, config.classes) or (listed is not None and name not in listed):
+                continue
+            met.add(name)
+            if complaint := _complaint(name, caption, places.get(name)):
+                self.uncaptioned.append(f"{place}: {complaint}")
+            else:
+                found[name], places[name] = caption.strip(), place
+        missing = [name for name in listed or () if name not in met and _is_wanted(name, config.classes)]
+        self.uncaptioned += [f"{config.clip_list}: {name} is not in {config.captions}" for name in missing]
+        self.left_out += self.uncaptioned
+        source = self.root if beside else config.captions
+        if not found:
+            wanted = "any" if listed is None and not config.classes else "the"
+            example = f", for example {self.uncaptioned[0]}" if self.uncaptioned else ""
+            raise ValueError(f"{source} has no captions of {wanted} clips{example}")
+        if empty := set(config.classes) - {Path(name).parts[0] for name in found}:
+            raise ValueError(f"{source} has no captions of clips of {', '.join(sorted(empty))} (data.classes)")
+        self.names, self.captions, self.labels = list(found), list(found.values()), list(range(len(found)))
+
+    def _texts(self, names: Iterable[str]) -> Iterator[tuple[str, str, str | bytes | None]]:
+        """(text file, clip, its text) for the text files beside clips: None where there is none, bytes if no UTF-8."""
+        for name in names:
+            path = self.root / (f"{name}.txt" if self.kind == "frames" else Path(name).with_suffix(".txt"))
+            text = None
+            if path.is_file():
+                self.strays -= Counter({".txt": 1})  # which is read, and not passed over
+                text = path.read_bytes()
+                with suppress(UnicodeDecodeError):
+                    text = text.decode("utf-8-sig")
+            yield str(path), name, text
 
     def _list_pictures(self, file: str) -> list[str]:
         """The pictures of a list; those outside of the classes asked for are dropped."""
@@ -323,6 +395,85 @@ def _lines(file: str) -> list[str]:
         return [line.strip() for line in Path(file).read_text().splitlines() if line.strip()]
     except OSError as error:
         raise FileNotFoundError(f"no list {file}: {error.strerror}") from error
+
+
+def _refuse_mixtures(config: ClipData) -> None:
+    """Raises ValueError for settings that exclude each other."""
+    if config.captions and config.labelled:
+        raise ValueError("data.captions and data.labelled: a clip's label is its caption or its class, leave one out")
+    if config.captions and config.image_list:
+        raise ValueError("data.captions and data.image_list: the pictures of that list have no captions, leave one out")
+    if config.images_from == "same" and config.image_list:
+        raise ValueError("data.images_from=same takes images from the clip itself: leave out data.image_list")
+
+
+def _is_wanted(name: str, classes: list[str]) -> bool:
+    return not classes or ("/" in name and Path(name).parts[0] in classes)
+
+
+def _complaint(name: str, caption: object, before: str | None) -> str | None:
+    """Why a caption of a clip cannot be used, if so; `before` is the place of an earlier one."""
+    if caption is None:
+        return f"no caption of {name}"
+    if not isinstance(caption, str):
+        return f"the caption of {name} is no text but of type {type(caption).__name__}"
+    if not caption.strip():
+        return f"the caption of {name} is empty"
+    return before and f"{name} has a caption already: {before}"
+
+
+def _rows(file: str) -> Iterator[tuple[str, str, object]]:
+    """(place, clip, caption) of every row of a captions file, None without a caption.
+
+    Raises FileNotFoundError, or ValueError, naming file and line, for a row that cannot be read or names no video.
+    """
+    try:
+        with open(file, "rb") as lines:
+            for number, row in (_csv_rows if Path(file).suffix.lower() == ".csv" else _json_rows)(file, lines):
+                place, video = f"{file}, line {number}", row.get("video")
+                if not isinstance(video, str) or not video.strip():
+                    raise ValueError(f"{place}: no video; every row has a video and its caption")
+                yield place, Path(video.strip()).as_posix(), row.get("caption")
+    except OSError as error:
+        raise FileNotFoundError(f"no captions {file}: {error.strerror}") from error
+
+
+def _json_rows(file: str, lines: Iterable[bytes]) -> Iterator[tuple[int, dict]]:
+    """(number from 1, object) of the lines of a JSONL file."""
+    wanted = 'wanted is a JSON object a line, {"video": ..., "caption": ...}'
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line.strip())
+        except json.JSONDecodeError as error:  # which counts lines from this one
+            raise ValueError(f"{file}, line {number}, column {error.colno}: {wanted}: {error.msg}") from error
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{file}, line {number}: {wanted}: {error}") from error
+        if not isinstance(row, dict):
+            raise ValueError(f"{file}, line {number}: {wanted}")
+        yield number, row
+
+
+def _csv_rows(file: str, lines: Iterable[bytes]) -> Iterator[tuple[int, dict]]:
+    """(number from 1 of its first line, cells by column) of the rows of a CSV file."""
+    reader = csv.reader((line.decode("utf-8-sig") for line in lines), strict=True)
+    header, number = None, 1
+    try:
+        for cells in reader:
+            if header is None:
+                header = [cell.strip() for cell in cells]
+                if not {"video", "caption"} <= set(header):
+                    raise csv.Error(f"columns {', '.join(header)}; the first line has to name video and caption")
+            elif any(cells[len(header) :]):  # what follows a comma would be lost
+                raise csv.Error(f"{len(cells)} cells for {len(header)} columns; quote a caption that has commas")
+            elif cells:
+                yield number, dict(zip(header, cells, strict=False))
+            number = reader.line_num + 1
+    except (csv.Error, UnicodeDecodeError) as error:
+        raise ValueError(f"{file}, line {number}: {error}") from error
+    if header is None:
+        raise ValueError(f"{file}, line 1: it is empty; the first line has to name the columns video and caption")
 
 
 def _reason(error: Exception) -> str:

@@ -3,7 +3,8 @@
 A shard holds `mean` and, for sampling, `std` (N, 2, C, h, w), scaled: index 1 along the second axis is the flipped
 copy; `label` of the pictures, if there are classes. In a shard of clips N counts the frames of all its clips, one clip
 after the other, and `length` and `label` have one entry per clip. Its metadata: autoencoder fingerprint and scaling,
-"mean" or "sample", dtype, image size; and which part of which dataset it holds.
+"mean" or "sample", dtype, image size; and which part of which dataset it holds. Where clips have captions, the metadata
+holds those of all clips of the part, also of unreadable ones, and `label` is a clip's number in the whole dataset.
 """
 
 import bisect
@@ -80,6 +81,7 @@ class Shards:
 
     Attributes:
         clips: whether it is a dataset of clips; rows are their frames.
+        captions: those of all clips that were there to encode, which labels are indices of; None without captions.
 
     Raises FileNotFoundError or ValueError, naming the folder and the fields that differ.
     """
@@ -100,6 +102,8 @@ class Shards:
                 f"{folder} holds latents of {encoded} of {total} samples: encoding was interrupted, or mixed with "
                 "another one; run the same `python -m skipdit.encode` command again, or encode into a new folder"
             )
+        captions = [_read_captions(path) for path in self.paths]
+        self.captions = None if captions[0] is None else [text for texts in captions for text in texts]
         self.paths = [p for p, part in zip(self.paths, parts, strict=True) if part.readable]
         if not self.paths:
             raise ValueError(f"{folder} holds no latents: none of the {total} samples could be read")
@@ -158,7 +162,7 @@ class Latents(Dataset):
 class ClipLatents(ClipDataset):
     """Encoded clips. Samples: {"mean": (F + I, 2, C, h, w), ["std"], and with classes "label", "image_label"}.
 
-    Arguments as in `ClipDataset`, errors as in `Shards`.
+    With captions, labels are indices of `captions`. Arguments as in `ClipDataset` and `Shards`, errors as there.
     """
 
     def __init__(
@@ -168,12 +172,14 @@ class ClipLatents(ClipDataset):
         frame_interval: int,
         images: int = 0,
         expected: LatentInfo | None = None,
+        images_from: str = "other",
     ):
-        super().__init__(num_frames, frame_interval, images)
+        super().__init__(num_frames, frame_interval, images, images_from)
         self._table = Shards(folder, expected)
         if not self._table.clips:
             raise ValueError(f"{folder} holds latents of pictures, not of clips")
         lengths, self.labels = self._table.column("length"), self._table.column("label")
+        self.captions = self._table.captions
         self.names = [f"{folder}: clip {number}" for number in range(len(lengths))]
         starts = [stop - length for stop, length in zip(accumulate(lengths), lengths, strict=True)]
         kept = self._leave_out_short(lengths)
@@ -219,6 +225,11 @@ def clean_latents(batch: dict, flipped: Tensor, kind: str, vae: AutoencoderKL, d
         images = to_float(batch["image"])
         mean, *std = encode(vae.to(images.device), torch.where(flipped, images.flip(-1), images))
     return mean + std[0] * draw(*mean.shape[1:]) if kind == "sample" else mean
+
+
+def _read_captions(path: Path) -> list[str] | None:
+    with safe_open(path, framework="pt") as file:
+        return json.loads(file.metadata().get("captions", "null"))
 
 
 def _refuse_difference(path: Path, found: LatentInfo, expected: LatentInfo) -> None:

@@ -1,0 +1,255 @@
+"""`enable_cache` on diffusers' LattePipeline: right on every call, and nothing left behind."""
+
+import gc
+import weakref
+
+import pytest
+import torch
+from conftest import NoReadBack, tiny_latte_t2v
+from diffusers import AutoencoderKL, DDIMScheduler, DDPMScheduler, HeunDiscreteScheduler, LattePipeline
+from torch._dynamo.testing import CompileCounterWithBackend
+
+from skipdit import CacheSpec, SkipCache, disable_cache, enable_cache
+
+SMALL = {"height": 8, "width": 8, "video_length": 4, "output_type": "latent"}
+SCHEDULE = {"beta_start": 1e-4, "beta_end": 0.02, "beta_schedule": "linear"}
+
+
+@pytest.fixture
+def pipe(vae_folder) -> LattePipeline:
+    return make_pipe(vae_folder)
+
+
+def make_pipe(vae_folder, **overrides) -> LattePipeline:
+    vae = AutoencoderKL.from_pretrained(vae_folder)
+    scheduler = DDIMScheduler(**SCHEDULE, clip_sample=False)
+    pipe = LattePipeline(None, None, vae, tiny_latte_t2v(**overrides), scheduler)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def run(pipe, steps=10, seed=0, tokens=6, count=1, guidance=3.0, **kwargs) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    text, null = torch.randn(2, count, tokens, 12, generator=generator)
+    return pipe(
+        None,
+        negative_prompt=None,
+        prompt_embeds=text,
+        negative_prompt_embeds=null,
+        num_inference_steps=steps,
+        guidance_scale=guidance,
+        generator=generator,
+        **{**SMALL, **kwargs},
+    ).frames
+
+
+@pytest.mark.parametrize("guidance", [1.0, 4.0])
+@pytest.mark.parametrize("spec", ["none", "N1-700-50"])
+def test_interval_1_is_uncached_to_the_bit(pipe, spec, guidance):
+    expected = run(pipe, guidance=guidance)
+    cache = enable_cache(pipe, spec)
+    assert torch.equal(run(pipe, guidance=guidance), expected)
+    assert (cache.run.full_steps, cache.run.cached_steps) == (10, 0)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("spec", ["N2-700-50", "N3-800-50-b2-o1"])
+def test_cached_run_is_the_plan_written_out(pipe, spec):
+    """The pipeline's cached latents are those of a plain loop over the model with a `SkipCache`."""
+    generator = torch.Generator().manual_seed(0)
+    text = torch.cat(list(torch.randn(2, 1, 6, 12, generator=generator))[::-1])
+    x = torch.randn(1, 4, 4, 4, 4, generator=generator)
+    scheduler = DDIMScheduler(**SCHEDULE, clip_sample=False)
+    scheduler.set_timesteps(10)
+    by_hand = SkipCache(spec, scheduler.timesteps)
+    for i, t in enumerate(scheduler.timesteps):
+        noise = pipe.transformer(torch.cat([x, x]), t.expand(2), text, cache=by_hand.at(i)).sample[:, :4]
+        uncond, cond = noise.chunk(2)
+        x = scheduler.step(uncond + 3.0 * (cond - uncond), t, x).prev_sample
+    cache = enable_cache(pipe, spec)
+    assert torch.equal(run(pipe), x)
+    assert cache.run.ran == by_hand.ran
+    assert cache.run.cached_steps > 2
+
+
+def test_calls_do_not_see_each_other(vae_folder, pipe):
+    """A, B, A with other steps, prompts, sizes, counts, guidance and schedulers: the second A is that of a new process."""
+    enable_cache(pipe, "N2-900-50")
+    first = run(pipe)
+    others = [
+        {"steps": 7},
+        {"seed": 3, "tokens": 9},
+        {"video_length": 1},
+        {"height": 16, "width": 24},
+        {"count": 2},
+        {"guidance": 1.0},
+    ]
+    for other in others:
+        fresh = make_pipe(vae_folder)
+        enable_cache(fresh, "N2-900-50")
+        assert torch.equal(run(pipe, **other), run(fresh, **other)), other
+        assert torch.equal(run(pipe), first), other
+
+
+@pytest.mark.parametrize("scheduler", [DDPMScheduler, HeunDiscreteScheduler])
+def test_scheduler_may_be_replaced(pipe, vae_folder, scheduler):
+    cache = enable_cache(pipe, "N2-900-50")
+    run(pipe)
+    old, pipe.scheduler = pipe.scheduler, scheduler(**SCHEDULE)
+    fresh = make_pipe(vae_folder)
+    fresh.scheduler = scheduler(**SCHEDULE)
+    uncached = run(fresh)
+    enable_cache(fresh, "N2-900-50")
+    cached = run(fresh)
+    assert torch.equal(run(pipe), cached)
+    assert torch.equal(run(pipe), cached)  # its first call had no set_timesteps to listen to, the second has
+    assert not torch.equal(cached, uncached)
+    assert len(cache.run.plan) == len(pipe.scheduler.timesteps)
+    assert "step" not in vars(old)
+
+
+def test_guidance_in_two_calls_is_guidance_in_one(pipe):
+    """A pipeline that runs the model twice per step, without and with the text, gets the cached latents of one call."""
+    enable_cache(pipe, "N2-900-50")
+    batched = run(pipe)
+
+    model, scheduler = pipe.transformer, pipe.scheduler
+    generator = torch.Generator().manual_seed(0)
+    text, null = torch.randn(2, 1, 6, 12, generator=generator)
+    x = torch.randn(1, 4, 4, 4, 4, generator=generator)
+    scheduler.set_timesteps(10)
+    with torch.no_grad():
+        for t in scheduler.timesteps:
+            uncond = model(hidden_states=x, timestep=t.expand(1), encoder_hidden_states=null).sample[:, :4]
+            cond = model(hidden_states=x, timestep=t.expand(1), encoder_hidden_states=text).sample[:, :4]
+            x = scheduler.step(uncond + 3.0 * (cond - uncond), t, x, return_dict=False)[0]
+    torch.testing.assert_close(x, batched, atol=1e-3, rtol=1e-3)
+
+
+def test_plan_follows_custom_timesteps(pipe):
+    pipe.scheduler = DDPMScheduler(**SCHEDULE)
+    cache, timesteps = enable_cache(pipe, "N2-900-50"), [950, 800, 620, 400, 100, 0]
+    run(pipe, timesteps=timesteps)
+    assert cache.run.timesteps == timesteps
+    assert cache.run.ran == CacheSpec.parse("N2-900-50").plan(timesteps)
+
+
+def test_text_is_encoded_once_per_call(pipe, monkeypatch):
+    calls, encode = [], pipe.transformer.encode_text
+    monkeypatch.setattr(pipe.transformer, "encode_text", lambda *args: calls.append(1) or encode(*args))
+    enable_cache(pipe, "none")
+    run(pipe)
+    assert len(calls) == 1
+    run(pipe)
+    assert len(calls) == 2
+
+
+def test_prompt_may_change_within_a_call(pipe):
+    """A callback that swaps the prompt's embeddings is heard at once."""
+
+    def swap(pipe, i, t, tensors):
+        return {"prompt_embeds": tensors["prompt_embeds"] + 1} if i == 4 else {}
+
+    arguments = {"callback_on_step_end": swap, "callback_on_step_end_tensor_inputs": ["prompt_embeds"]}
+    expected = run(pipe, **arguments)
+    enable_cache(pipe, "none")
+    assert torch.equal(run(pipe, **arguments), expected)
+    assert not torch.equal(run(pipe), expected)
+
+
+def test_nothing_is_left_after_a_call(pipe):
+    cache, alive = enable_cache(pipe, "N2-900-50-o1"), []
+    text = torch.randn(1, 6, 12)
+    gc.collect()
+    alive = weakref.ref(text)
+    pipe(None, negative_prompt=None, prompt_embeds=text, negative_prompt_embeds=text, num_inference_steps=8, **SMALL)
+    assert cache.run.peak_bytes > 0 and not cache.run._stored and not cache.run._open
+    del text
+    gc.collect()
+    assert alive() is None
+
+
+def test_a_call_that_breaks_off_leaves_a_good_pipeline(pipe):
+    enable_cache(pipe, "N2-900-50")
+    first = run(pipe)
+
+    def stop(pipe, i, t, tensors):
+        if i == 4:
+            raise KeyboardInterrupt
+        return {}
+
+    with pytest.raises(KeyboardInterrupt):
+        run(pipe, callback_on_step_end=stop)
+    assert torch.equal(run(pipe), first)
+
+
+def test_disable_puts_everything_back(pipe):
+    expected = run(pipe)
+    enable_cache(pipe, "N2-900-50")
+    enable_cache(pipe, "N3-900-50")  # takes the place of the first
+    assert not torch.equal(run(pipe), expected)
+    disable_cache(pipe)
+    disable_cache(pipe)
+    assert torch.equal(run(pipe), expected)
+    assert not pipe.transformer._forward_pre_hooks
+    assert not {"step", "set_timesteps"} & vars(pipe.scheduler).keys()
+
+
+def test_compiles_into_two_graphs(pipe):
+    enable_cache(pipe, "N2-900-50-o1")
+    expected = run(pipe)
+    disable_cache(pipe)
+    torch._dynamo.reset()
+    backend = CompileCounterWithBackend("eager")
+    pipe.transformer = torch.compile(pipe.transformer, fullgraph=True, backend=backend)
+    enable_cache(pipe, "N2-900-50-o1")
+    torch.testing.assert_close(run(pipe), expected)
+    run(pipe, steps=13)
+    assert backend.frame_count == 2
+    torch._dynamo.reset()
+
+
+def test_no_step_reads_the_device_back(pipe, monkeypatch):
+    """With a scheduler that does not either: DDIM's looks its coefficients up by a timestep on the device."""
+    enable_cache(pipe, "N2-900-50-o1")
+
+    def step(noise, t, x, **kwargs):
+        return (x - noise / 10,)
+
+    monkeypatch.setattr(type(pipe.scheduler), "step", staticmethod(step))
+    enable_cache(pipe, "N2-900-50-o1")
+    pipe.scheduler.set_timesteps(10)
+    timesteps, x = list(pipe.scheduler.timesteps), torch.randn(1, 4, 4, 4, 4)
+    text = torch.randn(1, 6, 12)
+    with NoReadBack(), torch.no_grad():
+        for t in timesteps:
+            noise = pipe.transformer(hidden_states=x, timestep=t.expand(1), encoder_hidden_states=text).sample[:, :4]
+            (x,) = pipe.scheduler.step(noise, t, x)
+    assert pipe._skip_cache.run.cached_steps > 2
+
+
+def test_what_cannot_be_cached_is_named(pipe, vae_folder):
+    with pytest.raises(ValueError, match="branch 3 is larger than the model's number of skips, 2"):
+        enable_cache(pipe, "N2-700-50-b3")
+    with pytest.raises(ValueError, match="does not parse"):
+        enable_cache(pipe, "often")
+    with pytest.warns(UserWarning, match="never engages"):
+        enable_cache(pipe, "N2-0-0")
+        run(pipe)
+    plain = make_pipe(vae_folder, skip=False)
+    with pytest.raises(ValueError, match="number of skips, 0"):
+        enable_cache(plain, "N2-700-50")
+    plain.transformer = torch.nn.Linear(2, 2)
+    with pytest.raises(TypeError, match="transformer is a Linear"):
+        enable_cache(plain, "N2-700-50")
+    pipe.transformer.compile()
+    with pytest.raises(ValueError, match="compiled in place"):
+        enable_cache(pipe, "N2-700-50")
+
+
+def test_compiling_afterwards_is_refused(pipe):
+    enable_cache(pipe, "N2-900-50")
+    pipe.transformer = torch.compile(pipe.transformer, fullgraph=True, backend="eager")
+    with pytest.raises(Exception, match="before enable_cache"):
+        run(pipe)
+    torch._dynamo.reset()
