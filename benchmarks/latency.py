@@ -17,7 +17,7 @@ from statistics import median
 import torch
 
 from skipdit.adaln import AdaLNTransformer
-from skipdit.bench import interleaved_seconds, model_inputs, run_flops, step_flops
+from skipdit.bench import interleaved_seconds, run_flops, step_flops
 from skipdit.cache import CacheStep, SkipCache
 from skipdit.class_sample import generate
 from skipdit.class_to_image import DiT
@@ -50,7 +50,7 @@ def measure(args: argparse.Namespace) -> dict:
     model.eval().requires_grad_(False)
     if args.compile:
         model.compile(fullgraph=True)
-    x, t, y = model_inputs(model, args.batch, device)
+    x, t, y = model.random_inputs(args.batch).values()
     ahead = {branch: model.condition(t[:1], y, branch)[0] for branch in (None, args.branch)}
     stored = CacheStep(args.branch, None)
     with torch.no_grad():

@@ -12,7 +12,7 @@ from statistics import median
 import torch
 from torch import nn
 
-from skipdit.bench import interleaved_seconds, model_inputs
+from skipdit.bench import interleaved_seconds
 from skipdit.class_to_image.model import DiT
 from skipdit.train import set_trainable
 
@@ -48,7 +48,7 @@ def main() -> None:
     model = DiT.from_name(args.model).to(device).train()
     for parameter in model.parameters():  # DiT's initialisation gives most blocks no gradient
         nn.init.normal_(parameter, std=0.02)
-    x, t, y = model_inputs(model, args.batch, device)
+    x, t, y = model.random_inputs(args.batch).values()
 
     def stage(rules: dict[str, bool], x: torch.Tensor):
         def run() -> None:

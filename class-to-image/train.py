@@ -17,12 +17,12 @@ from skipdit.class_sample import generate
 from skipdit.class_to_image.data import make_dataset
 from skipdit.class_to_image.model import DiT
 from skipdit.class_to_image.sample import ModelConfig, build_model
-from skipdit.class_train import open_training
 from skipdit.config import friendly_errors, load_config, make_parser, setting
 from skipdit.data.images import ImageData, to_uint8
 from skipdit.data.latents import clean_latents
 from skipdit.device import process_state
 from skipdit.diffusion import Diffusion
+from skipdit.prepare import open_training
 from skipdit.sample import generators
 from skipdit.train import Draw, TrainConfig, fit
 from skipdit.vae import decode, latent_size

@@ -17,13 +17,13 @@ from skipdit.class_sample import generate
 from skipdit.class_to_video.data import make_dataset
 from skipdit.class_to_video.model import Latte
 from skipdit.class_to_video.sample import ModelConfig, build_model
-from skipdit.class_train import open_training
 from skipdit.config import friendly_errors, load_config, make_parser, setting
 from skipdit.data.clips import ClipData
 from skipdit.data.images import to_uint8
 from skipdit.data.latents import clean_latents
 from skipdit.diffusion import Diffusion
 from skipdit.media import contact_sheet, side_by_side, write_gif
+from skipdit.prepare import open_training
 from skipdit.sample import generators
 from skipdit.train import Draw, Loss, TrainConfig, fit
 from skipdit.vae import decode, latent_size

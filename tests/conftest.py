@@ -1,26 +1,34 @@
 """What the tests share: golden files, and tiny models of the real classes."""
 
+import io
 import json
 import os
+import shutil
+import signal
 import subprocess
 import sys
+import time
+from collections.abc import Sequence
 from pathlib import Path
 
 os.environ["OMP_NUM_THREADS"] = "1"  # bit-equality needs one number of threads here and in the processes started here
 
 import numpy as np
 import pytest
+import sentencepiece
 import torch
-from diffusers import AutoencoderKL
+from diffusers import AutoencoderKL, AutoencoderKLTemporalDecoder, DDIMScheduler
 from PIL import Image
 from safetensors import safe_open
 from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import T5Config, T5EncoderModel
 
 from skipdit.checkpoint import latest
 from skipdit.class_to_image import DiT
 from skipdit.class_to_video import Latte
 from skipdit.config import to_yaml
 from skipdit.text_to_video import LatteT2V
+from skipdit.weights import to_released
 
 ROOT = Path(__file__).parent.parent
 GOLDEN = Path(__file__).parent / "golden"
@@ -89,6 +97,59 @@ def vae_folder(tmp_path_factory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="session")
+def text_folder(tmp_path_factory) -> Path:
+    """A pipeline's folder with a random T5 of width 16 in `text_encoder`, and a trained `tokenizer`."""
+    folder = tmp_path_factory.mktemp("pipeline")
+    sentences = [
+        "a small cat sleeps on the warm sofa",
+        "two birds fly above the quiet lake!",
+        "the red car drives through the rain",
+        "children build a castle of sand",
+        "a man plays the guitar in the street, and children dance around him",
+        "the dog runs, waves",
+    ]
+    words = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(sentences * 3),
+        model_writer=words,
+        vocab_size=100,
+        hard_vocab_limit=False,
+        pad_id=0,  # the special tokens of T5
+        eos_id=1,
+        unk_id=2,
+        bos_id=-1,
+        minloglevel=2,
+    )
+    (folder / "tokenizer").mkdir()
+    (folder / "tokenizer/spiece.model").write_bytes(words.getvalue())
+    (folder / "tokenizer/tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "T5Tokenizer"}))
+    torch.manual_seed(0)
+    config = T5Config(vocab_size=256, d_model=16, d_kv=8, num_heads=2, d_ff=32, num_layers=2, dropout_rate=0.5)
+    model = T5EncoderModel(config)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.5)
+    model.save_pretrained(folder / "text_encoder")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def released_t2v(tmp_path_factory, text_folder, vae_folder) -> Path:
+    """Latte-0/{transformer/config.json, scheduler, vae, text_encoder, tokenizer}, and Latte-skip.pt beside it."""
+    folder = tmp_path_factory.mktemp("released")
+    shutil.copytree(text_folder, folder / "Latte-0")
+    shutil.copytree(vae_folder, folder / "Latte-0/vae")
+    torch.manual_seed(0)
+    blocks = {"down_block_types": ("DownEncoderBlock2D",) * 2, "block_out_channels": (32, 32)}
+    AutoencoderKLTemporalDecoder(**blocks, scaling_factor=0.5).save_pretrained(folder / "Latte-0/vae_temporal_decoder")
+    width = json.loads((text_folder / "text_encoder/config.json").read_text())["d_model"]
+    model = tiny_latte_t2v(caption_channels=width)
+    model.save_config(folder / "Latte-0/transformer")
+    DDIMScheduler().save_pretrained(folder / "Latte-0/scheduler")
+    torch.save({"ema": to_released(model.state_dict())}, folder / "Latte-skip.pt")
+    return folder
+
+
 @pytest.fixture
 def image_folder(tmp_path) -> Path:
     """24 pictures of random size in three classes, one of them truncated and one no picture at all."""
@@ -151,6 +212,22 @@ def run_script(config, *overrides, processes=1, task="class-to-image", **kwargs)
     command = [*launcher, str(ROOT / task / "train.py"), "--config", str(file), *overrides]
     env = os.environ | {"OMP_NUM_THREADS": "1"}
     return subprocess.run(command, capture_output=True, text=True, env=env, cwd=file.parent, timeout=300, **kwargs)
+
+
+def kill_at(config, goals: Sequence[int], task="class-to-image") -> None:
+    """Start the trainer again and again, and SIGKILL it as soon as it has saved each of these steps."""
+    file = Path(config.out).parent / f"{Path(config.out).name}.yaml"
+    file.write_text(to_yaml(config))
+    command = [sys.executable, str(ROOT / task / "train.py"), "--config", str(file)]
+    checkpoints = Path(config.out) / "checkpoints"
+    for goal in goals:
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, cwd=file.parent)
+        while process.poll() is None and not any(int(p.stem) >= goal for p in checkpoints.glob("*.pt")):
+            time.sleep(0.001)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        assert process.returncode == -signal.SIGKILL
+        assert not (checkpoints / f"{config.train.steps:07d}.pt").exists()
 
 
 class NoReadBack(TorchDispatchMode):

@@ -317,3 +317,24 @@ def test_unknown_names_list_the_known(hub, tmp_path):
         tool.download("class-to-video", tmp_path, only=["faces"])
     with pytest.raises(ValueError, match="known: class-to-image"):
         tool.download("class-to-audio", tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("place", "is_one"),
+    [
+        ("google/t5-v1_1-small", True),
+        ("GuanjieChen/Skip-DiT.v2", True),
+        ("checkpoints/sd-vae-ft-ema", False),
+        ("local/vae", False),
+        ("./vae", False),
+        ("../vae", False),
+        ("/vae", False),
+        ("vae", False),
+        ("google/", False),
+        ("google/t5/text_encoder", False),
+    ],
+)
+def test_hub_names_are_told_from_paths(tmp_path, monkeypatch, place, is_one):
+    (tmp_path / "local").mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert tool.is_hub_name(place) == is_one

@@ -4,8 +4,8 @@ import json
 
 import pytest
 import torch
-from diffusers import LatteTransformer3DModel
 from conftest import GOLDEN, assert_close, tiny_latte_t2v
+from diffusers import LatteTransformer3DModel
 
 from skipdit import SkipCache
 from skipdit.cache import CacheStep

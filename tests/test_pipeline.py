@@ -73,7 +73,7 @@ def test_cached_run_is_the_plan_written_out(pipe, spec):
 
 
 def test_calls_do_not_see_each_other(vae_folder, pipe):
-    """A, B, A with other steps, prompts, sizes, counts, guidance and schedulers: the second A is that of a new process."""
+    """A, B, A with other steps, prompts, sizes, counts and guidance: the second A is that of a new process."""
     enable_cache(pipe, "N2-900-50")
     first = run(pipe)
     others = [

@@ -152,7 +152,10 @@ def test_other_weights_in_the_same_folder_are_refused(config):
         ({"sampler": "euler"}, "sampler is 'euler'"),
         ({"dtype": "float8"}, "dtype is 'float8'"),
         ({"steps": 2000}, "steps are 2000"),
-        ({"weights": "nowhere/a.pt", "vae": "nowhere/vae.d"}, r"missing: weights=nowhere/a\.pt, vae=nowhere/vae\.d"),
+        (
+            {"weights": "nowhere/a.pt", "vae": "nowhere/else/vae"},
+            r"missing: weights=nowhere/a\.pt, vae=nowhere/else/vae",
+        ),
     ],
 )
 def test_bad_input_is_named(config, change, complaint):

@@ -1,32 +1,22 @@
 """The text encoder: as LattePipeline encodes; embeddings from files and from the encoder are the same."""
 
 import importlib.util
-import io
 import json
 import shutil
 import warnings
 from pathlib import Path
 
 import pytest
-import sentencepiece
 import torch
 from diffusers import LattePipeline
 from safetensors.torch import save_file
-from transformers import AutoConfig, T5Config, T5EncoderModel
+from transformers import AutoConfig, T5EncoderModel
 
 from skipdit import text
-from skipdit.text import (
-    MAX_TOKENS,
-    LiveTexts,
-    TextEncoder,
-    TextTable,
-    captions_of_latents,
-    encode_captions,
-    load_text_encoder,
-    main,
-    missing_text_files,
-    read_captions,
-)
+from skipdit.data.clips import ClipData, ClipFolder
+from skipdit.data.texts import LiveTexts, TextTable
+from skipdit.encode_text import encode_captions, main
+from skipdit.text import MAX_TOKENS, TextEncoder, load_text_encoder, missing_text_files
 
 CAPTIONS = [
     "a small cat sleeps on the warm sofa",
@@ -37,39 +27,6 @@ CAPTIONS = [
     "the dog runs",
     "waves",
 ]
-OTHERS = [
-    "the red car drives through the rain",
-    "children build a castle of sand",
-    "snow falls on the mountain village",
-]
-
-
-@pytest.fixture(scope="session")
-def text_folder(tmp_path_factory) -> Path:
-    """A pipeline's folder with a random T5 of width 16 in `text_encoder`, and a trained `tokenizer`."""
-    folder = tmp_path_factory.mktemp("pipeline")
-    words = io.BytesIO()
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter([*CAPTIONS, *OTHERS] * 3),
-        model_writer=words,
-        vocab_size=100,
-        hard_vocab_limit=False,
-        pad_id=0,  # the special tokens of T5
-        eos_id=1,
-        unk_id=2,
-        bos_id=-1,
-        minloglevel=2,
-    )
-    (folder / "tokenizer").mkdir()
-    (folder / "tokenizer/spiece.model").write_bytes(words.getvalue())
-    (folder / "tokenizer/tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "T5Tokenizer"}))
-    torch.manual_seed(0)
-    config = T5Config(vocab_size=256, d_model=16, d_kv=8, num_heads=2, d_ff=32, num_layers=2, dropout_rate=0.5)
-    model = T5EncoderModel(config)
-    for parameter in model.parameters():
-        torch.nn.init.normal_(parameter, std=0.5)
-    model.save_pretrained(folder / "text_encoder")
-    return folder
 
 
 @pytest.fixture(scope="module")
@@ -223,15 +180,13 @@ def test_refuses_embeddings_that_the_dtype_cannot_hold(copy, tmp_path):
 
 def test_resumes_with_the_shards_that_are_missing(encoder, table_folder):
     first, second, third = sorted(table_folder.glob("*"))
-    before, kept = (
-        TextTable(table_folder).take(torch.arange(7), torch.zeros(7, dtype=torch.bool)),
-        first.stat().st_mtime_ns,
-    )
+    every, kept = (torch.arange(7), torch.zeros(7, dtype=torch.bool)), first.stat().st_mtime_ns
+    before = TextTable(table_folder).take(*every)
     second.unlink()
-    with pytest.raises(ValueError, match=r"embeddings of 4 of 7 captions.*run the same `python -m skipdit.text`"):
+    with pytest.raises(ValueError, match=r"holds 4 of 7 captions.* run the same command again"):
         TextTable(table_folder)
     encode_captions(encoder, CAPTIONS, table_folder, batch_size=2, shard=3)
-    after = TextTable(table_folder).take(torch.arange(7), torch.zeros(7, dtype=torch.bool))
+    after = TextTable(table_folder).take(*every)
     assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
     assert first.stat().st_mtime_ns == kept and sorted(table_folder.glob("*")) == [first, second, third]
 
@@ -241,11 +196,6 @@ def test_refuses_to_continue_other_embeddings(encoder, table_folder, change):
     settings = {"captions": CAPTIONS, "shard": 3} | change
     with pytest.raises(ValueError, match="holds other embeddings, or other shards; give these another folder"):
         encode_captions(encoder, out=table_folder, **settings)
-
-
-def test_refuses_an_empty_list(encoder, tmp_path):
-    with pytest.raises(ValueError, match="no captions"):
-        encode_captions(encoder, [], tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -259,20 +209,21 @@ def test_refuses_an_empty_list(encoder, tmp_path):
 def test_table_refuses_other_captions(table_folder, captions, message):
     with pytest.raises(ValueError, match=message) as error:
         TextTable(table_folder, captions)
-    assert str(table_folder) in str(error.value) and "`python -m skipdit.text` into a new folder" in str(error.value)
+    assert str(error.value).startswith(str(table_folder))
+    assert str(error.value).endswith("`python -m skipdit.encode_text` into a new folder.")
 
 
 def test_table_refuses_mixed_encoders(encoder, table_folder, copy):
     other = scaled(copy, 2)
     encode_captions(other, CAPTIONS, copy / "texts", shard=3)
     shutil.copy(copy / "texts/texts-00001.safetensors", table_folder)
-    message = f"mixed: texts-00001.safetensors has encoder {other.fingerprint}.*{encoder.fingerprint}"
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=r"7 of 7 captions .* and of 7 captions .*mixed with another") as error:
         TextTable(table_folder)
+    assert other.fingerprint in str(error.value) and encoder.fingerprint in str(error.value)
 
 
 def test_table_refuses_a_folder_without_files(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"no text embeddings in .*nowhere; `python -m skipdit.text --help`"):
+    with pytest.raises(FileNotFoundError, match=r"no text embeddings in .*nowhere; .*skipdit.encode_text --help"):
         TextTable(tmp_path / "nowhere")
 
 
@@ -280,7 +231,7 @@ def test_table_refuses_a_folder_without_files(tmp_path):
 def test_table_refuses_damaged_files(table_folder, damage):
     damage(table_folder / "texts-00001.safetensors")
     with pytest.raises(
-        ValueError, match=r"texts-00001.safetensors is damaged, or not a file of `python -m skipdit.text`"
+        ValueError, match=r"texts-00001.safetensors is damaged, or not a file of `python -m skipdit.encode_text`"
     ):
         TextTable(table_folder)
 
@@ -338,7 +289,7 @@ def test_says_what_to_do_without_the_hub(name, fix, monkeypatch):
 
     monkeypatch.setattr(AutoConfig, "from_pretrained", offline)
     monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
-    with pytest.raises(FileNotFoundError, match=f"no text encoder {name}: .*We couldn't connect.*{fix}"):
+    with pytest.raises(ValueError, match=f"cannot load text encoder {name} .*We couldn't connect.*{fix}"):
         load_text_encoder(name)
 
 
@@ -353,7 +304,7 @@ def test_says_what_to_do_without_the_hub(name, fix, monkeypatch):
 )
 def test_refuses_damaged_files(copy, file, content):
     (copy / file).write_bytes(content)
-    with pytest.raises((ValueError, FileNotFoundError), match="text_encoder"):
+    with pytest.raises(ValueError, match=r"cannot load text encoder .*/text_encoder with tokenizer .*download.sh"):
         load_text_encoder(str(copy / "text_encoder"))
 
 
@@ -377,79 +328,76 @@ def test_minilm_comes_from_its_package():
 # --- the command
 
 
-def arguments(folder: Path, out: Path, *more: str) -> list[str]:
-    return ["--text-encoder", str(folder / "text_encoder"), "--out", str(out), "--shard", "3", *more]
+@pytest.fixture
+def dataset(tmp_path) -> dict[str, str]:
+    """The section `data` of three captioned clips, b, a and c, of which b is too short to train on."""
+    for clip, length in [("a", 4), ("b", 2), ("c", 4)]:
+        (tmp_path / "clips" / clip).mkdir(parents=True)
+        for frame in range(length):
+            (tmp_path / "clips" / clip / f"{frame}.png").touch()
+    rows = [{"video": clip, "caption": f" {caption}"} for clip, caption in zip("bac", CAPTIONS, strict=False)]
+    rows[2]["caption"] = "a dog, and\na cat"
+    (tmp_path / "captions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    section = {"kind": "frames", "path": str(tmp_path / "clips"), "captions": str(tmp_path / "captions.jsonl")}
+    return section | {"num_frames": 4, "frame_interval": 1}
 
 
-@pytest.mark.parametrize("suffix", ["jsonl", "csv"])
-def test_command(text_folder, encoder, tmp_path, capsys, suffix):
-    file = tmp_path / f"captions.{suffix}"
-    captions = ["a dog, and\na cat", *CAPTIONS]
-    if suffix == "csv":
-        rows = ["video,caption", *(f'{n}.mp4,"{caption}"' for n, caption in enumerate(captions))]
-    else:
-        rows = [json.dumps({"video": f"{n}.mp4", "caption": caption}) for n, caption in enumerate(captions)]
-    file.write_text("\n".join(rows) + "\n")
-    main(["--captions", str(file), *arguments(text_folder, tmp_path / "texts", "--dtype", "bfloat16")])
-    assert "8 captions, embeddings in" in capsys.readouterr().out
-    table = TextTable(tmp_path / "texts", captions)
+@pytest.fixture
+def command(text_folder, tmp_path, capsys):
+    """`command(section, *arguments)` runs the program into tmp_path/texts: (status, what it says)."""
+
+    def run(section: dict, *arguments: str) -> tuple[int, str]:
+        (tmp_path / "config.yaml").write_text(json.dumps({"data": section, "train": {"steps": 9}}))
+        where = ["--text-encoder", str(text_folder / "text_encoder"), "--out", str(tmp_path / "texts")]
+        try:
+            main([str(tmp_path / "config.yaml"), *where, *arguments])
+        except SystemExit as end:
+            return end.code, capsys.readouterr().err
+        return 0, capsys.readouterr().out
+
+    return run
+
+
+def test_command_takes_the_captions_that_training_asks_for(encoder, tmp_path, dataset, command):
+    status, said = command(dataset, "--shard", "2", "--dtype", "bfloat16")
+    assert (status, said) == (0, f"3 captions, embeddings in {tmp_path}/texts\n")
+    table = TextTable(tmp_path / "texts", ClipFolder(ClipData(**dataset)).captions)
+    assert table.captions == [*CAPTIONS[:2], "a dog, and\na cat"]
     assert table.fingerprint == encoder.fingerprint and table.null.dtype == torch.bfloat16
+    assert len(list((tmp_path / "texts").glob("*"))) == 2
 
 
-@pytest.mark.parametrize(
-    "name, content, message",
-    [
-        ("captions.jsonl", '{"caption": "a"}\n{"text": "b"}', "captions.jsonl, row 2"),
-        ("captions.jsonl", '{"caption": "a"}\nb', "captions.jsonl, row 2"),
-        ("captions.jsonl", '{"caption": 1}', "captions.jsonl, row 1"),
-        ("captions.csv", "text\na\n", "captions.csv, row 1"),
-    ],
-)
-def test_captions_that_cannot_be_read(tmp_path, name, content, message):
-    (tmp_path / name).write_text(content)
-    with pytest.raises(ValueError, match=message):
-        read_captions(tmp_path / name)
+def test_command_takes_overrides_of_the_section(tmp_path, dataset, command):
+    (tmp_path / "list").write_text("a\n")
+    assert command(dataset, f"data.clip_list={tmp_path}/list", "--batch-size", "1")[0] == 0
+    assert TextTable(tmp_path / "texts").captions == [CAPTIONS[1]]
 
 
-def latents(folder: Path, **more: str) -> Path:
-    """Latents of seven clips of one frame, in shards of four and three."""
+def latents(folder: Path, **captions: list[str]) -> dict[str, str]:
+    """The section `data` of latents of two clips, of which the first could not be read."""
     folder.mkdir()
-    for start, stop in [(0, 4), (4, 7)]:
-        info = {"vae_id": "0", "scaling_factor": 1.0, "kind": "mean", "dtype": "float16", "image_size": 8}
-        metadata = {
-            "latents": json.dumps(info),
-            "part": json.dumps({"source": "videos", "start": start, "stop": stop, "total": 7, "broken": []}),
-            "captions": json.dumps(CAPTIONS[start:stop]),
-        }
-        tensors = {"mean": torch.zeros(stop - start, 2, 4, 1, 1), "length": torch.ones(stop - start, dtype=torch.int64)}
-        save_file(
-            tensors, folder / f"latents-{start:05d}.safetensors", {k: metadata[k] for k in metadata if k not in more}
-        )
-    return folder
+    info = {"vae_id": "0", "scaling_factor": 1.0, "kind": "mean", "dtype": "float16", "image_size": 8}
+    part = {"source": "videos", "start": 0, "stop": 2, "total": 2, "broken": ["a.mp4: broken"]}
+    metadata = {name: json.dumps(value) for name, value in {"latents": info, "part": part, **captions}.items()}
+    tensors = {"mean": torch.zeros(1, 2, 4, 1, 1), "length": torch.tensor([1]), "label": torch.tensor([1])}
+    save_file(tensors, folder / "latents-00000.safetensors", metadata)
+    return {"kind": "latents", "path": str(folder)}
 
 
-def test_command_takes_captions_of_latents(text_folder, tmp_path):
-    folder = latents(tmp_path / "latents")
-    main(["--latents", str(folder), *arguments(text_folder, tmp_path / "texts")])
-    assert TextTable(tmp_path / "texts").captions == CAPTIONS
+def test_command_takes_captions_of_latents(tmp_path, command):
+    assert command(latents(tmp_path / "latents", captions=CAPTIONS[:2]))[0] == 0
+    assert TextTable(tmp_path / "texts").captions == CAPTIONS[:2]
 
 
-def test_latents_without_captions(tmp_path):
-    folder = latents(tmp_path / "latents", captions="left out")
-    with pytest.raises(ValueError, match=r"has no captions; .*`python -m skipdit.encode --captions`"):
-        captions_of_latents(folder)
+def test_command_refuses_data_without_captions(tmp_path, dataset, command):
+    fix = "for clips set data.captions=FILE or txt, for latents run `python -m skipdit.encode --captions`"
+    del dataset["captions"]
+    for section in (dataset, latents(tmp_path / "latents"), {"kind": "image_folder", "path": str(tmp_path)}):
+        status, said = command(section)
+        assert (status, said) == (2, f"error: {section['path']} ({section['kind']}) has no captions: {fix}\n")
 
 
-@pytest.mark.parametrize(
-    "more, message",
-    [
-        (["--captions", "nowhere.jsonl"], "nowhere.jsonl"),
-        (["--latents", "nowhere"], "no latents in nowhere"),
-        ([], "one of the arguments --captions --latents is required"),
-        (["--captions", "a", "--latents", "b"], "not allowed with"),
-    ],
-)
-def test_command_says_what_is_wrong(text_folder, tmp_path, capsys, more, message):
-    with pytest.raises(SystemExit, match="2"):
-        main(arguments(text_folder, tmp_path / "texts", *more))
-    assert message in capsys.readouterr().err
+def test_command_says_what_is_wrong(dataset, command):
+    assert command(dataset, "data.captoins=a")[1].startswith("error: override 'captoins=a': unknown key 'captoins'")
+    assert command(dataset, "data.captions=nowhere.csv")[1].startswith("error: no captions nowhere.csv: No such file")
+    assert "missing nowhere/tokenizer_config.json" in command(dataset, "--tokenizer", "nowhere")[1]

@@ -1,15 +1,11 @@
 """Training: resume, processes, freezing, broken data, bad numbers. Small models of the real classes, a real folder."""
 
 import math
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import FSDP, ROOT, assert_equal, run_script, state, stats, tiny_dit
+from conftest import FSDP, assert_equal, kill_at, run_script, state, stats, tiny_dit
 
 from skipdit.checkpoint import latest
 from skipdit.class_to_image.sample import ModelConfig
@@ -68,20 +64,7 @@ def test_killed_run_continues_bit_equal(config, tmp_path):
     train(config)
     whole = state(config)
     config.out = str(tmp_path / "killed")
-    from skipdit.config import to_yaml
-
-    file = tmp_path / "killed.yaml"
-    file.write_text(to_yaml(config))
-    command = [sys.executable, str(ROOT / "class-to-image/train.py"), "--config", str(file)]
-    for goal in (3, 11, 19):
-        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, cwd=tmp_path)
-        checkpoints = tmp_path / "killed/checkpoints"
-        while process.poll() is None and not any(int(p.stem) >= goal for p in checkpoints.glob("*.pt")):
-            time.sleep(0.001)
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-        assert process.returncode == -signal.SIGKILL
-        assert not (checkpoints / "0000040.pt").exists()
+    kill_at(config, (3, 11, 19))
     assert run_script(config).returncode == 0
     assert_equal(whole | {"args": None}, state(config) | {"args": None})
     assert [line["step"] for line in stats(config)] == list(range(1, 41))

@@ -1,9 +1,9 @@
 """Skip-DiT for text-to-video: Latte T2V (arXiv 2401.03048) with long skip connections (arXiv 2411.17616).
 
-Pairs of a spatial block, which attends within frames and to the text, and a temporal block, which attends across frames;
-a pair is one layer of the skip stack. All blocks share one conditioning of the timestep (adaLN-single, PixArt-alpha,
-arXiv 2310.00426). Shapes: N clips, F frames, I images, C latent channels, H x W latents, T tokens of a frame, S tokens
-of a text, D width, K heads.
+Pairs of a spatial block, which attends within frames and to the text, and a temporal block, which attends across
+frames; a pair is one layer of the skip stack. All blocks share one conditioning of the timestep (adaLN-single,
+PixArt-alpha, arXiv 2310.00426). Shapes: N clips, F frames, I images, C latent channels, H x W latents, T tokens of a
+frame, S tokens of a text, C' channels of a text encoder, D width, K heads.
 """
 
 from collections.abc import Mapping
@@ -177,15 +177,8 @@ class LatteT2V(SkipTransformer):
                 nn.init.zeros_(module.bias) if module.bias is not None else None
         nn.init.xavier_uniform_(self.pos_embed.proj.weight.flatten(1))
         nn.init.zeros_(self.pos_embed.proj.bias)
-        embedder = self.adaln_single.emb.timestep_embedder
-        captions = self.caption_projection
-        for small in (
-            embedder.linear_1,
-            embedder.linear_2,
-            self.adaln_single.linear,
-            captions.linear_1,
-            captions.linear_2,
-        ):
+        steps, texts = self.adaln_single.emb.timestep_embedder, self.caption_projection
+        for small in (steps.linear_1, steps.linear_2, self.adaln_single.linear, texts.linear_1, texts.linear_2):
             nn.init.normal_(small.weight, std=0.02)
         for zero in (self.proj_out, *(block.attn2.to_out[0] for block in self.transformer_blocks)):
             nn.init.zeros_(zero.weight)
@@ -283,10 +276,18 @@ class LatteT2V(SkipTransformer):
         axes = [torch.arange(n, dtype=torch.float32, device=like.device) * (base / n) for n in (rows, columns)]
         return sincos_2d(*axes, like.shape[-1]).to(like.dtype)
 
-    def random_inputs(self, batch: int, tokens: int = 120) -> dict[str, Tensor | Text]:
+    def random_inputs(
+        self,
+        batch: int,
+        tokens: int = 120,
+        frames: int | None = None,
+        height: int | None = None,
+        width: int | None = None,
+    ) -> dict[str, Tensor | Text]:
         """Arguments of `forward` for counting and timing: noise, and a text that is already encoded."""
         config, like = self.config, {"device": self.device, "dtype": self.dtype}
-        shape = (batch, config.in_channels, config.video_length, config.sample_size, config.sample_size)
+        size = (frames or config.video_length, height or config.sample_size, width or config.sample_size)
+        shape = (batch, config.in_channels, *size)
         return {
             "hidden_states": torch.randn(shape, **like),
             "timestep": torch.full((batch,), 500, device=self.device),

@@ -141,6 +141,12 @@ class AdaLNTransformer(SkipTransformer):
             nn.init.zeros_(zero.weight)
             nn.init.zeros_(zero.bias)
 
+    def random_inputs(self, batch: int) -> dict[str, Tensor | None]:
+        """Arguments of `forward` for counting and timing."""
+        x = torch.randn(batch, *self.sample_shape, device=self.device, dtype=self.dtype)
+        y = None if self.null_class is None else torch.zeros(batch, dtype=torch.long, device=self.device)
+        return {"x": x, "t": torch.full((batch,), 500, device=self.device), "y": y}
+
     def embed(self, t: Tensor, y: Tensor | None) -> Tensor:
         """Timesteps t (...) and class ids y (...), broadcast -> conditioning (..., 1 per inner axis, D).
 

@@ -4,32 +4,24 @@ import time
 from collections.abc import Callable
 
 import torch
-from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from skipdit.cache import CacheStep, SkipCache
+from skipdit.skip import SkipTransformer
 
 
-def model_inputs(model: nn.Module, batch: int, device: torch.device | str | None = None) -> tuple:
-    """Random inputs for a DiT or Latte: x (N, *sample_shape), t (N,), y (N,) or None."""
-    device = device or model.device
-    x = torch.randn(batch, *model.sample_shape, device=device, dtype=model.dtype)
-    y = None if model.null_class is None else torch.zeros(batch, dtype=torch.long, device=device)
-    return x, torch.full((batch,), 500, device=device), y
-
-
-def step_flops(model: nn.Module, batch: int, branch: int = 1) -> dict[str, float]:
+def step_flops(model: SkipTransformer, batch: int, branch: int = 1, **sizes: int) -> dict[str, float]:
     """FLOPs of one full and one cached forward pass, two per multiply-add, attention included.
 
-    Counted on the meta device: nothing is computed.
+    Counted on the meta device: nothing is computed. `sizes` are those that the model's `random_inputs` takes.
     """
     with torch.device("meta"):
         model = type(model).from_config(model.config).to("meta").eval()
-    inputs = model_inputs(model, batch)
+    inputs = model.random_inputs(batch, **sizes)
 
     def count(cache: CacheStep | None) -> float:
         with torch.no_grad(), FlopCounterMode(display=False) as counter:
-            model(*inputs, cache=cache)
+            model(**inputs, cache=cache)
         return float(counter.get_total_flops())
 
     full = CacheStep(branch, None)

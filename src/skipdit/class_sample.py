@@ -1,7 +1,5 @@
 """What the samplers of DiT and Latte share: models whose only condition is a class, or nothing."""
 
-import json
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -9,7 +7,6 @@ from typing import NamedTuple
 import torch
 from diffusers import AutoencoderKL
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from skipdit.adaln import AdaLNTransformer, Conditioning
 from skipdit.bench import step_flops
@@ -18,7 +15,7 @@ from skipdit.config import required, setting, to_dict
 from skipdit.data.images import to_uint8
 from skipdit.device import process_state
 from skipdit.diffusion import Diffusion, ddim, ddpm, randn
-from skipdit.sample import Ahead, Job, StepTimer, generators, preflight, report, require_finite, resolve_dtype
+from skipdit.sample import Ahead, Job, StepTimer, generators, preflight, require_finite, resolve_dtype, work_off
 from skipdit.vae import decode, load_vae
 from skipdit.weights import fingerprint, load_weights
 
@@ -219,18 +216,13 @@ def run_job(
     """
     state, spec = process_state(), CacheSpec.parse(config.cache)
     model, vae, flops = models
-    device, main = state.device, state.is_main_process
+    device, timesteps = state.device, Diffusion(config.steps).sampling_timesteps
     identity = {key: value for key, value in to_dict(config).items() if key not in _FREE | free}
     identity |= {"weights": fingerprint(model), "vae": fingerprint(vae), "cache": str(spec)}
     identity |= {"dtype": str(model.dtype), "device": device.type}  # devices draw different noise from one seed
     job = Job(config.out, identity, config.num_samples, suffix, rank=state.process_index, world=state.num_processes)
 
-    timesteps = Diffusion(config.steps).sampling_timesteps
-    cache, timer, began = SkipCache(spec, timesteps), StepTimer(device), time.perf_counter()
-    made, cache_bytes, complete = 0, 0, job.is_complete()
-    state.wait_for_everyone()
-    progress = tqdm(total=len(job.pending()), desc=f"{unit}s", unit=unit, disable=not main)
-    for indices in job.batches(config.batch_size):
+    def make(indices: list[int], timer: StepTimer) -> tuple[Tensor, SkipCache]:
         cache = SkipCache(spec, timesteps)
         timer.start()
         latents = generate(
@@ -239,36 +231,20 @@ def run_job(
             generators(config.seed, indices, device),
             **generate_settings(config),
             cache=cache,
-            callback=lambda i, x, x0, ran=cache.ran: timer.tick(ran[i]),
-            progress=main,
+            callback=lambda i, x, x0: timer.tick(cache.ran[i]),
+            progress=state.is_main_process,
         )
-        for index, pixels in zip(indices, to_uint8(decode(vae, latents)).cpu(), strict=True):
-            save(job, index, pixels)
-        made, cache_bytes = made + len(indices), max(cache_bytes, cache.peak_bytes)
-        progress.update(len(indices))
-    progress.close()
-    seconds = time.perf_counter() - began
-    state.wait_for_everyone()
-    file = job.folder / "report.json"
-    if complete and file.exists():
-        return job, json.loads(file.read_text())
-    summary = report(
-        cache,
-        timer.seconds(),
-        flops,
-        cache_bytes=cache_bytes,
-        num_samples=config.num_samples,
-        seconds_per_sample=seconds / made if made else None,  # of those that this process made now
-        processes=state.num_processes,
+        return to_uint8(decode(vae, latents)).cpu(), cache
+
+    summary = work_off(
+        job,
+        job.batches(config.batch_size),
+        make,
+        lambda index, pixels: save(job, index, pixels),
+        idle=SkipCache(spec, timesteps),
+        flops=flops,
+        unit=unit,
         seed=config.seed,
         config=to_dict(config),
     )
-    if main:
-        file.write_text(json.dumps(summary, indent=2) + "\n")
-        steps, times = summary["steps"], summary["seconds_per_step"]
-        print(
-            f"{job.total} {unit}s in {job.folder}: {steps['full']} full and {steps['cached']} cached steps, "
-            f"{summary['flops_speedup']:.2f}x fewer FLOPs"
-            + "".join(f", {kind} step {value * 1e3:.1f} ms" for kind, value in times.items() if value)
-        )
     return job, summary

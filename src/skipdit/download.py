@@ -10,6 +10,7 @@ The same command again continues where an interrupted one stopped, and skips wha
 import argparse
 import hashlib
 import os
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatch
@@ -89,6 +90,12 @@ TASKS: dict[str, dict[str, Item]] = {
         ),
     },
 }
+
+
+def is_hub_name(place: str) -> bool:
+    """Whether `owner/name` is of the Hub: not if its owner is a folder here, or `checkpoints`, which downloads make."""
+    owner = place.partition("/")[0]
+    return bool(re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", place)) and owner != "checkpoints" and not Path(owner).is_dir()
 
 
 def select(task: str, only: Sequence[str] = ()) -> dict[str, Item]:

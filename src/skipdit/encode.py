@@ -26,6 +26,7 @@ from safetensors.torch import save_file
 from torch.utils.data import DataLoader, Dataset, Subset
 from tqdm import tqdm
 
+from skipdit.config import friendly_errors
 from skipdit.data.clips import ClipData, ClipDataset, ClipFolder
 from skipdit.data.images import IMAGES, to_float
 from skipdit.data.latents import LatentInfo, Part, expected_latents
@@ -63,6 +64,7 @@ def open_dataset(args: argparse.Namespace) -> Dataset:
             path=args.path,
             image_size=args.image_size,
             labelled=args.labelled,
+            clip_list=args.clip_list,
             classes=args.classes,
             captions=args.captions,
             num_frames=1,  # here no clip is too short
@@ -85,6 +87,7 @@ def main() -> None:
         help="keep the posterior's mean, or also its deviation to sample from it in training [%(default)s]",
     )
     parser.add_argument("--out", type=Path, required=True, help="folder for the shards")
+    parser.add_argument("--clip-list", metavar="FILE", help="clips: text file with those to encode, one per line")
     parser.add_argument("--labelled", action="store_true", help="clips: the folder below path is their class")
     parser.add_argument(
         "--classes",
@@ -101,10 +104,8 @@ def main() -> None:
     parser.add_argument("--shard", type=int, default=10_000, help="images or clips per file [%(default)s]")
     parser.add_argument("--workers", type=int, default=4, help="reading processes [%(default)s]")
     args = parser.parse_args()
-    try:
+    with friendly_errors():
         run(args)
-    except (ValueError, FileNotFoundError) as error:
-        parser.exit(2, f"error: {error}\n")
 
 
 def run(args: argparse.Namespace) -> None:
@@ -117,7 +118,8 @@ def run(args: argparse.Namespace) -> None:
     vae.to(state.device)
     args.out.mkdir(parents=True, exist_ok=True)
     starts = range(0, len(dataset), args.shard)[state.process_index :: state.num_processes]
-    source = " ".join([args.data, args.path, *args.classes, *["labelled"] * args.labelled])
+    parts = [args.data, args.path, *args.classes, "labelled" if args.labelled else "", args.clip_list or ""]
+    source = " ".join(filter(None, parts))
     if captions := captions_of(dataset):  # with all of them: a file of captions may be edited
         digest = hashlib.sha256(json.dumps([dataset.names, captions]).encode()).hexdigest()
         source += f" captions {args.captions} {digest[:16]}"

@@ -61,15 +61,15 @@ class PipelineCache:
         model = getattr(pipe.transformer, "_orig_mod", pipe.transformer)  # of torch.compile
         if not isinstance(model, SkipTransformer):
             raise TypeError(
-                f"the pipeline's transformer is a {type(model).__name__}, which has no long skips to cache on: load its "
-                "weights into one of skipdit's models and pass that as `transformer`"
+                f"the pipeline's transformer is a {type(model).__name__}, which has no long skips to cache on: load "
+                "weights that have some into one of skipdit's models, and pass that as `transformer`"
             )
         if spec.interval > 1 and spec.branch > model.n_skips:
             raise ValueError(f"cache branch {spec.branch} is larger than the model's number of skips, {model.n_skips}")
         if model._compiled_call_impl is not None:
             raise ValueError(
-                "the transformer is compiled in place: write `pipe.transformer = torch.compile(pipe.transformer, "
-                "fullgraph=True)` instead of `pipe.transformer.compile()`, so that the cache stays outside of its graphs"
+                "the transformer is compiled in place, and the cache has to stay outside of its graphs: write "
+                "`pipe.transformer = torch.compile(pipe.transformer, fullgraph=True)` instead"
             )
         self.run: SkipCache | None = None
         self._pipe, self._spec, self._model = pipe, spec, model

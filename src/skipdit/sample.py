@@ -5,16 +5,20 @@ import json
 import platform
 import re
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 import torch
+from torch import Tensor
+from tqdm import tqdm
 
 import skipdit
 from skipdit.bench import run_flops
 from skipdit.cache import SkipCache
 from skipdit.data.stream import seed_of
+from skipdit.device import process_state
+from skipdit.download import is_hub_name
 
 T = TypeVar("T")
 
@@ -24,27 +28,24 @@ def generators(seed: int, indices: list[int], device: torch.device | str) -> lis
     return [torch.Generator(device).manual_seed(seed_of(seed, index)) for index in indices]
 
 
-def preflight(files: dict[str, str], fetch: str) -> None:
+def preflight(files: dict[str, str], fetch: str, absent: Sequence[str] = ()) -> None:
     """Check that everything a run needs is there, before anything is loaded.
 
     Args:
         files: setting name -> path; of the `vae` also a Hub name, which cannot be checked offline.
         fetch: the command that fetches what is missing.
+        absent: what is known to be missing besides.
 
     Raises FileNotFoundError that lists every missing file.
     """
     missing = [
         f"{key}={path}"
         for key, path in files.items()
-        if not (Path(path).exists() or (key == "vae" and _is_hub_name(path)))
+        if not (Path(path).exists() or (key == "vae" and is_hub_name(path)))
     ]
+    missing += absent
     if missing:
         raise FileNotFoundError(f"missing: {', '.join(missing)}; `{fetch}` fetches the released ones")
-
-
-def _is_hub_name(path: str) -> bool:
-    owner = Path(path).parts[0]
-    return re.fullmatch(r"[\w-]+/[\w-]+", path) is not None and owner != "checkpoints" and not Path(owner).exists()
 
 
 def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
@@ -64,14 +65,17 @@ def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
 class Job:
     """A numbered list of samples to make, shared out over processes, that can be interrupted and continued.
 
-    Sample i lives in `<folder>/<i>.<suffix>`. `job.json` holds what makes the samples what they are; a folder with
-    another one is refused.
+    Sample i lives in `<folder>/<i>.<suffix>`, or under a name of its own. `job.json` holds what makes the samples what
+    they are; a folder with another one is refused.
 
     Args:
         folder: created if absent.
         identity: settings that determine the samples.
         total: number of samples.
-        rank, world: this process and their number; process r makes samples r, r + world, ...
+        suffix: of their files.
+        names: without suffix, one per sample; None numbers them.
+
+    Process r of `world` makes samples r, r + world, ...
     """
 
     def __init__(
@@ -82,11 +86,14 @@ class Job:
         suffix: str = "png",
         rank: int = 0,
         world: int = 1,
+        names: Sequence[str] | None = None,
     ):
         self.folder, self.total, self.suffix, self.rank, self.world = Path(folder), total, suffix, rank, world
+        self._names = names
         self.folder.mkdir(parents=True, exist_ok=True)
         path = self.folder / "job.json"
-        begun = any(self.folder.glob(f"[0-9]*.{suffix}"))  # a folder without samples is free for other settings
+        numbered = any(self.folder.glob(f"[0-9]*.{suffix}"))
+        begun = numbered or any(self.path(i).exists() for i in range(total))  # an empty folder is free for any settings
         text = json.dumps(identity, indent=2, sort_keys=True, default=str) + "\n"
         if begun and path.exists():
             before, now = json.loads(path.read_text()), json.loads(text)
@@ -102,7 +109,8 @@ class Job:
             partial.replace(path)
 
     def path(self, index: int) -> Path:
-        return self.folder / f"{index:06d}.{self.suffix}"
+        name = f"{index:06d}" if self._names is None else self._names[index]
+        return self.folder / f"{name}.{self.suffix}"
 
     def save(self, index: int, write: Callable[[Path], None]) -> None:
         """Write a sample under a temporary name, then give it its own: a file that exists is complete."""
@@ -122,6 +130,70 @@ class Job:
         pending = self.pending()
         for start in range(0, len(pending), size):
             yield pending[start : start + size]
+
+
+def work_off(
+    job: Job,
+    batches: Iterable[list[int]],
+    make: Callable[[list[int], "StepTimer"], tuple[Tensor, SkipCache]],
+    save: Callable[[int, Tensor], None],
+    *,
+    idle: SkipCache,
+    flops: dict[str, float],
+    unit: str,
+    **more: Any,
+) -> dict:
+    """Make the samples of a job that are not there yet, and report.json.
+
+    Args:
+        batches: this process's pending samples, batch by batch.
+        make: `make(indices, timer)` gives the pixels of some samples, and the cache that their run had; it starts the
+            timer, and ticks after every step.
+        save: `save(index, pixels)` writes a sample.
+        idle: a cache of the run's spec and timesteps, to report where there is nothing left to make.
+        flops: of one full and one cached step, per sample.
+        unit: what a sample is, for people.
+        more: further entries of the report.
+
+    Returns:
+        The report. All samples exist then, those of other processes too. If all of them existed before, it is the one
+        of then.
+    """
+    state, cache, cache_bytes, made = process_state(), idle, 0, 0
+    timer, began, complete = StepTimer(state.device), time.perf_counter(), job.is_complete()
+    state.wait_for_everyone()
+    progress = tqdm(total=len(job.pending()), desc=f"{unit}s", unit=unit, disable=not state.is_main_process)
+    for indices in batches:
+        samples, cache = make(indices, timer)
+        for index, pixels in zip(indices, samples, strict=True):
+            save(index, pixels)
+        made, cache_bytes = made + len(indices), max(cache_bytes, cache.peak_bytes)
+        progress.update(len(indices))
+    progress.close()
+    seconds = time.perf_counter() - began
+    state.wait_for_everyone()
+    file = job.folder / "report.json"
+    if complete and file.exists():
+        return json.loads(file.read_text())
+    summary = report(
+        cache,
+        timer.seconds(),
+        flops,
+        cache_bytes=cache_bytes,
+        num_samples=job.total,
+        seconds_per_sample=seconds / made if made else None,  # of those that this process made now
+        processes=state.num_processes,
+        **more,
+    )
+    if state.is_main_process:
+        file.write_text(json.dumps(summary, indent=2) + "\n")
+        steps, times = summary["steps"], summary["seconds_per_step"]
+        print(
+            f"{job.total} {unit}s in {job.folder}: {steps['full']} full and {steps['cached']} cached steps, "
+            f"{summary['flops_speedup']:.2f}x fewer FLOPs"
+            + "".join(f", {kind} step {value * 1e3:.1f} ms" for kind, value in times.items() if value)
+        )
+    return summary
 
 
 def require_finite(finite: list[torch.Tensor], timesteps: list[int], dtype: torch.dtype) -> None:

@@ -308,10 +308,8 @@ def claim_folder(out: Path, run_config: Any, accelerator: Accelerator) -> None:
     """Write config.yaml into a new run folder, or check that the one there is the same run."""
     path, text = out / "config.yaml", to_yaml(run_config)
     if path.exists():
-        since = flatten(
-            OmegaConf.structured(type(run_config))
-        )  # settings that are newer than the run had their default
-        before, now = since | flatten(OmegaConf.load(path)), flatten(OmegaConf.create(text))
+        defaults = flatten(OmegaConf.structured(type(run_config)))  # of settings that are newer than the run
+        before, now = defaults | flatten(OmegaConf.load(path)), flatten(OmegaConf.create(text))
         free = _FREE - ({"train.steps"} if now.get("train.decay_steps") else set())  # which counts back from the end
         differ = [k for k in before | now if before.get(k) != now.get(k) and k not in free]
         if differ:

@@ -1,9 +1,12 @@
-"""The autoencoder between pixels and latents: any diffusers `AutoencoderKL`, from a folder or the Hub."""
+"""The autoencoder between pixels and latents, from a folder or the Hub.
+
+Any diffusers `AutoencoderKL`; for decoding clips also one whose decoder sees several frames at once.
+"""
 
 from pathlib import Path
 
 import torch
-from diffusers import AutoencoderKL
+from diffusers import AutoencoderKL, AutoencoderKLTemporalDecoder
 from torch import Tensor
 
 
@@ -16,7 +19,9 @@ def load_vae(source: str, dtype: torch.dtype = torch.float32) -> AutoencoderKL:
     if path.exists() and not (path / "config.json").is_file():
         raise FileNotFoundError(f"{path} has no config.json: not the folder of a diffusers autoencoder")
     try:
-        vae = AutoencoderKL.from_pretrained(source, torch_dtype=dtype, low_cpu_mem_usage=False)
+        kinds = {kind.__name__: kind for kind in (AutoencoderKL, AutoencoderKLTemporalDecoder)}
+        kind = kinds.get(AutoencoderKL.load_config(source).get("_class_name"), AutoencoderKL)
+        vae = kind.from_pretrained(source, torch_dtype=dtype, low_cpu_mem_usage=False)
     except OSError as error:
         raise FileNotFoundError(
             f"no autoencoder {source}: neither a folder here nor fetched from the Hub ({str(error).splitlines()[0]}); "
@@ -39,6 +44,7 @@ def latent_size(image_size: int, vae: AutoencoderKL) -> int:
 
 
 CHUNK = 32  # pictures per call of the autoencoder: the frames of a batch of clips do not fit all at once
+TEMPORAL_CHUNK = 14  # frames that a temporal decoder was trained to see at once
 
 
 @torch.no_grad()
@@ -57,14 +63,20 @@ def encode(vae: AutoencoderKL, images: Tensor) -> tuple[Tensor, Tensor]:
 
 @torch.no_grad()
 def decode(vae: AutoencoderKL, latents: Tensor) -> Tensor:
-    """Scaled latents (..., C, h, w) -> images (..., 3, H, W), about [-1, 1], float32.
+    """Scaled latents (..., C, h, w) -> images (..., 3, H, W), about [-1, 1], float32. Of clips (N, F, C, h, w) a
+    temporal decoder sees several frames at once.
 
     Raises FloatingPointError if latents or images are not finite (an fp16 autoencoder may overflow: use bf16).
     """
     if not torch.isfinite(latents).all():
         raise FloatingPointError("latents are not finite before decoding")
-    chunks = (latents / vae.config.scaling_factor).to(vae.dtype).flatten(0, -4).split(CHUNK)
-    images = torch.cat([vae.decode(chunk).sample.float() for chunk in chunks]).unflatten(0, latents.shape[:-3])
+    scaled = (latents / vae.config.scaling_factor).to(vae.dtype)
+    if isinstance(vae, AutoencoderKLTemporalDecoder):
+        chunks = [chunk for clip in scaled for chunk in clip.split(TEMPORAL_CHUNK)]
+        parts = [vae.decode(chunk, num_frames=len(chunk)).sample for chunk in chunks]
+    else:
+        parts = [vae.decode(chunk).sample for chunk in scaled.flatten(0, -4).split(CHUNK)]
+    images = torch.cat(parts).float().unflatten(0, latents.shape[:-3])
     if not torch.isfinite(images).all():
         raise FloatingPointError(f"images are not finite after decoding in {vae.dtype}: decode in bf16 or float32")
     return images

@@ -9,21 +9,17 @@ can be given back to training as data.clip_list.
 
 import argparse
 from collections import Counter
-from dataclasses import fields
 from pathlib import Path
 from statistics import median
 
-from omegaconf import OmegaConf
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from skipdit.config import friendly_errors, load_config
-from skipdit.data.clips import STRETCH, ClipData, ClipDataset, ClipFolder
-from skipdit.data.images import IMAGES, ImageData
+from skipdit.config import friendly_errors
+from skipdit.data.clips import CLIPS, STRETCH, ClipData, ClipDataset, ClipFolder, load_section
+from skipdit.data.images import IMAGES
 from skipdit.data.latents import Shards
 from skipdit.data.stream import BrokenSample
-
-CLIPS = ("videos", "frames")
 
 
 def main() -> None:
@@ -44,7 +40,7 @@ def main() -> None:
 
 def check(args: argparse.Namespace) -> int:
     """Print the report. Returns the number of broken files, and of clips without a caption."""
-    config = load_section(args.config, [text.removeprefix("data.") for text in args.overrides])  # as trainers take them
+    config = load_section(args.config, args.overrides)
     clips, uncaptioned = config.kind in CLIPS, []
     if config.kind == "latents":
         table = Shards(config.path)
@@ -74,17 +70,6 @@ def check(args: argparse.Namespace) -> int:
         args.good.write_text("".join(f"{name}\n" for name in good))
         print(f"{len(good):,} good clips listed in {args.good}: train with data.clip_list={args.good}")
     return len(broken) + len(uncaptioned)
-
-
-def load_section(file: str, overrides: list[str]) -> ClipData | ImageData:
-    """The section `data` of a config, which is of clips or of images. Raises ConfigError or ValueError."""
-    config = load_config(ClipData, file, overrides, section="data")  # has all settings of images, and more
-    given = {*OmegaConf.load(file).data, *(text.partition("=")[0] for text in overrides)}
-    if config.kind in IMAGES or given <= {field.name for field in fields(ImageData)} - {"kind"}:
-        config = load_config(ImageData, file, overrides, section="data")
-    if config.kind not in (*CLIPS, *IMAGES, "latents"):
-        raise ValueError(f"data.kind is {config.kind!r}; it is {', '.join((*CLIPS, *IMAGES))} or latents")
-    return config
 
 
 class _Walk(Dataset):

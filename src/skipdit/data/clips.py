@@ -6,27 +6,29 @@ random stretch, and for joint image-video training (Latte, arXiv 2401.03048) fra
 A caption is a label: where clips have captions, a clip's label is the number of its caption in `dataset.captions`.
 """
 
-import csv
-import json
 import os
 import re
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 import numpy as np
 import torch
+from omegaconf import OmegaConf
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision.transforms.v2 import functional as transforms
 
-from skipdit.config import setting
+from skipdit.config import load_config, setting
+from skipdit.data.captions import complaint, read_rows
+from skipdit.data.images import IMAGES, ImageData
 from skipdit.data.stream import BrokenSample
 
+CLIPS = ("videos", "frames")  # as data.kind
 VIDEO_SUFFIXES = {".mp4", ".avi", ".mov", ".mkv", ".webm", ".mpg", ".m4v"}
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
 STRETCH = 32  # frames to hold at the size of their file at once
@@ -60,6 +62,25 @@ class ClipData:
         """What has to be there, by setting."""
         names = ("path", "clip_list", "image_path", "image_list", *["captions"] * (self.captions != BESIDE))
         return {f"data.{name}": value for name in names if (value := getattr(self, name)) is not None}
+
+
+def load_section(file: str, overrides: list[str]) -> ClipData | ImageData:
+    """The section `data` of a trainer's config, which is of clips or of images.
+
+    Args:
+        file: the YAML file.
+        overrides: `data.key=value`, as the trainer takes them, or `key=value`.
+
+    Raises ConfigError or ValueError, naming the key.
+    """
+    overrides = [text.removeprefix("data.") for text in overrides]
+    config = load_config(ClipData, file, overrides, section="data")  # has all settings of images, and more
+    given = {*OmegaConf.load(file).data, *(text.partition("=")[0] for text in overrides)}
+    if config.kind in IMAGES or given <= {field.name for field in fields(ImageData)} - {"kind"}:
+        config = load_config(ImageData, file, overrides, section="data")
+    if config.kind not in (*CLIPS, *IMAGES, "latents"):
+        raise ValueError(f"data.kind is {config.kind!r}; it is {', '.join((*CLIPS, *IMAGES))} or latents")
+    return config
 
 
 class ClipDataset(Dataset, ABC):
@@ -272,14 +293,14 @@ class ClipFolder(ClipDataset):
         if config.clip_list:
             listed = {Path(name).as_posix(): None for name in _lines(config.clip_list)}  # a set that keeps its order
         beside = config.captions == BESIDE
-        rows = self._texts(self._find() if listed is None else listed) if beside else _rows(config.captions)
+        rows = self._texts(self._find() if listed is None else listed) if beside else read_rows(config.captions)
         found, places, met = {}, {}, set()
         for place, name, caption in rows:
             if not _is_wanted(name, config.classes) or (listed is not None and name not in listed):
                 continue
             met.add(name)
-            if complaint := _complaint(name, caption, places.get(name)):
-                self.uncaptioned.append(f"{place}: {complaint}")
+            if reason := complaint(name, caption, places.get(name)):
+                self.uncaptioned.append(f"{place}: {reason}")
             else:
                 found[name], places[name] = caption.strip(), place
         missing = [name for name in listed or () if name not in met and _is_wanted(name, config.classes)]
@@ -409,71 +430,6 @@ def _refuse_mixtures(config: ClipData) -> None:
 
 def _is_wanted(name: str, classes: list[str]) -> bool:
     return not classes or ("/" in name and Path(name).parts[0] in classes)
-
-
-def _complaint(name: str, caption: object, before: str | None) -> str | None:
-    """Why a caption of a clip cannot be used, if so; `before` is the place of an earlier one."""
-    if caption is None:
-        return f"no caption of {name}"
-    if not isinstance(caption, str):
-        return f"the caption of {name} is no text but of type {type(caption).__name__}"
-    if not caption.strip():
-        return f"the caption of {name} is empty"
-    return before and f"{name} has a caption already: {before}"
-
-
-def _rows(file: str) -> Iterator[tuple[str, str, object]]:
-    """(place, clip, caption) of every row of a captions file, None without a caption.
-
-    Raises FileNotFoundError, or ValueError, naming file and line, for a row that cannot be read or names no video.
-    """
-    try:
-        with open(file, "rb") as lines:
-            for number, row in (_csv_rows if Path(file).suffix.lower() == ".csv" else _json_rows)(file, lines):
-                place, video = f"{file}, line {number}", row.get("video")
-                if not isinstance(video, str) or not video.strip():
-                    raise ValueError(f"{place}: no video; every row has a video and its caption")
-                yield place, Path(video.strip()).as_posix(), row.get("caption")
-    except OSError as error:
-        raise FileNotFoundError(f"no captions {file}: {error.strerror}") from error
-
-
-def _json_rows(file: str, lines: Iterable[bytes]) -> Iterator[tuple[int, dict]]:
-    """(number from 1, object) of the lines of a JSONL file."""
-    wanted = 'wanted is a JSON object a line, {"video": ..., "caption": ...}'
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line.strip())
-        except json.JSONDecodeError as error:  # which counts lines from this one
-            raise ValueError(f"{file}, line {number}, column {error.colno}: {wanted}: {error.msg}") from error
-        except UnicodeDecodeError as error:
-            raise ValueError(f"{file}, line {number}: {wanted}: {error}") from error
-        if not isinstance(row, dict):
-            raise ValueError(f"{file}, line {number}: {wanted}")
-        yield number, row
-
-
-def _csv_rows(file: str, lines: Iterable[bytes]) -> Iterator[tuple[int, dict]]:
-    """(number from 1 of its first line, cells by column) of the rows of a CSV file."""
-    reader = csv.reader((line.decode("utf-8-sig") for line in lines), strict=True)
-    header, number = None, 1
-    try:
-        for cells in reader:
-            if header is None:
-                header = [cell.strip() for cell in cells]
-                if not {"video", "caption"} <= set(header):
-                    raise csv.Error(f"columns {', '.join(header)}; the first line has to name video and caption")
-            elif any(cells[len(header) :]):  # what follows a comma would be lost
-                raise csv.Error(f"{len(cells)} cells for {len(header)} columns; quote a caption that has commas")
-            elif cells:
-                yield number, dict(zip(header, cells, strict=False))
-            number = reader.line_num + 1
-    except (csv.Error, UnicodeDecodeError) as error:
-        raise ValueError(f"{file}, line {number}: {error}") from error
-    if header is None:
-        raise ValueError(f"{file}, line 1: it is empty; the first line has to name the columns video and caption")
 
 
 def _reason(error: Exception) -> str:

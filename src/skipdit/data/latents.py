@@ -20,7 +20,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from skipdit.data.clips import Clip, ClipDataset
+from skipdit.data.clips import CLIPS, Clip, ClipData, ClipDataset, ClipFolder
 from skipdit.data.images import to_float
 from skipdit.data.stream import BrokenSample
 from skipdit.vae import encode
@@ -198,6 +198,24 @@ class _EncodedClip(Clip):
 
     def read(self, frames: range) -> dict[str, Tensor]:
         return self._table.read(self._rows[frames.start : frames.stop : frames.step])
+
+
+def open_clips(config: ClipData, vae: AutoencoderKL) -> ClipDataset:
+    """The clips of a config, or latents made of them with this autoencoder.
+
+    Raises ValueError or FileNotFoundError that names what is wrong with it.
+    """
+    expected = expected_latents(config.latents, config.image_size, vae)
+    if config.kind in CLIPS:
+        return ClipFolder(config)
+    if config.kind != "latents":
+        raise ValueError(f"data.kind is {config.kind!r}; it is {', '.join(CLIPS)} or latents")
+    if config.classes or config.clip_list or config.captions:
+        raise ValueError(
+            "latents hold the clips of their encoding: leave out data.classes, data.clip_list and data.captions"
+        )
+    drawn = (config.num_frames, config.frame_interval, config.images)
+    return ClipLatents(config.path, *drawn, expected, config.images_from)
 
 
 def expected_latents(kind: str, image_size: int, vae: AutoencoderKL) -> LatentInfo:

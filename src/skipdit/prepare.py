@@ -1,14 +1,14 @@
-"""What the trainers of DiT and Latte share: models whose only condition is a class, or nothing."""
+"""How a training run begins: all files are there, the model is made, its weights are loaded."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKL
 
-from skipdit.adaln import AdaLNTransformer
 from skipdit.device import process_state
 from skipdit.sample import preflight
+from skipdit.skip import SkipTransformer
 from skipdit.train import TrainConfig
 from skipdit.vae import load_vae
 from skipdit.weights import load_weights
@@ -20,9 +20,10 @@ def open_training(
     vae: str,
     data: dict[str, str],
     train: TrainConfig,
-    build: Callable[[AutoencoderKL], AdaLNTransformer],
+    build: Callable[[AutoencoderKL], SkipTransformer],
     fetch: str,
-) -> tuple[AdaLNTransformer, AutoencoderKL]:
+    absent: Sequence[str] = (),
+) -> tuple[SkipTransformer, AutoencoderKL]:
     """Check that all files are there, then make the model of a training run and load its autoencoder.
 
     Args:
@@ -32,12 +33,13 @@ def open_training(
         data: setting name -> path of the data.
         build: makes the model, for latents of this autoencoder.
         fetch: the command that fetches the released weights.
+        absent: files that are known to be missing besides.
 
     Raises FileNotFoundError that lists every missing file, before anything is loaded; WeightsError.
     """
     begun = any(Path(out).glob("checkpoints/*.pt"))
     needed = {"vae": vae} | ({"init": init} if init and not begun else {}) | data
-    preflight(needed, fetch)
+    preflight(needed, fetch, absent)
     autoencoder = load_vae(vae)
     torch.manual_seed(train.seed)
     model = build(autoencoder)

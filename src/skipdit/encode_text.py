@@ -1,0 +1,104 @@
+"""Encode the captions of a training config once, so that training needs no text encoder in memory.
+
+    python -m skipdit.encode_text configs/text-to-video/clips.yaml --out data/texts \\
+        --text-encoder checkpoints/Latte-0/text_encoder
+    torchrun --nproc-per-node 8 -m skipdit.encode_text configs/text-to-video/clips.yaml --out data/texts \\
+        --text-encoder checkpoints/Latte-0/text_encoder data.kind=latents data.path=data/clips-latents
+
+Takes the captions that training will ask for. An interrupted run continues with the shards it lacks.
+"""
+
+import argparse
+import os
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from tqdm import tqdm
+
+from skipdit.config import friendly_errors
+from skipdit.data.clips import CLIPS, ClipData, ClipFolder, load_section
+from skipdit.data.images import ImageData
+from skipdit.data.latents import Shards
+from skipdit.data.texts import LiveTexts, TextPart
+from skipdit.device import process_state
+from skipdit.text import CHUNK, MAX_TOKENS, TextEncoder, load_text_encoder
+
+DTYPES = ("float16", "bfloat16", "float32")
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        "python -m skipdit.encode_text", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("config", metavar="CONFIG", help="YAML file of a training run; its section `data` counts")
+    parser.add_argument("overrides", nargs="*", metavar="data.key=value", help="settings of that section to replace")
+    parser.add_argument("--text-encoder", required=True, metavar="NAME", help="folder or Hub name")
+    parser.add_argument("--tokenizer", metavar="NAME", help="folder or Hub name [that of the encoder]")
+    parser.add_argument("--out", type=Path, required=True, help="folder for the shards")
+    parser.add_argument("--dtype", choices=DTYPES, default="float16", help="of the files [%(default)s]")
+    parser.add_argument("--encoder-dtype", choices=DTYPES, default="float32", help="of the encoder [%(default)s]")
+    parser.add_argument("--batch-size", type=int, default=CHUNK, help="captions at once [%(default)s]")
+    parser.add_argument("--shard", type=int, default=10_000, help="captions per file [%(default)s]")
+    args = parser.parse_intermixed_args(argv)
+    with friendly_errors():
+        captions = captions_to_train(load_section(args.config, args.overrides))
+        state = process_state()
+        with state.local_main_process_first():  # an encoder from the Hub is fetched once
+            encoder = load_text_encoder(args.text_encoder, args.tokenizer, getattr(torch, args.encoder_dtype))
+        dtype = getattr(torch, args.dtype)
+        encode_captions(encoder.to(state.device), captions, args.out, dtype, args.batch_size, args.shard)
+    if state.is_main_process:
+        print(f"{len(captions)} captions, embeddings in {args.out}")
+
+
+def captions_to_train(config: ClipData | ImageData) -> list[str]:
+    """What the labels of a dataset are indices of, in order. Raises ValueError for a dataset without captions."""
+    if config.kind in CLIPS:
+        captions = ClipFolder(config).captions
+    else:
+        captions = Shards(config.path).captions if config.kind == "latents" else None
+    if captions is None:
+        raise ValueError(
+            f"{config.path} ({config.kind}) has no captions: for clips set data.captions=FILE or txt, for latents run "
+            "`python -m skipdit.encode --captions`"
+        )
+    return captions
+
+
+def encode_captions(
+    encoder: TextEncoder,
+    captions: list[str],
+    out: str | Path,
+    dtype: torch.dtype = torch.float16,
+    batch_size: int = CHUNK,
+    shard: int = 10_000,
+) -> None:
+    """Write the embeddings of captions in files of `dtype`, for `TextTable`; those that are there already stay.
+
+    `shard` captions go into a file, `batch_size` through the encoder at once; the processes of a launch share the
+    files. Raises ValueError if `out` holds other embeddings, FloatingPointError for some that `dtype` cannot hold.
+    """
+    state, out, texts = process_state(), Path(out), LiveTexts(encoder, captions, dtype, batch_size)
+    out.mkdir(parents=True, exist_ok=True)
+    starts = range(0, len(captions), shard)[state.process_index :: state.num_processes]
+    for start in tqdm(starts, desc="encoding", unit="shard", disable=not state.is_main_process):
+        labels = range(start, min(start + shard, len(captions)))
+        made = (encoder.fingerprint, MAX_TOKENS, str(dtype).removeprefix("torch."))
+        part = TextPart(*made, start, labels.stop, len(captions), captions[start : labels.stop])
+        target = out / f"texts-{start // shard:05d}.safetensors"
+        if target.exists():
+            if TextPart.read(target) != part:
+                raise ValueError(f"{out} holds other embeddings, or other shards; give these another folder (--out)")
+            continue
+        batches = tqdm(range(0, len(labels), batch_size), leave=False, desc="captions", unit="batch")
+        rows = [row.cpu() for i in batches for row in texts.rows(labels[i : i + batch_size])]
+        tensors = {"embeddings": torch.cat(rows), "lengths": torch.tensor([len(row) for row in rows])}
+        partial = target.with_suffix(".partial")
+        save_file(tensors | {"null": texts.null.cpu()}, partial, metadata=part.metadata())
+        os.replace(partial, target)
+    state.wait_for_everyone()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,227 @@
+"""The text-to-video sampler, on a folder of the released layout with tiny models of the real classes."""
+
+import json
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import LattePipeline
+from transformers import AutoTokenizer, T5EncoderModel
+
+from skipdit.config import to_yaml
+from skipdit.media import read_mp4
+from skipdit.text_to_video import sample_t2v
+from skipdit.text_to_video.sample_t2v import SCHEDULERS, Config, make_scheduler, open_pipeline, sample
+from skipdit.vae import decode
+
+
+@pytest.fixture
+def config(released_t2v, tmp_path) -> Config:
+    return Config(
+        weights=str(released_t2v / "Latte-skip.pt"),
+        pipeline=str(released_t2v / "Latte-0"),
+        out=str(tmp_path / "out"),
+        prompts=["a dog runs", "the cat"],
+        num_frames=4,
+        height=16,
+        width=16,
+        steps=6,
+    )
+
+
+def files(config: Config, suffix: str) -> list[Path]:
+    return sorted(Path(config.out).glob(f"*.{suffix}"))
+
+
+def contents(config: Config) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in files(config, "mp4")}
+
+
+def test_run_writes_clips_and_report(config):
+    config.gif, config.cache = True, "N2-900-49"
+    report = sample(config)
+    names = ["000000-a-dog-runs.gif", "000000-a-dog-runs.mp4", "000001-the-cat.gif", "000001-the-cat.mp4"]
+    names += ["job.json", "prompts.json", "report.json", "sheet.png"]
+    assert sorted(path.name for path in Path(config.out).iterdir()) == names
+    assert all(read_mp4(path).shape == (4, 3, 16, 16) for path in files(config, "mp4"))
+    assert report["steps"]["cached"] > 1 and sum(report["steps"].values()) == 6
+    assert report["flops_speedup"] > 1.1 and report["cache_bytes"] > 0
+    assert report["seconds_per_step"]["cached"] > 0
+    assert report["config"]["prompts"] == ["a dog runs", "the cat"]
+    assert json.loads((Path(config.out) / "prompts.json").read_text())["000001-the-cat.mp4"] == "the cat"
+    assert sample(config) == report  # nothing left to do
+
+
+@torch.no_grad()
+def test_clip_is_what_diffusers_makes(config, released_t2v, monkeypatch):
+    """The pipeline with everything in it, called with the prompt itself, gives the same frames."""
+    made = {}
+    monkeypatch.setattr(
+        sample_t2v, "write_mp4", lambda path, frames, fps: (made.update({path.name: frames}), path.touch())
+    )
+    monkeypatch.setattr(sample_t2v, "write_outputs", lambda *_: None)
+    config.negative_prompt = "a bicycle"
+    sample(config)
+    parts = open_pipeline(config)
+    pipe = LattePipeline(
+        AutoTokenizer.from_pretrained(released_t2v / "Latte-0/tokenizer"),
+        T5EncoderModel.from_pretrained(released_t2v / "Latte-0/text_encoder"),
+        parts.vae,
+        parts.transformer,
+        parts.scheduler,
+    )
+    latents = pipe(
+        "the cat",
+        negative_prompt="a bicycle",
+        num_inference_steps=6,
+        guidance_scale=7.5,
+        video_length=4,
+        height=16,
+        width=16,
+        generator=sample_t2v.generators(0, [1], "cpu"),
+        output_type="latent",
+    ).frames
+    frames = sample_t2v.to_uint8(decode(pipe.vae, latents.transpose(1, 2)))[0]
+    assert torch.equal(made["partial-000001-the-cat.mp4"], frames)
+
+
+def test_clip_does_not_depend_on_its_neighbours(config, tmp_path):
+    config.videos_per_prompt = 3
+    sample(config)
+    together = contents(config)
+    config.out, config.batch_size = str(tmp_path / "batched"), 2
+    sample(config)
+    for one, other in zip(files(config, "mp4"), together.values(), strict=True):
+        (tmp_path / "other.mp4").write_bytes(other)
+        assert (read_mp4(one).int() - read_mp4(tmp_path / "other.mp4").int()).abs().max() <= 2
+
+
+def test_interrupted_run_continues(config):
+    config.videos_per_prompt = 2
+    sample(config)
+    whole = contents(config)
+    for path in files(config, "mp4")[1:3]:
+        path.unlink()
+    sample(config)
+    assert contents(config) == whole
+    with pytest.raises(ValueError, match="guidance_scale: 7.5 there, 2.0 now"):
+        config.guidance_scale = 2.0
+        sample(config)
+
+
+@pytest.mark.parametrize("guidance", [1.0, 7.5])
+def test_interval_1_changes_nothing(config, tmp_path, guidance):
+    config.guidance_scale = guidance
+    sample(config)
+    uncached = contents(config)
+    config.out, config.cache = str(tmp_path / "cached"), "N1-700-50"
+    assert sample(config)["steps"] == {"full": 6, "cached": 0}
+    assert contents(config) == uncached
+
+
+@pytest.mark.parametrize("scheduler", [name for name in SCHEDULERS if name != "ddim"])
+def test_every_scheduler_samples(config, scheduler):
+    config.scheduler, config.prompts, config.cache = scheduler, ["the cat"], "N2-900-49"
+    report = sample(config)
+    assert report["steps"]["cached"] > 0
+    assert sum(report["steps"].values()) == len(set_timesteps(scheduler, 6))
+
+
+def set_timesteps(name: str, steps: int) -> list[float]:
+    scheduler = make_scheduler(name)
+    scheduler.set_timesteps(steps)
+    return scheduler.timesteps.tolist()
+
+
+def test_ddim_steps_are_those_of_the_paper():
+    assert set_timesteps("ddim", 50) == list(range(980, -1, -20))
+
+
+def test_pictures(config):
+    config.num_frames, config.temporal_attention = 1, False
+    sample(config)
+    assert [path.name for path in files(config, "png")] == ["000000-a-dog-runs.png", "000001-the-cat.png", "sheet.png"]
+    again = sample(config)
+    assert again["num_samples"] == 2
+
+
+def test_temporal_decoder_and_half_precision(config):
+    config.temporal_decoder, config.dtype, config.prompts = True, "bfloat16", ["the cat"]
+    config.vae_slicing = False
+    sample(config)
+    assert read_mp4(files(config, "mp4")[0]).shape == (4, 3, 16, 16)
+
+
+def test_compiled(config):
+    torch._dynamo.reset()
+    config.prompts, config.cache, config.compile = ["the cat"], "N2-900-49", True
+    assert sample(config)["steps"]["cached"] > 1
+    torch._dynamo.reset()
+
+
+def test_prompts_from_files(config, tmp_path):
+    """VBench: a file per dimension, five clips of every prompt, called by it."""
+    folder = tmp_path / "dimensions"
+    folder.mkdir()
+    (folder / "color.txt").write_text("a red cat\n\na dog runs\n")
+    (folder / "motion.txt").write_text("a dog runs\n")
+    config.prompts, config.prompt_file, config.vbench_names, config.videos_per_prompt = [], str(folder), True, 2
+    sample(config)
+    wanted = ["a dog runs-0.mp4", "a dog runs-1.mp4", "a red cat-0.mp4", "a red cat-1.mp4"]
+    assert [path.name for path in files(config, "mp4")] == wanted
+
+
+def test_empty_and_long_prompts(config):
+    config.prompts = [""]
+    sample(config)
+    assert [path.name for path in files(config, "mp4")] == ["000000.mp4"]
+    config.prompts, config.out = ["the cat " * 200], config.out + "-long"
+    with pytest.warns(UserWarning, match="120 are the limit"):
+        sample(config)
+    assert len(files(config, "mp4")) == 1
+
+
+@pytest.mark.parametrize(
+    ("change", "complaint"),
+    [
+        ({"prompts": []}, "there is nothing to show"),
+        ({"prompt_file": "nowhere.txt"}, "no prompts in nowhere.txt"),
+        ({"scheduler": "magic"}, "scheduler is 'magic'; known: ddim, ddpm"),
+        ({"height": 20}, "height 20 and width 16 must be multiples of 8 pixels"),
+        ({"num_frames": 5}, "num_frames is 5; this model makes 1 to 4"),
+        ({"cache": "N2-700-50-b3"}, "cache branch 3 is larger than the model's number of skips, 2"),
+        ({"dtype": "float8"}, "dtype is 'float8'"),
+        ({"skip": False}, "set model.skip=true"),
+    ],
+)
+def test_bad_input_is_named(config, change, complaint):
+    for key, value in change.items():
+        setattr(config, key, value)
+    with pytest.raises((ValueError, FileNotFoundError), match=complaint):
+        sample(config)
+
+
+def test_everything_missing_is_listed_at_once(config, released_t2v, tmp_path):
+    config.weights = str(tmp_path / "nowhere.pt")
+    config.pipeline = str(tmp_path / "half")
+    shutil.copytree(released_t2v / "Latte-0/text_encoder", tmp_path / "half/text_encoder")
+    (tmp_path / "half/text_encoder/model.safetensors").unlink()
+    with pytest.raises(FileNotFoundError) as caught:
+        sample(config)
+    for name in ("nowhere.pt", "half/vae", "transformer/config.json", "scheduler_config.json", "model.safetensors",
+                 "half/tokenizer", "python text-to-video/download.py"):  # fmt: skip
+        assert name in str(caught.value)
+
+
+def test_command_line(config, tmp_path, monkeypatch, capsys):
+    """`--prompt` takes the place of the config's prompts; `--cache` alone is the original's window."""
+    (tmp_path / "run.yaml").write_text(to_yaml(config))
+    monkeypatch.setattr("sys.argv", ["sample_t2v.py", "--config", str(tmp_path / "run.yaml"), "--prompt", "a bicycle",
+                                     "--prompt", "the cat", "--cache", "steps=8"])  # fmt: skip
+    sample_t2v.main()
+    report = json.loads((Path(config.out) / "report.json").read_text())
+    assert report["cache"] == "N2-700-50" and sum(report["steps"].values()) == 8
+    assert report["config"]["prompts"] == ["a bicycle", "the cat"]
+    assert re.search(r"2 clips in .*: \d full and \d cached steps", capsys.readouterr().out)

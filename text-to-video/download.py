@@ -1,0 +1,14 @@
+"""Fetch the released text-to-video model and what its pipeline needs, from the Hugging Face Hub.
+
+    python text-to-video/download.py                    # Latte-skip.pt and the Latte-0 folder, into checkpoints/
+    python text-to-video/download.py --only data        # the published training clips
+
+Short for `python -m skipdit.download text-to-video`; see its --help.
+"""
+
+import sys
+
+from skipdit.download import main
+
+if __name__ == "__main__":
+    main(["text-to-video", *sys.argv[1:]])

@@ -1,0 +1,374 @@
+"""Sample clips from prompts with Skip-DiT (Latte T2V), with or without Skip-Cache.
+
+    python text-to-video/sample_t2v.py --config configs/text-to-video/demo.yaml --prompt "a bicycle"
+    python text-to-video/sample_t2v.py --config configs/text-to-video/t2v_sample_skip_cache.yaml --cache N2-700-50
+    torchrun --nproc-per-node 8 text-to-video/sample_t2v.py --config configs/text-to-video/t2v_sample_vbench.yaml
+
+Runs diffusers' LattePipeline. Writes every clip as mp4 and, with gif=true, as GIF (with num_frames=1 as PNG); sheet.png
+with frames of the first clips, prompts.json, and report.json. The same command again continues an interrupted run; any
+number of processes makes the same clips.
+"""
+
+import inspect
+import json
+import re
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import groupby
+from pathlib import Path
+from typing import NamedTuple
+
+import diffusers
+import torch
+from diffusers import AutoencoderKL, LattePipeline, SchedulerMixin
+from torch import Tensor, nn
+from torchvision.io import ImageReadMode, read_image, write_png
+
+from skipdit.bench import step_flops
+from skipdit.cache import CacheSpec, SkipCache
+from skipdit.config import friendly_errors, load_config, make_parser, required, setting, to_dict
+from skipdit.data.images import to_uint8
+from skipdit.device import process_state
+from skipdit.media import contact_sheet, read_mp4, write_gif, write_mp4
+from skipdit.pipeline import enable_cache
+from skipdit.sample import (
+    Job,
+    StepTimer,
+    add_cache_arguments,
+    cache_override,
+    generators,
+    preflight,
+    require_finite,
+    resolve_dtype,
+    work_off,
+)
+from skipdit.text import load_text_encoder, missing_text_files
+from skipdit.text_to_video.model import LatteT2V
+from skipdit.vae import decode, downsampling, load_vae
+from skipdit.weights import fingerprint, load_weights
+
+WINDOW = "N{}-700-50"  # the original code's caching window for this task
+FETCH = "python text-to-video/download.py"
+SHOWN = 16  # clips on the contact sheet
+SCHEDULERS = {
+    "ddim": "DDIMScheduler",
+    "ddpm": "DDPMScheduler",
+    "deis": "DEISMultistepScheduler",
+    "dpm": "DPMSolverMultistepScheduler",
+    "euler": "EulerDiscreteScheduler",
+    "euler-ancestral": "EulerAncestralDiscreteScheduler",
+    "heun": "HeunDiscreteScheduler",
+    "kdpm2-ancestral": "KDPM2AncestralDiscreteScheduler",
+    "pndm": "PNDMScheduler",
+    "unipc": "UniPCMultistepScheduler",
+}
+
+
+@dataclass
+class Config:
+    """A text-to-video sampling run."""
+
+    weights: str = required("checkpoint of the transformer: .pt, .safetensors, or folder")
+    pipeline: str = setting("checkpoints/Latte-0", "folder with transformer/config.json, scheduler, vae, text_encoder")
+    skip: bool = setting(True, "the weights have long skips")
+    vae: str | None = setting(None, "autoencoder, folder or Hub name; unset: the pipeline's")
+    temporal_decoder: bool = setting(False, "use the pipeline's vae_temporal_decoder, whose clips flicker less")
+    text_encoder: str | None = setting(None, "folder or Hub name; unset: the pipeline's")
+    tokenizer: str | None = setting(None, "folder or Hub name; unset: beside the text encoder")
+    out: str = setting("samples/text-to-video", "folder for the clips and the report")
+    prompts: list[str] = field(default_factory=list, metadata={"help": "what to show, as --prompt"})
+    prompt_file: str | None = setting(None, "text file with one prompt per line, or a folder of such files (VBench)")
+    videos_per_prompt: int = setting(1, "clips of each prompt; VBench wants 5")
+    vbench_names: bool = setting(False, "call the files <prompt>-<n>.mp4, as VBench wants them")
+    negative_prompt: str = setting("", "what not to show")
+    num_frames: int = setting(16, "frames of a clip; 1 makes pictures")
+    height: int | None = setting(None, "pixels; unset: as the model was made for")
+    width: int | None = setting(None, "pixels; unset: as the model was made for")
+    fps: float = setting(8.0, "frames per second of the files")
+    gif: bool = setting(False, "also write every clip as GIF")
+    batch_size: int = setting(1, "clips of one prompt per model call and process (guidance doubles it)")
+    seed: int = setting(0, "seed of the run; clip i depends on it and on i")
+    scheduler: str = setting("ddim", f"one of {', '.join(SCHEDULERS)}")
+    steps: int = setting(50, "sampling steps")
+    guidance_scale: float = setting(7.5, "classifier-free guidance; 1 is none")
+    temporal_attention: bool = setting(True, "run the temporal blocks; without them frames know nothing of each other")
+    cache: str = setting("none", "Skip-Cache spec, as --cache")
+    dtype: str = setting("auto", "auto, float32, bfloat16 or float16")
+    vae_slicing: bool = setting(False, "decode one frame at a time, to save memory")
+    vae_tiling: bool = setting(False, "decode frames in tiles, to save more")
+    compile: bool = setting(False, "compile the model with torch.compile")
+
+    def places(self) -> dict[str, str]:
+        """Where everything comes from that is not set directly."""
+        autoencoder = "vae_temporal_decoder" if self.temporal_decoder else "vae"
+        return {
+            "vae": self.vae or f"{self.pipeline}/{autoencoder}",
+            "text_encoder": self.text_encoder or f"{self.pipeline}/text_encoder",
+        }
+
+
+# Settings that say where and how fast, not what is made. Of the weights the fingerprints count.
+_FREE = {"out", "gif", "batch_size", "weights", "pipeline", "vae", "text_encoder", "tokenizer", "prompt_file"}
+_FREE |= {"compile", "vae_slicing", "vae_tiling", "prompts", "temporal_decoder"}
+
+
+def read_prompts(config: Config) -> list[str]:
+    """All prompts of a config, each once. Raises ValueError or FileNotFoundError if there are none."""
+    prompts = list(config.prompts)
+    if config.prompt_file:
+        place = Path(config.prompt_file)
+        files = sorted(place.glob("*.txt")) if place.is_dir() else [place]
+        if not files or not all(file.is_file() for file in files):
+            raise FileNotFoundError(f"no prompts in {place}: it is a text file with one per line, or a folder of them")
+        prompts += [line.strip() for file in files for line in file.read_text(encoding="utf-8").splitlines()]
+        prompts = [prompt for prompt in prompts if prompt]
+    if not prompts:
+        raise ValueError('there is nothing to show: give --prompt "a bicycle", or set prompts or prompt_file')
+    return list(dict.fromkeys(prompts))
+
+
+def make_scheduler(name: str, folder: Path | None = None) -> SchedulerMixin:
+    """A diffusers scheduler with the settings of a folder, if given, and the noise that Latte was trained with.
+
+    Raises ValueError for an unknown name.
+    """
+    if name not in SCHEDULERS:
+        raise ValueError(f"scheduler is {name!r}; known: {', '.join(SCHEDULERS)}")
+    kind = getattr(diffusers, SCHEDULERS[name])
+    settings = kind.load_config(folder) if folder else {}
+    settings |= {"beta_start": 1e-4, "beta_end": 0.02, "beta_schedule": "linear", "clip_sample": False}
+    settings["variance_type"] = "learned_range"
+    known = set(inspect.signature(kind.__init__).parameters)
+    if name != "ddpm":  # the others have no use for a learned variance, and the pipeline keeps it from them then
+        known -= {"variance_type"}
+    return kind(**{key: value for key, value in settings.items() if key in known})
+
+
+class Prompt(NamedTuple):
+    """A prompt as the model reads it: embeddings (1, k, C) of its k tokens, and as many of the negative prompt."""
+
+    embeddings: Tensor
+    negative: Tensor
+
+
+def encode_prompts(config: Config, prompts: list[str], device: torch.device) -> tuple[dict[str, Prompt], str]:
+    """The prompts as `LattePipeline` encodes them, on the CPU, and the encoder's fingerprint. The encoder is freed."""
+    dtype = resolve_dtype(config.dtype, device)
+    encoder = load_text_encoder(config.places()["text_encoder"], config.tokenizer, dtype).to(device)
+    negative = encoder.encode([config.negative_prompt]).embeddings.cpu()
+    embeddings, mask = (part.cpu() for part in encoder.encode(prompts))
+    lengths = mask.sum(1).tolist()
+    encoded = {
+        prompt: Prompt(embeddings[i : i + 1, :length], negative[:, :length])
+        for i, (prompt, length) in enumerate(zip(prompts, lengths, strict=True))
+    }
+    return encoded, encoder.fingerprint
+
+
+def generate(
+    pipe: LattePipeline,
+    prompt: Prompt,
+    generators: Sequence[torch.Generator],
+    *,
+    steps: int = 50,
+    guidance_scale: float = 7.5,
+    num_frames: int | None = None,
+    size: tuple[int, int] | None = None,
+    temporal_attention: bool = True,
+    callback: Callable[[int], None] | None = None,
+) -> Tensor:
+    """Sample latents of one prompt.
+
+    Args:
+        pipe: with or without `enable_cache`; its transformer in eval mode.
+        generators: N, on the transformer's device.
+        num_frames, size: F, and height and width in pixels; None: as the model was made for.
+        callback: called with the number of every step, after it.
+
+    Returns:
+        Latents (N, F, C, h, w), float32.
+
+    Raises FloatingPointError, naming the step, if they stop being finite.
+    """
+    model, finite = pipe.transformer, []  # flags per step, on the device: read once, after the run
+
+    def after_step(pipe: LattePipeline, i: int, t: Tensor, tensors: dict) -> dict:
+        finite.append(tensors["latents"].isfinite().all())
+        if callback is not None:
+            callback(i)
+        return {}
+
+    height, width = size or (model.config.sample_size * downsampling(pipe.vae),) * 2
+    latents = pipe(
+        prompt=None,
+        negative_prompt=None,
+        prompt_embeds=prompt.embeddings.expand(len(generators), -1, -1).to(model.device, model.dtype),
+        negative_prompt_embeds=prompt.negative.expand(len(generators), -1, -1).to(model.device, model.dtype),
+        num_inference_steps=steps,
+        guidance_scale=guidance_scale,
+        video_length=num_frames or model.config.video_length,
+        height=height,
+        width=width,
+        generator=list(generators),
+        enable_temporal_attentions=temporal_attention,
+        callback_on_step_end=after_step,
+        output_type="latent",
+    ).frames
+    require_finite(finite, pipe.scheduler.timesteps.tolist(), model.dtype)
+    return latents.float().transpose(1, 2)
+
+
+def open_pipeline(config: Config) -> LattePipeline:
+    """Check a config, then load its transformer and autoencoder; the text encoder is not part of it.
+
+    Raises ValueError or FileNotFoundError for settings that do not fit each other, before the weights are read.
+    """
+    folder, places, spec = Path(config.pipeline), config.places(), CacheSpec.parse(config.cache)
+    device = process_state().device
+    needed = {"weights": config.weights, "vae": places["vae"]}
+    needed |= {"pipeline": f"{folder}/transformer/config.json"}
+    needed |= {"scheduler": f"{folder}/scheduler/scheduler_config.json"}
+    preflight(needed, FETCH, absent=missing_text_files(places["text_encoder"], config.tokenizer))
+    scheduler = make_scheduler(config.scheduler, folder / "scheduler")
+    vae = load_vae(places["vae"])
+    vae.enable_slicing() if config.vae_slicing else None
+    vae.enable_tiling() if config.vae_tiling else None
+    settings = LatteT2V.load_config(folder / "transformer")
+    with torch.device("meta"):
+        model = LatteT2V.from_config(settings, skip=config.skip)
+    height, width = frame_size(config, model, vae)
+    unit = downsampling(vae) * model.config.patch_size
+    if height % unit or width % unit or height % 8 or width % 8:
+        raise ValueError(f"height {height} and width {width} must be multiples of {max(unit, 8)} pixels")
+    if not 1 <= config.num_frames <= model.config.video_length:
+        raise ValueError(f"num_frames is {config.num_frames}; this model makes 1 to {model.config.video_length}")
+    if spec.interval > 1 and spec.branch > model.n_skips:
+        raise ValueError(f"cache branch {spec.branch} is larger than the model's number of skips, {model.n_skips}")
+    nn.Module.to(model, dtype=resolve_dtype(config.dtype, device))  # not diffusers' own, which warns
+    model.to_empty(device="cpu")
+    load_weights(model, config.weights)
+    model.eval().requires_grad_(False)
+    return LattePipeline(None, None, vae.to(device), model.to(device), scheduler)
+
+
+def frame_size(config: Config, model: LatteT2V, vae: AutoencoderKL) -> tuple[int, int]:
+    """Height and width in pixels."""
+    native = model.config.sample_size * downsampling(vae)
+    return config.height or native, config.width or native
+
+
+def sample(config: Config) -> dict:
+    """Run a config. Returns the report that is also written to report.json."""
+    prompts, state, spec = read_prompts(config), process_state(), CacheSpec.parse(config.cache)
+    pipe = open_pipeline(config)
+    model, vae, device = pipe.transformer, pipe.vae, state.device
+    encoded, encoder = encode_prompts(config, prompts, device)
+    height, width = frame_size(config, model, vae)
+    each, suffix = config.videos_per_prompt, "png" if config.num_frames == 1 else "mp4"
+
+    identity = {key: value for key, value in to_dict(config).items() if key not in _FREE}
+    identity |= {"height": height, "width": width, "prompts": prompts, "cache": str(spec)}
+    identity |= {"weights": fingerprint(model), "vae": fingerprint(vae), "text_encoder": encoder}
+    identity |= {"dtype": str(model.dtype), "device": device.type}  # devices draw different noise from one seed
+    names = [file_name(prompt, copy, number * each + copy, config.vbench_names)
+             for number, prompt in enumerate(prompts) for copy in range(each)]  # fmt: skip
+    job = Job(config.out, identity, len(names), suffix, state.process_index, state.num_processes, names)
+
+    flops = step_flops(
+        model,
+        2 if config.guidance_scale > 1 else 1,
+        spec.branch,
+        frames=config.num_frames,
+        height=height // downsampling(vae),
+        width=width // downsampling(vae),
+        tokens=max(part.embeddings.shape[1] for part in encoded.values()),
+    )
+    if config.compile:
+        pipe.transformer = torch.compile(model, fullgraph=True)
+    cache = enable_cache(pipe, spec)
+    pipe.set_progress_bar_config(disable=not state.is_main_process, leave=False, desc="sampling", unit="step")
+
+    def make(indices: list[int], timer: StepTimer) -> tuple[Tensor, SkipCache]:
+        timer.start()
+        latents = generate(
+            pipe,
+            encoded[prompts[indices[0] // each]],
+            generators(config.seed, indices, device),
+            steps=config.steps,
+            guidance_scale=config.guidance_scale,
+            num_frames=config.num_frames,
+            size=(height, width),
+            temporal_attention=config.temporal_attention,
+            callback=lambda i: timer.tick(cache.run.ran[i]),
+        )
+        return to_uint8(decode(vae, latents)).cpu(), cache.run
+
+    def save(index: int, frames: Tensor) -> None:
+        if suffix == "png":
+            job.save(index, lambda path: write_png(frames[0], str(path)))
+        else:
+            job.save(index, lambda path: write_mp4(path, frames, config.fps))
+
+    pipe.scheduler.set_timesteps(config.steps)
+    summary = work_off(
+        job,
+        batches_of_prompts(job.pending(), each, config.batch_size),
+        make,
+        save,
+        idle=SkipCache(spec, pipe.scheduler.timesteps),
+        flops=flops,
+        unit="picture" if suffix == "png" else "clip",
+        seed=config.seed,
+        config=to_dict(config) | {"prompts": prompts},
+    )
+    write_outputs(config, job, prompts)
+    return summary
+
+
+def file_name(prompt: str, copy: int, index: int, vbench: bool) -> str:
+    """What a sample's file is called, without suffix."""
+    if vbench:
+        return f"{prompt.replace('/', ' ')}-{copy}"
+    words = re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")
+    return f"{index:06d}-{words[:60]}" if words else f"{index:06d}"
+
+
+def batches_of_prompts(pending: list[int], each: int, size: int) -> Iterator[list[int]]:
+    """Samples of one prompt at a time: prompts differ in length, and a clip must not depend on what is beside it."""
+    for _, group in groupby(pending, key=lambda index: index // each):
+        indices = list(group)
+        for start in range(0, len(indices), size):
+            yield indices[start : start + size]
+
+
+def write_outputs(config: Config, job: Job, prompts: list[str]) -> None:
+    """GIFs, shared out over the processes; the contact sheet and the list of prompts."""
+    pictures = job.suffix == "png"
+    for index in range(job.rank, job.total, job.world) if config.gif and not pictures else ():
+        gif = job.path(index).with_suffix(".gif")
+        if not gif.exists():
+            write_gif(gif, read_mp4(job.path(index)), config.fps)
+    if process_state().is_main_process:
+        paths = [job.path(i) for i in range(job.total)]
+        shown = [read_image(str(p), ImageReadMode.RGB)[None] if pictures else read_mp4(p) for p in paths[:SHOWN]]
+        write_png(contact_sheet(shown), str(job.folder / "sheet.png"))
+        table = {path.name: prompts[i // config.videos_per_prompt] for i, path in enumerate(paths)}
+        (job.folder / "prompts.json").write_text(json.dumps(table, indent=2, ensure_ascii=False) + "\n")
+
+
+def main() -> None:
+    parser = make_parser(Config, __doc__)
+    add_cache_arguments(parser)
+    parser.add_argument("--prompt", action="append", default=[], metavar="TEXT", help="what to show, instead of the "
+                        "config's prompts; more than once for several")  # fmt: skip
+    args = parser.parse_intermixed_args()
+    with friendly_errors():
+        spec = cache_override(args, WINDOW)
+        config = load_config(Config, args.config, args.overrides + spec)
+        if args.prompt:
+            config.prompts, config.prompt_file = args.prompt, None
+        sample(config)
+
+
+if __name__ == "__main__":
+    main()

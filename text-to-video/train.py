@@ -1,0 +1,163 @@
+"""Train Skip-DiT (Latte T2V) on captioned clips, with single images beside them: two stages onto a plain Latte, or from
+scratch.
+
+    accelerate launch text-to-video/train.py --config configs/text-to-video/t2v_train_stage1.yaml
+    python text-to-video/train.py --config configs/text-to-video/emoji_stage2.yaml out=results/mine
+
+The same command again continues an interrupted run.
+"""
+
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderKL, LattePipeline
+from torch import Tensor
+from torchvision.io import write_png
+
+from skipdit.config import friendly_errors, load_config, make_parser, setting
+from skipdit.data.clips import ClipData
+from skipdit.data.images import to_uint8
+from skipdit.data.latents import clean_latents
+from skipdit.data.texts import LiveTexts, Texts, TextTable
+from skipdit.device import process_state
+from skipdit.diffusion import Diffusion
+from skipdit.media import contact_sheet, side_by_side, write_gif
+from skipdit.prepare import open_training
+from skipdit.sample import generators
+from skipdit.text import load_text_encoder, missing_text_files
+from skipdit.text_to_video.data import make_dataset
+from skipdit.text_to_video.model import LatteT2V
+from skipdit.text_to_video.sample_t2v import FETCH, Prompt, generate, make_scheduler
+from skipdit.train import Draw, Loss, TrainConfig, fit
+from skipdit.vae import decode, latent_size
+
+SHOWN = 8  # clips of a sample grid
+
+
+@dataclass
+class ModelConfig:
+    """A model by the config.json of its folder, or by its constructor's arguments; unset ones are the class's."""
+
+    folder: str | None = setting(None, "folder of a transformer's config.json; unset: the arguments below")
+    num_attention_heads: int | None = setting(None, "attention heads")
+    attention_head_dim: int | None = setting(None, "width of a head; times the heads it is the model's")
+    num_layers: int | None = setting(None, "pairs of blocks")
+    patch_size: int | None = setting(None, "side of a patch in latent pixels")
+    caption_channels: int | None = setting(None, "channels of the text encoder")
+    skip: bool = setting(True, "long skips")
+    fuse: str = setting("replace", "replace, as in the paper, or residual, which starts at the plain model")
+
+
+@dataclass
+class Config:
+    """A text-to-video training run."""
+
+    out: str = setting("results/text-to-video", "run folder")
+    init: str | None = setting(None, "checkpoint to start from; a plain Latte may start a skip model (stage 1)")
+    vae: str = setting("checkpoints/Latte-0/vae", "autoencoder, folder or Hub name")
+    text_encoder: str = setting("checkpoints/Latte-0/text_encoder", "folder or Hub name; frozen")
+    tokenizer: str | None = setting(None, "folder or Hub name; unset: beside the text encoder")
+    text_dtype: str = setting("bfloat16", "of the text encoder: float32, bfloat16 or float16")
+    texts: str | None = setting(None, "embeddings of `python -m skipdit.encode_text`, in place of the text encoder")
+    caption_dropout: float = setting(0.1, "share of captions replaced by the empty one, for guidance")
+    grid_guidance: float = setting(7.5, "guidance scale of the sample clips")
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: ClipData = field(default_factory=ClipData)
+    train: TrainConfig = field(default_factory=TrainConfig)
+
+
+def main() -> None:
+    parser = make_parser(Config, __doc__)
+    parser.add_argument("--dry-run", action="store_true", help="take one step, print its peak memory, write nothing")
+    args = parser.parse_intermixed_args()
+    with friendly_errors():
+        train(load_config(Config, args.config, args.overrides), args.dry_run)
+
+
+def build_model(config: ModelConfig, latents: int, num_frames: int) -> LatteT2V:
+    """The model of a config for clips of latents of a given side. Raises ValueError if its folder's is for others."""
+    if config.folder:
+        settings = LatteT2V.load_config(config.folder)
+        if settings["sample_size"] != latents or settings["video_length"] < num_frames:
+            raise ValueError(
+                f"{config.folder} is of a model for {settings['video_length']} frames of {settings['sample_size']} "
+                f"latent pixels; the data has {num_frames} of {latents} (data.num_frames, data.image_size)"
+            )
+        return LatteT2V.from_config(settings, skip=config.skip, fuse=config.fuse)
+    given = {f.name: getattr(config, f.name) for f in fields(config) if f.name != "folder"}
+    given = {name: value for name, value in given.items() if value is not None}
+    width = given.get("num_attention_heads", 16) * given.get("attention_head_dim", 72)
+    return LatteT2V(**given, cross_attention_dim=width, sample_size=latents, video_length=num_frames)
+
+
+def open_texts(config: Config, captions: list[str]) -> Texts:
+    """The captions' embeddings, from files or from the encoder on this process's device."""
+    if config.texts:
+        return TextTable(config.texts, captions)
+    encoder = load_text_encoder(config.text_encoder, config.tokenizer, getattr(torch, config.text_dtype))
+    return LiveTexts(encoder.to(process_state().device), captions)
+
+
+def make_loss(config: Config, vae: AutoencoderKL, texts: Texts) -> Loss:
+    """The loss of joint training: noise predicted for the F frames of a clip and the I images behind them."""
+    diffusion, images = Diffusion(), config.data.images
+
+    def loss(model: torch.nn.Module, batch: dict, draw: Draw) -> Tensor:
+        mirrored = (draw.rand(1 + images) < 0.5) & config.data.flip  # a clip as a whole, every image by itself
+        flipped = torch.cat([mirrored[:, :1].expand(-1, config.data.num_frames), mirrored[:, 1:]], dim=1)
+        x0 = clean_latents(batch, flipped, config.data.latents, vae, draw.randn)  # (N, F + I, C, h, w)
+        labels = torch.cat([batch["label"][:, None], *([batch["image_label"]] if images else [])], dim=1)
+        text, mask = texts.take(labels, draw.rand(1 + images) < config.caption_dropout)  # (N, 1 + I, S, C')
+        t, noise = draw.randint(len(diffusion)), draw.randn(*x0.shape[1:])
+        x = diffusion.q_sample(x0, t, noise)
+        (out,) = model(x.transpose(1, 2), t, text, mask, use_image_num=images, return_dict=False)
+        return diffusion.losses(out.transpose(1, 2), x0, x, t, noise)["loss"]
+
+    return loss
+
+
+def train(config: Config, dry_run: bool = False) -> LatteT2V:
+    """Run a config. Returns the averaged model."""
+    files = config.data.files() | ({"texts": config.texts} if config.texts else {})
+    model, vae = open_training(
+        config.out,
+        config.init,
+        config.vae,
+        files | ({"model.folder": config.model.folder} if config.model.folder else {}),
+        config.train,
+        lambda vae: build_model(config.model, latent_size(config.data.image_size, vae), config.data.num_frames),
+        FETCH,
+        absent=[] if config.texts else missing_text_files(config.text_encoder, config.tokenizer),
+    )
+    dataset = make_dataset(config.data, vae)
+    texts = open_texts(config, dataset.captions)
+    if texts.dim != model.config.caption_channels:
+        raise ValueError(f"texts have {texts.dim} channels, the model takes {model.config.caption_channels}")
+    shown = sorted(set(dataset.labels))[:SHOWN]  # captions of the sample clips
+
+    def sample(model: LatteT2V, step: int) -> None:
+        pipe = LattePipeline(None, None, vae.to(model.device), model, make_scheduler("ddim"))
+        pipe.set_progress_bar_config(disable=True)
+        clips = []
+        for label in shown:
+            embeddings, _ = texts.take(torch.tensor([label]), torch.tensor([False]))
+            prompt = Prompt(embeddings, texts.null[: embeddings.shape[1]].float()[None])
+            noise = generators(config.train.seed, [label], model.device)
+            try:
+                latents = generate(pipe, prompt, noise, guidance_scale=config.grid_guidance)
+            except FloatingPointError as error:  # of the average only; the training goes on
+                print(f"no sample clips at step {step}: {error}")
+                return
+            clips += to_uint8(decode(vae, latents)).cpu()
+        folder = Path(config.out) / "samples"
+        folder.mkdir(exist_ok=True)
+        (folder / "captions.txt").write_text("".join(f"{dataset.captions[label]}\n" for label in shown))
+        write_png(contact_sheet(clips), str(folder / f"{step:07d}.png"))
+        write_gif(folder / f"{step:07d}.gif", side_by_side(clips), fps=8)
+
+    return fit(model, make_loss(config, vae, texts), dataset, config.train, config.out, config, sample, dry_run)
+
+
+if __name__ == "__main__":
+    main()
