@@ -4,6 +4,7 @@
     python benchmarks/latency.py --model DiT-skip --batch 8 --dtype bfloat16 --compile --json results/xl.json
     python benchmarks/latency.py --model Latte-S/2-skip --batch 1
     python benchmarks/latency.py --model demo --batch 4
+    python benchmarks/latency.py --model demo-text --batch 2
 
 Weights are random: they do not change the time. The overhead of a cached step is its share of the time over its share
 of the FLOPs; 1.00 means that caching saves exactly what it leaves out.
@@ -25,11 +26,21 @@ from skipdit.class_to_video import Latte
 from skipdit.config import friendly_errors
 from skipdit.diffusion import Diffusion
 from skipdit.sample import generators, resolve_dtype, versions
+from skipdit.skip import SkipTransformer
+from skipdit.text_to_video import LatteT2V
 from skipdit.train import peak_memory
 
 
-def build(name: str) -> AdaLNTransformer:
+ROOT = Path(__file__).parents[1]
+AHEAD = ("the modulations", "keys and values of the text")  # what a run computes before its steps
+
+
+def build(name: str) -> SkipTransformer:
     """A model of random weights, by published name or as the demos have it."""
+    if name == "LatteT2V":
+        return LatteT2V()
+    if name == "demo-text":
+        return LatteT2V.from_config(LatteT2V.load_config(ROOT / "text-to-video/weights/emoji/transformer"))
     if name == "demo":
         return DiT(input_size=8, patch_size=1, hidden_size=128, depth=12, num_heads=2, num_classes=10)
     if name == "demo-video":
@@ -37,6 +48,17 @@ def build(name: str) -> AdaLNTransformer:
             input_size=16, patch_size=4, hidden_size=144, depth=16, num_heads=3, num_classes=8, num_frames=16, extras=2
         )
     return Latte.from_name(name) if name.startswith("Latte") else DiT.from_name(name)
+
+
+def inputs_of(model: SkipTransformer, batch: int, branch: int) -> tuple[dict, dict, dict]:
+    """Arguments of a step: as they are; with what a full, and a cached, step of a run finds computed ahead."""
+    with torch.no_grad():
+        inputs = model.random_inputs(batch)
+        if isinstance(model, AdaLNTransformer):
+            ahead = [model.condition(inputs["t"][:1], inputs["y"], outer)[0] for outer in (None, branch)]
+            return inputs, *(inputs | {"conditioning": conditioning} for conditioning in ahead)
+        text = torch.randn(batch, 120, model.config.caption_channels, device=model.device, dtype=model.dtype)
+        return inputs | {"encoder_hidden_states": text}, inputs, inputs
 
 
 def measure(args: argparse.Namespace) -> dict:
@@ -50,21 +72,20 @@ def measure(args: argparse.Namespace) -> dict:
     model.eval().requires_grad_(False)
     if args.compile:
         model.compile(fullgraph=True)
-    x, t, y = model.random_inputs(args.batch).values()
-    ahead = {branch: model.condition(t[:1], y, branch)[0] for branch in (None, args.branch)}
+    plain, full, cached = inputs_of(model, args.batch, args.branch)
     stored = CacheStep(args.branch, None)
+
+    @torch.no_grad()
+    def call(inputs: dict, feature: torch.Tensor | None = None):
+        return model(**inputs, cache=CacheStep(args.branch, feature))
+
     with torch.no_grad():
-        model(x, t, y, cache=stored)
-
-    def call(cache: CacheStep | None, branch: int | None = None, precomputed: bool = True):
-        with torch.no_grad():
-            return model(x, t, y, cache=cache, conditioning=ahead[branch] if precomputed else None)
-
+        model(**plain, cache=stored)
     functions = {
-        "full": lambda: call(CacheStep(args.branch, None)),
-        "cached": lambda: call(CacheStep(args.branch, stored.output), args.branch),
-        "full, modulations per step": lambda: call(CacheStep(args.branch, None), precomputed=False),
-        "cached, modulations per step": lambda: call(CacheStep(args.branch, stored.output), precomputed=False),
+        "full": lambda: call(full),
+        "cached": lambda: call(cached, stored.output),
+        "full, nothing ahead": lambda: call(plain),
+        "cached, nothing ahead": lambda: call(plain, stored.output),
     }
     steps = {name: median(times) for name, times in interleaved_seconds(functions, args.repeats, device).items()}
     flops = step_flops(model, args.batch, args.branch)
@@ -72,22 +93,21 @@ def measure(args: argparse.Namespace) -> dict:
     result = {
         "model": args.model,
         "batch": args.batch,
-        "frames": model.sample_shape[0] if len(model.sample_shape) == 4 else 1,
-        "tokens": len(model.pos_embed[0]),
+        "latents": list(next(iter(plain.values())).shape[1:]),
         "dtype": str(dtype),
         "compile": args.compile,
         "branch": args.branch,
+        "ahead": AHEAD[isinstance(model, LatteT2V)],
         "seconds": steps,
         "flops": flops,
         "flop_share_of_cached_step": share,
         "overhead": steps["cached"] / steps["full"] / share,
-        "overhead, modulations per step": steps["cached, modulations per step"]
-        / steps["full, modulations per step"]
-        / share,
+        "overhead, nothing ahead": steps["cached, nothing ahead"] / steps["full, nothing ahead"] / share,
+        "gain of computing ahead": {k: steps[f"{k}, nothing ahead"] / steps[k] for k in ("full", "cached")},
         "tflops_per_second": {kind: flops[kind] / steps[kind] / 1e12 for kind in ("full", "cached")},
         **versions(),
     }
-    if args.steps:
+    if args.steps and isinstance(model, AdaLNTransformer):
         result["end_to_end"] = end_to_end(model, args, flops)
     return result | {"peak_memory_bytes": peak_memory()}
 
@@ -118,7 +138,9 @@ def end_to_end(model: AdaLNTransformer, args: argparse.Namespace, flops: dict[st
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "--model", default="DiT-S/2-skip", help="a published name with skips, demo or demo-video [%(default)s]"
+        "--model",
+        default="DiT-S/2-skip",
+        help="a published name with skips, LatteT2V, or demo, demo-video, demo-text [%(default)s]",
     )
     parser.add_argument(
         "--batch", type=int, default=4, help="rows of a model call; guidance takes two each [%(default)s]"
@@ -127,7 +149,12 @@ def main() -> None:
     parser.add_argument("--compile", action="store_true", help="compile the model")
     parser.add_argument("--branch", type=int, default=1, help="outer layers that a cached step runs [%(default)s]")
     parser.add_argument("--cache", default="N2-1000-20", help="window of the whole run [%(default)s]")
-    parser.add_argument("--steps", type=int, default=0, help="also time whole DDIM runs of so many steps [%(default)s]")
+    parser.add_argument(
+        "--steps",
+        type=int,
+        default=0,
+        help="also time whole DDIM runs of so many steps; not of text models [%(default)s]",
+    )
     parser.add_argument("--repeats", type=int, default=15, help="timed calls of each kind [%(default)s]")
     parser.add_argument("--json", type=Path, help="write the numbers here too")
     args = parser.parse_args()
@@ -137,14 +164,16 @@ def main() -> None:
         args.json.parent.mkdir(parents=True, exist_ok=True)
         args.json.write_text(json.dumps(result, indent=2) + "\n")
     compiled = ", compiled" if args.compile else ""
-    tokens = f"{result['frames']} x {result['tokens']} tokens"
-    print(f"{args.model}, batch {args.batch}, {tokens}, {result['dtype']}{compiled}, {result['device']}")
+    latents = " x ".join(map(str, result["latents"]))
+    print(f"{args.model}, batch {args.batch}, latents {latents}, {result['dtype']}{compiled}, {result['device']}")
     print("\n| step | ms | GFLOP | TFLOP/s |\n|---|---|---|---|")
     for kind in ("full", "cached"):
         ms, gigaflops = result["seconds"][kind] * 1e3, result["flops"][kind] / 1e9
         print(f"| {kind} | {ms:.2f} | {gigaflops:.2f} | {result['tflops_per_second'][kind]:.3f} |")
     print(f"\noverhead of a cached step: {result['overhead']:.2f} of its share of the FLOPs", end="")
-    print(f" ({result['overhead, modulations per step']:.2f} when the modulations are computed at every step)")
+    ahead, gain = result["ahead"], result["gain of computing ahead"]
+    print(f" ({result['overhead, nothing ahead']:.2f} when {ahead} are computed at every step,", end="")
+    print(f" which makes full steps {gain['full']:.3f} and cached ones {gain['cached']:.2f} times as long)")
     if "end_to_end" in result:
         run = result["end_to_end"]
         gain = f"{run['speedup']:.2f}x faster, {run['speedup_flops']:.2f}x in FLOPs"

@@ -1,11 +1,13 @@
-"""How near the embedded video model's samples are to its training clips: did it learn, and did it memorise?
+"""How near the embedded video models' samples are to their training clips: did they learn, and did they memorise?
 
     python class-to-video/sample.py --config configs/class-to-video/demo.yaml num_samples=32 out=samples/video-32
     python scripts/nearest_clip.py samples/video-32 --data data/emoji-anim/videos --out samples/video-32/nearest.png
+    python text-to-video/sample_t2v.py --config configs/text-to-video/demo_all.yaml
+    python scripts/nearest_clip.py samples/emoji-all --data data/emoji-anim
 
 For every sample, the training stretch (any clip, any start) with the least squared error, over all frames and pixels.
-Prints the PSNR to it, how often it is of the class that was asked for, and how many different clips were met; the
-picture shows samples with their nearest stretch below each.
+Prints the PSNR to it, how often it is of the class or caption that was asked for, and how many different clips were
+met; the picture shows samples with their nearest stretch below each.
 """
 
 import argparse
@@ -18,10 +20,12 @@ from torchvision.io import write_png
 from tqdm import tqdm
 
 from skipdit.config import friendly_errors
+from skipdit.data.captions import read_rows
 from skipdit.data.clips import ClipData, ClipFolder
 from skipdit.media import contact_sheet, read_mp4
 
 EMOJI = ["face-smiling", "face-affection", "face-tongue", "face-negative", "face-costume", "cat-face", "heart", "hands"]
+CLIPS = Path(__file__).parents[1] / "configs/text-to-video/emoji_clips.txt"
 
 
 def nearest(sample: Tensor, clips: list[Tensor], interval: int) -> tuple[float, int, int]:
@@ -41,35 +45,53 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("samples", type=Path, help="folder of a sampling run")
     parser.add_argument("--data", default="data/emoji-anim/videos", help="folder of the training clips [%(default)s]")
+    parser.add_argument(
+        "--wordings", metavar="FILE", help="JSONL of video and caption: prompts in other words, and the clips they mean"
+    )
     parser.add_argument("--out", type=Path, help="picture to write")
     args = parser.parse_args()
     with friendly_errors():
-        report = json.loads((args.samples / "report.json").read_text())
-        frames, size = report["config"]["num_frames"], report["config"]["image_size"]
-        asked = report["config"]["classes"] or list(range(len(EMOJI)))
-        dataset = ClipFolder(ClipData(path=args.data, classes=EMOJI, num_frames=frames, image_size=size))
+        config = json.loads((args.samples / "report.json").read_text())["config"]
+        texts = "prompts" in config
+        files = sorted(args.samples.glob("0*.mp4"))
+        size = read_mp4(files[0]).shape[-1]
+        chosen = {"captions": f"{args.data}/captions.jsonl", "clip_list": str(CLIPS)} if texts else {"classes": EMOJI}
+        dataset = ClipFolder(ClipData(path=args.data, **chosen, num_frames=config["num_frames"], image_size=size))
+        meant = wanted_clips(args, dataset) if texts else None
         clips, labels, span = [], [], dataset.span
         for index in tqdm(range(len(dataset)), desc="reading", unit="clip"):
             clip = dataset[index]
             if len(clip["image"]) >= span:
                 clips.append(clip["image"])
                 labels.append(clip["label"])
+    asked = config.get("classes") or list(range(len(EMOJI)))
     shown, values, met, right = [], [], set(), 0
-    files = sorted(args.samples.glob("0*.mp4"))
     for i, file in enumerate(tqdm(files, desc="comparing", unit="sample")):
         sample = read_mp4(file)
         psnr, number, start = nearest(sample, clips, dataset.frame_interval)
         values.append(psnr)
         met.add(number)
-        right += labels[number] == asked[i % len(asked)]
+        right += labels[number] == (meant[file.name] if texts else asked[i % len(asked)])
         shown += [sample, clips[number][start : start + span : dataset.frame_interval]] if i < 8 else []
     print(
         f"{len(files)} samples, {len(clips)} training clips: PSNR to the nearest stretch {min(values):.1f} to "
-        f"{max(values):.1f} dB, median {torch.tensor(values).median():.1f}; {right / len(files):.0%} of the class "
-        f"asked for; {len(met)} different clips"
+        f"{max(values):.1f} dB, median {torch.tensor(values).median():.1f}; {right / len(files):.0%} of the "
+        f"{'caption' if texts else 'class'} asked for; {len(met)} different clips"
     )
     if args.out:
         write_png(contact_sheet(shown), str(args.out))
+
+
+def wanted_clips(args: argparse.Namespace, dataset: ClipFolder) -> dict[str, int]:
+    """File of a sample -> label of the clip that its prompt means. Raises ValueError for a prompt that means none."""
+    prompts = json.loads((args.samples / "prompts.json").read_text())
+    meant = {caption: label for label, caption in enumerate(dataset.captions)}
+    if args.wordings:
+        clips = dict(zip(dataset.names, dataset.labels, strict=True))
+        meant |= {caption: clips[video] for _, video, caption in read_rows(args.wordings)}
+    if unknown := set(prompts.values()) - meant.keys():
+        raise ValueError(f"no training clip is called {', '.join(map(repr, sorted(unknown)))}; give --wordings")
+    return {file: meant[prompt] for file, prompt in prompts.items()}
 
 
 if __name__ == "__main__":

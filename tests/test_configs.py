@@ -7,6 +7,8 @@ import re
 import shlex
 import shutil
 import subprocess
+from collections.abc import Iterator
+from fnmatch import fnmatch
 from functools import cached_property
 from pathlib import Path
 from types import ModuleType
@@ -24,16 +26,23 @@ from skipdit.class_to_video import train as video_train
 from skipdit.config import ConfigError, load_config
 from skipdit.data.stream import rows_of
 from skipdit.diffusion import Diffusion
-from skipdit.download import TASKS, select
+from skipdit.download import TASKS, Item, select
+from skipdit.text_to_video import LatteT2V
+from skipdit.text_to_video import sample_t2v as t2v_sample
+from skipdit.text_to_video import train as t2v_train
 from skipdit.weights import identify
 
 ROOT = Path(__file__).parents[1]
-SCRIPTS = {"class-to-image": (train, sample), "class-to-video": (video_train, video_sample)}
+SCRIPTS = {
+    "class-to-image": (train, sample),
+    "class-to-video": (video_train, video_sample),
+    "text-to-video": (t2v_train, t2v_sample),
+}
 SPEC = r"N\d+-\d+-\d+(?:-b\d+)?(?:-o\d+)?"
 
 
 class Shipped:
-    """A config of this repository.
+    """A config of this repository; where tasks differ, that of a model which knows classes.
 
     Attributes:
         name: as the commands of the comments write it.
@@ -66,26 +75,111 @@ class Shipped:
     @cached_property
     def model(self) -> ModelMixin:
         """On the meta device."""
+        with torch.device("meta"):
+            return self.build().to("meta")
+
+    def flops(self, config, branch: int = 1) -> dict[str, float]:
+        """Of a full and a cached step of one sample, counted once for all configs of the same model."""
+        guided, sizes = config.guidance_scale != 1, self.sizes
+        key = (type(self.model), str(dict(self.model.config)), guided, branch, str(sizes))
+        if key not in FLOPS:
+            FLOPS[key] = step_flops(self.model, 2 if guided else 1, branch, **sizes)
+        return FLOPS[key]
+
+    # What differs between tasks
+
+    def build(self) -> ModelMixin:
         data = self.config if self.samples else self.config.data
         size = data.image_size // downsampling(self.config.vae)
         frames = (data.num_frames,) if self.task == "class-to-video" else ()
-        with torch.device("meta"):
-            return SCRIPTS[self.task][1].build_model(self.config.model, size, *frames).to("meta")
+        return SCRIPTS[self.task][1].build_model(self.config.model, size, *frames)
+
+    def cache(self, config, spec: str) -> SkipCache:
+        return SkipCache(spec, Diffusion(config.steps).sampling_timesteps)
+
+    @property
+    def made(self) -> int:
+        """Samples."""
+        return self.config.num_samples
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Of the model's inputs, where it takes several."""
+        return {}
+
+    @property
+    def latents(self) -> tuple[int, ...]:
+        """Of a frame, (C, h, w)."""
+        return self.model.sample_shape[-3:]
+
+    @property
+    def stack(self) -> tuple[int, int, str]:
+        """Parts of a layer, parts in all, and what the comments call them."""
+        return self.model.blocks_per_layer, len(self.model.blocks), "blocks"
+
+    @property
+    def needed(self) -> list[str]:
+        """Files that have to be there; of a folder, one of them."""
+        weights = self.config.weights if self.samples else self.config.init
+        return [f"{self.config.vae}/config.json", *([weights] if weights else [])]
 
 
-def cache_of(config, spec: str) -> SkipCache:
-    return SkipCache(spec, Diffusion(config.steps).sampling_timesteps)
+class TextToVideo(Shipped):
+    """Its models are described by folders; the released ones, which are absent here, have the defaults of the class."""
+
+    def build(self) -> ModelMixin:
+        config = self.config
+        if not self.samples and config.model.folder is None:
+            size = config.data.image_size // downsampling(config.vae)
+            return t2v_train.build_model(config.model, size, config.data.num_frames)
+        folder = ROOT / (f"{config.pipeline}/transformer" if self.samples else config.model.folder)
+        settings = LatteT2V.load_config(folder) if (folder / "config.json").is_file() else {}
+        kind = {"skip": config.skip} if self.samples else {"skip": config.model.skip, "fuse": config.model.fuse}
+        return LatteT2V.from_config(settings, **kind)
+
+    def cache(self, config, spec: str) -> SkipCache:
+        scheduler = t2v_sample.make_scheduler(config.scheduler)
+        scheduler.set_timesteps(config.steps)
+        return SkipCache(spec, scheduler.timesteps)
+
+    @property
+    def made(self) -> int:
+        return len(self.config.prompts) * self.config.videos_per_prompt
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        data = self.config if self.samples else self.config.data
+        factor = downsampling(self.config.places()["vae"] if self.samples else self.config.vae)
+        pixels = (data.height, data.width) if self.samples else (data.image_size, data.image_size)
+        height, width = (side // factor if side else self.latents[-1] for side in pixels)
+        return {"frames": data.num_frames, "height": height, "width": width, "tokens": 120}
+
+    @property
+    def latents(self) -> tuple[int, ...]:
+        return self.model.config.in_channels, self.model.config.sample_size, self.model.config.sample_size
+
+    @property
+    def stack(self) -> tuple[int, int, str]:
+        return 1, self.model.config.num_layers, "pairs"
+
+    @property
+    def needed(self) -> list[str]:
+        config, model = self.config, "diffusion_pytorch_model.safetensors"
+        weights = config.weights if self.samples else config.init or ""
+        places = config.places() if self.samples else {"vae": config.vae, "text_encoder": config.text_encoder}
+        files = [f"{place}/config.json" for place in places.values()]
+        files += [f"{weights}/{model}" if weights.endswith("/transformer") else weights]
+        files += [f"{config.tokenizer or Path(places['text_encoder']).parent / 'tokenizer'}/tokenizer_config.json"]
+        if self.samples:
+            files += [f"{config.pipeline}/transformer/config.json", f"{config.pipeline}/scheduler/scheduler_config.json"]
+        return [*files, *([f"{config.model.folder}/config.json"] if not self.samples and config.model.folder else [])]
+
+
+def shipped_at(path: Path) -> Shipped:
+    return (TextToVideo if path.parent.name == "text-to-video" else Shipped)(path)
 
 
 FLOPS: dict[tuple, dict[str, float]] = {}
-
-
-def flops_of(model: ModelMixin, guided: bool, branch: int = 1) -> dict[str, float]:
-    """Of a full and a cached step of one sample, counted once for all configs of the same model."""
-    key = (type(model), str(dict(model.config)), guided, branch)
-    if key not in FLOPS:
-        FLOPS[key] = step_flops(model, 2 if guided else 1, branch)
-    return FLOPS[key]
 
 
 def downsampling(vae: str) -> int:
@@ -94,7 +188,7 @@ def downsampling(vae: str) -> int:
     return 2 ** (len(json.loads(file.read_text())["block_out_channels"]) - 1) if file.exists() else 8
 
 
-ALL = [Shipped(path) for path in sorted((ROOT / "configs").rglob("*.yaml"))]
+ALL = [shipped_at(path) for path in sorted((ROOT / "configs").rglob("*.yaml"))]
 TRAINING, SAMPLING = [s for s in ALL if not s.samples], [s for s in ALL if s.samples]
 
 
@@ -104,7 +198,7 @@ def each(shipped: list[Shipped]):
 
 @each(ALL)
 def test_shipped_config_builds_its_model(shipped):
-    assert shipped.model.config.input_size % shipped.model.config.patch_size == 0
+    assert shipped.latents[-1] % shipped.model.config.patch_size == 0
 
 
 def test_every_config_is_of_a_task_and_has_an_out_folder_of_its_own():
@@ -121,12 +215,16 @@ def test_stages_follow_each_other(shipped):
     assert config.train.freeze is first
     assert shipped.model.n_skips > 0
     if not first:
-        before = Shipped(shipped.path.with_stem(shipped.path.stem.replace("stage2", "stage1"))).config
+        before = stage1(shipped).config
         assert config.init == before.out
         assert (config.model, config.data) == (before.model, before.data)
 
 
-@each(SAMPLING)
+def stage1(shipped: Shipped) -> Shipped:
+    return shipped_at(shipped.path.with_stem(shipped.path.stem.replace("stage2", "stage1")))
+
+
+@each([s for s in SAMPLING if not isinstance(s, TextToVideo)])
 def test_sampling_settings_fit_the_model(shipped):
     config, known = shipped.config, shipped.model.null_class or 0
     assert [c for c in config.classes if not 0 <= c < known] == []
@@ -134,13 +232,50 @@ def test_sampling_settings_fit_the_model(shipped):
     assert config.sampler in SAMPLERS
 
 
-@each([s for s in SAMPLING if "\nweights: checkpoints/" in s.path.read_text()])
-def test_released_files_are_what_the_download_brings(shipped):
-    """Under the names that it writes, holding the model that the config builds."""
-    items = TASKS[shipped.task].values()
-    holds = {f"checkpoints/{name}": item.holds for item in items for name in "|".join(item.files).split("|")}
-    assert holds[shipped.config.weights] == identify(shipped.model.state_dict())
-    assert shipped.config.vae in {f"checkpoints/{item.folder}" for item in items if not item.holds}
+@each([s for s in ALL if isinstance(s, TextToVideo)])
+def test_text_to_video_settings_fit_the_model(shipped):
+    config, model, sizes = shipped.config, shipped.model.config, shipped.sizes
+    assert 1 <= sizes["frames"] <= model.video_length
+    assert (sizes["height"] % model.patch_size, sizes["width"] % model.patch_size) == (0, 0)
+    if shipped.samples:
+        assert config.scheduler in t2v_sample.SCHEDULERS
+        assert bool(config.prompts) != bool(config.prompt_file)
+        assert len(set(config.prompts)) == len(config.prompts)
+    else:
+        assert (sizes["height"], sizes["width"]) == shipped.latents[1:]
+
+
+def places(item: Item, folder: str = "checkpoints") -> Iterator[str]:
+    """Where its files are after the download; patterns, as the item has them."""
+    for pattern in item.files:
+        yield from ((Path(folder) / item.folder / name).as_posix() for name in pattern.split("|"))
+
+
+def downloaded(command: list[str]) -> tuple[str, dict[str, Item]]:
+    """Folder and items of a `download.sh` command."""
+    only = command[command.index("--only") + 1 :] if "--only" in command else []
+    return after("--dir", command) if "--dir" in command else "checkpoints", select(command[2], only)
+
+
+@each(ALL)
+def test_commands_bring_the_released_files(shipped):
+    """Those of stage 1 count for stage 2."""
+    found = []
+    for command in shipped.commands + (stage1(shipped).commands if shipped.path.stem.endswith("stage2") else []):
+        if command[:2] == ["bash", "scripts/download.sh"]:
+            folder, items = downloaded(command)
+            found += [place for item in items.values() for place in places(item, folder)]
+        elif command[0] == "wget":
+            found.append(f"{after('-P', command)}/{Path(command[-1]).name}")
+    needed = [file for file in shipped.needed if file.startswith("checkpoints/")]
+    assert [file for file in needed if not any(fnmatch(file, place) for place in found)] == []
+
+
+@each([s for s in SAMPLING if s.config.weights.startswith("checkpoints/")])
+def test_released_weights_are_of_the_model_that_the_config_builds(shipped):
+    checkpoints = [item for item in TASKS[shipped.task].values() if item.holds]
+    fitting = [i.holds for i in checkpoints if any(fnmatch(file, p) for file in shipped.needed for p in places(i))]
+    assert identify(shipped.model.state_dict()) in fitting
 
 
 @pytest.mark.filterwarnings("error")  # SkipCache warns if it never engages
@@ -150,7 +285,7 @@ def test_caches_engage_and_fit_the_model(shipped):
     own = [shipped.config.cache] if shipped.config.cache != "none" else []
     assert bool(own) == ("cache" in shipped.path.stem)
     for spec in own + re.findall(SPEC, shipped.head):
-        cache = cache_of(shipped.config, spec)
+        cache = shipped.cache(shipped.config, spec)
         assert cache.cached_steps > 0
         assert cache.spec.branch <= shipped.model.n_skips
 
@@ -160,11 +295,16 @@ def test_shipped_config_begins_with_its_command(shipped, launch):
     """Commands name files and settings that exist, and one of them runs this very config."""
     runs = []
     for command in shipped.commands:
+        if command[0] == "torchrun" and "-m" in command:
+            command = ["python", *command[command.index("-m") :]]
         if command[0] == "bash" and "train_" in command[1]:
             runs.append(after("--config", launch(*command[1:]).stdout.splitlines()))
         elif command[:2] == ["bash", "scripts/download.sh"]:
-            assert command[3:4] in ([], ["--only"])
-            assert select(command[2], command[4:])
+            assert set(command[3:5:2]) <= {"--dir", "--only"}
+            folder, items = downloaded(command)
+            assert command[2] == shipped.task
+            for item in items.values():
+                assert item.repo_type == "model" or f"{folder}/{item.folder}" == shipped.config.data.path
         elif command[:2] == ["python", "scripts/fetch_emoji.py"]:
             assert after("--out", command) == "data/emoji-anim"
         elif command[0] == "wget":  # the checkpoint to start from
@@ -178,8 +318,14 @@ def test_shipped_config_begins_with_its_command(shipped, launch):
                 continue
             assert (after("--data", command), after("--path", command)) == (data.kind, data.path)
             assert ("--labelled" in command) == data.labelled
+            assert int(after("--image-size", command) if "--image-size" in command else 256) == data.image_size
+            assert (after("--captions", command) if "--captions" in command else None) == getattr(data, "captions", None)
             assert after("--vae", command) == shipped.config.vae
             assert f"data.kind=latents data.path={after('--out', command)}:" in shipped.prose
+        elif command[:3] == ["python", "-m", "skipdit.encode_text"]:
+            assert (command[3], after("--text-encoder", command)) == (shipped.name, shipped.config.text_encoder)
+            out = after("--out", command)
+            assert shipped.config.texts == out or f"texts={out} " in shipped.prose
         else:
             assert command[0] in ("python", "torchrun")
             script = f"{shipped.task}/{shipped.module.__name__.rpartition('.')[2]}.py"
@@ -211,7 +357,7 @@ def test_settings_quoted_in_the_comment(shipped):
     assert {number(n) for n in re.findall(r"([\d,.]*\dM?) steps", shipped.prose)} <= {steps}
     if shipped.samples:
         quoted = {number(n) for n in re.findall(r"([\d,]*\d) (?:clips|images)", shipped.prose)}
-        assert quoted <= {shipped.config.num_samples}
+        assert quoted <= {shipped.made}
     for file in re.findall(r"(?<![\w/-])[\w-]+\.yaml", shipped.head):
         assert (shipped.path.parent / file).is_file()
     for override in re.findall(r"(?<!\S)[a-z_]+(?:\.[a-z_]+)*=\S*\w", shipped.prose):
@@ -228,13 +374,20 @@ def test_sizes_quoted_in_the_comment(shipped):
         assert (int(trained), int(frozen)) == (round(skips / 1e6), round((total - skips) / 1e6))
     for count in re.findall(r"all (\d+)M parameters train", prose):
         assert int(count) == round(total / 1e6)
-    for outer, blocks in re.findall(r"runs (\d+) of the (\d+) blocks", prose):
+    for outer, count, unit in re.findall(r"runs (\d+) of the (\d+) (blocks|pairs)", prose):
+        each_layer, *whole = shipped.stack
         branch = CacheSpec.parse(shipped.config.cache).branch
-        assert (int(outer), int(blocks)) == (2 * branch * model.blocks_per_layer, len(model.blocks))
-    for gigabytes in re.findall(r"a checkpoint takes ([\d.]+) GB", prose):  # weights, average and two moments, float32
-        assert float(gigabytes) == round(4 * 4 * total / 1e9, 1)
-    for kibibytes in re.findall(r"(\d+) KiB a frame", prose):  # mean and deviation, both ways round, float16
-        assert int(kibibytes) == 2 * 2 * 2 * math.prod(model.sample_shape[-3:]) / 1024
+        assert (int(outer), int(count), unit) == (2 * branch * each_layer, *whole)
+    for gigabytes in re.findall(r"checkpoint takes ([\d.]+) GB", prose):  # weights and average, two moments of the trained
+        trained = skips if shipped.config.train.freeze else total
+        assert float(gigabytes) == round(4 * (2 * total + 2 * trained) / 1e9, 1)
+    frame = 2 * 2 * 2 * math.prod(shipped.latents)  # mean and deviation, both ways round, float16
+    for kibibytes in re.findall(r"(\d+) KiB a frame", prose):
+        assert int(kibibytes) == frame / 1024
+    for terabytes, clips, frames in re.findall(r"([\d.]+) TB for (\d+)k clips of (\d+) frames", prose):
+        assert float(terabytes) == round(1000 * int(clips) * int(frames) * frame / 1e12, 1)
+    for kibibytes in re.findall(r"(\d+) KiB a token", prose):  # float16
+        assert int(kibibytes) == 2 * model.config.caption_channels / 1024
     for frames in re.findall(r"fewer than (\d+) frames", prose):
         data = shipped.config.data
         assert int(frames) == (data.num_frames - 1) * data.frame_interval + 1
@@ -251,15 +404,13 @@ def test_costs_quoted_in_the_comment(shipped):
     assert quoted or "cache" not in shipped.path.stem, "a config with a cache says what it saves"
     for full, cached, saved, overrides in quoted:
         config = shipped.load(overrides.replace("--cache ", "cache=").split())
-        cache = cache_of(config, config.cache)
-        flops = flops_of(shipped.model, config.guidance_scale != 1, cache.spec.branch)
+        cache = shipped.cache(config, config.cache)
+        flops = shipped.flops(config, cache.spec.branch)
         assert (int(full), int(cached)) == (cache.full_steps, cache.cached_steps)
         assert float(saved) == round(len(cache.plan) * flops["full"] / run_flops(cache, flops), 2)
         assert not overrides or config.out != shipped.config.out, "other samples need another folder"
     for teraflops in re.findall(r"([\d,]+) TFLOPs a clip", shipped.prose):
-        config = shipped.config
-        flops = flops_of(shipped.model, config.guidance_scale != 1)
-        assert number(teraflops) == round(config.steps * flops["full"] / 1e12)
+        assert number(teraflops) == round(shipped.config.steps * shipped.flops(shipped.config)["full"] / 1e12)
 
 
 # Launch scripts
@@ -287,7 +438,7 @@ def fake(path: Path, body: str) -> None:
     path.chmod(0o755)
 
 
-C2I, C2V, NODES = (f"scripts/train_{name}.sh" for name in ("c2i_8gpu", "c2v_8gpu", "multinode"))
+C2I, C2V, T2V, NODES = (f"scripts/train_{name}.sh" for name in ("c2i_8gpu", "c2v_8gpu", "t2v_8gpu", "multinode"))
 STANDALONE = ["--standalone", "--nproc-per-node"]
 CLUSTER = {"NNODES": "4", "NODE_RANK": "3", "MASTER_ADDR": "node0"}
 
@@ -308,6 +459,8 @@ def test_script_parses(script):
         (C2V, ["ucf101", "stage3"], {}),
         (C2V, ["kinetics", "scratch"], {}),
         (C2V, ["scratch", "ucf101"], {}),
+        (T2V, [], {}),
+        (T2V, ["scratch"], {}),
         (NODES, [], CLUSTER),
         (NODES, ["class-to-image"], CLUSTER),
         (NODES, ["class-to-image", "ucf101_scratch"], CLUSTER),
@@ -320,38 +473,52 @@ def test_launch_script_explains_itself(launch, script, args, environment):
     assert f"bash {script}" in done.stderr
 
 
-@pytest.mark.parametrize("stage", ["scratch", "stage1", "stage2"])
-@pytest.mark.parametrize("dataset", [None, "ffs", "sky", "taichi", "ucf101"])
-def test_8gpu_script_starts_torchrun(launch, dataset, stage):
-    script, args, config = C2I, [stage], f"class-to-image/imagenet256_{stage}"
-    if dataset:
-        script, args, config = C2V, [dataset, stage], f"class-to-video/{dataset}_{stage}"
+STAGES = ("scratch", "stage1", "stage2")
+DATASETS = ("ffs", "sky", "taichi", "ucf101")
+
+
+@pytest.mark.parametrize(
+    ("script", "args", "config"),
+    [
+        *((C2I, [stage], f"class-to-image/imagenet256_{stage}") for stage in STAGES),
+        *((C2V, [name, stage], f"class-to-video/{name}_{stage}") for name in DATASETS for stage in STAGES),
+        *((T2V, [stage], f"text-to-video/t2v_train_{stage}") for stage in STAGES[1:]),
+    ],
+)
+def test_8gpu_script_starts_torchrun(launch, script, args, config):
     said = launch(script, *args).stdout.splitlines()
     assert said == [*STANDALONE, "8", f"{Path(config).parent}/train.py", "--config", f"configs/{config}.yaml"]
     assert (ROOT / f"configs/{config}.yaml").is_file()
 
 
-@pytest.mark.parametrize(("script", "args"), [(C2I, ["stage1"]), (C2V, ["sky", "stage1"])])
+@pytest.mark.parametrize(("script", "args"), [(C2I, ["stage1"]), (C2V, ["sky", "stage1"]), (T2V, ["stage2"])])
 def test_8gpu_script_hands_on_what_follows(launch, script, args):
     said = launch(script, *args, "--dry-run", "out=a folder", GPUS="4").stdout.splitlines()
     assert said[:3] == [*STANDALONE, "4"]
     assert said[-2:] == ["--dry-run", "out=a folder"]
 
 
+@pytest.mark.parametrize(("task", "config"), [("class-to-video", "ucf101_scratch"), ("text-to-video", "t2v_train_stage2")])
 @pytest.mark.parametrize("slurm", [False, True])
-def test_multinode_script_starts_torchrun(launch, slurm):
+def test_multinode_script_starts_torchrun(launch, slurm, task, config):
     names = {"NNODES": "SLURM_NNODES", "NODE_RANK": "SLURM_NODEID"} if slurm else {}
     environment = {names.get(name, name): value for name, value in CLUSTER.items()}
-    said = launch(NODES, "class-to-video", "ucf101_scratch", "train.parallel=fsdp", **environment).stdout.splitlines()
+    said = launch(NODES, task, config, "train.parallel=fsdp", **environment).stdout.splitlines()
     assert said == [
         *("--nnodes", "4", "--node-rank", "3", "--nproc-per-node", "8"),
         *("--rdzv-backend", "static", "--rdzv-endpoint", "node0:29500"),
-        *("class-to-video/train.py", "--config", "configs/class-to-video/ucf101_scratch.yaml", "train.parallel=fsdp"),
+        *(f"{task}/train.py", "--config", f"configs/{task}/{config}.yaml", "train.parallel=fsdp"),
     ]
 
 
 @pytest.mark.parametrize(
-    ("script", "args"), [(C2I, ["scratch"]), (C2V, ["ffs", "scratch"]), (NODES, ["class-to-image", "fashion_plain"])]
+    ("script", "args"),
+    [
+        (C2I, ["scratch"]),
+        (C2V, ["ffs", "scratch"]),
+        (T2V, ["stage1"]),
+        (NODES, ["class-to-image", "fashion_plain"]),
+    ],
 )
 def test_launch_script_prefers_the_environment_of_the_checkout(launch, script, args, tmp_path):
     fake(tmp_path / ".venv/bin/torchrun", "echo from .venv")
@@ -385,6 +552,24 @@ def test_mistake_names_file_line_and_key(tmp_path, text, line, said):
     path.write_text(text)
     with pytest.raises(ConfigError) as error:
         load_config(train.Config, path)
+    for part in (f"{path}, line {line}:", *said):
+        assert part in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("schema", "text", "line", "said"),
+    [
+        (t2v_train.Config, "out: x\nmodel:\n  fused: residual\n", 3, ["model.fused", "'fuse'"]),
+        (t2v_train.Config, "data:\n  caption: x\n", 2, ["data.caption", "'captions'"]),
+        (t2v_sample.Config, "weights: x\nguidance: 3\n", 2, ["'guidance'", "'guidance_scale'"]),
+        (t2v_sample.Config, "weights: x\nprompts: a cat\n", 2, ["prompts is 'a cat'", "list"]),
+    ],
+)
+def test_mistake_in_a_config_of_text_to_video_is_located(tmp_path, schema, text, line, said):
+    path = tmp_path / "mistake.yaml"
+    path.write_text(text)
+    with pytest.raises(ConfigError) as error:
+        load_config(schema, path)
     for part in (f"{path}, line {line}:", *said):
         assert part in str(error.value)
 

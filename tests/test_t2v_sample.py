@@ -106,7 +106,7 @@ def test_interrupted_run_continues(config):
         path.unlink()
     sample(config)
     assert contents(config) == whole
-    with pytest.raises(ValueError, match="guidance_scale: 7.5 there, 2.0 now"):
+    with pytest.raises(ValueError, match=r"guidance_scale: 7\.5 there, 2\.0 now"):
         config.guidance_scale = 2.0
         sample(config)
 

@@ -233,11 +233,13 @@ def change(config: Config, **settings) -> None:
         ({"model__caption_channels": 12}, "texts have 16 channels, the model takes 12"),
         ({"data__image_size": 9}, "image_size 9 is not a multiple of the autoencoder's factor 2"),
         ({"data__image_size": 10}, "latents are 5 x 5, which patches of 2 do not tile"),
-        ({"data__captions": "nowhere.jsonl", "text_encoder": "nowhere/else/t5"}, r"missing: data.captions=nowhere.jsonl, "
-         r"nowhere/else/t5/config.json"),
+        (
+            {"data__captions": "nowhere.jsonl", "text_encoder": "nowhere/else/t5"},
+            r"missing: data.captions=nowhere.jsonl, nowhere/else/t5/config.json",
+        ),
         ({"texts": "nowhere/texts"}, "missing: texts=nowhere/texts"),
     ],
-)  # fmt: skip
+)
 def test_what_does_not_fit_is_named(config, settings, complaint):
     change(config, **settings)
     with pytest.raises((ValueError, FileNotFoundError), match=complaint):

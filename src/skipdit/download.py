@@ -36,6 +36,8 @@ class Item:
         folder: where they go, below the folder for all checkpoints; inside, they keep the repository's layout.
         gigabytes: published size, where known.
         holds: what `weights.identify` must say of the checkpoint; None for files that are no checkpoint of ours.
+        repo_type: model or dataset, as the Hub calls it.
+        optional: fetched only where it is asked for by name.
     """
 
     repo: str
@@ -43,10 +45,13 @@ class Item:
     folder: str = "."
     gigabytes: float | None = None
     holds: str | None = None
+    repo_type: str = "model"
+    optional: bool = False
 
     def __str__(self) -> str:
         size = f"{self.gigabytes:5.2f} GB" if self.gigabytes else "size n/a"
-        return f"{size}  {self.repo}: {_either(self.files)}"
+        repo = f"{self.repo} (dataset)" if self.repo_type == "dataset" else self.repo
+        return f"{size}  {repo}: {_either(self.files)}"
 
 
 def _skip_dit(files: str, gigabytes: float, holds: str) -> Item:
@@ -75,6 +80,15 @@ TASKS: dict[str, dict[str, Item]] = {
             "maxin-cn/Latte-0", ("vae/*", "text_encoder/*", "scheduler/*", "transformer/config.json"), "Latte-0"
         ),
         "tokenizer": Item("maxin-cn/Latte-1", ("tokenizer/*",), "Latte-0"),  # beside the rest of the pipeline
+        "plain": Item(  # to compare with, and for stage 1 of training
+            "maxin-cn/Latte-0",
+            ("transformer/config.json", "transformer/*.safetensors"),
+            "Latte-0",
+            holds="text-to-video Latte",
+            optional=True,
+        ),
+        "temporal_decoder": Item("maxin-cn/Latte-0", ("vae_temporal_decoder/*",), "Latte-0", optional=True),
+        "data": Item("GuanjieChen/video_seg", ("*",), "video_seg", repo_type="dataset", optional=True),
     },
     "text-to-image": {
         "hunyuan": Item(
@@ -99,16 +113,16 @@ def is_hub_name(place: str) -> bool:
 
 
 def select(task: str, only: Sequence[str] = ()) -> dict[str, Item]:
-    """The items of a task, or those of them that `only` names. Raises ValueError for an unknown name."""
+    """The items of a task that are not optional, or those that `only` names. Raises ValueError for an unknown name."""
     if task not in TASKS:
         raise ValueError(f"unknown task {task!r}; known: {', '.join(TASKS)}")
     if unknown := [name for name in only if name not in TASKS[task]]:
         raise ValueError(f"{task} has no {', '.join(unknown)}; known: {', '.join(TASKS[task])}")
-    return {name: item for name, item in TASKS[task].items() if not only or name in only}
+    return {name: item for name, item in TASKS[task].items() if (name in only if only else not item.optional)}
 
 
 def download(task: str, folder: str | Path = "checkpoints", only: Sequence[str] = ()) -> list[Path]:
-    """Fetch the items of a task: partial files are resumed, complete ones passed over.
+    """Fetch what `select` gives: partial files are resumed, complete ones passed over.
 
     Returns:
         The local files.
@@ -121,7 +135,7 @@ def download(task: str, folder: str | Path = "checkpoints", only: Sequence[str] 
     published: dict[str, list[str]] = {}
     for item in items.values():
         if item.repo not in published:
-            published[item.repo] = _ask_hub(item, item.files, list_repo_files, item.repo)
+            published[item.repo] = _ask_hub(item, item.files, list_repo_files, item.repo, repo_type=item.repo_type)
     names, missing = {}, []
     for key, item in items.items():
         names[key], absent = _resolve(item, published[item.repo])
@@ -132,16 +146,17 @@ def download(task: str, folder: str | Path = "checkpoints", only: Sequence[str] 
     for key, item in items.items():
         target = Path(folder) / item.folder
         for name in names[key]:
-            local.append(_ask_hub(item, [name], fetch, item.repo, name, target / _saved_as(name, item)))
+            place = target / _saved_as(name, item)
+            local.append(_ask_hub(item, [name], fetch, item.repo, name, place, repo_type=item.repo_type))
         if item.holds:
             _check(local[-1], item)
     return local
 
 
-def _ask_hub(item: Item, files: Sequence[str], call: Callable[..., T], *args) -> T:
+def _ask_hub(item: Item, files: Sequence[str], call: Callable[..., T], *args, **kwargs) -> T:
     """A call that asks the Hub, whose failures become a FileNotFoundError that names repository and files."""
     try:
-        return call(*args)
+        return call(*args, **kwargs)
     except Exception as error:  # each major version of the client brings the exceptions of another HTTP library
         reason = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
         raise FileNotFoundError(
@@ -156,13 +171,13 @@ def _saved_as(name: str, item: Item) -> str:
     return next((names[0] for names in either if len(names) > 1 and name in names), name)
 
 
-def fetch(repo: str, name: str, target: Path) -> Path:
+def fetch(repo: str, name: str, target: Path, repo_type: str = "model") -> Path:
     """One file of a Hub repository, continued from what an interrupted call left. Returns `target`.
 
     The Hub client's own download does the same but starts an interrupted file from its first byte again. Raises what
     the client raises, and OSError if the bytes do not have the published checksum.
     """
-    url = hf_hub_url(repo, name)
+    url = hf_hub_url(repo, name, repo_type=repo_type)
     remote = get_hf_file_metadata(url)
     if target.exists() and target.stat().st_size == remote.size:
         return target
@@ -220,9 +235,10 @@ def main(argv: list[str] | None = None) -> None:
         "python -m skipdit.download",
         description=__doc__,
         epilog="\n".join(
-            f"{task}:\n" + "\n".join(f"  {name:<10}{item}" for name, item in items.items())
+            f"{task}:\n" + "\n".join(f"{'*' if item.optional else ' '} {name:<18}{item}" for name, item in items.items())
             for task, items in TASKS.items()
-        ),
+        )
+        + "\n\n* only where --only names it",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("task", choices=TASKS)
@@ -232,7 +248,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     try:
         for name, item in select(args.task, args.only).items():
-            print(f"{name:<10}{item} -> {args.dir / item.folder}")
+            print(f"{name:<18}{item} -> {args.dir / item.folder}")
         if not args.dry_run:
             print(*download(args.task, args.dir, args.only), sep="\n")
     except (ValueError, OSError) as error:
