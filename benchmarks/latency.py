@@ -30,7 +30,6 @@ from skipdit.skip import SkipTransformer
 from skipdit.text_to_video import LatteT2V
 from skipdit.train import peak_memory
 
-
 ROOT = Path(__file__).parents[1]
 AHEAD = ("the modulations", "keys and values of the text")  # what a run computes before its steps
 

@@ -7,12 +7,16 @@ Every row starts from the same noise. Takes a sampler's config; writes compare.p
 """
 
 from skipdit.cache import CacheSpec
+from skipdit.class_sample import ClassSampler
 from skipdit.class_to_image.sample import Config, load
 from skipdit.compare import run
 
 
 def main() -> None:
-    run(Config, __doc__, load, CacheSpec.parse("N2-1000-20"), "image", tiles=lambda images: images[:10])
+    def open_sampler(config: Config, branch: int) -> ClassSampler:
+        return ClassSampler(config, load(config, branch))
+
+    run(Config, __doc__, open_sampler, CacheSpec.parse("N2-1000-20"), "image", tiles=lambda images: images[:10])
 
 
 if __name__ == "__main__":

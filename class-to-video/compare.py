@@ -7,27 +7,18 @@ Every row starts from the same noise. Takes a sampler's config; writes compare.p
 compare.gif (a line per row, all in motion) and compare.json into its `out`.
 """
 
-from pathlib import Path
-
-from torch import Tensor
-
 from skipdit.cache import CacheSpec
+from skipdit.class_sample import ClassSampler
 from skipdit.class_to_video.sample import Config, load
-from skipdit.compare import run
-from skipdit.media import side_by_side, write_gif
-
-
-def tiles(clips: Tensor) -> Tensor:
-    """Four frames of each of the first two clips, (8, 3, H, W)."""
-    return clips[:2, :: max(1, clips.shape[1] // 4)][:, :4].flatten(0, 1)
+from skipdit.compare import film, four_frames, run
 
 
 def main() -> None:
-    config, rows = run(Config, __doc__, load, CacheSpec.parse("N2-900-49"), "clip", tiles)
-    shown = min(8, config.num_samples)
-    film = Path(config.out) / "compare.gif"
-    write_gif(film, side_by_side([clip for row in rows for clip in row[:shown]], columns=shown), config.fps)
-    print(f"in motion: {film}")
+    def open_sampler(config: Config, branch: int) -> ClassSampler:
+        return ClassSampler(config, load(config, branch))
+
+    config, rows = run(Config, __doc__, open_sampler, CacheSpec.parse("N2-900-49"), "clip", four_frames)
+    film(rows, config.out, config.fps)
 
 
 if __name__ == "__main__":

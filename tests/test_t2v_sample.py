@@ -64,7 +64,7 @@ def test_clip_is_what_diffusers_makes(config, released_t2v, monkeypatch):
     monkeypatch.setattr(sample_t2v, "write_outputs", lambda *_: None)
     config.negative_prompt = "a bicycle"
     sample(config)
-    parts = open_pipeline(config)
+    parts = open_pipeline(config, None)
     pipe = LattePipeline(
         AutoTokenizer.from_pretrained(released_t2v / "Latte-0/tokenizer"),
         T5EncoderModel.from_pretrained(released_t2v / "Latte-0/text_encoder"),
@@ -156,8 +156,11 @@ def test_temporal_decoder_and_half_precision(config):
 
 def test_compiled(config):
     torch._dynamo.reset()
-    config.prompts, config.cache, config.compile = ["the cat"], "N2-900-49", True
+    config.cache, config.compile = "N2-900-49", True
     assert sample(config)["steps"]["cached"] > 1
+    files(config, "mp4")[0].unlink()
+    config.compile = False
+    assert sample(config)["num_samples"] == 2  # goes on in the same folder
     torch._dynamo.reset()
 
 

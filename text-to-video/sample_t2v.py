@@ -218,13 +218,12 @@ def generate(
     return latents.float().transpose(1, 2)
 
 
-def open_pipeline(config: Config) -> LattePipeline:
+def open_pipeline(config: Config, branch: int | None) -> LattePipeline:
     """Check a config, then load its transformer and autoencoder; the text encoder is not part of it.
 
     Raises ValueError or FileNotFoundError for settings that do not fit each other, before the weights are read.
     """
-    folder, places, spec = Path(config.pipeline), config.places(), CacheSpec.parse(config.cache)
-    device = process_state().device
+    folder, places, device = Path(config.pipeline), config.places(), process_state().device
     needed = {"weights": config.weights, "vae": places["vae"]}
     needed |= {"pipeline": f"{folder}/transformer/config.json"}
     needed |= {"scheduler": f"{folder}/scheduler/scheduler_config.json"}
@@ -237,18 +236,20 @@ def open_pipeline(config: Config) -> LattePipeline:
     with torch.device("meta"):
         model = LatteT2V.from_config(settings, skip=config.skip)
     height, width = frame_size(config, model, vae)
-    unit = downsampling(vae) * model.config.patch_size
-    if height % unit or width % unit or height % 8 or width % 8:
-        raise ValueError(f"height {height} and width {width} must be multiples of {max(unit, 8)} pixels")
+    unit = max(8, downsampling(vae) * model.config.patch_size)
+    if height % unit or width % unit:
+        raise ValueError(f"height {height} and width {width} must be multiples of {unit} pixels")
     if not 1 <= config.num_frames <= model.config.video_length:
         raise ValueError(f"num_frames is {config.num_frames}; this model makes 1 to {model.config.video_length}")
-    if spec.interval > 1 and spec.branch > model.n_skips:
-        raise ValueError(f"cache branch {spec.branch} is larger than the model's number of skips, {model.n_skips}")
+    if branch is not None and branch > model.n_skips:
+        raise ValueError(f"cache branch {branch} is larger than the model's number of skips, {model.n_skips}")
     nn.Module.to(model, dtype=resolve_dtype(config.dtype, device))  # not diffusers' own, which warns
     model.to_empty(device="cpu")
     load_weights(model, config.weights)
-    model.eval().requires_grad_(False)
-    return LattePipeline(None, None, vae.to(device), model.to(device), scheduler)
+    model.to(device).eval().requires_grad_(False)
+    pipe = LattePipeline(None, None, vae.to(device), model, scheduler)
+    pipe.set_progress_bar_config(disable=not process_state().is_main_process, leave=False, desc="sampling", unit="step")
+    return pipe
 
 
 def frame_size(config: Config, model: LatteT2V, vae: AutoencoderKL) -> tuple[int, int]:
@@ -257,51 +258,88 @@ def frame_size(config: Config, model: LatteT2V, vae: AutoencoderKL) -> tuple[int
     return config.height or native, config.width or native
 
 
+class TextSampler:
+    """All that a config asks for, on the device, ready to sample.
+
+    Args:
+        branch: the cache's, None without a cache.
+
+    Attributes:
+        pipe: without its text encoder; its transformer may be compiled.
+        model: the transformer itself.
+        prompts, texts: the prompts, and each as the model reads it.
+        encoder: fingerprint of the text encoder.
+        size: height and width in pixels.
+        flops: of one full and one cached step, per clip.
+    """
+
+    def __init__(self, config: Config, branch: int | None):
+        self.config, self.method, self.prompts = config, config.scheduler, read_prompts(config)
+        self.pipe = open_pipeline(config, branch)
+        self.model, vae = self.pipe.transformer, self.pipe.vae
+        self.texts, self.encoder = encode_prompts(config, self.prompts, self.model.device)
+        self.size = frame_size(config, self.model, vae)
+        self.flops = step_flops(
+            self.model,
+            2 if config.guidance_scale > 1 else 1,
+            branch or 1,
+            frames=config.num_frames,
+            height=self.size[0] // downsampling(vae),
+            width=self.size[1] // downsampling(vae),
+            tokens=max(text.embeddings.shape[1] for text in self.texts.values()),
+        )
+        if config.compile:
+            self.pipe.transformer = torch.compile(self.model, fullgraph=True)
+
+    def timesteps(self, steps: int) -> list[float]:
+        self.pipe.scheduler.set_timesteps(steps)
+        return self.pipe.scheduler.timesteps.tolist()
+
+    def clips(self, indices: list[int], steps: int, callback: Callable[[int], None] | None = None) -> Tensor:
+        """Samples of one prompt, (N, F, 3, H, W) uint8."""
+        prompt = self.prompts[indices[0] // self.config.videos_per_prompt]
+        latents = generate(
+            self.pipe,
+            self.texts[prompt],
+            generators(self.config.seed, indices, self.model.device),
+            steps=steps,
+            guidance_scale=self.config.guidance_scale,
+            num_frames=self.config.num_frames,
+            size=self.size,
+            temporal_attention=self.config.temporal_attention,
+            callback=callback,
+        )
+        return to_uint8(decode(self.pipe.vae, latents)).cpu()
+
+    def make(self, steps: int, spec: CacheSpec) -> Tensor:
+        """All samples of the config, (N, F, 3, H, W) uint8."""
+        enable_cache(self.pipe, spec)
+        each = self.config.videos_per_prompt
+        batches = batches_of_prompts(range(len(self.prompts) * each), each, self.config.batch_size)
+        return torch.cat([self.clips(indices, steps) for indices in batches])
+
+
 def sample(config: Config) -> dict:
     """Run a config. Returns the report that is also written to report.json."""
-    prompts, state, spec = read_prompts(config), process_state(), CacheSpec.parse(config.cache)
-    pipe = open_pipeline(config)
-    model, vae, device = pipe.transformer, pipe.vae, state.device
-    encoded, encoder = encode_prompts(config, prompts, device)
-    height, width = frame_size(config, model, vae)
+    state, spec = process_state(), CacheSpec.parse(config.cache)
+    sampler = TextSampler(config, spec.branch if spec.interval > 1 else None)
+    cache, model, prompts = enable_cache(sampler.pipe, spec), sampler.model, sampler.prompts
     each, suffix = config.videos_per_prompt, "png" if config.num_frames == 1 else "mp4"
 
     identity = {key: value for key, value in to_dict(config).items() if key not in _FREE}
-    identity |= {"height": height, "width": width, "prompts": prompts, "cache": str(spec)}
-    identity |= {"weights": fingerprint(model), "vae": fingerprint(vae), "text_encoder": encoder}
-    identity |= {"dtype": str(model.dtype), "device": device.type}  # devices draw different noise from one seed
-    names = [file_name(prompt, copy, number * each + copy, config.vbench_names)
-             for number, prompt in enumerate(prompts) for copy in range(each)]  # fmt: skip
+    identity |= {"size": sampler.size, "prompts": prompts, "cache": str(spec), "text_encoder": sampler.encoder}
+    identity |= {"weights": fingerprint(model), "vae": fingerprint(sampler.pipe.vae)}
+    identity |= {"dtype": str(model.dtype), "device": state.device.type}  # devices draw different noise from one seed
+    names = [
+        file_name(prompt, copy, number * each + copy, config.vbench_names)
+        for number, prompt in enumerate(prompts)
+        for copy in range(each)
+    ]
     job = Job(config.out, identity, len(names), suffix, state.process_index, state.num_processes, names)
-
-    flops = step_flops(
-        model,
-        2 if config.guidance_scale > 1 else 1,
-        spec.branch,
-        frames=config.num_frames,
-        height=height // downsampling(vae),
-        width=width // downsampling(vae),
-        tokens=max(part.embeddings.shape[1] for part in encoded.values()),
-    )
-    if config.compile:
-        pipe.transformer = torch.compile(model, fullgraph=True)
-    cache = enable_cache(pipe, spec)
-    pipe.set_progress_bar_config(disable=not state.is_main_process, leave=False, desc="sampling", unit="step")
 
     def make(indices: list[int], timer: StepTimer) -> tuple[Tensor, SkipCache]:
         timer.start()
-        latents = generate(
-            pipe,
-            encoded[prompts[indices[0] // each]],
-            generators(config.seed, indices, device),
-            steps=config.steps,
-            guidance_scale=config.guidance_scale,
-            num_frames=config.num_frames,
-            size=(height, width),
-            temporal_attention=config.temporal_attention,
-            callback=lambda i: timer.tick(cache.run.ran[i]),
-        )
-        return to_uint8(decode(vae, latents)).cpu(), cache.run
+        return sampler.clips(indices, config.steps, lambda i: timer.tick(cache.run.ran[i])), cache.run
 
     def save(index: int, frames: Tensor) -> None:
         if suffix == "png":
@@ -309,14 +347,13 @@ def sample(config: Config) -> dict:
         else:
             job.save(index, lambda path: write_mp4(path, frames, config.fps))
 
-    pipe.scheduler.set_timesteps(config.steps)
     summary = work_off(
         job,
         batches_of_prompts(job.pending(), each, config.batch_size),
         make,
         save,
-        idle=SkipCache(spec, pipe.scheduler.timesteps),
-        flops=flops,
+        idle=SkipCache(spec, sampler.timesteps(config.steps)),
+        flops=sampler.flops,
         unit="picture" if suffix == "png" else "clip",
         seed=config.seed,
         config=to_dict(config) | {"prompts": prompts},
@@ -333,7 +370,7 @@ def file_name(prompt: str, copy: int, index: int, vbench: bool) -> str:
     return f"{index:06d}-{words[:60]}" if words else f"{index:06d}"
 
 
-def batches_of_prompts(pending: list[int], each: int, size: int) -> Iterator[list[int]]:
+def batches_of_prompts(pending: Sequence[int], each: int, size: int) -> Iterator[list[int]]:
     """Samples of one prompt at a time: prompts differ in length, and a clip must not depend on what is beside it."""
     for _, group in groupby(pending, key=lambda index: index // each):
         indices = list(group)
@@ -359,8 +396,13 @@ def write_outputs(config: Config, job: Job, prompts: list[str]) -> None:
 def main() -> None:
     parser = make_parser(Config, __doc__)
     add_cache_arguments(parser)
-    parser.add_argument("--prompt", action="append", default=[], metavar="TEXT", help="what to show, instead of the "
-                        "config's prompts; more than once for several")  # fmt: skip
+    parser.add_argument(
+        "--prompt",
+        action="append",
+        default=[],
+        metavar="TEXT",
+        help="what to show, instead of the config's prompts; more than once for several",
+    )
     args = parser.parse_intermixed_args()
     with friendly_errors():
         spec = cache_override(args, WINDOW)

@@ -194,6 +194,35 @@ def open_models(
     return Models(model, vae, flops)
 
 
+@dataclass
+class ClassSampler:
+    """All samples of a config, by any cache and number of steps: what `skipdit.compare` runs."""
+
+    config: SamplingConfig
+    models: Models
+
+    @property
+    def flops(self) -> dict[str, float]:
+        return self.models.flops
+
+    @property
+    def method(self) -> str:
+        return self.config.sampler
+
+    def timesteps(self, steps: int) -> list[int]:
+        return Diffusion(steps).sampling_timesteps
+
+    def make(self, steps: int, spec: CacheSpec) -> Tensor:
+        """(N, ..., 3, H, W) uint8."""
+        config, (model, vae, _), batches = self.config, self.models, []
+        for start in range(0, config.num_samples, config.batch_size):
+            indices = range(start, min(start + config.batch_size, config.num_samples))
+            labels, noise = labels_of(config, model, indices), generators(config.seed, indices, model.device)
+            settings = generate_settings(config) | {"steps": steps, "cache": SkipCache(spec, self.timesteps(steps))}
+            batches.append(to_uint8(decode(vae, generate(model, labels, noise, **settings, progress=True))).cpu())
+        return torch.cat(batches)
+
+
 def run_job(
     config: SamplingConfig,
     models: Models,

@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
+from typing import Protocol, TypeVar
 
 import torch
 from PIL import Image, ImageDraw, ImageFont
@@ -18,13 +19,25 @@ from torch import Tensor
 
 from skipdit.bench import run_flops
 from skipdit.cache import CacheSpec, SkipCache
-from skipdit.class_sample import Models, SamplingConfig, generate, generate_settings, labels_of
 from skipdit.config import friendly_errors, load_config, make_parser, to_dict
-from skipdit.data.images import to_uint8
-from skipdit.diffusion import Diffusion
+from skipdit.media import side_by_side, write_gif
 from skipdit.metrics.fidelity import psnr, ssim
-from skipdit.sample import generators, versions
-from skipdit.vae import decode
+from skipdit.sample import versions
+
+T = TypeVar("T")
+
+
+class Sampler(Protocol):
+    """One config's model, ready to sample."""
+
+    flops: dict[str, float]  # of one full and one cached step, per sample
+    method: str  # of sampling, as people call it
+
+    def timesteps(self, steps: int) -> list[float]:
+        """Of a run of so many steps, in sampling order."""
+
+    def make(self, steps: int, spec: CacheSpec) -> Tensor:
+        """All samples of the config, (N, ..., 3, H, W) uint8."""
 
 
 @dataclass
@@ -35,54 +48,41 @@ class Row:
     spec: CacheSpec
     steps: int
 
-    def cache(self) -> SkipCache:
-        return SkipCache(self.spec, Diffusion(self.steps).sampling_timesteps)
+    def cache(self, sampler: Sampler) -> SkipCache:
+        return SkipCache(self.spec, sampler.timesteps(self.steps))
 
-    def flops(self, per_step: dict[str, float]) -> float:
-        return run_flops(self.cache(), per_step)
+    def flops(self, sampler: Sampler) -> float:
+        return run_flops(self.cache(sampler), sampler.flops)
 
 
-def rows_for(steps: int, intervals: list[int], window: CacheSpec, per_step: dict[str, float]) -> list[Row]:
+def rows_for(steps: int, intervals: list[int], window: CacheSpec, sampler: Sampler) -> list[Row]:
     """Uncached, then per interval: reuse, forecast, and the number of uncached steps nearest to their FLOPs."""
     rows = [Row("uncached", CacheSpec(), steps)]
     for interval in intervals:
         reuse = Row(f"reuse N={interval}", CacheSpec(interval, window.start, window.stop, window.branch), steps)
         forecast = Row(f"forecast N={interval}", reuse.spec.with_order(1), steps)
-        fewer = max(1, round(reuse.flops(per_step) / per_step["full"]))
+        fewer = max(1, round(reuse.flops(sampler) / sampler.flops["full"]))
         rows += [reuse, forecast, Row(f"{fewer} steps", CacheSpec(), fewer)]
     return rows
 
 
-def compare(config: SamplingConfig, rows: list[Row], models: Models, repeats: int) -> tuple[list[dict], list[Tensor]]:
+def compare(sampler: Sampler, rows: list[Row], repeats: int) -> tuple[list[dict], list[Tensor]]:
     """Sample every row `repeats` times in turn; medians of time, fidelity to the first row.
 
     Returns one dict per row, and the samples (N, ..., 3, H, W), uint8, of each.
     """
-    model, vae, per_step = models
-    settings = generate_settings(config)
-
-    def make(steps: int, cache: Callable[[], SkipCache]) -> Tensor:
-        batches = []
-        for start in range(0, config.num_samples, config.batch_size):
-            indices = range(start, min(start + config.batch_size, config.num_samples))
-            labels, noise = labels_of(config, model, indices), generators(config.seed, indices, model.device)
-            changed = settings | {"steps": steps}
-            latents = generate(model, labels, noise, **changed, cache=cache(), progress=True)
-            batches.append(to_uint8(decode(vae, latents)).cpu())
-        return torch.cat(batches)
-
     for spec in (CacheSpec(), CacheSpec(2, stop=0, branch=rows[-2].spec.branch)):  # warm up
-        make(4, Row("", spec, 4).cache)
+        sampler.make(4, spec)
     times: list[list[float]] = [[] for _ in rows]
     samples: list[Tensor] = [torch.empty(0)] * len(rows)
     for _ in range(repeats):  # interleaved: a machine that slows down slows all rows
         for number, row in enumerate(rows):
             began = time.perf_counter()
-            samples[number] = make(row.steps, row.cache)
-            times[number].append((time.perf_counter() - began) / config.num_samples)
+            samples[number] = sampler.make(row.steps, row.spec)
+            times[number].append((time.perf_counter() - began) / len(samples[number]))
     table = []
     for row, seconds, made in zip(rows, times, samples, strict=True):
-        cache, middle = row.cache(), median(seconds)
+        cache, middle = row.cache(sampler), median(seconds)
         pictures = made.flatten(0, -4), samples[0].flatten(0, -4)
         table.append(
             {
@@ -92,7 +92,7 @@ def compare(config: SamplingConfig, rows: list[Row], models: Models, repeats: in
                 "cached_steps": cache.cached_steps,
                 "seconds_per_sample": middle,
                 "speedup": median(times[0]) / middle,
-                "flops_speedup": rows[0].flops(per_step) / row.flops(per_step),
+                "flops_speedup": rows[0].flops(sampler) / row.flops(sampler),
                 "psnr": psnr(*pictures).mean().item(),
                 "ssim": ssim(*pictures).mean().item(),
             }
@@ -130,19 +130,19 @@ def picture(table: list[dict], tiles: Sequence[Tensor], side: int = 64) -> Image
 
 
 def run(
-    schema: type[SamplingConfig],
+    schema: type[T],
     description: str,
-    load: Callable[[SamplingConfig, int], Models],
+    open_sampler: Callable[[T, int], Sampler],
     window: CacheSpec,
     unit: str,
     tiles: Callable[[Tensor], Tensor],
-) -> tuple[SamplingConfig, list[Tensor]]:
+) -> tuple[T, list[Tensor]]:
     """The command line of a task's compare.py; writes compare.png and compare.json into the config's `out`.
 
     Args:
         schema: the task's sampling settings.
         description: for `--help`.
-        load: `load(config, branch)` gives model and autoencoder.
+        open_sampler: `open_sampler(config, branch)` loads all that a config asks for.
         window: the timesteps between which to cache, and the default branch.
         unit: what a sample is.
         tiles: which pictures (M, 3, H, W) of the samples to show.
@@ -157,17 +157,28 @@ def run(
     args = parser.parse_intermixed_args()
     with friendly_errors():
         config = load_config(schema, args.config, args.overrides)
-        models = load(config, args.branch)
+        sampler = open_sampler(config, args.branch)
         window = CacheSpec(2, window.start, window.stop, args.branch)
-        rows = rows_for(config.steps, args.intervals, window, models.flops)
-        table, samples = compare(config, rows, models, args.repeats)
+        table, samples = compare(sampler, rows_for(config.steps, args.intervals, window, sampler), args.repeats)
     out = Path(config.out)
     out.mkdir(parents=True, exist_ok=True)
     picture(table, [tiles(made) for made in samples]).save(out / "compare.png")
     record = {"rows": table, "config": to_dict(config), **versions()}
     (out / "compare.json").write_text(json.dumps(record, indent=2) + "\n")
     guidance = "" if config.guidance_scale == 1 else f", guidance {config.guidance_scale}"
-    print(f"\n{config.num_samples} {unit}s, {config.sampler} {config.steps} steps{guidance}\n")
+    print(f"\n{len(samples[0])} {unit}s, {sampler.method} {config.steps} steps{guidance}\n")
     print(markdown(table, unit))
     print(f"\nside by side: {out / 'compare.png'}")
     return config, samples
+
+
+def four_frames(clips: Tensor) -> Tensor:
+    """Four frames of each of the first two clips, (8, 3, H, W): the tiles of a comparison of clips."""
+    return clips[:2, :: max(1, clips.shape[1] // 4)][:, :4].flatten(0, 1)
+
+
+def film(rows: list[Tensor], out: str, fps: float) -> None:
+    """compare.gif in the folder `out`: a line of up to eight clips per row, all in motion."""
+    shown, file = min(8, len(rows[0])), Path(out) / "compare.gif"
+    write_gif(file, side_by_side([clip for row in rows for clip in row[:shown]], columns=shown), fps)
+    print(f"in motion: {file}")

@@ -235,7 +235,7 @@ def main(argv: list[str] | None = None) -> None:
         "python -m skipdit.download",
         description=__doc__,
         epilog="\n".join(
-            f"{task}:\n" + "\n".join(f"{'*' if item.optional else ' '} {name:<18}{item}" for name, item in items.items())
+            f"{task}:\n" + "\n".join(f"{' *'[item.optional]} {name:<18}{item}" for name, item in items.items())
             for task, items in TASKS.items()
         )
         + "\n\n* only where --only names it",
