@@ -4,6 +4,7 @@ import hashlib
 import http.server
 import io
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -12,12 +13,14 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from safetensors.torch import save
 
 from skipdit import download as tool
 from skipdit.weights import WeightsError
 
 DIT, LATTE = "blocks.0.attn.qkv.weight", "temporal_transformer_blocks.0.scale_shift_table"
 SKIP_DIT, HUNYUAN = "GuanjieChen/Skip-DiT", "Tencent-Hunyuan/HunyuanDiT-v1.2"
+PLAIN, CLIPS = "maxin-cn/Latte-0", "datasets/GuanjieChen/video_seg"
 T2I = [f"t2i/{name}" for name in ("clip_text_encoder/a.bin", "mt5/a.bin", "tokenizer/vocab.txt")]
 VAE = ["config.json", "diffusion_pytorch_model.safetensors"]
 
@@ -30,7 +33,10 @@ def checkpoint(mark: str, skips: int, classes: int | None = None) -> dict:
 
 
 class Hub:
-    """A stand-in for the Hub client: `repos` maps a repository to its files, `content` a file name to what it holds."""
+    """A stand-in for the Hub client: `repos` maps a repository to its files, `content` a file name to what it holds.
+
+    A dataset's repository is called datasets/owner/name here, as in the Hub's addresses.
+    """
 
     def __init__(self):
         self.fetched: list[tuple[str, str]] = []
@@ -45,6 +51,7 @@ class Hub:
             "skytimelapse-skip.pt": checkpoint("temp_embed", 7),
             "ucf101-skip.pt": checkpoint("temp_embed", 7, 101),
             "Latte-skip.pt": checkpoint(LATTE, 14),
+            "transformer/diffusion_pytorch_model.safetensors": checkpoint(LATTE, 0)["ema"],
             "t2i/model/pytorch_model_ema.pt": hunyuan,
         }
         self.repos = {
@@ -59,7 +66,10 @@ class Hub:
                 "transformer/config.json",
                 "transformer/diffusion_pytorch_model.safetensors",
                 "tokenizer/spiece.model",
+                "vae_temporal_decoder/config.json",
+                "vae_temporal_decoder/diffusion_pytorch_model.safetensors",
             ],
+            CLIPS: ["README.md", "00000/1.mp4", "00001/2.mp4"],
             "maxin-cn/Latte-1": ["tokenizer/spiece.model", "transformer/config.json", "vae/config.json"],
             HUNYUAN: [
                 "t2i/model/pytorch_model_ema.pt",
@@ -70,10 +80,13 @@ class Hub:
             ],
         }
 
-    def list_repo_files(self, repo):
+    def list_repo_files(self, repo, repo_type="model"):
         if self.failure:
             raise self.failure
-        return self.repos[repo]
+        return self.repos[self.url(repo, "", repo_type)[0]]
+
+    def url(self, repo, name, repo_type="model") -> tuple[str, str]:
+        return f"datasets/{repo}" if repo_type == "dataset" else repo, name
 
     def get_hf_file_metadata(self, url):
         return SimpleNamespace(size=len(self.bytes(url)), etag="git-checksum")
@@ -83,6 +96,8 @@ class Hub:
         file.write(self.bytes(url)[resume_size:])
 
     def bytes(self, url: tuple[str, str]) -> bytes:
+        if url[1].endswith(".safetensors"):
+            return save({name: tensor.clone() for name, tensor in self.content.get(url[1], {}).items()})
         buffer = io.BytesIO()
         torch.save(self.content.get(url[1], {}), buffer)
         return buffer.getvalue()
@@ -91,7 +106,7 @@ class Hub:
 @pytest.fixture
 def hub(monkeypatch):
     hub = Hub()
-    monkeypatch.setattr(tool, "hf_hub_url", lambda repo, name: (repo, name))
+    monkeypatch.setattr(tool, "hf_hub_url", hub.url)
     for name in ("list_repo_files", "get_hf_file_metadata", "http_get"):
         monkeypatch.setattr(tool, name, getattr(hub, name))
     return hub
@@ -129,18 +144,61 @@ def test_each_task_fetches_its_files(hub, tmp_path, task):
     assert len(files) == len(hub.fetched)
 
 
+OPTIONAL = {
+    "plain": [(PLAIN, "transformer/config.json"), (PLAIN, "transformer/diffusion_pytorch_model.safetensors")],
+    "temporal_decoder": [
+        (PLAIN, "vae_temporal_decoder/config.json"),
+        (PLAIN, "vae_temporal_decoder/diffusion_pytorch_model.safetensors"),
+    ],
+    "data": [(CLIPS, "README.md"), (CLIPS, "00000/1.mp4"), (CLIPS, "00001/2.mp4")],
+}
+
+
+@pytest.mark.parametrize("only", [["plain"], ["temporal_decoder"], ["data"], ["plain", "data"]])
+def test_optional_files_are_fetched_where_they_are_named(hub, tmp_path, only):
+    tool.download("text-to-video", tmp_path, only)
+    assert hub.fetched == [file for name in only for file in OPTIONAL[name]]
+
+
+def test_every_optional_item_is_among_those_above():
+    optional = {name for items in tool.TASKS.values() for name, item in items.items() if item.optional}
+    assert optional == set(OPTIONAL)
+
+
+def test_true_addresses_of_a_dataset(monkeypatch, tmp_path):
+    """Of the true client: models and datasets of one name are different repositories."""
+    listed, urls, file = [], [], "00035/1.mp4"
+    metadata = SimpleNamespace(size=0, etag="git-checksum")
+    monkeypatch.setattr(tool, "list_repo_files", lambda repo, repo_type: listed.append((repo, repo_type)) or [file])
+    monkeypatch.setattr(tool, "get_hf_file_metadata", lambda url: urls.append(url) or metadata)
+    monkeypatch.setattr(tool, "http_get", lambda url, file, **kwargs: urls.append(url))
+    tool.download("text-to-video", tmp_path, only=["data"])
+    assert listed == [("GuanjieChen/video_seg", "dataset")]
+    assert [url.partition("/datasets/")[2] for url in urls] == [f"GuanjieChen/video_seg/resolve/main/{file}"] * 2
+
+
 def test_files_land_where_pipelines_look(hub, tmp_path):
     for task in tool.TASKS:
         tool.download(task, tmp_path)
+    tool.download("text-to-video", tmp_path, only=list(OPTIONAL))
     for name in (
         "DiT-XL-2-skip.pt",
         "sd-vae-ft-ema/config.json",
         "ffs-skip.pt",
         "Latte-0/vae/config.json",
         "Latte-0/tokenizer/spiece.model",
+        "Latte-0/transformer/diffusion_pytorch_model.safetensors",
+        "Latte-0/vae_temporal_decoder/config.json",
+        "video_seg/00001/2.mp4",
         "HunyuanDiT-v1.2/t2i/model/pytorch_model_ema.pt",
     ):
         assert (tmp_path / name).is_file()
+
+
+def test_plain_weights_with_skips_are_noticed(hub, tmp_path):
+    hub.content["transformer/diffusion_pytorch_model.safetensors"] = checkpoint(LATTE, 14)["ema"]
+    with pytest.raises(WeightsError, match=r"holds text-to-video Latte, 14 long skips, but should hold \S+ Latte\."):
+        tool.download("text-to-video", tmp_path, only=["plain"])
 
 
 @pytest.mark.parametrize("name", ["skylapse-skip.pt", "skytimelapse-skip.pt"])
@@ -192,7 +250,8 @@ def server(monkeypatch):
     server = http.server.HTTPServer(("127.0.0.1", 0), Handler)
     server.content, server.ranges, server.knows_ranges = os.urandom(10_000), [], True
     server.checksum = hashlib.sha256(server.content).hexdigest()
-    monkeypatch.setattr(tool, "hf_hub_url", lambda repo, name: f"http://127.0.0.1:{server.server_port}/{name}")
+    address = f"http://127.0.0.1:{server.server_port}"
+    monkeypatch.setattr(tool, "hf_hub_url", lambda repo, name, repo_type: f"{address}/{name}")
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     thread = threading.Thread(target=server.serve_forever, daemon=True)
     thread.start()
@@ -303,6 +362,25 @@ def test_dry_run_lists_sizes_and_stays_offline(hub, capsys):
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[:3] for line in lines] == [["ffs", "2.77", "GB"], ["sky", "2.77", "GB"]]
     assert "skylapse-skip.pt or skytimelapse-skip.pt" in lines[1]
+
+
+def test_help_tells_what_is_only_fetched_by_name(capsys):
+    with pytest.raises(SystemExit):
+        run_cli("--help")
+    said = capsys.readouterr().out
+    marked = [line.split()[1] for line in said.splitlines() if re.match(r"\* \w+  ", line)]
+    assert marked == list(OPTIONAL)
+    assert "* only where --only names it" in said
+
+
+@pytest.mark.parametrize(("only", "listed"), [([], ["latte", "pipeline", "tokenizer"]), (["--only", "data"], ["data"])])
+def test_script_of_text_to_video_knows_its_task(only, listed, tmp_path):
+    script = Path(__file__).parent.parent / "text-to-video/download.py"
+    command = [sys.executable, script, "--dry-run", "--dir", "here", *only]
+    run = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert run.returncode == 0, run.stderr
+    assert [line.split()[0] for line in run.stdout.splitlines()] == listed
+    assert not list(tmp_path.iterdir())
 
 
 def test_script_passes_its_arguments_on():

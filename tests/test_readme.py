@@ -1,7 +1,9 @@
 """Every command of the README is here, and runs: small where it can, up to its first check where it cannot."""
 
+import json
 import os
 import re
+import shutil
 import struct
 import subprocess
 import sys
@@ -19,6 +21,7 @@ ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 SMALL_TRAINING = "train.steps=2 train.batch_size=2 train.warmup=0 train.decay_steps=0 train.sample_every=0"
 SAMPLE = "python class-to-image/sample.py --config configs/class-to-image/"
+SAMPLE_TEXT = "python text-to-video/sample_t2v.py --config configs/text-to-video/"
 SAMPLE_VIDEO = "python class-to-video/sample.py --config configs/class-to-video/"
 TRAIN = "python class-to-image/train.py --config configs/class-to-image/"
 
@@ -58,13 +61,24 @@ ELSEWHERE = {
     "--config configs/class-to-video/ucf101_sample_fvd.yaml": "test_video.py runs two processes",
     "python -m skipdit.data check configs/class-to-video/ucf101_scratch.yaml": "test_clips.py, on small data sets",
     "bash scripts/train_c2v_8gpu.sh ucf101 scratch": "test_video.py runs two processes",
+    "python text-to-video/download.py": "test_download.py",
+    "torchrun --nproc-per-node 8 text-to-video/sample_t2v.py "
+    "--config configs/text-to-video/t2v_sample_vbench.yaml": "test_t2v_sample.py, with VBench's files",
+    "bash scripts/train_t2v_8gpu.sh stage1": "test_t2v_train.py runs both stages, and two processes",
+    "bash scripts/train_t2v_8gpu.sh stage2": "test_t2v_train.py runs both stages, and two processes",
     "python scripts/fetch_emoji.py --out data/emoji-anim": "test_fetch_emoji.py, on small packages",
 }
+# Command -> the folder of its task, the first thing that is missing, and the command that fetches it.
+DIT = ("class-to-image", "weights=checkpoints/DiT-XL-2-skip.pt, vae=", "bash scripts/download.sh class-to-image")
+LATTE = ("class-to-video", "weights=checkpoints/ucf101-skip.pt, vae=", "bash scripts/download.sh class-to-video")
+T2V = ("text-to-video", "weights=checkpoints/Latte-skip.pt, vae=", "python text-to-video/download.py")
 WITHOUT_CHECKPOINT = {
-    f"{SAMPLE}imagenet256_sample.yaml": ("class-to-image", "DiT-XL-2-skip.pt"),
-    f"{SAMPLE}imagenet256_sample_cache.yaml": ("class-to-image", "DiT-XL-2-skip.pt"),
-    f"{SAMPLE_VIDEO}ucf101_sample.yaml": ("class-to-video", "ucf101-skip.pt"),
-    f"{SAMPLE_VIDEO}ucf101_sample_cache.yaml": ("class-to-video", "ucf101-skip.pt"),
+    f"{SAMPLE}imagenet256_sample.yaml": DIT,
+    f"{SAMPLE}imagenet256_sample_cache.yaml": DIT,
+    f"{SAMPLE_VIDEO}ucf101_sample.yaml": LATTE,
+    f"{SAMPLE_VIDEO}ucf101_sample_cache.yaml": LATTE,
+    f"{SAMPLE_TEXT}t2v_sample_skip.yaml": T2V,
+    f"{SAMPLE_TEXT}t2v_sample_skip_cache.yaml --cache N2-700-50": T2V,
 }
 
 
@@ -88,7 +102,7 @@ def checkout(tmp_path_factory) -> Path:
         (folder / "data/emoji-anim/videos" / kind).mkdir(parents=True)
         film = np.full((46, 64, 64, 3), 30 * number, np.uint8)
         imageio.imwrite(folder / f"data/emoji-anim/videos/{kind}/a.mp4", film, plugin="FFMPEG", fps=24)
-    for name in ("class-to-image", "class-to-video", "configs", "scripts"):
+    for name in ("class-to-image", "class-to-video", "text-to-video", "configs", "scripts"):
         (folder / name).symlink_to(ROOT / name)
     raw = folder / "data/FashionMNIST/raw"
     raw.mkdir(parents=True)
@@ -116,18 +130,18 @@ def test_commands_run(checkout):
 
 @pytest.mark.parametrize(("command", "wanted"), WITHOUT_CHECKPOINT.items())
 def test_without_the_released_checkpoint_the_fix_is_named(command, wanted, tmp_path):
-    task, checkpoint = wanted
+    task, missing, fix = wanted
     for name in (task, "configs"):
         (tmp_path / name).symlink_to(ROOT / name)
     result = run(command, tmp_path)
     assert result.returncode == 2
     last = result.stderr.strip().splitlines()[-1]
-    assert last.startswith(f"error: missing: weights=checkpoints/{checkpoint}, vae=checkpoints/sd-vae-ft-ema")
-    assert f"bash scripts/download.sh {task}" in last
+    assert last.startswith(f"error: missing: {missing}")
+    assert fix in last
 
 
 def test_python_example(tmp_path):
-    (code,) = re.findall(r"```python\n(.*?)```", README, flags=re.S)
+    _, code = re.findall(r"```python\n(.*?)```", README, flags=re.S)
     tiny = {"input_size": 32, "patch_size": 8, "hidden_size": 32, "depth": 8, "num_heads": 2}
     torch.save({"ema": to_released(DiT(**tiny).state_dict())}, tmp_path / "tiny.pt")
     code = code.replace('DiT.from_name("DiT-skip")', f"DiT(**{tiny})")
@@ -138,8 +152,37 @@ def test_python_example(tmp_path):
     assert names["out"].shape == (2, 8, 32, 32)
 
 
+def test_diffusers_example(tmp_path, released_t2v):
+    """On the folder of a whole tiny pipeline, in single precision, with the smallest frames."""
+    code, _ = re.findall(r"```python\n(.*?)```", README, flags=re.S)
+    width = {"caption_channels": 16, "num_attention_heads": 2, "attention_head_dim": 16, "cross_attention_dim": 32}
+    tiny = f"LatteT2V(**{width}, num_layers=4, sample_size=4, video_length=4)"
+    shutil.copytree(released_t2v / "Latte-0", tmp_path / "whole")
+    parts = {
+        "text_encoder": ["transformers", "T5EncoderModel"],
+        "tokenizer": ["transformers", "T5Tokenizer"],
+        "vae": ["diffusers", "AutoencoderKL"],
+        "scheduler": ["diffusers", "DDIMScheduler"],
+        "transformer": ["diffusers", "LatteTransformer3DModel"],
+    }
+    index = {"_class_name": "LattePipeline", "_diffusers_version": "0.33.0"} | parts
+    (tmp_path / "whole/model_index.json").write_text(json.dumps(index))
+    for old, new in {
+        "LatteT2V().half()": tiny,
+        "checkpoints/Latte-skip.pt": str(released_t2v / "Latte-skip.pt"),
+        "maxin-cn/Latte-1": str(tmp_path / "whole"),
+        "torch.float16": "torch.float32",
+        'trots through snow")': 'trots through snow", num_inference_steps=3, video_length=4, height=16, width=16)',
+    }.items():
+        assert old in code
+        code = code.replace(old, new)
+    names = {}
+    exec(code, names)
+    assert len(names["frames"][0]) == 4
+
+
 def test_files_that_the_readme_names_exist():
-    names = re.findall(r"\b(?:class-to-image|class-to-video|configs|scripts|visuals|benchmarks)/[\w./-]+\.\w+", README)
+    names = re.findall(r"\b(?:class-to-image|class-to-video|text-to-video|configs|scripts|visuals|benchmarks)/[\w./-]+\.\w+", README)
     missing = [name for name in names if not (ROOT / name).exists() and "weights" not in name]
     assert not missing
 
