@@ -182,7 +182,9 @@ def test_diffusers_example(tmp_path, released_t2v):
 
 
 def test_files_that_the_readme_names_exist():
-    names = re.findall(r"\b(?:class-to-image|class-to-video|text-to-video|configs|scripts|visuals|benchmarks)/[\w./-]+\.\w+", README)
+    names = re.findall(
+        r"\b(?:class-to-image|class-to-video|text-to-video|configs|scripts|visuals|benchmarks)/[\w./-]+\.\w+", README
+    )
     missing = [name for name in names if not (ROOT / name).exists() and "weights" not in name]
     assert not missing
 

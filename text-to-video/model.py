@@ -283,7 +283,8 @@ class LatteT2V(SkipTransformer):
         frames: int | None = None,
         height: int | None = None,
         width: int | None = None,
-    ) -> dict[str, Tensor | Text]:
+        temporal: bool = True,
+    ) -> dict[str, Tensor | Text | bool]:
         """Arguments of `forward` for counting and timing: noise, and a text that is already encoded."""
         config, like = self.config, {"device": self.device, "dtype": self.dtype}
         size = (frames or config.video_length, height or config.sample_size, width or config.sample_size)
@@ -291,6 +292,7 @@ class LatteT2V(SkipTransformer):
         return {
             "hidden_states": torch.randn(shape, **like),
             "timestep": torch.full((batch,), 500, device=self.device),
+            "enable_temporal_attentions": temporal,
             "encoder_hidden_states": self.encode_text(torch.randn(batch, tokens, config.caption_channels, **like)),
         }
 

@@ -71,6 +71,7 @@ class Config:
     weights: str = required("checkpoint of the transformer: .pt, .safetensors, or folder")
     pipeline: str = setting("checkpoints/Latte-0", "folder with transformer/config.json, scheduler, vae, text_encoder")
     skip: bool = setting(True, "the weights have long skips")
+    fuse: str | None = setting(None, "replace or residual long skips; unset: as the pipeline's config.json says")
     vae: str | None = setting(None, "autoencoder, folder or Hub name; unset: the pipeline's")
     temporal_decoder: bool = setting(False, "use the pipeline's vae_temporal_decoder, whose clips flicker less")
     text_encoder: str | None = setting(None, "folder or Hub name; unset: the pipeline's")
@@ -234,7 +235,7 @@ def open_pipeline(config: Config, branch: int | None) -> LattePipeline:
     vae.enable_tiling() if config.vae_tiling else None
     settings = LatteT2V.load_config(folder / "transformer")
     with torch.device("meta"):
-        model = LatteT2V.from_config(settings, skip=config.skip)
+        model = LatteT2V.from_config(settings, skip=config.skip, **({"fuse": config.fuse} if config.fuse else {}))
     height, width = frame_size(config, model, vae)
     unit = max(8, downsampling(vae) * model.config.patch_size)
     if height % unit or width % unit:
@@ -286,6 +287,7 @@ class TextSampler:
             frames=config.num_frames,
             height=self.size[0] // downsampling(vae),
             width=self.size[1] // downsampling(vae),
+            temporal=config.temporal_attention,
             tokens=max(text.embeddings.shape[1] for text in self.texts.values()),
         )
         if config.compile:

@@ -28,7 +28,7 @@ from skipdit.sample import generators
 from skipdit.text import load_text_encoder, missing_text_files
 from skipdit.text_to_video.data import make_dataset
 from skipdit.text_to_video.model import LatteT2V
-from skipdit.text_to_video.sample_t2v import FETCH, Prompt, generate, make_scheduler
+from skipdit.text_to_video.sample_t2v import Prompt, generate, make_scheduler
 from skipdit.train import Draw, Loss, TrainConfig, fit
 from skipdit.vae import decode, latent_size
 
@@ -127,7 +127,7 @@ def train(config: Config, dry_run: bool = False) -> LatteT2V:
         files | ({"model.folder": config.model.folder} if config.model.folder else {}),
         config.train,
         lambda vae: build_model(config.model, latent_size(config.data.image_size, vae), config.data.num_frames),
-        FETCH,
+        "bash scripts/download.sh text-to-video --only plain pipeline tokenizer",
         absent=[] if config.texts else missing_text_files(config.text_encoder, config.tokenizer),
     )
     dataset = make_dataset(config.data, vae)

@@ -19,6 +19,7 @@ from skipdit.cache import SkipCache
 from skipdit.data.stream import seed_of
 from skipdit.device import process_state
 from skipdit.download import is_hub_name
+from skipdit.weights import holds_weights
 
 T = TypeVar("T")
 
@@ -32,17 +33,18 @@ def preflight(files: dict[str, str], fetch: str, absent: Sequence[str] = ()) -> 
     """Check that everything a run needs is there, before anything is loaded.
 
     Args:
-        files: setting name -> path; of the `vae` also a Hub name, which cannot be checked offline.
+        files: setting name -> path; of the `vae` also a Hub name, which cannot be checked offline; as `weights` and
+            `init` a folder has to hold some.
         fetch: the command that fetches what is missing.
         absent: what is known to be missing besides.
 
     Raises FileNotFoundError that lists every missing file.
     """
-    missing = [
-        f"{key}={path}"
-        for key, path in files.items()
-        if not (Path(path).exists() or (key == "vae" and is_hub_name(path)))
-    ]
+    found = {
+        key: holds_weights(path) if key in ("weights", "init") else Path(path).exists() for key, path in files.items()
+    }
+    found["vae"] = found.get("vae") or is_hub_name(files.get("vae", ""))
+    missing = [f"{key}={path}" for key, path in files.items() if not found[key]]
     missing += absent
     if missing:
         raise FileNotFoundError(f"missing: {', '.join(missing)}; `{fetch}` fetches the released ones")

@@ -168,6 +168,12 @@ def read(path: Path) -> dict:
     return content
 
 
+def holds_weights(path: str | Path) -> bool:
+    """Whether there is a file, or a folder with weights somewhere below."""
+    path = Path(path)
+    return path.is_file() or any(file.suffix in (*_PICKLED, ".safetensors") for file in path.rglob("*"))
+
+
 def _weights_files(path: Path) -> list[Path]:
     """The file itself; in a folder its weights file, the shards of that, or the newest training checkpoint."""
     if not path.is_dir():
