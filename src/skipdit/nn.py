@@ -108,3 +108,15 @@ def unpatchify(x: Tensor, patch_size: int, rows: int) -> Tensor:
     """Tokens (..., T, p * p * C), `rows` lines of patches -> pictures (..., C, H, W)."""
     x = x.unflatten(-1, (patch_size, patch_size, -1)).unflatten(-4, (rows, -1))  # (..., h, w, p, p, C)
     return x.movedim(-1, -5).transpose(-3, -2).flatten(-2).flatten(-3, -2)
+
+
+def rotary_2d(rows: Tensor, columns: Tensor, dim: int) -> tuple[Tensor, Tensor]:
+    """Rotary tables of a grid of positions (h,) by (w,): cosines and sines, each (h * w, dim), every angle twice.
+
+    Columns turn the first half of `dim` (RoFormer, arXiv 2104.09864, along two axes).
+    """
+    exponents = torch.arange(0, dim // 2, 2, dtype=rows.dtype, device=rows.device) / (dim // 2)
+    across, down = (axis[:, None] * 10_000.0**-exponents for axis in (columns, rows))  # (w, dim / 4), (h, dim / 4)
+    angles = torch.cat([across.expand(len(rows), -1, -1), down[:, None].expand(-1, len(columns), -1)], dim=2)
+    angles = angles.flatten(0, 1).repeat_interleave(2, dim=1)
+    return angles.cos(), angles.sin()

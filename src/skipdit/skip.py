@@ -13,7 +13,7 @@ runs layers L-b .. L-1: the shallow features, and so the skips, are fresh.
             └─────────┘
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -119,12 +119,26 @@ class SkipTransformer(ModelMixin, ConfigMixin):
     def n_skips(self) -> int:
         return len(self.skips)
 
-    def _stack(self, x: Tensor, block: Callable[[int, Tensor], Tensor], depth: int, cache: CacheStep | None) -> Tensor:
-        """Run `depth` layers on x; see `skip_stack`."""
+    def _stack(
+        self,
+        x: Tensor,
+        block: Callable[[int, Tensor], Tensor],
+        depth: int,
+        cache: CacheStep | None,
+        extras: Sequence[Tensor] | None = None,
+    ) -> Tensor:
+        """Run `depth` layers on x; see `skip_stack`. `extras`, one per skip, outermost first, are added to what it
+        brings, as a ControlNet does.
+        """
+
+        def fuse(j: int, x: Tensor, shallow: Tensor) -> Tensor:
+            shallow = shallow if extras is None else shallow + extras[self.n_skips - 1 - j]
+            return self._run(self.skips[j], x, shallow)
+
         return skip_stack(
             x,
             block=block,
-            fuse=lambda j, x, shallow: self._run(self.skips[j], x, shallow),
+            fuse=fuse,
             depth=depth,
             n_skips=self.n_skips,
             cache=cache,

@@ -30,6 +30,7 @@ _OURS_TO_RELEASED = [
     (re.compile(r"^skips\.(\d+)\.norm\."), r"skip_norms.\1."),
     (re.compile(r"^skips\.(\d+)\.linear\."), r"skip_linears.\1.linear."),
 ]
+_IN_BLOCKS = re.compile(r"^blocks\.(\d+)\.skip_(?:norm|linear)\.")  # Hunyuan-DiT keeps them in its deep blocks
 _WRAPPERS = re.compile(r"^(?:module\.|_orig_mod\.)+|(?<=\.)_orig_mod\.")  # of DistributedDataParallel, torch.compile
 _UNUSED = ("caption_projection.y_embedding",)  # buffers of released files that no forward pass reads
 _CONTAINERS = ("ema", "model", "state_dict", "module")  # what a training checkpoint keeps its weights under, best first
@@ -58,12 +59,20 @@ def _rename(state: State, rules: list[tuple[re.Pattern, str]]) -> dict[str, Tens
 
 def from_released(state: State) -> dict[str, Tensor]:
     """Released parameter names to ours; names that are ours already stay."""
-    return _rename(state, _RELEASED_TO_OURS)
+    deep = sorted({int(match[1]) for name in state if (match := _IN_BLOCKS.match(name))})
+    first = deep[0] if deep else 0
+    rules = [(re.compile(rf"^blocks\.{i}\.skip_(norm|linear)\."), rf"skips.{i - first}.\1.") for i in deep]
+    return _rename(state, _RELEASED_TO_OURS + rules)
 
 
 def to_released(state: State) -> dict[str, Tensor]:
     """Our parameter names to the released ones; the inverse of `from_released`."""
-    return _rename(state, _OURS_TO_RELEASED)
+    if "mlp_t5.0.weight" not in state:
+        return _rename(state, _OURS_TO_RELEASED)
+    n_skips = count_members(state, "skips")
+    first = count_members(state, "blocks") - n_skips
+    rules = [(re.compile(rf"^skips\.{j}\.(norm|linear)\."), rf"blocks.{first + j}.skip_\1.") for j in range(n_skips)]
+    return _rename(state, rules)
 
 
 def identify(state: State) -> str:

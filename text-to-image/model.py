@@ -1,0 +1,247 @@
+"""Hunyuan-DiT (arXiv 2405.08748): a diffusion transformer for text-to-image whose second half has long skips natively.
+
+Two texts, of a CLIP and of a multilingual T5, make one sequence that every block reads. Shapes: N pictures, C latent
+channels, H x W latents, T tokens of a picture, S tokens of the two texts together, D width, K heads.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from diffusers.configuration_utils import register_to_config
+from diffusers.models.embeddings import HunyuanDiTAttentionPool, apply_rotary_emb
+from diffusers.models.modeling_outputs import Transformer2DModelOutput
+from timm.layers import Mlp
+from torch import Tensor, nn
+
+from skipdit.adaln import FinalLayer
+from skipdit.cache import CacheStep
+from skipdit.nn import PatchEmbed, TimestepEmbedder, rotary_2d, unpatchify
+from skipdit.skip import SkipTransformer, make_skips
+
+Rotary = tuple[Tensor, Tensor]  # cosines and sines, each (T, D / K)
+
+
+class Text(NamedTuple):
+    """Two texts as the model reads them; they depend on neither timestep nor latents (`HunyuanDiT.encode_text`)."""
+
+    keys: tuple[Tensor, ...]  # per block (N, K, S, D / K)
+    values: tuple[Tensor, ...]
+    pooled: Tensor  # (N, D): what the conditioning has of the T5's text
+
+
+class SelfAttention(nn.Module):
+    """Attention among tokens, with normalised and rotated queries and keys; parameter names as released."""
+
+    def __init__(self, dim: int, num_heads: int, qk_norm: bool):
+        super().__init__()
+        self.num_heads = num_heads
+        self.Wqkv = nn.Linear(dim, 3 * dim)
+        self.q_norm, self.k_norm = _head_norm(dim, num_heads, qk_norm), _head_norm(dim, num_heads, qk_norm)
+        self.out_proj = nn.Linear(dim, dim)
+
+    def forward(self, x: Tensor, rotary: Rotary | None) -> Tensor:
+        """x (N, T, D) -> (N, T, D)"""
+        q, k, v = (_heads(part, self.num_heads) for part in self.Wqkv(x).chunk(3, dim=-1))
+        q, k = _rotate(self.q_norm(q), rotary), _rotate(self.k_norm(k), rotary)
+        return self.out_proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+
+
+class CrossAttention(nn.Module):
+    """Attention of tokens to the text; parameter names as released."""
+
+    def __init__(self, dim: int, text_dim: int, num_heads: int, qk_norm: bool):
+        super().__init__()
+        self.num_heads = num_heads
+        self.q_proj, self.kv_proj = nn.Linear(dim, dim), nn.Linear(text_dim, 2 * dim)
+        self.q_norm, self.k_norm = _head_norm(dim, num_heads, qk_norm), _head_norm(dim, num_heads, qk_norm)
+        self.out_proj = nn.Linear(dim, dim)
+
+    def keys_values(self, text: Tensor) -> tuple[Tensor, Tensor]:
+        """(N, S, C') -> keys and values, each (N, K, S, D / K)"""
+        k, v = (_heads(part, self.num_heads) for part in self.kv_proj(text).chunk(2, dim=-1))
+        return self.k_norm(k), v
+
+    def forward(self, x: Tensor, keys: Tensor, values: Tensor, rotary: Rotary | None) -> Tensor:
+        """x (N, T, D) -> (N, T, D)"""
+        q = _rotate(self.q_norm(_heads(self.q_proj(x), self.num_heads)), rotary)
+        return self.out_proj(F.scaled_dot_product_attention(q, keys, values).transpose(1, 2).flatten(2))
+
+
+def _heads(x: Tensor, num_heads: int) -> Tensor:
+    return x.unflatten(-1, (num_heads, -1)).transpose(1, 2)
+
+
+def _head_norm(dim: int, num_heads: int, wanted: bool) -> nn.Module:
+    return nn.LayerNorm(dim // num_heads, eps=1e-6) if wanted else nn.Identity()
+
+
+def _rotate(x: Tensor, rotary: Rotary | None) -> Tensor:
+    return x if rotary is None else apply_rotary_emb(x, rotary)
+
+
+class Block(nn.Module):
+    """Transformer block whose self-attention is shifted by the conditioning."""
+
+    def __init__(self, dim: int, text_dim: int, num_heads: int, mlp_ratio: float, qk_norm: bool):
+        super().__init__()
+        self.norm1, self.norm2, self.norm3 = (nn.LayerNorm(dim, eps=1e-6) for _ in range(3))
+        self.attn1 = SelfAttention(dim, num_heads, qk_norm)
+        self.attn2 = CrossAttention(dim, text_dim, num_heads, qk_norm)
+        self.mlp = Mlp(dim, int(dim * mlp_ratio), act_layer=lambda: nn.GELU(approximate="tanh"))
+        self.default_modulation = nn.Sequential(nn.SiLU(), nn.Linear(dim, dim))
+
+    def forward(self, x: Tensor, c: Tensor, keys: Tensor, values: Tensor, rotary: Rotary | None) -> Tensor:
+        """Tokens x (N, T, D), conditioning c (N, 1, D), the text's keys and values of this block -> (N, T, D)"""
+        x = x + self.attn1(self.norm1(x) + self.default_modulation(c), rotary)
+        x = x + self.attn2(self.norm3(x), keys, values, rotary)  # released names: the third norm comes second
+        return x + self.mlp(self.norm2(x))
+
+
+class HunyuanDiT(SkipTransformer):
+    """Text-to-image diffusion transformer on latents; a `transformer` for diffusers' `HunyuanDiTPipeline`.
+
+    Args:
+        input_size: (height, width) of the latents it is made for; any other size works, with its own rotary tables.
+        patch_size: side of a patch, in latent pixels.
+        in_channels: latent channels C.
+        hidden_size: width D.
+        depth: number of blocks L.
+        num_heads: K.
+        mlp_ratio: hidden width of the MLP over D.
+        learn_sigma: also predict the variance, in C more channels.
+        text_states_dim, text_len: channels and tokens of the CLIP's text.
+        text_states_dim_t5, text_len_t5: those of the T5's.
+        qk_norm: normalise queries and keys.
+        skip: whether block i is joined to block L-1-i, for every i < L // 2 - 1.
+        fuse: "replace" as released, or "residual"; see `skipdit.skip.LongSkip`.
+    """
+
+    _no_split_modules = ["Block"]  # noqa: RUF012 (diffusers' convention; also the unit that FSDP shards)
+    text_arguments = (
+        "encoder_hidden_states",
+        "text_embedding_mask",
+        "encoder_hidden_states_t5",
+        "text_embedding_mask_t5",
+    )
+
+    @register_to_config
+    def __init__(
+        self,
+        input_size: Sequence[int] = (128, 128),
+        patch_size: int = 2,
+        in_channels: int = 4,
+        hidden_size: int = 1408,
+        depth: int = 40,
+        num_heads: int = 16,
+        mlp_ratio: float = 4.3637,
+        learn_sigma: bool = True,
+        text_states_dim: int = 1024,
+        text_states_dim_t5: int = 2048,
+        text_len: int = 77,
+        text_len_t5: int = 256,
+        qk_norm: bool = True,
+        skip: bool = True,
+        fuse: str = "replace",
+    ):
+        super().__init__()
+        if hidden_size % num_heads:
+            raise ValueError(f"hidden_size {hidden_size} is not a multiple of num_heads {num_heads}")
+        pooled = 1024  # of every released model, whatever its text encoders
+        self.x_embedder = PatchEmbed(None, patch_size, in_channels, hidden_size)
+        self.t_embedder = TimestepEmbedder(hidden_size)
+        self.text_embedding_padding = nn.Parameter(torch.randn(text_len + text_len_t5, text_states_dim))
+        self.mlp_t5 = _mlp(text_states_dim_t5, 4 * text_states_dim_t5, text_states_dim)
+        self.pooler = HunyuanDiTAttentionPool(text_len_t5, text_states_dim_t5, num_heads=8, output_dim=pooled)
+        self.extra_embedder = _mlp(pooled, 4 * hidden_size, hidden_size)
+        self.blocks = nn.ModuleList(
+            Block(hidden_size, text_states_dim, num_heads, mlp_ratio, qk_norm) for _ in range(depth)
+        )
+        self.skips = make_skips(hidden_size, depth // 2 - 1 if skip else 0, fuse)
+        self.final_layer = FinalLayer(hidden_size, patch_size**2 * in_channels * (2 if learn_sigma else 1))
+
+    def encode_text(self, clip: Tensor, clip_mask: Tensor, t5: Tensor, t5_mask: Tensor) -> Text:
+        """What the model computes from the texts alone: once per run, not at every step.
+
+        Args:
+            clip, t5: embeddings (N, S1, C1) and (N, S2, C2), of the lengths that the model was made for.
+            clip_mask, t5_mask: (N, S1), (N, S2), nonzero where there is text; elsewhere learned padding is read.
+        """
+        text = torch.cat([clip, self.mlp_t5(t5)], dim=1)
+        mask = torch.cat([clip_mask, t5_mask], dim=1).bool()
+        text = torch.where(mask[..., None], text, self.text_embedding_padding.to(text.dtype))
+        keys, values = zip(*(block.attn2.keys_values(text) for block in self.blocks), strict=True)
+        return Text(keys, values, self.extra_embedder(self.pooler(t5)))
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        timestep: Tensor,
+        encoder_hidden_states: Tensor | Text,
+        text_embedding_mask: Tensor | None = None,
+        encoder_hidden_states_t5: Tensor | None = None,
+        text_embedding_mask_t5: Tensor | None = None,
+        image_meta_size: None = None,
+        style: None = None,
+        image_rotary_emb: Rotary | None = None,
+        controlnet_block_samples: Sequence[Tensor] | None = None,
+        return_dict: bool = True,
+        cache: CacheStep | None = None,
+    ) -> Transformer2DModelOutput | tuple[Tensor]:
+        """Predict v, and the variance.
+
+        Args:
+            hidden_states: noisy latents (N, C, H, W).
+            timestep: (N,).
+            encoder_hidden_states, text_embedding_mask, encoder_hidden_states_t5, text_embedding_mask_t5: see
+                `encode_text`, whose result may take the place of the first.
+            image_meta_size, style: of versions before v1.2; not looked at.
+            image_rotary_emb: cosines and sines (T, D / K) of the tokens' places.
+            controlnet_block_samples: (N, T, D) for every skip, outermost first; added to what it brings.
+            return_dict: False returns a tuple of one.
+            cache: `SkipCache.at(i)` of this sampling step; None runs every block.
+
+        Returns:
+            `sample`, (N, 2C, H, W).
+
+        Raises ValueError for latents that no patches tile, or another number of controls than of skips.
+        """
+        height, width, patch = *hidden_states.shape[-2:], self.config.patch_size
+        if height % patch or width % patch:
+            raise ValueError(f"latents are {height} x {width}, which patches of {patch} do not tile")
+        if controlnet_block_samples is not None and len(controlnet_block_samples) != self.n_skips:
+            raise ValueError(f"there are {len(controlnet_block_samples)} controls for {self.n_skips} skips")
+        text = encoder_hidden_states
+        if not isinstance(text, Text):
+            text = self.encode_text(text, text_embedding_mask, encoder_hidden_states_t5, text_embedding_mask_t5)
+        c = (self.t_embedder(timestep.expand(len(hidden_states))) + text.pooled)[:, None]  # (N, 1, D)
+        x = self._stack(
+            self.x_embedder(hidden_states),
+            lambda i, x: self._run(self.blocks[i], x, c, text.keys[i], text.values[i], image_rotary_emb),
+            len(self.blocks),
+            cache,
+            controlnet_block_samples,
+        )
+        sample = unpatchify(self.final_layer(x, c), patch, height // patch)
+        return Transformer2DModelOutput(sample=sample) if return_dict else (sample,)
+
+
+def rotary_tables(rows: int, columns: int, head_dim: int, base: int = 32) -> Rotary:
+    """Cosines and sines (rows * columns, head_dim) of a grid of patches, float32.
+
+    The grid is laid over the `base` x `base` one of 512 x 512 pixels: its longer side fills that, its shorter side lies
+    in the middle, rounded to whole places. diffusers ends the shorter side too early, by up to half a place.
+    """
+    longest = max(rows, columns)
+    axes = []
+    for count in (rows, columns):
+        length = round(base / longest * count)
+        start = round((base - length) / 2)
+        axes.append(start + torch.arange(count, dtype=torch.float64) * (length / count))
+    cos, sin = rotary_2d(*axes, head_dim)
+    return cos.float(), sin.float()
+
+
+def _mlp(inputs: int, hidden: int, outputs: int) -> nn.Sequential:
+    return nn.Sequential(nn.Linear(inputs, hidden), nn.SiLU(), nn.Linear(hidden, outputs))
