@@ -128,6 +128,7 @@ class LatteT2V(SkipTransformer):
     """
 
     _no_split_modules = ["Block"]  # noqa: RUF012 (diffusers' convention; also the unit that FSDP shards)
+    text_arguments = ("encoder_hidden_states", "encoder_attention_mask")
 
     @register_to_config
     def __init__(

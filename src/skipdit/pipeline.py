@@ -96,7 +96,7 @@ class PipelineCache:
         self._end()
         self.run = SkipCache(self._spec, self._scheduler.timesteps)
         self._active, self._step, self._calls = True, 0, 0
-        self._texts: dict[int, tuple[Tensor, Tensor | None, Any]] = {}  # call of a step -> its text and that encoded
+        self._texts: dict[int, tuple[tuple, Any]] = {}  # call of a step -> its text, and that encoded
 
     def _after_step(self) -> None:
         self._step, self._calls = self._step + 1, 0
@@ -119,14 +119,15 @@ class PipelineCache:
             return None
         call, self._calls = self._calls, self._calls + 1  # guidance may run its two halves one after the other
         kwargs["cache"] = self.run.at(self._step, stream=str(call))
-        text = kwargs.get("encoder_hidden_states")
+        names = self._model.text_arguments
+        texts = tuple(kwargs.get(name) for name in names)
         # A module that is offloaded has its weights elsewhere until its forward begins: it encodes the text there.
-        if isinstance(text, Tensor) and hasattr(self._model, "encode_text") and text.device == self._model.device:
-            mask = kwargs.pop("encoder_attention_mask", None)
-            known = self._texts.get(call, (None, None, None))
-            if known[0] is not text or known[1] is not mask:
-                known = self._texts[call] = (text, mask, self._model.encode_text(text, mask))
-            kwargs["encoder_hidden_states"] = known[2]
+        if texts and isinstance(texts[0], Tensor) and texts[0].device == self._model.device:
+            known, encoded = self._texts.get(call, ((), None))
+            if len(known) != len(texts) or any(old is not new for old, new in zip(known, texts, strict=True)):
+                encoded = self._model.encode_text(*texts)
+                self._texts[call] = texts, encoded
+            kwargs |= dict.fromkeys(names) | {names[0]: encoded}
         return args, kwargs
 
 

@@ -109,11 +109,14 @@ class SkipTransformer(ModelMixin, ConfigMixin):
 
     Attributes:
         skips: module list of `LongSkip`, made by the subclass.
+        text_arguments: for models of texts, the arguments of `forward` that `encode_text` takes; what that returns may
+            take the place of the first of them.
     """
 
     _supports_gradient_checkpointing = True
     gradient_checkpointing = False
     skips: nn.ModuleList
+    text_arguments: tuple[str, ...] = ()
 
     @property
     def n_skips(self) -> int:
