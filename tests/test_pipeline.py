@@ -1,10 +1,12 @@
 """`enable_cache` on diffusers' LattePipeline: right on every call, and nothing left behind."""
 
+import copy
 import gc
 import weakref
 
 import pytest
 import torch
+from accelerate import cpu_offload
 from conftest import NoReadBack, tiny_latte_t2v
 from diffusers import AutoencoderKL, DDIMScheduler, DDPMScheduler, HeunDiscreteScheduler, LattePipeline
 from torch._dynamo.testing import CompileCounterWithBackend
@@ -247,9 +249,90 @@ def test_what_cannot_be_cached_is_named(pipe, vae_folder):
         enable_cache(pipe, "N2-700-50")
 
 
-def test_compiling_afterwards_is_refused(pipe):
-    enable_cache(pipe, "N2-900-50")
-    pipe.transformer = torch.compile(pipe.transformer, fullgraph=True, backend="eager")
-    with pytest.raises(Exception, match="before enable_cache"):
-        run(pipe)
+def test_compiling_afterwards(pipe):
+    """The hook moves outside of the graphs with the next call."""
+    cache = enable_cache(pipe, "N2-900-50")
+    expected, backend = run(pipe), CompileCounterWithBackend("eager")
+    pipe.transformer = torch.compile(pipe.transformer, fullgraph=True, backend=backend)
+    torch.testing.assert_close(run(pipe), expected)
+    run(pipe, steps=13)
+    assert backend.frame_count == 2 and cache.run.cached_steps > 2
     torch._dynamo.reset()
+
+
+def test_transformer_may_be_replaced(pipe, vae_folder):
+    cache = enable_cache(pipe, "N2-900-50")
+    run(pipe)
+    old, pipe.transformer = pipe.transformer, tiny_latte_t2v(seed=1)
+    fresh = make_pipe(vae_folder)
+    fresh.transformer = tiny_latte_t2v(seed=1)
+    enable_cache(fresh, "N2-900-50")
+    assert torch.equal(run(pipe), run(fresh))
+    assert cache.run.cached_steps > 2 and not old._forward_pre_hooks
+    pipe.transformer = torch.nn.Linear(2, 2)
+    with pytest.raises(TypeError, match="transformer is a Linear"):
+        pipe.scheduler.set_timesteps(3)
+
+
+def test_pipelines_that_share_their_parts_share_the_cache(pipe):
+    uncached = run(pipe)
+    enable_cache(pipe, "N2-900-50")
+    expected = run(pipe)
+    other = LattePipeline(**pipe.components)
+    other.set_progress_bar_config(disable=True)
+    enable_cache(other, "N2-900-50")
+    assert torch.equal(run(other), expected) and torch.equal(run(pipe), expected)
+    disable_cache(pipe)  # whose cache the other's took the place of
+    assert torch.equal(run(other), expected)
+    disable_cache(other)
+    assert torch.equal(run(pipe), uncached) and torch.equal(run(other), uncached)
+    assert not pipe.transformer._forward_pre_hooks and "_skip_cache" not in vars(pipe.scheduler)
+
+
+def test_copies_have_no_cache_and_their_own_parts(pipe):
+    uncached = run(pipe)
+    enable_cache(pipe, "N2-900-50")
+    expected = run(pipe)
+    copied, scheduler = copy.deepcopy(pipe), copy.deepcopy(pipe.scheduler)
+    scheduler.set_timesteps(7)
+    assert len(scheduler.timesteps) == 7 and len(pipe.scheduler.timesteps) == 10
+    assert torch.equal(run(copied), uncached)
+    assert torch.equal(run(pipe), expected)
+
+
+def test_pipelines_die(vae_folder):
+    model, alive = tiny_latte_t2v(), []
+    for _ in range(3):
+        pipe = make_pipe(vae_folder)
+        pipe.transformer = model
+        enable_cache(pipe, "N2-900-50")
+        run(pipe)
+        alive.append(weakref.ref(pipe))
+    del pipe
+    gc.collect()
+    assert [ref() for ref in alive] == [None] * 3
+    assert len(model._forward_pre_hooks) == 1
+
+
+def test_model_by_itself_after_a_run_that_broke_off(pipe):
+    """It is used as it is after a few calls at the latest, and keeps nothing of them."""
+    inputs = {"hidden_states": torch.randn(1, 4, 4, 4, 4), "timestep": torch.tensor([500])}
+    inputs |= {"encoder_hidden_states": torch.randn(1, 6, 12)}
+    with torch.no_grad():
+        expected = pipe.transformer(**inputs).sample
+        cache = enable_cache(pipe, "N2-900-50")
+        pipe.scheduler.set_timesteps(5)
+        for _ in range(6):
+            out = pipe.transformer(**inputs).sample
+    assert torch.equal(out, expected)
+    assert not cache._texts and not cache.run._stored and not cache.run._open
+
+
+def test_offloaded_weights(pipe):
+    """Sequential offload puts weights on the device only while their own module runs."""
+    inputs = {"hidden_states": torch.randn(1, 4, 4, 4, 4), "timestep": torch.tensor([500])}
+    inputs |= {"encoder_hidden_states": torch.randn(1, 6, 12)}
+    with torch.no_grad():
+        expected = pipe.transformer(**inputs).sample
+        cpu_offload(pipe.transformer, torch.device("cpu"))
+        assert torch.equal(pipe.transformer(**inputs).sample, expected)

@@ -63,8 +63,10 @@ class CrossAttention(nn.Module):
         k, v = (_heads(part, self.num_heads) for part in self.kv_proj(text).chunk(2, dim=-1))
         return self.k_norm(k), v
 
-    def forward(self, x: Tensor, keys: Tensor, values: Tensor, rotary: Rotary | None) -> Tensor:
-        """x (N, T, D) -> (N, T, D)"""
+    def forward(self, x: Tensor, keys: Tensor, values: Tensor | None, rotary: Rotary | None) -> Tensor:
+        """x (N, T, D), and keys and values of the text, or the text itself and None -> (N, T, D)"""
+        if values is None:
+            keys, values = self.keys_values(keys)
         q = _rotate(self.q_norm(_heads(self.q_proj(x), self.num_heads)), rotary)
         return self.out_proj(F.scaled_dot_product_attention(q, keys, values).transpose(1, 2).flatten(2))
 
@@ -92,8 +94,8 @@ class Block(nn.Module):
         self.mlp = Mlp(dim, int(dim * mlp_ratio), act_layer=lambda: nn.GELU(approximate="tanh"))
         self.default_modulation = nn.Sequential(nn.SiLU(), nn.Linear(dim, dim))
 
-    def forward(self, x: Tensor, c: Tensor, keys: Tensor, values: Tensor, rotary: Rotary | None) -> Tensor:
-        """Tokens x (N, T, D), conditioning c (N, 1, D), the text's keys and values of this block -> (N, T, D)"""
+    def forward(self, x: Tensor, c: Tensor, keys: Tensor, values: Tensor | None, rotary: Rotary | None) -> Tensor:
+        """Tokens x (N, T, D), conditioning c (N, 1, D), keys and values as for `CrossAttention` -> (N, T, D)"""
         x = x + self.attn1(self.norm1(x) + self.default_modulation(c), rotary)
         x = x + self.attn2(self.norm3(x), keys, values, rotary)  # released names: the third norm comes second
         return x + self.mlp(self.norm2(x))
@@ -161,6 +163,7 @@ class HunyuanDiT(SkipTransformer):
         self.skips = make_skips(hidden_size, depth // 2 - 1 if skip else 0, fuse)
         self.final_layer = FinalLayer(hidden_size, patch_size**2 * in_channels * (2 if learn_sigma else 1))
 
+    @torch.no_grad()
     def encode_text(self, clip: Tensor, clip_mask: Tensor, t5: Tensor, t5_mask: Tensor) -> Text:
         """What the model computes from the texts alone: once per run, not at every step.
 
@@ -168,11 +171,16 @@ class HunyuanDiT(SkipTransformer):
             clip, t5: embeddings (N, S1, C1) and (N, S2, C2), of the lengths that the model was made for.
             clip_mask, t5_mask: (N, S1), (N, S2), nonzero where there is text; elsewhere learned padding is read.
         """
+        text, pooled = self._project(clip, clip_mask, t5, t5_mask)
+        keys, values = zip(*(block.attn2.keys_values(text) for block in self.blocks), strict=True)
+        return Text(keys, values, pooled)
+
+    def _project(self, clip: Tensor, clip_mask: Tensor, t5: Tensor, t5_mask: Tensor) -> tuple[Tensor, Tensor]:
+        """The text that the blocks read (N, S, C1), and what the conditioning has of it (N, D)."""
         text = torch.cat([clip, self.mlp_t5(t5)], dim=1)
         mask = torch.cat([clip_mask, t5_mask], dim=1).bool()
         text = torch.where(mask[..., None], text, self.text_embedding_padding.to(text.dtype))
-        keys, values = zip(*(block.attn2.keys_values(text) for block in self.blocks), strict=True)
-        return Text(keys, values, self.extra_embedder(self.pooler(t5)))
+        return text, self.extra_embedder(self.pooler(t5))
 
     def forward(
         self,
@@ -212,13 +220,16 @@ class HunyuanDiT(SkipTransformer):
             raise ValueError(f"latents are {height} x {width}, which patches of {patch} do not tile")
         if controlnet_block_samples is not None and len(controlnet_block_samples) != self.n_skips:
             raise ValueError(f"there are {len(controlnet_block_samples)} controls for {self.n_skips} skips")
-        text = encoder_hidden_states
-        if not isinstance(text, Text):
-            text = self.encode_text(text, text_embedding_mask, encoder_hidden_states_t5, text_embedding_mask_t5)
-        c = (self.t_embedder(timestep.expand(len(hidden_states))) + text.pooled)[:, None]  # (N, 1, D)
+        if isinstance(encoder_hidden_states, Text):
+            keys, values, pooled = encoder_hidden_states
+        else:
+            masks = text_embedding_mask, text_embedding_mask_t5
+            text, pooled = self._project(encoder_hidden_states, masks[0], encoder_hidden_states_t5, masks[1])
+            keys, values = [text] * len(self.blocks), [None] * len(self.blocks)
+        c = (self.t_embedder(timestep.expand(len(hidden_states))) + pooled)[:, None]  # (N, 1, D)
         x = self._stack(
             self.x_embedder(hidden_states),
-            lambda i, x: self._run(self.blocks[i], x, c, text.keys[i], text.values[i], image_rotary_emb),
+            lambda i, x: self._run(self.blocks[i], x, c, keys[i], values[i], image_rotary_emb),
             len(self.blocks),
             cache,
             controlnet_block_samples,

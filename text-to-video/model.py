@@ -35,6 +35,10 @@ class Text(NamedTuple):
     bias: Tensor | None  # (N, 1 + I, 1, 1, S), added to the attention's scores
 
 
+# Of one block: keys and values (N, 1 + I, K, S, D / K), or the projected text (N, 1 + I, S, D) and None; and the bias.
+BlockText = tuple[Tensor, Tensor | None, Tensor | None]
+
+
 class Attention(nn.Module):
     """Multi-head attention on PyTorch's fused kernel; parameter names as in diffusers."""
 
@@ -75,14 +79,12 @@ class Block(nn.Module):
         self.attn2 = None if text_dim is None else Attention(dim, num_heads, text_dim, bias)
         self.ff = FeedForward(dim, activation_fn=activation)
 
-    def forward(
-        self, x: Tensor, modulation: Tensor, text: tuple[Tensor, Tensor, Tensor | None] | None = None, axis: int = -2
-    ) -> Tensor:
+    def forward(self, x: Tensor, modulation: Tensor, text: BlockText | None = None, axis: int = -2) -> Tensor:
         """Tokens x (N, F, T, D) -> the same shape.
 
         Args:
             modulation: (N, 1, 1, 6, D).
-            text: keys and values (N, 1 + I, K, S, D / K) and bias of this block; the last I of the F are images.
+            text: for a spatial block; the last I of the F are images.
             axis: the axis of x along which tokens attend to each other: -2, those of a frame; -3, those of the same
                 place in all frames.
         """
@@ -93,8 +95,10 @@ class Block(nn.Module):
             x = x + self._read(x, *text)
         return torch.addcmul(x, gate2, self.ff(modulate(normalize(x), shift2, scale2)))
 
-    def _read(self, x: Tensor, keys: Tensor, values: Tensor, bias: Tensor | None) -> Tensor:
+    def _read(self, x: Tensor, keys: Tensor, values: Tensor | None, bias: Tensor | None) -> Tensor:
         """Cross-attention. All frames of a clip have one text: their tokens are the queries of one call."""
+        if values is None:  # here, inside the block, whose weights FSDP gathers for as long as it runs
+            keys, values = self.attn2.keys_values(keys)
         images = keys.shape[1] - 1
         frames = x.shape[1] - images
         clip = x[:, :frames].flatten(1, 2)
@@ -175,7 +179,8 @@ class LatteT2V(SkipTransformer):
         for name, module in self.named_modules():
             if isinstance(module, nn.Linear) and not name.endswith(".delta"):
                 nn.init.xavier_uniform_(module.weight)
-                nn.init.zeros_(module.bias) if module.bias is not None else None
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
         nn.init.xavier_uniform_(self.pos_embed.proj.weight.flatten(1))
         nn.init.zeros_(self.pos_embed.proj.bias)
         steps, texts = self.adaln_single.emb.timestep_embedder, self.caption_projection
@@ -185,6 +190,7 @@ class LatteT2V(SkipTransformer):
             nn.init.zeros_(zero.weight)
             nn.init.zeros_(zero.bias)
 
+    @torch.no_grad()
     def encode_text(self, embeddings: Tensor, mask: Tensor | None = None) -> Text:
         """Project texts, and their keys and values for every spatial block: once per run, not per frame and step.
 
@@ -193,17 +199,19 @@ class LatteT2V(SkipTransformer):
             mask: (N, S) or (N, 1 + I, S), nonzero where there is text; or, without images, a bias on the scores
                 (N, 1, S), as diffusers makes it.
         """
-        texts = embeddings.unsqueeze(1) if embeddings.ndim == 3 else embeddings
-        if mask is not None and mask.ndim == 3 and embeddings.ndim == 3:
-            bias = mask
-        elif mask is not None:  # a text without any token is read as a whole, rather than as nothing, which has no mean
-            bias = (1 - mask.to(texts.dtype).reshape(texts.shape[:3])) * -10_000.0
-        else:
-            bias = None
-        texts = self.caption_projection(texts)
+        texts, bias = self._project(embeddings, mask)
         pairs = [block.attn2.keys_values(texts) for block in self.transformer_blocks]
         keys, values = zip(*pairs, strict=True)
-        return Text(keys, values, None if bias is None else bias[:, :, None, None].to(texts.dtype))
+        return Text(keys, values, bias)
+
+    def _project(self, embeddings: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """Texts (N, 1 + I, S, D), and the bias (N, 1 + I, 1, 1, S) that their mask is."""
+        texts = embeddings.unsqueeze(1) if embeddings.ndim == 3 else embeddings
+        if mask is not None and not (mask.ndim == 3 and embeddings.ndim == 3):
+            # a text without any token is read as a whole, rather than as nothing, which has no mean
+            mask = (1 - mask.to(texts.dtype).reshape(texts.shape[:3])) * -10_000.0
+        texts = self.caption_projection(texts)
+        return texts, None if mask is None else mask[:, :, None, None].to(texts.dtype)
 
     def forward(
         self,
@@ -241,22 +249,25 @@ class LatteT2V(SkipTransformer):
         if not 1 <= frames <= self.config.video_length:
             raise ValueError(f"clips have {frames} frames, the model was made for up to {self.config.video_length}")
         text = encoder_hidden_states
-        if not isinstance(text, Text):
-            text = self.encode_text(text, encoder_attention_mask)
-        if text.keys[0].shape[:2] != (count, 1 + use_image_num):
+        if isinstance(text, Text):
+            texts = [(keys, values, text.bias) for keys, values in zip(text.keys, text.values, strict=True)]
+        else:
+            projected, bias = self._project(text, encoder_attention_mask)
+            texts = [(projected, None, bias)] * len(self.transformer_blocks)
+        if texts[0][0].shape[:2] != (count, 1 + use_image_num):
             raise ValueError(
-                f"texts are {tuple(text.keys[0].shape[:2])}, wanted is one for each of {count} clips"
+                f"texts are {tuple(texts[0][0].shape[:2])}, wanted is one for each of {count} clips"
                 + (f" and its {use_image_num} images" if use_image_num else "")
             )
-        dtype = self.pos_embed.proj.weight.dtype
+        dtype = self.scale_shift_table.dtype
         modulation, embedded = self.adaln_single(timestep.expand(count), hidden_dtype=dtype)
         modulation = modulation.unflatten(-1, (6, -1))[:, None, None]  # (N, 1, 1, 6, D)
         x = self.pos_embed(hidden_states.transpose(1, 2).flatten(0, 1)).unflatten(0, (count, pictures))  # (N, F, T, D)
-        x = x + self._grid(height // patch, width // patch, x)
-        temporal = sincos_1d(torch.arange(frames, dtype=torch.float32, device=x.device), x.shape[-1]).to(x.dtype)
+        x = x + self._grid(height // patch, width // patch, x.device)  # under autocast too, the stream is float32
+        temporal = sincos_1d(torch.arange(frames, dtype=torch.float32, device=x.device), x.shape[-1]).to(dtype)
 
         def pair(i: int, x: Tensor) -> Tensor:
-            x = self._run(self.transformer_blocks[i], x, modulation, (text.keys[i], text.values[i], text.bias))
+            x = self._run(self.transformer_blocks[i], x, modulation, texts[i])
             if not enable_temporal_attentions:
                 return x
             clip = x[:, :frames]
@@ -271,11 +282,12 @@ class LatteT2V(SkipTransformer):
         sample = unpatchify(x, patch, height // patch).transpose(1, 2)
         return Transformer2DModelOutput(sample=sample) if return_dict else (sample,)
 
-    def _grid(self, rows: int, columns: int, like: Tensor) -> Tensor:
+    def _grid(self, rows: int, columns: int, device: torch.device) -> Tensor:
         """Positions of a grid of patches (T, D). Grids of other sizes cover the range of the one it was trained on."""
-        base = self.config.sample_size // self.config.patch_size / max(self.config.sample_size // 64, 1)
-        axes = [torch.arange(n, dtype=torch.float32, device=like.device) * (base / n) for n in (rows, columns)]
-        return sincos_2d(*axes, like.shape[-1]).to(like.dtype)
+        config = self.config
+        base = config.sample_size // config.patch_size / max(config.sample_size // 64, 1)
+        axes = [torch.arange(n, dtype=torch.float32, device=device) * (base / n) for n in (rows, columns)]
+        return sincos_2d(*axes, self.scale_shift_table.shape[1]).to(self.scale_shift_table.dtype)
 
     def random_inputs(
         self,

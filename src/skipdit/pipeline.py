@@ -9,7 +9,9 @@ The pipeline's scheduler tells all that a cache has to know: `set_timesteps` beg
 ends a step. So nothing is counted on the model, and nothing is read back from the device.
 """
 
-import functools
+import types
+import warnings
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -20,13 +22,15 @@ from torch import Tensor, nn
 from skipdit.cache import CacheSpec, SkipCache
 from skipdit.skip import SkipTransformer
 
+MAX_CALLS = 4  # of the model within one step: guidance takes one or two
+
 
 def enable_cache(pipe: DiffusionPipeline, spec: str | CacheSpec) -> "PipelineCache":
-    """Let a pipeline cache from its next call on, in place of a cache that it may have.
+    """Let a pipeline cache from its next call on, in place of a cache that its transformer or scheduler may have.
 
     What the model computes from the text alone is computed once per call then, too. Calls may differ in everything:
-    steps, prompts, sizes, guidance, scheduler. To compile the model, do it before, and with
-    `pipe.transformer = torch.compile(pipe.transformer, fullgraph=True)`.
+    steps, prompts, sizes, guidance, scheduler. Pipelines that share a transformer share its cache; a copy of a pipeline
+    has none. To compile the model, write `pipe.transformer = torch.compile(pipe.transformer, fullgraph=True)`.
 
     Args:
         pipe: its `transformer` is one of ours.
@@ -37,8 +41,13 @@ def enable_cache(pipe: DiffusionPipeline, spec: str | CacheSpec) -> "PipelineCac
 
     Raises TypeError for another transformer, ValueError for a spec that does not fit it or a model compiled in place.
     """
+    spec = CacheSpec.parse(spec)
+    model = _cacheable(pipe.transformer, spec)
+    for owner in (model, pipe.scheduler):
+        if old := owner.__dict__.get("_skip_cache"):
+            old.remove()
     disable_cache(pipe)
-    pipe._skip_cache = PipelineCache(pipe, CacheSpec.parse(spec))
+    pipe._skip_cache = PipelineCache(pipe, spec)
     return pipe._skip_cache
 
 
@@ -49,58 +58,87 @@ def disable_cache(pipe: DiffusionPipeline) -> None:
         cache.remove()
 
 
+def _cacheable(transformer: nn.Module, spec: CacheSpec) -> SkipTransformer:
+    """A transformer without the wrapper that torch.compile puts around it. Raises as `enable_cache`."""
+    model = getattr(transformer, "_orig_mod", transformer)
+    if not isinstance(model, SkipTransformer):
+        raise TypeError(
+            f"the pipeline's transformer is a {type(model).__name__}, which has no long skips to cache on: load "
+            "weights that have some into one of skipdit's models, and pass that as `transformer`"
+        )
+    if spec.interval > 1 and spec.branch > model.n_skips:
+        raise ValueError(f"cache branch {spec.branch} is larger than the model's number of skips, {model.n_skips}")
+    if model._compiled_call_impl is not None:
+        raise ValueError(
+            "the transformer is compiled in place, and the cache has to stay outside of its graphs: write "
+            "`pipe.transformer = torch.compile(pipe.transformer, fullgraph=True)` instead"
+        )
+    return model
+
+
 class PipelineCache:
     """What `enable_cache` puts between a pipeline, its scheduler and its transformer.
 
     Attributes:
         run: the `SkipCache` of the newest call, for its counts; None before the first. It holds tensors only while the
-            call lasts.
+            call lasts; one that broke off leaves its own to the next.
     """
 
     def __init__(self, pipe: DiffusionPipeline, spec: CacheSpec):
-        model = getattr(pipe.transformer, "_orig_mod", pipe.transformer)  # of torch.compile
-        if not isinstance(model, SkipTransformer):
-            raise TypeError(
-                f"the pipeline's transformer is a {type(model).__name__}, which has no long skips to cache on: load "
-                "weights that have some into one of skipdit's models, and pass that as `transformer`"
-            )
-        if spec.interval > 1 and spec.branch > model.n_skips:
-            raise ValueError(f"cache branch {spec.branch} is larger than the model's number of skips, {model.n_skips}")
-        if model._compiled_call_impl is not None:
-            raise ValueError(
-                "the transformer is compiled in place, and the cache has to stay outside of its graphs: write "
-                "`pipe.transformer = torch.compile(pipe.transformer, fullgraph=True)` instead"
-            )
         self.run: SkipCache | None = None
-        self._pipe, self._spec, self._model = pipe, spec, model
-        self._hook = pipe.transformer.register_forward_pre_hook(self._before_model, with_kwargs=True)
-        self._scheduler: SchedulerMixin | None = None
+        self._pipe, self._spec = weakref.ref(pipe), spec
+        self._hook, self._scheduler, self._active = None, None, False
+        self._attach(pipe.transformer)
         self._watch(pipe.scheduler)
 
+    def __deepcopy__(self, memo: dict) -> None:
+        return None  # the copy of a pipeline, a scheduler or a model has no cache
+
     def remove(self) -> None:
+        """Put everything back."""
         self._end()
-        self._hook.remove()
         self._watch(None)
+        self._hook.remove()
+        self._model.__dict__.pop("_skip_cache", None)
+
+    def _attach(self, transformer: nn.Module) -> None:
+        """Hook this module, and no longer the one before. A compiled one is hooked outside of its graphs."""
+        model = _cacheable(transformer, self._spec)
+        if self._hook is not None:
+            self._hook.remove()
+            self._model.__dict__.pop("_skip_cache", None)
+        self._hooked, self._model = weakref.ref(transformer), model
+        self._hook = transformer.register_forward_pre_hook(_Hook(self), with_kwargs=True)
+        model.__dict__["_skip_cache"] = self
 
     def _watch(self, scheduler: SchedulerMixin | None) -> None:
         """Follow this scheduler's calls, and no longer those of the one before."""
         if self._scheduler is not None:
-            del self._scheduler.set_timesteps, self._scheduler.step  # the class's own come back
-        self._scheduler = scheduler
-        self._active = False
+            for name in ("set_timesteps", "step", "_skip_cache"):
+                self._scheduler.__dict__.pop(name, None)  # the class's own come back
+        self._scheduler, self._active = scheduler, False
         if scheduler is not None:
-            scheduler.set_timesteps = _then(scheduler.set_timesteps, self._begin)
-            scheduler.step = _then(scheduler.step, self._after_step)
+            scheduler._skip_cache = self
+            scheduler.set_timesteps = _Then(scheduler, "set_timesteps", self._begin)
+            scheduler.step = _Then(scheduler, "step", self._after_step)
 
     def _begin(self) -> None:
+        """A run begins. The pipeline may have got another transformer since the last, or a compiled one."""
         self._end()
+        pipe = self._pipe()
+        if pipe is not None and pipe.transformer is not self._hooked():
+            self._attach(pipe.transformer)
         self.run = SkipCache(self._spec, self._scheduler.timesteps)
         self._active, self._step, self._calls = True, 0, 0
         self._texts: dict[int, tuple[tuple, Any]] = {}  # call of a step -> its text, and that encoded
 
     def _after_step(self) -> None:
+        if not self._active:
+            return
+        if self._calls == 0:
+            warnings.warn("a step went by without a call of the cached transformer", stacklevel=4)
         self._step, self._calls = self._step + 1, 0
-        if self._active and self._step == len(self.run.plan):
+        if self._step == len(self.run.plan):
             self._end()
 
     def _end(self) -> None:
@@ -108,15 +146,16 @@ class PipelineCache:
         if self.run is not None:
             self.run.clear()
 
-    def _before_model(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
+    def before_model(self, kwargs: dict) -> None:
         """Give the model its step's cache, and the encoded text in place of the text."""
-        if torch.compiler.is_compiling():
-            raise RuntimeError("compile the transformer before enable_cache, not after it")
-        if self._pipe.scheduler is not self._scheduler:  # replaced since, and about to take the first step of a run
-            self._watch(self._pipe.scheduler)
+        pipe = self._pipe()
+        if pipe is not None and pipe.scheduler is not self._scheduler:  # replaced: this is the first step of its run
+            self._watch(pipe.scheduler)
             self._begin()
+        if self._active and self._calls == MAX_CALLS:  # a run that broke off, and the model is used by itself
+            self._end()
         if not self._active:
-            return None
+            return
         call, self._calls = self._calls, self._calls + 1  # guidance may run its two halves one after the other
         kwargs["cache"] = self.run.at(self._step, stream=str(call))
         names = self._model.text_arguments
@@ -128,16 +167,36 @@ class PipelineCache:
                 encoded = self._model.encode_text(*texts)
                 self._texts[call] = texts, encoded
             kwargs |= dict.fromkeys(names) | {names[0]: encoded}
+
+
+class _Hook:
+    """The forward pre-hook of a transformer; that of a copied one does nothing."""
+
+    def __init__(self, cache: PipelineCache | None):
+        self.cache = cache
+
+    def __call__(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+        if self.cache is not None:
+            if torch.compiler.is_compiling():
+                raise RuntimeError("assign the compiled transformer to pipe.transformer before calling the pipeline")
+            self.cache.before_model(kwargs)
         return args, kwargs
 
 
-def _then(method: Callable, after: Callable[[], None]) -> Callable:
-    """A method, and a call after it. Its signature stays: pipelines look at those of their scheduler."""
+class _Then:
+    """A method of a scheduler, and a call after it. Its signature stays: pipelines look at it."""
 
-    @functools.wraps(method)
-    def wrapped(*args, **kwargs):
-        result = method(*args, **kwargs)
-        after()
+    def __init__(self, scheduler: SchedulerMixin, name: str, after: Callable[[], None]):
+        self._scheduler, self._name, self._after = weakref.ref(scheduler), name, after
+        self.__wrapped__ = getattr(scheduler, name)
+        self.__name__ = name
+
+    def __call__(self, *args, **kwargs):
+        result = self.__wrapped__(*args, **kwargs)
+        self._after()
         return result
 
-    return wrapped
+    def __deepcopy__(self, memo: dict) -> types.MethodType:
+        """The copied scheduler's own method: its `copy.deepcopy` has made the new object before its attributes."""
+        copied = memo[id(self._scheduler())]
+        return types.MethodType(getattr(type(copied), self._name), copied)

@@ -24,6 +24,14 @@ from torch import Tensor, nn
 from skipdit.cache import CacheStep
 
 
+class _Float32LayerNorm(nn.LayerNorm):
+    """Runs in float32 whatever the model's dtype, as the released weights were trained."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        normed = F.layer_norm(x.float(), self.normalized_shape, self.weight.float(), self.bias.float(), self.eps)
+        return normed.to(x.dtype)
+
+
 class LongSkip(nn.Module):
     """Joins a shallow feature into the input of a deep layer, 2D -> D.
 
@@ -36,7 +44,7 @@ class LongSkip(nn.Module):
 
     def __init__(self, dim: int, residual: bool = False):
         super().__init__()
-        self.norm = nn.LayerNorm(2 * dim, eps=1e-6)
+        self.norm = _Float32LayerNorm(2 * dim, eps=1e-6)
         self.residual = residual
         if residual:
             self.delta = nn.Linear(2 * dim, dim)
@@ -46,11 +54,8 @@ class LongSkip(nn.Module):
             self.linear = nn.Linear(2 * dim, dim)
 
     def forward(self, x: Tensor, shallow: Tensor) -> Tensor:
-        """x, shallow (..., D) -> (..., D). The norm runs in float32, as the released weights were trained."""
-        joined = torch.cat([x, shallow], dim=-1)
-        norm = self.norm
-        normed = F.layer_norm(joined.float(), norm.normalized_shape, norm.weight.float(), norm.bias.float(), norm.eps)
-        normed = normed.to(x.dtype)
+        """x, shallow (..., D) -> (..., D)"""
+        normed = self.norm(torch.cat([x, shallow], dim=-1))
         out = x + self.delta(normed) if self.residual else self.linear(normed)
         return out.to(x.dtype)  # under autocast too: the residual stream stays float32
 
