@@ -140,7 +140,7 @@ def test_residual_skips_start_at_the_plain_model():
 
 
 def test_residual_and_replacing_skips_do_not_mix():
-    with pytest.raises(ValueError, match="fuse=residual"):
+    with pytest.raises(ValueError, match="set fuse=residual"):
         load_weights(tiny_latte_t2v(), tiny_latte_t2v(fuse="residual").state_dict())
     with pytest.raises(ValueError, match="fuse=replace"):
         load_weights(tiny_latte_t2v(fuse="residual"), tiny_latte_t2v().state_dict())

@@ -171,7 +171,7 @@ def test_diffusers_example(tmp_path, released_t2v):
         "LatteT2V().half()": tiny,
         "checkpoints/Latte-skip.pt": str(released_t2v / "Latte-skip.pt"),
         "maxin-cn/Latte-1": str(tmp_path / "whole"),
-        "torch.float16": "torch.float32",
+        'torch.float16).to("cuda")': "torch.float32)",
         'trots through snow")': 'trots through snow", num_inference_steps=3, video_length=4, height=16, width=16)',
     }.items():
         assert old in code

@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ from transformers import AutoTokenizer, T5EncoderModel
 from skipdit.config import to_yaml
 from skipdit.media import read_mp4
 from skipdit.text_to_video import sample_t2v
-from skipdit.text_to_video.sample_t2v import SCHEDULERS, Config, make_scheduler, open_pipeline, sample
+from skipdit.text_to_video.sample_t2v import SCHEDULERS, Config, check, make_scheduler, open_pipeline, sample
 from skipdit.vae import decode
 
 
@@ -64,7 +65,7 @@ def test_clip_is_what_diffusers_makes(config, released_t2v, monkeypatch):
     monkeypatch.setattr(sample_t2v, "write_outputs", lambda *_: None)
     config.negative_prompt = "a bicycle"
     sample(config)
-    parts = open_pipeline(config, None)
+    parts = open_pipeline(config, check(config, None))
     pipe = LattePipeline(
         AutoTokenizer.from_pretrained(released_t2v / "Latte-0/tokenizer"),
         T5EncoderModel.from_pretrained(released_t2v / "Latte-0/text_encoder"),
@@ -176,6 +177,19 @@ def test_prompts_from_files(config, tmp_path):
     assert [path.name for path in files(config, "mp4")] == wanted
 
 
+def test_two_runs_do_not_mix_in_a_folder(config):
+    """Whatever their files are called, and whether tiles make the clips others or another schedule."""
+    config.prompts, config.vbench_names = ["the cat"], True
+    sample(config)
+    for change in ({"prompts": ["a dog"]}, {"cache": "N2-700-50"}, {"vae_tiling": True}):
+        with pytest.raises(ValueError, match="made with other settings"):
+            sample(replace(config, **change))
+    again = replace(config, height=None, width=None, vae_slicing=True, fuse="replace")
+    with pytest.raises(ValueError, match=r"size: \[16, 16\] there, \[8, 8\] now"):
+        sample(again)
+    sample(replace(again, height=16, width=16))
+
+
 def test_empty_and_long_prompts(config):
     config.prompts = [""]
     sample(config)
@@ -196,7 +210,12 @@ def test_empty_and_long_prompts(config):
         ({"num_frames": 5}, "num_frames is 5; this model makes 1 to 4"),
         ({"cache": "N2-700-50-b3"}, "cache branch 3 is larger than the model's number of skips, 2"),
         ({"dtype": "float8"}, "dtype is 'float8'"),
-        ({"skip": False}, "set model.skip=true"),
+        ({"skip": False}, "set skip=true"),
+        ({"fuse": "residual"}, "set fuse=replace"),
+        ({"guidance_scale": 0.5}, r"guidance_scale is 0\.5; 1 is no guidance"),
+        ({"temporal_decoder": True, "vae_tiling": True}, "knows neither vae_slicing nor vae_tiling"),
+        ({"prompts": ["a/b"], "vbench_names": True}, "no file can be called 'a/b'"),
+        ({"prompts": ["cat " * 100], "vbench_names": True}, "no file can be called"),
     ],
 )
 def test_bad_input_is_named(config, change, complaint):

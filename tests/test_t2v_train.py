@@ -7,8 +7,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import assert_equal, kill_at, run_script, state, stats
+from conftest import FSDP, assert_equal, kill_at, run_script, state, stats
 from torch import nn
+from transformers import T5EncoderModel
 
 from skipdit.data.clips import ClipData
 from skipdit.data.texts import LiveTexts
@@ -128,10 +129,11 @@ def test_killed_run_continues_bit_equal(config, tmp_path):
     assert_equal(whole | {"args": None}, state(config) | {"args": None})
 
 
-def test_two_processes_equal_one(config, tmp_path):
+@pytest.mark.parametrize("parallel", ["ddp", FSDP])
+def test_two_processes_equal_one(config, tmp_path, parallel):
     train(config)
     alone, whole = stats(config), state(config)["ema"]
-    config.out = str(tmp_path / "two")
+    config.out, config.train.parallel = str(tmp_path / "two"), parallel
     result = run_script(config, processes=2, task="text-to-video")
     assert result.returncode == 0, result.stderr[-3000:]
     for a, b in zip(alone, stats(config), strict=True):
@@ -217,6 +219,20 @@ def test_released_folder_gives_the_model(config, released_t2v, tmp_path):
     assert trained.config.sample_size == 4 and trained.n_skips == 2
     config.out, config.data.image_size = config.out + "-large", 16
     with pytest.raises(ValueError, match=r"for 4 frames of 4 latent pixels; the data has 4 of 8 .*data.image_size"):
+        train(config)
+
+
+def test_another_text_encoder_is_refused(config, text_folder, tmp_path):
+    """By a run that goes on; but the encoder, like the data, may have moved."""
+    train(config)
+    shutil.copytree(text_folder, tmp_path / "moved")
+    config.text_encoder, config.train.steps, config.text_fingerprint = str(tmp_path / "moved/text_encoder"), 5, None
+    train(config)
+    other = T5EncoderModel.from_pretrained(config.text_encoder)
+    torch.nn.init.normal_(other.shared.weight)
+    other.save_pretrained(config.text_encoder)
+    config.train.steps, config.text_fingerprint = 6, None
+    with pytest.raises(ValueError, match="text_fingerprint: "):
         train(config)
 
 

@@ -108,9 +108,10 @@ class Config:
         }
 
 
-# Settings that say where and how fast, not what is made. Of the weights the fingerprints count.
-_FREE = {"out", "gif", "batch_size", "weights", "pipeline", "vae", "text_encoder", "tokenizer", "prompt_file"}
-_FREE |= {"compile", "vae_slicing", "vae_tiling", "prompts", "temporal_decoder"}
+# Settings that say where and how fast, not what is made; and those that the identity has in another form: weights by
+# their fingerprints, the size in pixels, models and scheduler by their configs.
+_FREE = {"out", "gif", "batch_size", "compile", "vae_slicing", "prompts", "prompt_file", "height", "width"}
+_FREE |= {"weights", "pipeline", "skip", "fuse", "vae", "temporal_decoder", "text_encoder", "tokenizer"}
 
 
 def read_prompts(config: Config) -> list[str]:
@@ -121,8 +122,12 @@ def read_prompts(config: Config) -> list[str]:
         files = sorted(place.glob("*.txt")) if place.is_dir() else [place]
         if not files or not all(file.is_file() for file in files):
             raise FileNotFoundError(f"no prompts in {place}: it is a text file with one per line, or a folder of them")
-        prompts += [line.strip() for file in files for line in file.read_text(encoding="utf-8").splitlines()]
-        prompts = [prompt for prompt in prompts if prompt]
+        for file in files:
+            try:
+                lines = file.read_text(encoding="utf-8-sig").splitlines()
+            except UnicodeDecodeError as error:
+                raise ValueError(f"{file} is not UTF-8 text: {error}") from error
+            prompts += [line.strip() for line in lines if line.strip()]
     if not prompts:
         raise ValueError('there is nothing to show: give --prompt "a bicycle", or set prompts or prompt_file')
     return list(dict.fromkeys(prompts))
@@ -159,6 +164,8 @@ def encode_prompts(config: Config, prompts: list[str], device: torch.device) -> 
     negative = encoder.encode([config.negative_prompt]).embeddings.cpu()
     embeddings, mask = (part.cpu() for part in encoder.encode(prompts))
     lengths = mask.sum(1).tolist()
+    if not (negative.isfinite().all() and embeddings.isfinite().all()):
+        raise FloatingPointError(f"the text's embeddings are not finite in {dtype}: use dtype=bfloat16 or float32")
     encoded = {
         prompt: Prompt(embeddings[i : i + 1, :length], negative[:, :length])
         for i, (prompt, length) in enumerate(zip(prompts, lengths, strict=True))
@@ -219,24 +226,31 @@ def generate(
     return latents.float().transpose(1, 2)
 
 
-def open_pipeline(config: Config, branch: int | None) -> LattePipeline:
-    """Check a config, then load its transformer and autoencoder; the text encoder is not part of it.
+class Parts(NamedTuple):
+    """A checked config's pipeline, but for the weights of the transformer."""
 
-    Raises ValueError or FileNotFoundError for settings that do not fit each other, before the weights are read.
-    """
+    model: LatteT2V  # on the meta device
+    vae: AutoencoderKL
+    scheduler: SchedulerMixin
+    size: tuple[int, int]  # height and width in pixels
+
+
+def check(config: Config, branch: int | None) -> Parts:
+    """Raises ValueError or FileNotFoundError for settings that do not fit each other, before large files are read."""
     folder, places, device = Path(config.pipeline), config.places(), process_state().device
     needed = {"weights": config.weights, "vae": places["vae"]}
     needed |= {"pipeline": f"{folder}/transformer/config.json"}
     needed |= {"scheduler": f"{folder}/scheduler/scheduler_config.json"}
-    preflight(needed, FETCH, absent=missing_text_files(places["text_encoder"], config.tokenizer))
+    extra = ["temporal_decoder"] * config.temporal_decoder + ["plain"] * (not config.skip)
+    fetch = FETCH + (f"`, and `{FETCH} --only {' '.join(extra)}" if extra else "")
+    preflight(needed, fetch, absent=missing_text_files(places["text_encoder"], config.tokenizer))
     scheduler = make_scheduler(config.scheduler, folder / "scheduler")
     vae = load_vae(places["vae"])
-    vae.enable_slicing() if config.vae_slicing else None
-    vae.enable_tiling() if config.vae_tiling else None
     settings = LatteT2V.load_config(folder / "transformer")
     with torch.device("meta"):
         model = LatteT2V.from_config(settings, skip=config.skip, **({"fuse": config.fuse} if config.fuse else {}))
-    height, width = frame_size(config, model, vae)
+    native = model.config.sample_size * downsampling(vae)
+    height, width = config.height or native, config.width or native
     unit = max(8, downsampling(vae) * model.config.patch_size)
     if height % unit or width % unit:
         raise ValueError(f"height {height} and width {width} must be multiples of {unit} pixels")
@@ -244,19 +258,27 @@ def open_pipeline(config: Config, branch: int | None) -> LattePipeline:
         raise ValueError(f"num_frames is {config.num_frames}; this model makes 1 to {model.config.video_length}")
     if branch is not None and branch > model.n_skips:
         raise ValueError(f"cache branch {branch} is larger than the model's number of skips, {model.n_skips}")
+    if config.guidance_scale < 1:
+        raise ValueError(f"guidance_scale is {config.guidance_scale}; 1 is no guidance, and less is not possible")
+    if config.temporal_decoder and (config.vae_slicing or config.vae_tiling):
+        raise ValueError("the temporal decoder knows neither vae_slicing nor vae_tiling")
     nn.Module.to(model, dtype=resolve_dtype(config.dtype, device))  # not diffusers' own, which warns
+    if config.vae_slicing:
+        vae.enable_slicing()
+    if config.vae_tiling:
+        vae.enable_tiling()
+    return Parts(model, vae, scheduler, (height, width))
+
+
+def open_pipeline(config: Config, parts: Parts) -> LattePipeline:
+    """Load the transformer's weights, and put all on the device; the text encoder is not part of the pipeline."""
+    state, model = process_state(), parts.model
     model.to_empty(device="cpu")
     load_weights(model, config.weights)
-    model.to(device).eval().requires_grad_(False)
-    pipe = LattePipeline(None, None, vae.to(device), model, scheduler)
-    pipe.set_progress_bar_config(disable=not process_state().is_main_process, leave=False, desc="sampling", unit="step")
+    model.to(state.device).eval().requires_grad_(False)
+    pipe = LattePipeline(None, None, parts.vae.to(state.device), model, parts.scheduler)
+    pipe.set_progress_bar_config(disable=not state.is_main_process, leave=False, desc="sampling", unit="step")
     return pipe
-
-
-def frame_size(config: Config, model: LatteT2V, vae: AutoencoderKL) -> tuple[int, int]:
-    """Height and width in pixels."""
-    native = model.config.sample_size * downsampling(vae)
-    return config.height or native, config.width or native
 
 
 class TextSampler:
@@ -276,20 +298,24 @@ class TextSampler:
 
     def __init__(self, config: Config, branch: int | None):
         self.config, self.method, self.prompts = config, config.scheduler, read_prompts(config)
-        self.pipe = open_pipeline(config, branch)
-        self.model, vae = self.pipe.transformer, self.pipe.vae
-        self.texts, self.encoder = encode_prompts(config, self.prompts, self.model.device)
-        self.size = frame_size(config, self.model, vae)
+        parts, device = check(config, branch), process_state().device
+        self.size, factor = parts.size, downsampling(parts.vae)
+        self.texts, self.encoder = encode_prompts(config, self.prompts, device)  # T5 is gone when the rest comes
         self.flops = step_flops(
-            self.model,
+            parts.model,
             2 if config.guidance_scale > 1 else 1,
             branch or 1,
             frames=config.num_frames,
-            height=self.size[0] // downsampling(vae),
-            width=self.size[1] // downsampling(vae),
+            height=self.size[0] // factor,
+            width=self.size[1] // factor,
             temporal=config.temporal_attention,
             tokens=max(text.embeddings.shape[1] for text in self.texts.values()),
         )
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()  # the report is of sampling
+        self.pipe = open_pipeline(config, parts)
+        self.model = self.pipe.transformer
         if config.compile:
             self.pipe.transformer = torch.compile(self.model, fullgraph=True)
 
@@ -324,6 +350,7 @@ class TextSampler:
 def sample(config: Config) -> dict:
     """Run a config. Returns the report that is also written to report.json."""
     state, spec = process_state(), CacheSpec.parse(config.cache)
+    names = file_names(read_prompts(config), config.videos_per_prompt, config.vbench_names)
     sampler = TextSampler(config, spec.branch if spec.interval > 1 else None)
     cache, model, prompts = enable_cache(sampler.pipe, spec), sampler.model, sampler.prompts
     each, suffix = config.videos_per_prompt, "png" if config.num_frames == 1 else "mp4"
@@ -331,12 +358,8 @@ def sample(config: Config) -> dict:
     identity = {key: value for key, value in to_dict(config).items() if key not in _FREE}
     identity |= {"size": sampler.size, "prompts": prompts, "cache": str(spec), "text_encoder": sampler.encoder}
     identity |= {"weights": fingerprint(model), "vae": fingerprint(sampler.pipe.vae)}
+    identity |= {"model": dict(model.config), "scheduler_config": dict(sampler.pipe.scheduler.config)}
     identity |= {"dtype": str(model.dtype), "device": state.device.type}  # devices draw different noise from one seed
-    names = [
-        file_name(prompt, copy, number * each + copy, config.vbench_names)
-        for number, prompt in enumerate(prompts)
-        for copy in range(each)
-    ]
     job = Job(config.out, identity, len(names), suffix, state.process_index, state.num_processes, names)
 
     def make(indices: list[int], timer: StepTimer) -> tuple[Tensor, SkipCache]:
@@ -364,12 +387,17 @@ def sample(config: Config) -> dict:
     return summary
 
 
-def file_name(prompt: str, copy: int, index: int, vbench: bool) -> str:
-    """What a sample's file is called, without suffix."""
-    if vbench:
-        return f"{prompt.replace('/', ' ')}-{copy}"
-    words = re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")
-    return f"{index:06d}-{words[:60]}" if words else f"{index:06d}"
+def file_names(prompts: list[str], each: int, vbench: bool) -> list[str]:
+    """What the samples' files are called, without suffix: a number and the first words, or as VBench wants it.
+
+    Raises ValueError for prompts that VBench's names cannot hold.
+    """
+    if not vbench:
+        slugs = [re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")[:60] for prompt in prompts]
+        return [f"{i:06d}-{slugs[i // each]}".strip("-") for i in range(len(prompts) * each)]
+    if bad := [prompt for prompt in prompts if "/" in prompt or len(prompt.encode()) > 240]:
+        raise ValueError(f"vbench_names: no file can be called {bad[0]!r}; set vbench_names=false")
+    return [f"{prompt}-{copy}" for prompt in prompts for copy in range(each)]
 
 
 def batches_of_prompts(pending: Sequence[int], each: int, size: int) -> Iterator[list[int]]:
@@ -392,7 +420,9 @@ def write_outputs(config: Config, job: Job, prompts: list[str]) -> None:
         shown = [read_image(str(p), ImageReadMode.RGB)[None] if pictures else read_mp4(p) for p in paths[:SHOWN]]
         write_png(contact_sheet(shown), str(job.folder / "sheet.png"))
         table = {path.name: prompts[i // config.videos_per_prompt] for i, path in enumerate(paths)}
-        (job.folder / "prompts.json").write_text(json.dumps(table, indent=2, ensure_ascii=False) + "\n")
+        (job.folder / "prompts.json").write_text(
+            json.dumps(table, indent=2, ensure_ascii=False) + "\n", encoding="utf-8"
+        )
 
 
 def main() -> None:

@@ -24,7 +24,7 @@ from skipdit.device import process_state
 from skipdit.diffusion import Diffusion
 from skipdit.media import contact_sheet, side_by_side, write_gif
 from skipdit.prepare import open_training
-from skipdit.sample import generators
+from skipdit.sample import generators, resolve_dtype
 from skipdit.text import load_text_encoder, missing_text_files
 from skipdit.text_to_video.data import make_dataset
 from skipdit.text_to_video.model import LatteT2V
@@ -58,8 +58,9 @@ class Config:
     vae: str = setting("checkpoints/Latte-0/vae", "autoencoder, folder or Hub name")
     text_encoder: str = setting("checkpoints/Latte-0/text_encoder", "folder or Hub name; frozen")
     tokenizer: str | None = setting(None, "folder or Hub name; unset: beside the text encoder")
-    text_dtype: str = setting("bfloat16", "of the text encoder: float32, bfloat16 or float16")
+    text_dtype: str = setting("bfloat16", "of the text encoder: auto, float32, bfloat16 or float16")
     texts: str | None = setting(None, "embeddings of `python -m skipdit.encode_text`, in place of the text encoder")
+    text_fingerprint: str | None = setting(None, "of the text encoder; the trainer fills it in and refuses another")
     caption_dropout: float = setting(0.1, "share of captions replaced by the empty one, for guidance")
     grid_guidance: float = setting(7.5, "guidance scale of the sample clips")
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -95,8 +96,9 @@ def open_texts(config: Config, captions: list[str]) -> Texts:
     """The captions' embeddings, from files or from the encoder on this process's device."""
     if config.texts:
         return TextTable(config.texts, captions)
-    encoder = load_text_encoder(config.text_encoder, config.tokenizer, getattr(torch, config.text_dtype))
-    return LiveTexts(encoder.to(process_state().device), captions)
+    device = process_state().device
+    encoder = load_text_encoder(config.text_encoder, config.tokenizer, resolve_dtype(config.text_dtype, device))
+    return LiveTexts(encoder.to(device), captions)
 
 
 def make_loss(config: Config, vae: AutoencoderKL, texts: Texts) -> Loss:
@@ -134,6 +136,9 @@ def train(config: Config, dry_run: bool = False) -> LatteT2V:
     texts = open_texts(config, dataset.captions)
     if texts.dim != model.config.caption_channels:
         raise ValueError(f"texts have {texts.dim} channels, the model takes {model.config.caption_channels}")
+    if config.text_fingerprint not in (None, texts.fingerprint):
+        raise ValueError(f"text_fingerprint is {config.text_fingerprint}, the text encoder's is {texts.fingerprint}")
+    config.text_fingerprint = texts.fingerprint  # kept with the run, which goes on with no other
     shown = sorted(set(dataset.labels))[:SHOWN]  # captions of the sample clips
 
     def sample(model: LatteT2V, step: int) -> None:
@@ -152,7 +157,7 @@ def train(config: Config, dry_run: bool = False) -> LatteT2V:
             clips += to_uint8(decode(vae, latents)).cpu()
         folder = Path(config.out) / "samples"
         folder.mkdir(exist_ok=True)
-        (folder / "captions.txt").write_text("".join(f"{dataset.captions[label]}\n" for label in shown))
+        (folder / "captions.txt").write_text("".join(f"{dataset.captions[i]}\n" for i in shown), encoding="utf-8")
         write_png(contact_sheet(clips), str(folder / f"{step:07d}.png"))
         write_gif(folder / f"{step:07d}.gif", side_by_side(clips), fps=8)
 

@@ -39,7 +39,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--dtype", choices=DTYPES, default="float16", help="of the files [%(default)s]")
     parser.add_argument("--encoder-dtype", choices=DTYPES, default="float32", help="of the encoder [%(default)s]")
     parser.add_argument("--batch-size", type=int, default=CHUNK, help="captions at once [%(default)s]")
-    parser.add_argument("--shard", type=int, default=10_000, help="captions per file [%(default)s]")
+    parser.add_argument("--shard", type=int, default=1_000, help="captions per file [%(default)s]")
     args = parser.parse_intermixed_args(argv)
     with friendly_errors():
         captions = captions_to_train(load_section(args.config, args.overrides))
@@ -72,7 +72,7 @@ def encode_captions(
     out: str | Path,
     dtype: torch.dtype = torch.float16,
     batch_size: int = CHUNK,
-    shard: int = 10_000,
+    shard: int = 1_000,
 ) -> None:
     """Write the embeddings of captions in files of `dtype`, for `TextTable`; those that are there already stay.
 

@@ -94,8 +94,8 @@ class Job:
         self._names = names
         self.folder.mkdir(parents=True, exist_ok=True)
         path = self.folder / "job.json"
-        numbered = any(self.folder.glob(f"[0-9]*.{suffix}"))
-        begun = numbered or any(self.path(i).exists() for i in range(total))  # an empty folder is free for any settings
+        files = (file for file in self.folder.glob(f"*.{suffix}") if not file.name.startswith("partial-"))
+        begun = any(file.stem not in ("grid", "sheet", "compare") for file in files)  # without samples it is free
         text = json.dumps(identity, indent=2, sort_keys=True, default=str) + "\n"
         if begun and path.exists():
             before, now = json.loads(path.read_text()), json.loads(text)

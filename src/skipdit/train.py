@@ -62,7 +62,8 @@ class TrainConfig:
 
 
 # Settings that may differ when a run is resumed: places, and what does not change what is computed.
-_FREE = {"out", "init", "vae", "grid_guidance", "data.path", "data.image_path"}
+_FREE = {"out", "init", "vae", "text_encoder", "tokenizer", "texts", "model.folder", "grid_guidance"}
+_FREE |= {"data.path", "data.image_path", "data.captions"}
 _FREE |= {
     f"train.{name}"
     for name in (

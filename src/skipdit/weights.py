@@ -252,11 +252,12 @@ def _advice(ours: State, theirs: State) -> list[str]:
     kinds = {name.split(".")[2] for name in differ}
     if kinds == {"linear", "delta"}:
         fuse = "residual" if "skips.0.delta.weight" in theirs else "replace"
-        return [f"  The two have long skips of different kinds: set model.fuse={fuse}, as the checkpoint has them."]
+        return [f"  The two have long skips of different kinds: set fuse={fuse} (or model.fuse)."]
     if not any(name.startswith("skips.") for name in ours):
-        return ["  The checkpoint has long skips and the model has none: set model.skip=true."]
+        return ["  The checkpoint has long skips and the model has none: set skip=true (or model.skip)."]
     if not any(name.startswith("skips.") for name in theirs):
-        return ["  The model has long skips and the checkpoint has none: stage 1 of training adds them."]
+        advice = "stage 1 of training adds them; a sampler takes skip=false (or model.skip)"
+        return [f"  The model has long skips and the checkpoint has none: {advice}."]
     return ["  Only some of the long skips are there: a checkpoint must bring all of them or none."]
 
 
