@@ -5,8 +5,10 @@ import json
 import pytest
 import torch
 from conftest import GOLDEN, assert_close
+from diffusers import HunyuanDiT2DModel
 
 from skipdit import SkipCache
+from skipdit.layouts import to_diffusers
 from skipdit.text_to_image import HunyuanDiT
 from skipdit.text_to_image.model import rotary_tables
 from skipdit.weights import from_released, load_weights, to_released
@@ -18,6 +20,74 @@ def case(golden):
     model = HunyuanDiT(**case.case["config"]).eval()
     load_weights(model, case.state)
     return model, case
+
+
+TINY = {"depth": 8, "hidden_size": 32, "num_heads": 2, "text_states_dim": 12, "text_states_dim_t5": 16}
+TINY |= {"input_size": (8, 8), "text_len": 5, "text_len_t5": 6}
+
+
+@pytest.fixture
+def theirs() -> HunyuanDiT2DModel:
+    """diffusers' own class with random weights, as v1.2 has it."""
+    torch.manual_seed(0)
+    model = HunyuanDiT2DModel(
+        num_attention_heads=2,
+        attention_head_dim=16,
+        in_channels=4,
+        patch_size=2,
+        sample_size=8,
+        hidden_size=32,
+        num_layers=8,
+        mlp_ratio=4.3637,
+        cross_attention_dim=12,
+        cross_attention_dim_t5=16,
+        pooled_projection_dim=1024,
+        text_len=5,
+        text_len_t5=6,
+        use_style_cond_and_image_meta_size=False,
+    )
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    return model.eval()
+
+
+def inputs(**sizes) -> dict:
+    clip_mask, t5_mask = torch.tensor([[1, 1, 1, 0, 0], [1] * 5]), torch.tensor([[1, 1, 0, 0, 0, 0], [1] * 6])
+    return {
+        "hidden_states": torch.randn(2, 4, 8, 12),
+        "timestep": torch.tensor([5.0, 500.0]),
+        "encoder_hidden_states": torch.randn(2, 5, 12),
+        "text_embedding_mask": clip_mask,
+        "encoder_hidden_states_t5": torch.randn(2, 6, 16),
+        "text_embedding_mask_t5": t5_mask,
+        "image_rotary_emb": rotary_tables(4, 6, 16),
+    }
+
+
+@torch.no_grad()
+def test_weights_of_diffusers_load_and_give_its_numbers(theirs, tmp_path):
+    theirs.save_pretrained(tmp_path)
+    ours = HunyuanDiT(**TINY).eval()
+    load_weights(ours, tmp_path)
+    arguments = inputs()
+    torch.testing.assert_close(ours(**arguments).sample, theirs(**arguments).sample, atol=1e-5, rtol=1e-4)
+    controls = [torch.randn(2, 24, 32) for _ in range(3)]
+    controlled = theirs(**arguments, controlnet_block_samples=list(controls)).sample
+    again = ours(**arguments, controlnet_block_samples=controls).sample
+    torch.testing.assert_close(again, controlled, atol=1e-5, rtol=1e-4)
+    with pytest.raises(ValueError, match="there are 2 controls for 3 skips"):
+        ours(**arguments, controlnet_block_samples=controls[:2])
+    back = to_diffusers(to_released(ours.state_dict()))
+    assert back.keys() == theirs.state_dict().keys()
+    assert all(torch.equal(back[name], tensor) for name, tensor in theirs.state_dict().items())
+
+
+@torch.no_grad()
+def test_text_once_per_run_is_the_text_of_every_step():
+    model, arguments = HunyuanDiT(**TINY).eval(), inputs()
+    expected = model(**arguments).sample
+    text = model.encode_text(*(arguments.pop(name) for name in model.text_arguments))
+    assert torch.equal(model(**arguments, encoder_hidden_states=text).sample, expected)
 
 
 def texts(case) -> tuple[torch.Tensor, ...]:

@@ -19,6 +19,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from skipdit.layouts import from_diffusers, is_diffusers_hunyuan
+
 State = Mapping[str, Tensor]
 
 # Released name <-> ours. The released code keeps the norms and the linears of the long skips in two lists.
@@ -58,7 +60,8 @@ def _rename(state: State, rules: list[tuple[re.Pattern, str]]) -> dict[str, Tens
 
 
 def from_released(state: State) -> dict[str, Tensor]:
-    """Released parameter names to ours; names that are ours already stay."""
+    """Released parameter names to ours, diffusers' of Hunyuan-DiT too; names that are ours already stay."""
+    state = from_diffusers(state) if is_diffusers_hunyuan(state) else state
     deep = sorted({int(match[1]) for name in state if (match := _IN_BLOCKS.match(name))})
     first = deep[0] if deep else 0
     rules = [(re.compile(rf"^blocks\.{i}\.skip_(norm|linear)\."), rf"skips.{i - first}.\1.") for i in deep]
