@@ -646,7 +646,7 @@ def test_encoding_goes_on_only_with_the_same_clips(layouts, tmp_path, encode_cli
         ({"image_size": 16}, r"latents-00000\.safetensors do not fit: image_size is 8 there, 16 wanted"),
         ({"latents": "mean"}, "kind is 'sample' there, 'mean' wanted"),
         ({"latents": "median"}, r"data\.latents is 'median'; it is 'mean' or 'sample'"),
-        ({"classes": ["pear"]}, r"leave out data\.classes and data\.clip_list"),
+        ({"classes": ["pear"]}, r"leave out data\.classes, data\.clip_list and data"),
         ({"kind": "films"}, r"data\.kind is 'films'; it is videos, frames or latents"),
     ],
 )

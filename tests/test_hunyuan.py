@@ -5,9 +5,9 @@ import json
 import pytest
 import torch
 from conftest import GOLDEN, assert_close
-from diffusers import HunyuanDiT2DModel
+from diffusers import DDIMScheduler, HunyuanDiT2DModel
 
-from skipdit import SkipCache
+from skipdit import SkipCache, disable_cache, enable_cache
 from skipdit.layouts import to_diffusers
 from skipdit.text_to_image import HunyuanDiT
 from skipdit.text_to_image.model import rotary_tables
@@ -134,3 +134,45 @@ def test_rotary_tables_equal_released_code(golden, size):
     assert len(cos) == wanted["rows"]
     assert_close(cos[rows].float(), case.tensors[f"{size}/cos"])
     assert_close(sin[rows].float(), case.tensors[f"{size}/sin"])
+
+
+class Pipe:
+    """As much of a pipeline as a cache looks at."""
+
+    def __init__(self, transformer):
+        self.transformer, self.scheduler = transformer, DDIMScheduler()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("spec", ["N2-700-50", "N3-900-50-b2-o1"])
+def test_unmodified_diffusers_model_caches_like_ours(theirs, tmp_path, spec):
+    """`enable_cache` on a pipeline with diffusers' own transformer, or with ours of the same weights: equal latents."""
+    theirs.save_pretrained(tmp_path)
+    ours = HunyuanDiT(**TINY).eval()
+    load_weights(ours, tmp_path)
+    arguments, latents, caches = inputs(), {}, {}
+    x = arguments.pop("hidden_states")
+    arguments.pop("timestep")
+    for name, model in {"theirs": theirs, "ours": ours}.items():
+        for cached in ("none", spec):
+            pipe = Pipe(model)
+            cache = enable_cache(pipe, cached)
+            latents[name, cached] = loop(pipe, x, arguments)
+            caches[name, cached] = cache.run
+            disable_cache(pipe)
+    torch.testing.assert_close(latents["theirs", spec], latents["ours", spec], atol=1e-3, rtol=1e-3)
+    torch.testing.assert_close(latents["theirs", "none"], latents["ours", "none"], atol=1e-3, rtol=1e-3)
+    assert not torch.allclose(latents["ours", spec], latents["ours", "none"], atol=1e-2)
+    assert caches["theirs", spec].ran == caches["ours", spec].ran and caches["theirs", spec].cached_steps > 2
+    assert "forward" not in vars(theirs) and not theirs._forward_pre_hooks
+    pipe = Pipe(theirs)
+    assert torch.equal(loop(pipe, x, arguments), latents["theirs", "none"])
+
+
+def loop(pipe, x: torch.Tensor, arguments: dict) -> torch.Tensor:
+    """What a pipeline does."""
+    pipe.scheduler.set_timesteps(10)
+    for t in pipe.scheduler.timesteps:
+        noise = pipe.transformer(hidden_states=x, timestep=t.float().expand(2), **arguments).sample[:, :4]
+        x = pipe.scheduler.step(noise, t, x).prev_sample
+    return x

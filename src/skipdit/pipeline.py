@@ -16,9 +16,10 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from diffusers import DiffusionPipeline, SchedulerMixin
+from diffusers import DiffusionPipeline, HunyuanDiT2DModel, SchedulerMixin
 from torch import Tensor, nn
 
+from skipdit import hunyuan2d
 from skipdit.cache import CacheSpec, SkipCache
 from skipdit.skip import SkipTransformer
 
@@ -33,7 +34,7 @@ def enable_cache(pipe: DiffusionPipeline, spec: str | CacheSpec) -> "PipelineCac
     has none. To compile the model, write `pipe.transformer = torch.compile(pipe.transformer, fullgraph=True)`.
 
     Args:
-        pipe: its `transformer` is one of ours.
+        pipe: its `transformer` is one of ours, or diffusers' `HunyuanDiT2DModel`.
         spec: `CacheSpec` or its text; "none" caches nothing but the text.
 
     Returns:
@@ -58,16 +59,17 @@ def disable_cache(pipe: DiffusionPipeline) -> None:
         cache.remove()
 
 
-def _cacheable(transformer: nn.Module, spec: CacheSpec) -> SkipTransformer:
+def _cacheable(transformer: nn.Module, spec: CacheSpec) -> nn.Module:
     """A transformer without the wrapper that torch.compile puts around it. Raises as `enable_cache`."""
     model = getattr(transformer, "_orig_mod", transformer)
-    if not isinstance(model, SkipTransformer):
+    if not isinstance(model, SkipTransformer | HunyuanDiT2DModel):
         raise TypeError(
             f"the pipeline's transformer is a {type(model).__name__}, which has no long skips to cache on: load "
             "weights that have some into one of skipdit's models, and pass that as `transformer`"
         )
-    if spec.interval > 1 and spec.branch > model.n_skips:
-        raise ValueError(f"cache branch {spec.branch} is larger than the model's number of skips, {model.n_skips}")
+    n_skips = model.n_skips if isinstance(model, SkipTransformer) else hunyuan2d.n_skips(model)
+    if spec.interval > 1 and spec.branch > n_skips:
+        raise ValueError(f"cache branch {spec.branch} is larger than the model's number of skips, {n_skips}")
     if model._compiled_call_impl is not None:
         raise ValueError(
             "the transformer is compiled in place, and the cache has to stay outside of its graphs: write "
@@ -98,18 +100,24 @@ class PipelineCache:
         """Put everything back."""
         self._end()
         self._watch(None)
-        self._hook.remove()
-        self._model.__dict__.pop("_skip_cache", None)
+        self._detach()
 
     def _attach(self, transformer: nn.Module) -> None:
         """Hook this module, and no longer the one before. A compiled one is hooked outside of its graphs."""
         model = _cacheable(transformer, self._spec)
-        if self._hook is not None:
-            self._hook.remove()
-            self._model.__dict__.pop("_skip_cache", None)
+        self._detach()
+        if isinstance(model, HunyuanDiT2DModel):
+            model.forward = types.MethodType(hunyuan2d.cached_forward, model)
         self._hooked, self._model = weakref.ref(transformer), model
         self._hook = transformer.register_forward_pre_hook(_Hook(self), with_kwargs=True)
         model.__dict__["_skip_cache"] = self
+
+    def _detach(self) -> None:
+        if self._hook is not None:
+            self._hook.remove()
+            self._model.__dict__.pop("_skip_cache", None)
+            if isinstance(self._model, HunyuanDiT2DModel):
+                self._model.__dict__.pop("forward", None)  # the class's own comes back
 
     def _watch(self, scheduler: SchedulerMixin | None) -> None:
         """Follow this scheduler's calls, and no longer those of the one before."""
@@ -158,7 +166,7 @@ class PipelineCache:
             return
         call, self._calls = self._calls, self._calls + 1  # guidance may run its two halves one after the other
         kwargs["cache"] = self.run.at(self._step, stream=str(call))
-        names = self._model.text_arguments
+        names = getattr(self._model, "text_arguments", ())
         texts = tuple(kwargs.get(name) for name in names)
         # A module that is offloaded has its weights elsewhere until its forward begins: it encodes the text there.
         if texts and isinstance(texts[0], Tensor) and texts[0].device == self._model.device:
