@@ -21,7 +21,8 @@ from tqdm import tqdm
 
 from skipdit.config import friendly_errors
 from skipdit.data.captions import read_rows
-from skipdit.data.clips import ClipData, ClipFolder
+from skipdit.data.clip_folder import ClipFolder
+from skipdit.data.clips import ClipData
 from skipdit.media import contact_sheet, read_mp4
 
 EMOJI = ["face-smiling", "face-affection", "face-tongue", "face-negative", "face-costume", "cat-face", "heart", "hands"]

@@ -18,7 +18,8 @@ from test_clips import LENGTHS, cut_index_last, marks, paint, rng, write_picture
 from skipdit import encode
 from skipdit.class_to_video.data import make_dataset
 from skipdit.data.__main__ import main as check_main
-from skipdit.data.clips import ClipData, ClipDataset, ClipFolder
+from skipdit.data.clip_folder import ClipFolder
+from skipdit.data.clips import ClipData, ClipDataset
 from skipdit.data.latents import ClipLatents
 from skipdit.data.stream import BrokenSample, Stream, collate
 from skipdit.vae import load_vae

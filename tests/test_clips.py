@@ -22,7 +22,8 @@ from safetensors.torch import load_file
 from skipdit import encode
 from skipdit.class_to_video.data import make_dataset
 from skipdit.data.__main__ import main as check_main
-from skipdit.data.clips import ClipData, ClipFolder, to_square
+from skipdit.data.clip_folder import ClipFolder, to_square
+from skipdit.data.clips import ClipData
 from skipdit.data.images import to_float
 from skipdit.data.latents import ClipLatents, Latents
 from skipdit.data.stream import BrokenSample, Stream, collate, make_loader, rows_of

@@ -13,7 +13,8 @@ from safetensors.torch import save_file
 from transformers import AutoConfig, T5EncoderModel
 
 from skipdit import text
-from skipdit.data.clips import ClipData, ClipFolder
+from skipdit.data.clip_folder import ClipFolder
+from skipdit.data.clips import ClipData
 from skipdit.data.texts import LiveTexts, TextTable
 from skipdit.encode_text import encode_captions, main
 from skipdit.text import MAX_TOKENS, TextEncoder, load_text_encoder, missing_text_files

@@ -11,10 +11,8 @@ number of processes makes the same clips.
 
 import inspect
 import json
-import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from itertools import groupby
 from pathlib import Path
 from typing import NamedTuple
 
@@ -42,8 +40,9 @@ from skipdit.sample import (
     resolve_dtype,
     work_off,
 )
-from skipdit.text import load_text_encoder, missing_text_files
+from skipdit.text import TextEncoder, load_text_encoder, missing_text_files
 from skipdit.text_to_video.model import LatteT2V
+from skipdit.text_to_video.prompts import Prompt, batches_of_prompts, encode_prompts, file_names, read_prompts
 from skipdit.vae import decode, downsampling, load_vae
 from skipdit.weights import fingerprint, load_weights
 
@@ -114,25 +113,6 @@ _FREE = {"out", "gif", "batch_size", "compile", "vae_slicing", "prompts", "promp
 _FREE |= {"weights", "pipeline", "skip", "fuse", "vae", "temporal_decoder", "text_encoder", "tokenizer"}
 
 
-def read_prompts(config: Config) -> list[str]:
-    """All prompts of a config, each once. Raises ValueError or FileNotFoundError if there are none."""
-    prompts = list(config.prompts)
-    if config.prompt_file:
-        place = Path(config.prompt_file)
-        files = sorted(place.glob("*.txt")) if place.is_dir() else [place]
-        if not files or not all(file.is_file() for file in files):
-            raise FileNotFoundError(f"no prompts in {place}: it is a text file with one per line, or a folder of them")
-        for file in files:
-            try:
-                lines = file.read_text(encoding="utf-8-sig").splitlines()
-            except UnicodeDecodeError as error:
-                raise ValueError(f"{file} is not UTF-8 text: {error}") from error
-            prompts += [line.strip() for line in lines if line.strip()]
-    if not prompts:
-        raise ValueError('there is nothing to show: give --prompt "a bicycle", or set prompts or prompt_file')
-    return list(dict.fromkeys(prompts))
-
-
 def make_scheduler(name: str, folder: Path | None = None) -> SchedulerMixin:
     """A diffusers scheduler with the settings of a folder, if given, and the noise that Latte was trained with.
 
@@ -148,29 +128,6 @@ def make_scheduler(name: str, folder: Path | None = None) -> SchedulerMixin:
     if name != "ddpm":  # the others have no use for a learned variance, and the pipeline keeps it from them then
         known -= {"variance_type"}
     return kind(**{key: value for key, value in settings.items() if key in known})
-
-
-class Prompt(NamedTuple):
-    """A prompt as the model reads it: embeddings (1, k, C) of its k tokens, and as many of the negative prompt."""
-
-    embeddings: Tensor
-    negative: Tensor
-
-
-def encode_prompts(config: Config, prompts: list[str], device: torch.device) -> tuple[dict[str, Prompt], str]:
-    """The prompts as `LattePipeline` encodes them, on the CPU, and the encoder's fingerprint. The encoder is freed."""
-    dtype = resolve_dtype(config.dtype, device)
-    encoder = load_text_encoder(config.places()["text_encoder"], config.tokenizer, dtype).to(device)
-    negative = encoder.encode([config.negative_prompt]).embeddings.cpu()
-    embeddings, mask = (part.cpu() for part in encoder.encode(prompts))
-    lengths = mask.sum(1).tolist()
-    if not (negative.isfinite().all() and embeddings.isfinite().all()):
-        raise FloatingPointError(f"the text's embeddings are not finite in {dtype}: use dtype=bfloat16 or float32")
-    encoded = {
-        prompt: Prompt(embeddings[i : i + 1, :length], negative[:, :length])
-        for i, (prompt, length) in enumerate(zip(prompts, lengths, strict=True))
-    }
-    return encoded, encoder.fingerprint
 
 
 def generate(
@@ -281,6 +238,11 @@ def open_pipeline(config: Config, parts: Parts) -> LattePipeline:
     return pipe
 
 
+def open_text_encoder(config: Config, dtype: torch.dtype) -> TextEncoder:
+    encoder = load_text_encoder(config.places()["text_encoder"], config.tokenizer, dtype)
+    return encoder.to(process_state().device)
+
+
 class TextSampler:
     """All that a config asks for, on the device, ready to sample.
 
@@ -297,10 +259,13 @@ class TextSampler:
     """
 
     def __init__(self, config: Config, branch: int | None):
-        self.config, self.method, self.prompts = config, config.scheduler, read_prompts(config)
+        self.config, self.method = config, config.scheduler
+        self.prompts = read_prompts(config.prompts, config.prompt_file)
         parts, device = check(config, branch), process_state().device
         self.size, factor = parts.size, downsampling(parts.vae)
-        self.texts, self.encoder = encode_prompts(config, self.prompts, device)  # T5 is gone when the rest comes
+        encoder = open_text_encoder(config, parts.model.dtype)
+        self.texts, self.encoder = encode_prompts(encoder, self.prompts, config.negative_prompt), encoder.fingerprint
+        del encoder  # before the transformer comes
         self.flops = step_flops(
             parts.model,
             2 if config.guidance_scale > 1 else 1,
@@ -350,10 +315,11 @@ class TextSampler:
 def sample(config: Config) -> dict:
     """Run a config. Returns the report that is also written to report.json."""
     state, spec = process_state(), CacheSpec.parse(config.cache)
-    names = file_names(read_prompts(config), config.videos_per_prompt, config.vbench_names)
+    prompts, each = read_prompts(config.prompts, config.prompt_file), config.videos_per_prompt
+    names = file_names(prompts, each, config.vbench_names)
     sampler = TextSampler(config, spec.branch if spec.interval > 1 else None)
-    cache, model, prompts = enable_cache(sampler.pipe, spec), sampler.model, sampler.prompts
-    each, suffix = config.videos_per_prompt, "png" if config.num_frames == 1 else "mp4"
+    cache, model = enable_cache(sampler.pipe, spec), sampler.model
+    suffix = "png" if config.num_frames == 1 else "mp4"
 
     identity = {key: value for key, value in to_dict(config).items() if key not in _FREE}
     identity |= {"size": sampler.size, "prompts": prompts, "cache": str(spec), "text_encoder": sampler.encoder}
@@ -385,27 +351,6 @@ def sample(config: Config) -> dict:
     )
     write_outputs(config, job, prompts)
     return summary
-
-
-def file_names(prompts: list[str], each: int, vbench: bool) -> list[str]:
-    """What the samples' files are called, without suffix: a number and the first words, or as VBench wants it.
-
-    Raises ValueError for prompts that VBench's names cannot hold.
-    """
-    if not vbench:
-        slugs = [re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")[:60] for prompt in prompts]
-        return [f"{i:06d}-{slugs[i // each]}".strip("-") for i in range(len(prompts) * each)]
-    if bad := [prompt for prompt in prompts if "/" in prompt or len(prompt.encode()) > 240]:
-        raise ValueError(f"vbench_names: no file can be called {bad[0]!r}; set vbench_names=false")
-    return [f"{prompt}-{copy}" for prompt in prompts for copy in range(each)]
-
-
-def batches_of_prompts(pending: Sequence[int], each: int, size: int) -> Iterator[list[int]]:
-    """Samples of one prompt at a time: prompts differ in length, and a clip must not depend on what is beside it."""
-    for _, group in groupby(pending, key=lambda index: index // each):
-        indices = list(group)
-        for start in range(0, len(indices), size):
-            yield indices[start : start + size]
 
 
 def write_outputs(config: Config, job: Job, prompts: list[str]) -> None:

@@ -27,7 +27,8 @@ from torch.utils.data import DataLoader, Dataset, Subset
 from tqdm import tqdm
 
 from skipdit.config import friendly_errors
-from skipdit.data.clips import ClipData, ClipDataset, ClipFolder
+from skipdit.data.clip_folder import ClipFolder
+from skipdit.data.clips import ClipData, ClipDataset
 from skipdit.data.images import IMAGES, to_float
 from skipdit.data.latents import LatentInfo, Part, expected_latents
 from skipdit.data.stream import Stream, collate

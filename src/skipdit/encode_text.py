@@ -17,7 +17,8 @@ from safetensors.torch import save_file
 from tqdm import tqdm
 
 from skipdit.config import friendly_errors
-from skipdit.data.clips import CLIPS, ClipData, ClipFolder, load_section
+from skipdit.data.clip_folder import ClipFolder
+from skipdit.data.clips import CLIPS, ClipData, load_section
 from skipdit.data.images import ImageData
 from skipdit.data.latents import Shards
 from skipdit.data.texts import LiveTexts, TextPart

@@ -16,7 +16,8 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from skipdit.config import friendly_errors
-from skipdit.data.clips import CLIPS, STRETCH, ClipData, ClipDataset, ClipFolder, load_section
+from skipdit.data.clip_folder import STRETCH, ClipFolder
+from skipdit.data.clips import CLIPS, ClipData, ClipDataset, load_section
 from skipdit.data.images import IMAGES
 from skipdit.data.latents import Shards
 from skipdit.data.stream import BrokenSample

@@ -20,7 +20,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from skipdit.data.clips import CLIPS, Clip, ClipData, ClipDataset, ClipFolder
+from skipdit.data.clip_folder import ClipFolder
+from skipdit.data.clips import CLIPS, Clip, ClipData, ClipDataset
 from skipdit.data.images import to_float
 from skipdit.data.stream import BrokenSample
 from skipdit.vae import encode
