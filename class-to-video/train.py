@@ -20,7 +20,7 @@ from skipdit.class_to_video.sample import ModelConfig, build_model
 from skipdit.config import friendly_errors, load_config, make_parser, setting
 from skipdit.data.clips import ClipData
 from skipdit.data.images import to_uint8
-from skipdit.data.latents import clean_latents
+from skipdit.data.latents import joint_latents
 from skipdit.diffusion import Diffusion
 from skipdit.media import contact_sheet, side_by_side, write_gif
 from skipdit.prepare import open_training
@@ -56,9 +56,7 @@ def make_loss(config: Config, vae: AutoencoderKL) -> Loss:
     diffusion, classes, images = Diffusion(), config.model.num_classes, config.data.images
 
     def loss(model: torch.nn.Module, batch: dict, draw: Draw) -> torch.Tensor:
-        mirrored = (draw.rand(1 + images) < 0.5) & config.data.flip  # a clip as a whole, every image by itself
-        flipped = torch.cat([mirrored[:, :1].expand(-1, config.data.num_frames), mirrored[:, 1:]], dim=1)
-        x0 = clean_latents(batch, flipped, config.data.latents, vae, draw.randn)  # (N, F + I, C, h, w)
+        x0 = joint_latents(batch, config.data, vae, draw)  # (N, F + I, C, h, w)
         y = y_image = None
         if classes is not None:
             labels = torch.cat([batch["label"][:, None], *([batch["image_label"]] if images else [])], dim=1)

@@ -18,7 +18,7 @@ from torchvision.io import write_png
 from skipdit.config import friendly_errors, load_config, make_parser, setting
 from skipdit.data.clips import ClipData
 from skipdit.data.images import to_uint8
-from skipdit.data.latents import clean_latents
+from skipdit.data.latents import joint_latents
 from skipdit.data.texts import LiveTexts, Texts, TextTable
 from skipdit.device import process_state
 from skipdit.diffusion import Diffusion
@@ -107,9 +107,7 @@ def make_loss(config: Config, vae: AutoencoderKL, texts: Texts) -> Loss:
     diffusion, images = Diffusion(), config.data.images
 
     def loss(model: torch.nn.Module, batch: dict, draw: Draw) -> Tensor:
-        mirrored = (draw.rand(1 + images) < 0.5) & config.data.flip  # a clip as a whole, every image by itself
-        flipped = torch.cat([mirrored[:, :1].expand(-1, config.data.num_frames), mirrored[:, 1:]], dim=1)
-        x0 = clean_latents(batch, flipped, config.data.latents, vae, draw.randn)  # (N, F + I, C, h, w)
+        x0 = joint_latents(batch, config.data, vae, draw)  # (N, F + I, C, h, w)
         labels = torch.cat([batch["label"][:, None], *([batch["image_label"]] if images else [])], dim=1)
         text, mask = texts.take(labels, draw.rand(1 + images) < config.caption_dropout)  # (N, 1 + I, S, C')
         t, noise = draw.randint(len(diffusion)), draw.randn(*x0.shape[1:])

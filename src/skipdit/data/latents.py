@@ -13,6 +13,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from itertools import accumulate
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from diffusers import AutoencoderKL
@@ -26,6 +27,9 @@ from skipdit.data.images import to_float
 from skipdit.data.stream import BrokenSample
 from skipdit.vae import encode
 from skipdit.weights import fingerprint
+
+if TYPE_CHECKING:
+    from skipdit.train import Draw
 
 
 @dataclass(frozen=True)
@@ -244,6 +248,15 @@ def clean_latents(batch: dict, flipped: Tensor, kind: str, vae: AutoencoderKL, d
         images = to_float(batch["image"])
         mean, *std = encode(vae.to(images.device), torch.where(flipped, images.flip(-1), images))
     return mean + std[0] * draw(*mean.shape[1:]) if kind == "sample" else mean
+
+
+def joint_latents(batch: dict, config: ClipData, vae: AutoencoderKL, draw: "Draw") -> Tensor:
+    """Clean latents (N, F + I, C, h, w) of clips and the images beside them: a clip is flipped as a whole, an image by
+    itself. `draw` gives the step's random numbers; see `clean_latents` for the rest.
+    """
+    mirrored = (draw.rand(1 + config.images) < 0.5) & config.flip
+    flipped = torch.cat([mirrored[:, :1].expand(-1, config.num_frames), mirrored[:, 1:]], dim=1)
+    return clean_latents(batch, flipped, config.latents, vae, draw.randn)
 
 
 def _read_captions(path: Path) -> list[str] | None:
