@@ -2,8 +2,11 @@
 
     python class-to-video/sample.py --config configs/class-to-video/demo.yaml num_samples=32 out=samples/video-32
     python scripts/nearest_clip.py samples/video-32 --data data/emoji-anim/videos --out samples/video-32/nearest.png
-    python text-to-video/sample_t2v.py --config configs/text-to-video/demo_all.yaml
-    python scripts/nearest_clip.py samples/emoji-all --data data/emoji-anim
+
+Samples of text-to-video, whose prompts are captions of the training clips, or other wordings of them:
+    python scripts/nearest_clip.py samples/captions --data data/emoji-anim
+    python scripts/nearest_clip.py samples/wordings --data data/emoji-anim \\
+        --wordings configs/text-to-video/emoji_wordings.jsonl
 
 For every sample, the training stretch (any clip, any start) with the least squared error, over all frames and pixels.
 Prints the PSNR to it, how often it is of the class or caption that was asked for, and how many different clips were
