@@ -74,13 +74,12 @@ def report(args: argparse.Namespace) -> None:
     columns = ("", "full + cached steps", "full step TFLOP", "cached step TFLOP", "run PFLOP", "gain", "paper's way T")
     print(f"| {' | '.join(columns)} | paper | off |")
     print("|---|---|---|---|---|---|---|---|---|")
-    base = None
+    base = run_flops(SkipCache("none", scheduler.timesteps), step_flops(model, 2, tokens=args.tokens))
     for name, net, spec in rows:
         cache = SkipCache(spec, scheduler.timesteps)
         branch = cache.spec.branch
         true = step_flops(net, 2, branch, tokens=args.tokens)
         run = run_flops(cache, true)
-        base = base or run_flops(SkipCache("none", scheduler.timesteps), step_flops(model, 2, tokens=args.tokens))
         full = 2 * paper_macs(net, layers, net.n_skips)
         paper = run_flops(cache, {"full": full, "cached": 2 * paper_macs(net, 2 * branch, branch)}) / 1e12
         known = PAPER.get(name) if args.steps == 50 else None

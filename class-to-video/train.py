@@ -11,7 +11,6 @@ from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKL
-from torchvision.io import write_png
 
 from skipdit.class_sample import generate
 from skipdit.class_to_video.data import make_dataset
@@ -22,7 +21,7 @@ from skipdit.data.clips import ClipData
 from skipdit.data.images import to_uint8
 from skipdit.data.latents import joint_latents
 from skipdit.diffusion import Diffusion
-from skipdit.media import contact_sheet, side_by_side, write_gif
+from skipdit.media import write_look
 from skipdit.prepare import open_training
 from skipdit.sample import generators
 from skipdit.train import Draw, Loss, TrainConfig, fit
@@ -97,10 +96,7 @@ def train(config: Config, dry_run: bool = False) -> Latte:
             print(f"no sample clips at step {step}: {error}")
             return
         clips = to_uint8(decode(vae.to(model.device), latents)).cpu()
-        folder = Path(config.out) / "samples"
-        folder.mkdir(exist_ok=True)
-        write_png(contact_sheet(clips), str(folder / f"{step:07d}.png"))
-        write_gif(folder / f"{step:07d}.gif", side_by_side(clips), fps=8)
+        write_look(Path(config.out) / "samples", f"{step:07d}", clips)
 
     return fit(model, make_loss(config, vae), dataset, config.train, config.out, config, sample, dry_run)
 

@@ -13,7 +13,6 @@ from pathlib import Path
 import torch
 from diffusers import AutoencoderKL, LattePipeline
 from torch import Tensor
-from torchvision.io import write_png
 
 from skipdit.config import friendly_errors, load_config, make_parser, setting
 from skipdit.data.clips import ClipData
@@ -22,7 +21,7 @@ from skipdit.data.latents import joint_latents
 from skipdit.data.texts import LiveTexts, Texts, TextTable
 from skipdit.device import process_state
 from skipdit.diffusion import Diffusion
-from skipdit.media import contact_sheet, side_by_side, write_gif
+from skipdit.media import write_look
 from skipdit.prepare import open_training
 from skipdit.sample import generators, resolve_dtype
 from skipdit.text import load_text_encoder, missing_text_files
@@ -155,10 +154,8 @@ def train(config: Config, dry_run: bool = False) -> LatteT2V:
                 return
             clips += to_uint8(decode(vae, latents)).cpu()
         folder = Path(config.out) / "samples"
-        folder.mkdir(exist_ok=True)
+        write_look(folder, f"{step:07d}", clips)
         (folder / "captions.txt").write_text("".join(f"{dataset.captions[i]}\n" for i in shown), encoding="utf-8")
-        write_png(contact_sheet(clips), str(folder / f"{step:07d}.png"))
-        write_gif(folder / f"{step:07d}.gif", side_by_side(clips), fps=8)
 
     return fit(model, make_loss(config, vae, texts), dataset, config.train, config.out, config, sample, dry_run)
 

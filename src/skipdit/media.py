@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
+from torchvision.io import write_png
 from torchvision.utils import make_grid
 
 
@@ -44,6 +45,13 @@ def side_by_side(clips: Sequence[Tensor], columns: int = 4) -> Tensor:
     grids = [make_grid(torch.stack(frames), nrow=columns, pad_value=255) for frames in zip(*clips, strict=True)]
     film = torch.stack(grids)
     return film[..., : film.shape[-2] // 2 * 2, : film.shape[-1] // 2 * 2]  # H.264 wants even sides
+
+
+def write_look(folder: Path, name: str, clips: Sequence[Tensor], fps: float = 8) -> None:
+    """Clips, each uint8 (F, 3, H, W), for a look at a training: `<name>.png`, frames of each, and `<name>.gif`."""
+    folder.mkdir(exist_ok=True)
+    write_png(contact_sheet(clips), str(folder / f"{name}.png"))
+    write_gif(folder / f"{name}.gif", side_by_side(clips), fps)
 
 
 def _pixels(frames: Tensor) -> np.ndarray:
