@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 from conftest import assert_close
+from diffusers import DDPMScheduler
 
 from skipdit.diffusion import Diffusion, ddim, ddpm, discretized_log_likelihood, normal_kl, respace
 
@@ -107,3 +108,30 @@ def test_callback_sees_every_step():
         callback=lambda i, x, x0: seen.append(i),
     )
     assert seen == list(range(7))
+
+
+def test_v_prediction_on_scaled_betas_is_that_of_diffusers():
+    diffusion = Diffusion(beta_start=0.00085, beta_end=0.02, scaled=True, prediction="v")
+    settings = {"beta_start": 0.00085, "beta_end": 0.02, "beta_schedule": "scaled_linear", "clip_sample": False}
+    scheduler = DDPMScheduler(**settings, prediction_type="v_prediction", variance_type="learned_range")
+    x0, noise, fraction = torch.randn(3, 3, 4, 8, 8)
+    t = torch.tensor([1, 500, 999])
+    x, v = diffusion.q_sample(x0, t, noise), diffusion.target(x0, t, noise)
+    assert_close(x, scheduler.add_noise(x0, noise, t))
+    assert_close(v, scheduler.get_velocity(x0, noise, t))
+    out = torch.cat([v, fraction], dim=1)
+    assert_close(diffusion.pred_x0(out, x, t), x0)
+    losses = diffusion.losses(out, x0, x, t, noise)
+    assert losses["mse"].max() < 1e-10 and (losses["vb"] > 0).all()
+    p = diffusion.posterior(out, x, t)
+    for i, step in enumerate(t.tolist()):
+        scheduler.set_timesteps(1000)
+        generator = torch.Generator().manual_seed(i)
+        drawn = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(i))
+        after = scheduler.step(out[i : i + 1], step, x[i : i + 1], generator=generator).prev_sample
+        assert_close(p.mean[i] + (p.log_variance[i] / 2).exp() * drawn[0], after[0])
+
+
+def test_unknown_prediction_is_refused():
+    with pytest.raises(ValueError, match="prediction is 'x0'"):
+        Diffusion(prediction="x0")

@@ -4,7 +4,7 @@ Two texts, of a CLIP and of a multilingual T5, make one sequence that every bloc
 channels, H x W latents, T tokens of a picture, S tokens of the two texts together, D width, K heads.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -19,6 +19,7 @@ from skipdit.adaln import FinalLayer
 from skipdit.cache import CacheStep
 from skipdit.nn import PatchEmbed, TimestepEmbedder, rotary_2d, unpatchify
 from skipdit.skip import SkipTransformer, make_skips
+from skipdit.weights import count_members
 
 Rotary = tuple[Tensor, Tensor]  # cosines and sines, each (T, D / K)
 
@@ -162,6 +163,28 @@ class HunyuanDiT(SkipTransformer):
         )
         self.skips = make_skips(hidden_size, depth // 2 - 1 if skip else 0, fuse)
         self.final_layer = FinalLayer(hidden_size, patch_size**2 * in_channels * (2 if learn_sigma else 1))
+        self.initialize_weights()
+
+    def initialize_weights(self) -> None:
+        """The released code's initialisation: no block is shifted by the conditioning, the model predicts zero."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                nn.init.zeros_(module.bias)
+        nn.init.xavier_uniform_(self.x_embedder.proj.weight.flatten(1))
+        nn.init.zeros_(self.x_embedder.proj.bias)
+        for mlp in (self.extra_embedder, self.mlp_t5, self.t_embedder.mlp):
+            nn.init.normal_(mlp[0].weight, std=0.02)
+            nn.init.normal_(mlp[2].weight, std=0.02)
+        shifts = [block.default_modulation[1] for block in self.blocks]
+        deltas = [skip.delta for skip in self.skips if skip.residual]
+        for zero in [*shifts, *deltas, self.final_layer.adaLN_modulation[1], self.final_layer.linear]:
+            nn.init.zeros_(zero.weight)
+            nn.init.zeros_(zero.bias)
+
+    @property
+    def head_dim(self) -> int:
+        return self.config.hidden_size // self.config.num_heads
 
     @torch.no_grad()
     def encode_text(self, clip: Tensor, clip_mask: Tensor, t5: Tensor, t5_mask: Tensor) -> Text:
@@ -236,6 +259,70 @@ class HunyuanDiT(SkipTransformer):
         )
         sample = unpatchify(self.final_layer(x, c), patch, height // patch)
         return Transformer2DModelOutput(sample=sample) if return_dict else (sample,)
+
+    def random_inputs(
+        self, batch: int, height: int | None = None, width: int | None = None
+    ) -> dict[str, Tensor | Text | Rotary]:
+        """Arguments of `forward` for counting and timing: noise, and texts that are already encoded.
+
+        Args:
+            height, width: of the latents; None: as the model was made for.
+        """
+        config, like = self.config, {"device": self.device, "dtype": self.dtype}
+        size = height or config.input_size[0], width or config.input_size[1]
+        clip = torch.randn(batch, config.text_len, config.text_states_dim, **like)
+        t5 = torch.randn(batch, config.text_len_t5, config.text_states_dim_t5, **like)
+        masks = (torch.ones(states.shape[:2], device=self.device) for states in (clip, t5))
+        tables = rotary_tables(*(side // config.patch_size for side in size), self.head_dim)
+        return {
+            "hidden_states": torch.randn(batch, config.in_channels, *size, **like),
+            "timestep": torch.full((batch,), 500, device=self.device),
+            "encoder_hidden_states": self.encode_text(clip, next(masks), t5, next(masks)),
+            "image_rotary_emb": tuple(table.to(self.device) for table in tables),
+        }
+
+    @classmethod
+    def config_from_state(cls, state: Mapping[str, Tensor], num_heads: int | None = None) -> dict:
+        """Constructor arguments that fit a state dict, read off its shapes; those that leave no trace are as released.
+
+        Args:
+            state: names as `skipdit.weights.load_state` gives them.
+            num_heads: None reads them off the norms of queries, or takes those of the released model.
+
+        Raises ValueError if the state dict is another model's, or if its heads are not known.
+        """
+        try:
+            dim, in_channels, patch_size, _ = state["x_embedder.proj.weight"].shape
+            text, text_states_dim = state["text_embedding_padding"].shape
+            text_len_t5 = len(state["pooler.positional_embedding"]) - 1  # and one for the mean of all tokens
+            qk_norm = "blocks.0.attn1.q_norm.weight" in state
+            out_channels = len(state["final_layer.linear.bias"]) // patch_size**2
+            mlp_hidden = len(state["blocks.0.mlp.fc1.bias"])
+            text_states_dim_t5 = state["mlp_t5.0.weight"].shape[1]
+        except KeyError as error:
+            raise ValueError(f"not the weights of a {cls.__name__}: they lack {error}") from error
+        if qk_norm:
+            num_heads = dim // len(state["blocks.0.attn1.q_norm.weight"])
+        if not num_heads and dim != 1408:
+            raise ValueError(
+                f"no released {cls.__name__} is {dim} wide: state its number of attention heads (num_heads)"
+            )
+        return {
+            "patch_size": patch_size,
+            "in_channels": in_channels,
+            "hidden_size": dim,
+            "depth": count_members(state, "blocks"),
+            "num_heads": num_heads or 16,
+            "mlp_ratio": (mlp_hidden + 0.5) / dim,  # the constructor rounds down
+            "learn_sigma": out_channels == 2 * in_channels,
+            "text_states_dim": text_states_dim,
+            "text_states_dim_t5": text_states_dim_t5,
+            "text_len": text - text_len_t5,
+            "text_len_t5": text_len_t5,
+            "qk_norm": qk_norm,
+            "skip": count_members(state, "skips") > 0,
+            "fuse": "residual" if "skips.0.delta.weight" in state else "replace",
+        }
 
 
 def rotary_tables(rows: int, columns: int, head_dim: int, base: int = 32) -> Rotary:

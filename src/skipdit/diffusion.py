@@ -1,7 +1,8 @@
 """Gaussian diffusion with a learned variance: respacing, losses, DDPM and DDIM.
 
-Papers: DDPM (arXiv 2006.11239), improved DDPM (2102.09672, "iDDPM" below), DDIM (2010.02502). Shapes: x (N, ..., C, H,
-W), pictures or clips; model output (N, ..., 2C, H, W): noise, then the interpolation coefficient of the log variance.
+Papers: DDPM (arXiv 2006.11239), improved DDPM (2102.09672, "iDDPM" below), DDIM (2010.02502), v-prediction (2202.00512).
+Shapes: x (N, ..., C, H, W), pictures or clips; model output (N, ..., 2C, H, W): the target of the prediction, noise or v,
+then the interpolation coefficient of the log variance.
 """
 
 import math
@@ -53,16 +54,34 @@ class Posterior(NamedTuple):
 
 
 class Diffusion:
-    """The noise schedule: linear betas from 1e-4 to 0.02 over `train_steps`, visited at `timesteps`.
+    """The noise schedule: betas that rise over `train_steps`, visited at `timesteps`, and what the model predicts.
+
+    Args:
+        steps: visited steps, see `respace`; None visits all.
+        train_steps: the betas are scaled so that any number of them ends in the same noise as 1000.
+        beta_start, beta_end: linear between them, or, with `scaled`, linear in the square root (latent diffusion).
+        prediction: "noise", or "v": sqrt(alpha-bar) noise - sqrt(1 - alpha-bar) x0.
 
     Indices k below run over the visited timesteps, ascending; k = 0 is the last step of sampling. They are a Python int
     (sampling: coefficients are numbers, nothing touches the device) or a tensor (N,) (training).
     """
 
-    def __init__(self, steps: int | str | None = None, train_steps: int = 1000):
-        self.train_steps = train_steps
+    def __init__(
+        self,
+        steps: int | str | None = None,
+        train_steps: int = 1000,
+        beta_start: float = 1e-4,
+        beta_end: float = 0.02,
+        scaled: bool = False,
+        prediction: str = "noise",
+    ):
+        if prediction not in ("noise", "v"):
+            raise ValueError(f"prediction is {prediction!r}; it is 'noise' or 'v'")
+        self.train_steps, self.prediction = train_steps, prediction
         self.timesteps = list(range(train_steps)) if steps is None else respace(steps, train_steps)
-        betas = torch.linspace(1e-4 * 1000 / train_steps, 0.02 * 1000 / train_steps, train_steps, dtype=torch.float64)
+        power = 2 if scaled else 1
+        ends = (beta ** (1 / power) for beta in (beta_start, beta_end))
+        betas = torch.linspace(*ends, train_steps, dtype=torch.float64) ** power * (1000 / train_steps)
         signal = (1 - betas).cumprod(0)[self.timesteps]  # alpha-bar at the visited timesteps
         previous = torch.cat([torch.ones(1, dtype=torch.float64), signal[:-1]])
         beta = 1 - signal / previous
@@ -104,10 +123,18 @@ class Diffusion:
         """x_t given x0 (DDPM eq. 4)."""
         return self.coefficient("sqrt_signal", k, x0) * x0 + self.coefficient("sqrt_noise", k, x0) * noise
 
+    def target(self, x0: Tensor, k: int | Tensor, noise: Tensor) -> Tensor:
+        """What the model is to predict: the noise, or v (2202.00512, section 4 and appendix D)."""
+        if self.prediction == "noise":
+            return noise
+        return self.coefficient("sqrt_signal", k, x0) * noise - self.coefficient("sqrt_noise", k, x0) * x0
+
     def pred_x0(self, out: Tensor, x: Tensor, k: int | Tensor) -> Tensor:
-        """x0 that the predicted noise (the first C channels of out) implies."""
-        noise = out.narrow(-3, 0, x.shape[-3])
-        return self.coefficient("x0_from_x", k, x) * x - self.coefficient("x0_from_noise", k, x) * noise
+        """x0 that the prediction (the first C channels of out) implies."""
+        predicted = out.narrow(-3, 0, x.shape[-3])
+        if self.prediction == "v":
+            return self.coefficient("sqrt_signal", k, x) * x - self.coefficient("sqrt_noise", k, x) * predicted
+        return self.coefficient("x0_from_x", k, x) * x - self.coefficient("x0_from_noise", k, x) * predicted
 
     def posterior(self, out: Tensor, x: Tensor, k: int | Tensor) -> Posterior:
         """p(x_{t-1} | x_t) from the model's output (DDPM eq. 7, iDDPM eq. 15)."""
@@ -120,12 +147,12 @@ class Diffusion:
     def losses(self, out: Tensor, x0: Tensor, x: Tensor, k: Tensor, noise: Tensor) -> dict[str, Tensor]:
         """Per-sample training losses (N,), in float32.
 
-        `mse` trains the noise; `vb`, the variational bound in bits per dimension (iDDPM eq. 4-6), trains the variance
-        only: the noise is detached in it. `loss` is their sum.
+        `mse` trains the prediction; `vb`, the variational bound in bits per dimension (iDDPM eq. 4-6), trains the
+        variance only: the prediction is detached in it. `loss` is their sum.
         """
         out, x0, x, noise = out.float(), x0.float(), x.float(), noise.float()
         predicted, fraction = out.chunk(2, dim=-3)
-        mse = _mean((predicted - noise).square())
+        mse = _mean((predicted - self.target(x0, k, noise)).square())
 
         p = self.posterior(torch.cat([predicted.detach(), fraction], dim=-3), x, k)
         true_mean = self.coefficient("mean_from_x0", k, x) * x0 + self.coefficient("mean_from_x", k, x) * x

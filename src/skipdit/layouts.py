@@ -21,6 +21,7 @@ _NAMES = [
     ("time_extra_emb.timestep_embedder.linear_2", "t_embedder.mlp.2"),
     ("time_extra_emb.extra_embedder.linear_1", "extra_embedder.0"),
     ("time_extra_emb.extra_embedder.linear_2", "extra_embedder.2"),
+    ("time_extra_emb.style_embedder", "style_embedder"),  # of versions before v1.2
     ("time_extra_emb.pooler", "pooler"),
     *((f"time_extra_emb.pooler.{part}_proj", f"pooler.{part}_proj") for part in "qkvc"),
     ("blocks.#.norm1.linear", "blocks.#.default_modulation.1"),
