@@ -17,21 +17,32 @@ import numpy as np
 import pytest
 import sentencepiece
 import torch
-from diffusers import AutoencoderKL, AutoencoderKLTemporalDecoder, DDIMScheduler
+from diffusers import AutoencoderKL, AutoencoderKLTemporalDecoder, DDIMScheduler, DDPMScheduler, HunyuanDiT2DModel
 from PIL import Image
 from safetensors import safe_open
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import T5Config, T5EncoderModel
+from transformers import BertConfig, BertModel, T5Config, T5EncoderModel
 
 from skipdit.checkpoint import latest
 from skipdit.class_to_image import DiT
 from skipdit.class_to_video import Latte
 from skipdit.config import to_yaml
+from skipdit.layouts import to_diffusers
+from skipdit.text_to_image import HunyuanDiT
 from skipdit.text_to_video import LatteT2V
 from skipdit.weights import to_released
 
 ROOT = Path(__file__).parent.parent
 GOLDEN = Path(__file__).parent / "golden"
+VAE_NAME = "sdxl-vae-fp16-fix"  # its folder in the release of Hunyuan-DiT
+SENTENCES = [  # what the tokenizers know
+    "a small cat sleeps on the warm sofa",
+    "two birds fly above the quiet lake!",
+    "the red car drives through the rain",
+    "children build a castle of sand",
+    "a man plays the guitar in the street, and children dance around him",
+    "the dog runs, waves",
+]
 
 
 class Golden:
@@ -74,9 +85,17 @@ def tiny_latte_t2v(seed: int = 0, **overrides) -> LatteT2V:
     return _stirred(LatteT2V(**config | overrides))
 
 
-def _stirred(model):
+def tiny_hunyuan(seed: int = 0, **overrides) -> HunyuanDiT:
+    """A HunyuanDiT of eight blocks for the texts of `hunyuan_folder`."""
+    torch.manual_seed(seed)
+    config = {"input_size": (8, 8), "hidden_size": 32, "depth": 8, "num_heads": 2}
+    config |= {"text_states_dim": 16, "text_states_dim_t5": 16}
+    return _stirred(HunyuanDiT(**config | overrides))
+
+
+def _stirred(model, std: float = 0.1):
     for parameter in model.parameters():
-        torch.nn.init.normal_(parameter, std=0.1)
+        torch.nn.init.normal_(parameter, std=std)
     return model.eval()
 
 
@@ -101,14 +120,32 @@ def vae_folder(tmp_path_factory) -> Path:
 def text_folder(tmp_path_factory) -> Path:
     """A pipeline's folder with a random T5 of width 16 in `text_encoder`, and a trained `tokenizer`."""
     folder = tmp_path_factory.mktemp("pipeline")
-    sentences = [
-        "a small cat sleeps on the warm sofa",
-        "two birds fly above the quiet lake!",
-        "the red car drives through the rain",
-        "children build a castle of sand",
-        "a man plays the guitar in the street, and children dance around him",
-        "the dog runs, waves",
-    ]
+    save_t5_tokenizer(folder / "tokenizer", SENTENCES)
+    save_t5(folder / "text_encoder")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def hunyuan_folder(tmp_path_factory) -> Path:
+    """A folder as diffusers has it for Hunyuan-DiT: a BERT in `text_encoder`, a T5 in `text_encoder_2`, of width 16."""
+    folder = tmp_path_factory.mktemp("hunyuan")
+    chinese = "一只小猫睡在沙发上"
+    words = sorted({word.strip(",!") for sentence in SENTENCES for word in sentence.split()})
+    vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", ",", "!", *words, *chinese, "##s"]
+    (folder / "tokenizer").mkdir()
+    (folder / "tokenizer/vocab.txt").write_text("\n".join(vocabulary), encoding="utf-8")
+    (folder / "tokenizer/tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "BertTokenizer"}))
+    save_t5_tokenizer(folder / "tokenizer_2", [*SENTENCES, chinese])
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
+    bert = BertModel(BertConfig(vocab_size=len(vocabulary), **sizes))
+    _stirred(bert, 0.5).save_pretrained(folder / "text_encoder")
+    save_t5(folder / "text_encoder_2")
+    return folder
+
+
+def save_t5_tokenizer(folder: Path, sentences: list[str]) -> None:
+    """A tokenizer trained on these, in the files that a release has of it."""
     words = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(sentences * 3),
@@ -121,16 +158,15 @@ def text_folder(tmp_path_factory) -> Path:
         bos_id=-1,
         minloglevel=2,
     )
-    (folder / "tokenizer").mkdir()
-    (folder / "tokenizer/spiece.model").write_bytes(words.getvalue())
-    (folder / "tokenizer/tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "T5Tokenizer"}))
+    folder.mkdir()
+    (folder / "spiece.model").write_bytes(words.getvalue())
+    (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "T5Tokenizer"}))
+
+
+def save_t5(folder: Path) -> None:
     torch.manual_seed(0)
     config = T5Config(vocab_size=256, d_model=16, d_kv=8, num_heads=2, d_ff=32, num_layers=2, dropout_rate=0.5)
-    model = T5EncoderModel(config)
-    for parameter in model.parameters():
-        torch.nn.init.normal_(parameter, std=0.5)
-    model.save_pretrained(folder / "text_encoder")
-    return folder
+    _stirred(T5EncoderModel(config), 0.5).save_pretrained(folder)
 
 
 @pytest.fixture(scope="session")
@@ -147,6 +183,58 @@ def released_t2v(tmp_path_factory, text_folder, vae_folder) -> Path:
     model.save_config(folder / "Latte-0/transformer")
     DDIMScheduler().save_pretrained(folder / "Latte-0/scheduler")
     torch.save({"ema": to_released(model.state_dict())}, folder / "Latte-skip.pt")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def eightfold_vae(tmp_path_factory) -> Path:
+    """A random autoencoder that makes 8x8 latents of 64x64 images, as those of Hunyuan-DiT do."""
+    torch.manual_seed(0)
+    blocks = {"down_block_types": ("DownEncoderBlock2D",) * 4, "up_block_types": ("UpDecoderBlock2D",) * 4}
+    vae = AutoencoderKL(**blocks, block_out_channels=(8,) * 4, norm_num_groups=4, scaling_factor=0.5)
+    folder = tmp_path_factory.mktemp("eightfold")
+    vae.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def released_t2i(tmp_path_factory, hunyuan_folder, eightfold_vae) -> Path:
+    """ckpts/t2i as Hunyuan-DiT was released, and diffusers/ with the same weights as diffusers has them."""
+    folder = tmp_path_factory.mktemp("released_t2i")
+    t2i, theirs = folder / "ckpts/t2i", folder / "diffusers"
+    places = {"text_encoder": "clip_text_encoder", "tokenizer": "tokenizer", "text_encoder_2": "mt5", "vae": VAE_NAME}
+    for name, place in places.items():
+        for target in (t2i / place, theirs / name):
+            shutil.copytree(eightfold_vae if name == "vae" else hunyuan_folder / name, target)
+    shutil.copytree(hunyuan_folder / "tokenizer_2", theirs / "tokenizer_2")
+    shutil.copytree(hunyuan_folder / "tokenizer_2", t2i / "mt5", dirs_exist_ok=True)
+    model = tiny_hunyuan()
+    (t2i / "model").mkdir()
+    torch.save(to_released(model.state_dict()), t2i / "model/pytorch_model_ema.pt")
+    transformer = HunyuanDiT2DModel(
+        num_attention_heads=2,
+        attention_head_dim=16,
+        in_channels=4,
+        patch_size=2,
+        sample_size=8,
+        hidden_size=32,
+        num_layers=8,
+        mlp_ratio=4.3637,
+        cross_attention_dim=16,
+        cross_attention_dim_t5=16,
+        pooled_projection_dim=1024,
+        use_style_cond_and_image_meta_size=False,
+    )
+    transformer.load_state_dict(to_diffusers(to_released(model.state_dict())))
+    transformer.save_pretrained(theirs / "transformer")
+    noise = {"beta_start": 0.00085, "beta_end": 0.02, "beta_schedule": "scaled_linear", "steps_offset": 1}
+    DDPMScheduler(**noise, clip_sample=False, prediction_type="v_prediction").save_pretrained(theirs / "scheduler")
+    index = {"_class_name": "HunyuanDiTPipeline", "requires_safety_checker": False}
+    index |= {"vae": ["diffusers", "AutoencoderKL"], "transformer": ["diffusers", "HunyuanDiT2DModel"]}
+    index |= {"text_encoder": ["transformers", "BertModel"], "text_encoder_2": ["transformers", "T5EncoderModel"]}
+    index |= {"tokenizer": ["transformers", "BertTokenizer"], "tokenizer_2": ["transformers", "T5Tokenizer"]}
+    index |= {"scheduler": ["diffusers", "DDPMScheduler"], "safety_checker": [None, None]}
+    (theirs / "model_index.json").write_text(json.dumps(index | {"feature_extractor": [None, None]}))
     return folder
 
 

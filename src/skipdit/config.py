@@ -43,10 +43,8 @@ def load_config(schema: type[T], file: str | Path | None, overrides: list[str] =
     """
     config = OmegaConf.structured(schema)
     if file is not None:
-        values, lines = _read(Path(file))
+        values, lines = _read(Path(file), section)
         prefix = f"{section}." if section else ""
-        if section and not isinstance(values := values.get(section), dict):
-            raise ConfigError(f"{file} has no section {section!r}")
         config = _merge(schema, config, values, lambda key: f"{file}, line {lines.get(prefix + key, '?')}")
     for text in overrides:
         if "=" not in text:
@@ -64,21 +62,29 @@ def load_config(schema: type[T], file: str | Path | None, overrides: list[str] =
         raise ConfigError(f"{file or 'the config'}: {error.full_key}: {_first_line(error)}") from error
 
 
-def _read(path: Path) -> tuple[dict, dict[str, int]]:
-    """A YAML file's values, and the line of every dotted key."""
+def given_values(file: str | Path, section: str) -> dict:
+    """What a section of a YAML file sets. Raises ConfigError if there is none."""
+    return _read(Path(file), section)[0]
+
+
+def _read(path: Path, section: str | None) -> tuple[dict, dict[str, int]]:
+    """The values of a YAML file, or of a section of it, and the line of every dotted key."""
     if not path.is_file():
         raise ConfigError(f"no config file {path}; the ones that come with the project are in configs/")
     try:
         node = yaml.compose(path.read_text(encoding="utf-8"))
         if node is not None and not isinstance(node, yaml.MappingNode):
             raise ConfigError(f"{path}, line {node.start_mark.line + 1}: not a config: write 'key: value' lines")
-        return OmegaConf.to_container(OmegaConf.load(path)), _key_lines(node)
+        values = OmegaConf.to_container(OmegaConf.load(path))
     except UnicodeDecodeError as error:
         raise ConfigError(f"{path} is not a text file: {error}") from error
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f"{path}, line {mark.line + 1}" if mark else path
         raise ConfigError(f"{where}: not valid YAML: {getattr(error, 'problem', '') or _first_line(error)}") from error
+    if section and not isinstance(values := values.get(section), dict):
+        raise ConfigError(f"{path} has no section {section!r}")
+    return values, _key_lines(node)
 
 
 def _merge(schema: type, config: Any, values: dict, where: Callable[[str], str]) -> Any:
@@ -145,14 +151,23 @@ def to_dict(config: Any) -> dict:
     return OmegaConf.to_container(OmegaConf.structured(config))
 
 
-def make_parser(schema: type, description: str) -> argparse.ArgumentParser:
-    """The command line that all tasks share: `--config FILE [key=value ...]`."""
+def make_parser(schema: type, description: str, default: str | None = None) -> argparse.ArgumentParser:
+    """The command line that all tasks share: `--config FILE [key=value ...]`.
+
+    Args:
+        default: what runs without --config; None requires it.
+    """
     parser = argparse.ArgumentParser(
         description=description,
         epilog="settings:\n" + describe(schema),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--config", required=True, metavar="FILE", help="YAML file with the run's settings")
+    parser.add_argument(
+        "--config",
+        required=default is None,
+        metavar="FILE",
+        help="YAML file with the run's settings" + (f"; without one: {default}" if default else ""),
+    )
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings that override the file's")
     return parser
 

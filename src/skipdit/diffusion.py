@@ -1,8 +1,8 @@
 """Gaussian diffusion with a learned variance: respacing, losses, DDPM and DDIM.
 
-Papers: DDPM (arXiv 2006.11239), improved DDPM (2102.09672, "iDDPM" below), DDIM (2010.02502), v-prediction (2202.00512).
-Shapes: x (N, ..., C, H, W), pictures or clips; model output (N, ..., 2C, H, W): the target of the prediction, noise or v,
-then the interpolation coefficient of the log variance.
+Papers: DDPM (arXiv 2006.11239), improved DDPM (2102.09672, "iDDPM" below), DDIM (2010.02502), v (2202.00512). Shapes: x
+(N, ..., C, H, W), pictures or clips; model output (N, ..., 2C, H, W): what it predicts, noise or v, then the
+interpolation coefficient of the log variance.
 """
 
 import math

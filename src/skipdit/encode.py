@@ -8,6 +8,9 @@
         --vae stabilityai/sd-vae-ft-ema --out data/UCF101/latents
     python -m skipdit.encode --data videos --path data/clips --captions data/clips/captions.jsonl --image-size 256 \\
         --shard 200 --vae stabilityai/sd-vae-ft-ema --out data/clips-latents
+    python -m skipdit.encode --data pictures --path data/pictures --captions data/pictures/captions.jsonl \\
+        --image-size 1024 --buckets 1024x1024 1024x768 768x1024 --shard 1000 \\
+        --vae checkpoints/HunyuanDiT-v1.2/t2i/sdxl-vae-fp16-fix --out data/pictures-latents
 
 Training then does not decode, crop or encode any more. Of clips all frames are kept, so that training still draws its
 random stretches. An interrupted run continues with the shards it lacks.
@@ -18,6 +21,7 @@ import hashlib
 import json
 import os
 from dataclasses import asdict, replace
+from itertools import accumulate, groupby
 from pathlib import Path
 
 import torch
@@ -28,9 +32,10 @@ from tqdm import tqdm
 
 from skipdit.config import friendly_errors
 from skipdit.data.clip_folder import ClipFolder
-from skipdit.data.clips import ClipData, ClipDataset
+from skipdit.data.clips import CLIPS, ClipData, ClipDataset
 from skipdit.data.images import IMAGES, to_float
 from skipdit.data.latents import LatentInfo, Part, expected_latents
+from skipdit.data.pictures import PictureData, PictureFolder
 from skipdit.data.stream import Stream, collate
 from skipdit.device import process_state
 from skipdit.vae import encode, latent_size, load_vae
@@ -54,7 +59,27 @@ def captions_of(dataset: Dataset) -> list[str]:
     return [] if captions is None else [captions[label] for label in dataset.labels]
 
 
+def shards_of(dataset: Dataset, size: int) -> list[list[int]]:
+    """The dataset indices of every shard: sorted by bucket, those of one bucket in their order, `size` at most."""
+    buckets = getattr(dataset, "buckets", None) or [0] * len(dataset)
+    order = sorted(range(len(dataset)), key=buckets.__getitem__)
+    groups = [list(group) for _, group in groupby(order, key=buckets.__getitem__)]
+    return [group[start : start + size] for group in groups for start in range(0, len(group), size)]
+
+
 def open_dataset(args: argparse.Namespace) -> Dataset:
+    if args.data == "pictures":
+        return PictureFolder(
+            PictureData(
+                path=args.path,
+                captions=args.captions,
+                picture_list=args.picture_list,
+                image_size=args.image_size,
+                buckets=args.buckets,
+            )
+        )
+    if args.buckets or args.picture_list:
+        raise ValueError(f"--buckets and --picture-list are of --data pictures, not of {args.data}")
     if args.data in IMAGES:
         if args.captions:
             raise ValueError(f"--captions are of clips, and --data {args.data} is of images")
@@ -75,7 +100,7 @@ def open_dataset(args: argparse.Namespace) -> Dataset:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", choices=[*IMAGES, "videos", "frames"], required=True, help="kind of dataset")
+    parser.add_argument("--data", choices=[*IMAGES, *CLIPS, "pictures"], required=True, help="kind of dataset")
     parser.add_argument("--path", required=True, help="its folder")
     parser.add_argument("--image-size", type=int, default=256, help="pixels along a side [%(default)s]")
     parser.add_argument(
@@ -100,7 +125,11 @@ def main() -> None:
     parser.add_argument(
         "--captions",
         metavar="FILE|txt",
-        help="clips: JSONL or CSV of video and caption, or txt: files beside the clips",
+        help="clips, pictures: JSONL or CSV of video or image, and caption; or txt: files beside them",
+    )
+    parser.add_argument("--picture-list", metavar="FILE", help="pictures: text file with those to encode, one per line")
+    parser.add_argument(
+        "--buckets", nargs="+", default=[], metavar="HxW", help="pictures: their shapes [a square of --image-size]"
     )
     parser.add_argument("--shard", type=int, default=10_000, help="images or clips per file [%(default)s]")
     parser.add_argument("--workers", type=int, default=4, help="reading processes [%(default)s]")
@@ -113,41 +142,41 @@ def run(args: argparse.Namespace) -> None:
     state = process_state()
     vae = load_vae(args.vae)
     latent_size(args.image_size, vae)
+    info = expected_latents(args.latents, args.image_size, vae, args.buckets)
     with state.local_main_process_first():  # a data set that downloads itself does so once
         dataset = open_dataset(args)
-    info = expected_latents(args.latents, args.image_size, vae)
     vae.to(state.device)
     args.out.mkdir(parents=True, exist_ok=True)
-    starts = range(0, len(dataset), args.shard)[state.process_index :: state.num_processes]
     parts = [args.data, args.path, *args.classes, "labelled" if args.labelled else "", args.clip_list or ""]
-    source = " ".join(filter(None, parts))
+    source, buckets = " ".join(filter(None, parts)), getattr(dataset, "buckets", None)
     if captions := captions_of(dataset):  # with all of them: a file of captions may be edited
-        digest = hashlib.sha256(json.dumps([dataset.names, captions]).encode()).hexdigest()
+        known = [dataset.names, captions, *filter(None, [buckets])]
+        digest = hashlib.sha256(json.dumps(known).encode()).hexdigest()
         source += f" captions {args.captions} {digest[:16]}"
     batch_size = 1 if isinstance(dataset, ClipDataset) else 64  # clips differ in length
-    shards = [args.out / f"latents-{start // args.shard:05d}.safetensors" for start in starts]
-    for start, target in zip(
-        tqdm(starts, desc="encoding", unit="shard", disable=not state.is_main_process), shards, strict=True
-    ):
-        stop = min(start + args.shard, len(dataset))
+    shards = shards_of(dataset, args.shard)
+    starts = [0, *accumulate(len(shard) for shard in shards)]
+    mine = range(len(shards))[state.process_index :: state.num_processes]
+    for number in tqdm(mine, desc="encoding", unit="shard", disable=not state.is_main_process):
+        rows, target = shards[number], args.out / f"latents-{number:05d}.safetensors"
+        bucket = buckets[rows[0]] if buckets else 0
+        part = Part(source, starts[number], starts[number + 1], len(dataset), bucket=bucket)
         if target.exists():
-            found = Part.read(target)
-            if LatentInfo.read(target) != info or replace(found, broken=()) != Part(source, start, stop, len(dataset)):
+            if LatentInfo.read(target) != info or replace(Part.read(target), broken=()) != part:
                 raise ValueError(f"{args.out} holds other latents, or other shards; give these another folder (--out)")
             continue
-        rows = Subset(_InOrder(dataset, 0), range(start, stop))
-        loader = DataLoader(rows, batch_size, collate_fn=collate, num_workers=args.workers)
+        samples = Subset(_InOrder(dataset, 0), rows)
+        loader = DataLoader(samples, batch_size, collate_fn=collate, num_workers=args.workers)
         tensors, broken = encode_shard(vae, loader, args.latents)
-        part = Part(source, start, stop, len(dataset), tuple(broken))
         partial = target.with_suffix(".partial")
-        metadata = info.metadata() | {"part": json.dumps(asdict(part))}
-        metadata |= {"captions": json.dumps(captions[start:stop])} if captions else {}
+        metadata = info.metadata() | {"part": json.dumps(asdict(replace(part, broken=tuple(broken))))}
+        metadata |= {"captions": json.dumps({row: captions[row] for row in rows})} if captions else {}
         save_file(tensors, partial, metadata=metadata)
         os.replace(partial, target)
     state.wait_for_everyone()
     if state.is_main_process:
         broken = [message for shard in sorted(args.out.glob("*.safetensors")) for message in Part.read(shard).broken]
-        unit = "clips" if isinstance(dataset, ClipDataset) else "images"
+        unit = "clips" if isinstance(dataset, ClipDataset) else "pictures" if buckets else "images"
         print(f"{len(dataset) - len(broken)} of {len(dataset)} {unit}, latents in {args.out}")
         left_out, listed = getattr(dataset, "left_out", []), args.out / "broken_files.txt"
         if broken or left_out:
@@ -155,7 +184,8 @@ def run(args: argparse.Namespace) -> None:
         if broken:
             print(f"{len(broken)} unreadable {unit} were left out, listed in {listed}")
         if left_out:
-            print(f"{len(left_out)} more had no caption or no frames, listed in {listed}")
+            reason = "could not be read" if buckets else "no frames"
+            print(f"{len(left_out)} more had no caption or {reason}, listed in {listed}")
 
 
 def encode_shard(vae: AutoencoderKL, loader: DataLoader, kind: str) -> tuple[dict[str, torch.Tensor], list[str]]:

@@ -64,6 +64,7 @@ class TrainConfig:
 # Settings that may differ when a run is resumed: places, and what does not change what is computed.
 _FREE = {"out", "init", "vae", "text_encoder", "tokenizer", "texts", "model.folder", "grid_guidance"}
 _FREE |= {"data.path", "data.image_path", "data.captions"}
+_FREE |= {f"{text}.{name}" for text in ("clip", "t5") for name in ("encoder", "tokenizer", "files")}
 _FREE |= {
     f"train.{name}"
     for name in (
@@ -161,7 +162,7 @@ def fit(
 
     trained, ema, optimizer, blueprint = _prepare(model, config, accelerator)
     start = 0 if dry_run else _resume(out, model, ema, optimizer, accelerator)
-    stream = Stream(dataset, config.seed)
+    stream = Stream(dataset, config.seed, config.batch_size)
     loader = iter(make_loader(stream, rows, config.batch_size, start, config.steps, config.workers))
     accelerator.print(describe(model, config, len(rows), micro, world, len(dataset)))
     log = Log(out, start) if accelerator.is_main_process and not dry_run else None

@@ -35,15 +35,16 @@ def downsampling(vae: AutoencoderKL) -> int:
     return 2 ** (len(vae.config.block_out_channels) - 1)
 
 
-def latent_size(image_size: int, vae: AutoencoderKL) -> int:
-    """Side of the latents of a square image. Raises ValueError if the autoencoder's factor does not divide it."""
+def latent_size(image_size: int, vae: AutoencoderKL, name: str = "image_size") -> int:
+    """A side of the latents of an image. Raises ValueError if the autoencoder's factor does not divide it."""
     factor = downsampling(vae)
     if image_size % factor:
-        raise ValueError(f"image_size {image_size} is not a multiple of the autoencoder's factor {factor}")
+        raise ValueError(f"{name} {image_size} is not a multiple of the autoencoder's factor {factor}")
     return image_size // factor
 
 
 CHUNK = 32  # pictures per call of the autoencoder: the frames of a batch of clips do not fit all at once
+CHUNK_PIXELS = CHUNK * 256**2  # in encoding; of larger pictures, fewer fit
 TEMPORAL_CHUNK = 14  # frames that a temporal decoder was trained to see at once
 
 
@@ -54,7 +55,8 @@ def encode(vae: AutoencoderKL, images: Tensor) -> tuple[Tensor, Tensor]:
     In the autoencoder's own dtype, whatever autocast is on around it: latents on disk and in training are the same.
     """
     with torch.autocast(images.device.type, enabled=False):
-        chunks = images.to(vae.dtype).flatten(0, -4).split(CHUNK)
+        chunk = max(1, min(CHUNK, CHUNK_PIXELS // (images.shape[-2] * images.shape[-1])))
+        chunks = images.to(vae.dtype).flatten(0, -4).split(chunk)
         posteriors = [vae.encode(chunk).latent_dist for chunk in chunks]
     scale, leading = vae.config.scaling_factor, images.shape[:-3]
     mean, std = (torch.cat([getattr(p, name).float() for p in posteriors]) for name in ("mean", "std"))

@@ -45,6 +45,8 @@ _MARKS = {  # a parameter that tells a backbone from those below it
     "class-to-image DiT": "blocks.0.attn.qkv.weight",
 }
 
+BEFORE_V1_2 = "Of Hunyuan-DiT only v1.2 is supported, which has no style embedding: Tencent-Hunyuan/HunyuanDiT-v1.2."
+
 
 class WeightsError(ValueError):
     """A checkpoint that cannot be read, or that does not belong to the model."""
@@ -248,7 +250,9 @@ def load_weights(model: nn.Module, source: str | Path | State, allow_missing: st
 
 
 def _advice(ours: State, theirs: State) -> list[str]:
-    """What to do where only the long skips are at odds."""
+    """What to do where only the version or the long skips are at odds."""
+    if "style_embedder.weight" in theirs:
+        return [f"  {BEFORE_V1_2}"]
     differ = ours.keys() ^ theirs.keys()
     if not differ or not all(name.startswith("skips.") for name in differ):
         return []

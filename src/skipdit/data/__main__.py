@@ -4,7 +4,7 @@
     python -m skipdit.data check configs/class-to-video/sky_scratch.yaml --good good.txt
 
 Reads every file as training does. Ends with status 1 if anything is broken or lacks its caption. The list of good clips
-can be given back to training as data.clip_list.
+or captioned pictures can be given back to training as data.clip_list or data.picture_list.
 """
 
 import argparse
@@ -19,7 +19,8 @@ from skipdit.config import friendly_errors
 from skipdit.data.clip_folder import STRETCH, ClipFolder
 from skipdit.data.clips import CLIPS, ClipData, ClipDataset, load_section
 from skipdit.data.images import IMAGES
-from skipdit.data.latents import Shards
+from skipdit.data.latents import FOLDERS, Shards
+from skipdit.data.pictures import PictureFolder, bucket_sizes
 from skipdit.data.stream import BrokenSample
 
 
@@ -30,7 +31,7 @@ def main() -> None:
     parser.add_argument("action", choices=["check"])
     parser.add_argument("config", metavar="CONFIG", help="YAML file of a training run; its section `data` counts")
     parser.add_argument("overrides", nargs="*", metavar="data.key=value", help="settings of that section to replace")
-    parser.add_argument("--good", type=Path, metavar="FILE", help="write the names of the good clips, one per line")
+    parser.add_argument("--good", type=Path, metavar="FILE", help="write the names of the good ones, one per line")
     parser.add_argument("--quick", action="store_true", help="of every clip read the first and the last frame only")
     parser.add_argument("--workers", type=int, default=4, help="reading processes [%(default)s]")
     args = parser.parse_intermixed_args()
@@ -40,20 +41,25 @@ def main() -> None:
 
 
 def check(args: argparse.Namespace) -> int:
-    """Print the report. Returns the number of broken files, and of clips without a caption."""
+    """Print the report. Returns the number of broken files, and of clips or pictures without a caption."""
     config = load_section(args.config, args.overrides)
     clips, uncaptioned = config.kind in CLIPS, []
     if config.kind == "latents":
-        table = Shards(config.path)
-        unit = f"frames of {len(table.column('length')):,} clips" if table.clips else "images"
-        print(f"{config.path}: latents of {len(table):,} {unit}, {table.info}")
-        _describe_captions(table.captions)
+        _describe_latents(config.path)
         return 0
-    dataset = ClipFolder(config) if clips else IMAGES[config.kind](config.path, config.image_size)
+    folder = FOLDERS.get(config.kind)
+    dataset = folder(config) if folder else IMAGES[config.kind](config.path, config.image_size)
     loader = DataLoader(_Walk(dataset, args.quick), batch_size=None, num_workers=args.workers)
     found = list(tqdm(loader, desc="reading", unit="clip" if clips else "image"))
     broken = [error for _, error in found if error]
-    if clips:
+    if isinstance(dataset, PictureFolder):
+        print(f"{config.path}: {len(found) - len(broken):,} readable pictures")
+        _describe_captions(dataset.captions)
+        _describe_buckets(dataset.sizes, dataset.buckets)
+        uncaptioned = dataset.uncaptioned
+        _list("without caption, or with a second one", uncaptioned)
+        broken += dataset.left_out[len(uncaptioned) :]
+    elif clips:
         _describe_clips(dataset, config, [length for length, error in found if not error])
         if dataset.pictures:
             broken += _missing(dataset)
@@ -66,10 +72,12 @@ def check(args: argparse.Namespace) -> int:
     else:
         print(f"{config.path}: {len(found) - len(broken):,} images in {dataset.num_classes} classes")
     _list("broken", broken)
-    if args.good and clips:
-        good = [dataset.names[i] for i, (n, error) in enumerate(found) if not error and not dataset.is_short(n)]
+    if args.good and hasattr(dataset, "names"):
+        unusable = [error or (clips and dataset.is_short(length)) for length, error in found]
+        good = [name for name, bad in zip(dataset.names, unusable, strict=True) if not bad]
         args.good.write_text("".join(f"{name}\n" for name in good))
-        print(f"{len(good):,} good clips listed in {args.good}: train with data.clip_list={args.good}")
+        unit = "clip" if clips else "picture"
+        print(f"{len(good):,} good {unit}s listed in {args.good}: train with data.{unit}_list={args.good}")
     return len(broken) + len(uncaptioned)
 
 
@@ -110,6 +118,21 @@ def _describe_clips(dataset: ClipFolder, config: ClipData, lengths: list[int]) -
     if dataset.strays:
         kinds = ", ".join(f"{count} {suffix or 'without suffix'}" for suffix, count in dataset.strays.most_common(5))
         print(f"passed over: {sum(dataset.strays.values()):,} other files ({kinds})")
+
+
+def _describe_latents(folder: str) -> None:
+    table = Shards(folder)
+    unit = f"frames of {len(table.column('length')):,} clips" if table.clips else "images"
+    print(f"{folder}: latents of {len(table):,} {unit}, {table.info}")
+    _describe_captions(table.captions)
+    if table.captions is not None and not table.clips:
+        _describe_buckets(bucket_sizes(table.info.image_size, table.info.buckets), table.buckets)
+
+
+def _describe_buckets(sizes: list[tuple[int, int]], buckets: list[int]) -> None:
+    counts = Counter(buckets)
+    shapes = ", ".join(f"{height}x{width} ({counts[i]:,})" for i, (height, width) in enumerate(sizes))
+    print(f"pictures per bucket, height x width: {shapes}")
 
 
 def _describe_captions(captions: list[str] | None) -> None:

@@ -1,35 +1,80 @@
-"""Files with the captions of clips: JSONL, or CSV whose first line names the columns.
+"""The captions of clips and of pictures: in JSONL, in CSV whose first line names the columns, or in text files.
 
-Every row has a `video`, the clip's path relative to the folder of all clips, and its `caption`; what else it has does
-not count.
+Every row has a `video` or an `image`, its path relative to the folder of all of them, and its `caption`; what else it
+has does not count.
 """
 
 import csv
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 
+BESIDE = "txt"  # as data.captions: every clip or picture has a text file of its name beside it
 
-def read_rows(file: str) -> Iterator[tuple[str, str, object]]:
-    """(place, clip, caption) of every row of a captions file, None without a caption.
+Row = tuple[str, str, object]  # (place, name, caption), None without a caption
 
-    Raises FileNotFoundError, or ValueError, naming file and line, for a row that cannot be read or names no video.
+
+def read_rows(file: str, key: str = "video") -> Iterator[Row]:
+    """The rows of a captions file, whose `key` names the clip or the picture.
+
+    Raises FileNotFoundError, or ValueError, naming file and line, for a row that cannot be read or lacks the key.
     """
     reader = _csv_rows if Path(file).suffix.lower() == ".csv" else _json_rows
     try:
         with open(file, "rb") as lines:
-            for number, row in reader(file, lines):
-                place, video = f"{file}, line {number}", row.get("video")
-                if not isinstance(video, str) or not video.strip():
-                    raise ValueError(f"{place}: no video; every row has a video and its caption")
-                yield place, Path(video.strip()).as_posix(), row.get("caption")
+            for number, row in reader(file, lines, key):
+                place, name = f"{file}, line {number}", row.get(key)
+                if not isinstance(name, str) or not name.strip():
+                    article = "an" if key == "image" else "a"
+                    raise ValueError(f"{place}: no {key}; every row has {article} {key} and its caption")
+                yield place, Path(name.strip()).as_posix(), row.get("caption")
     except OSError as error:
         raise FileNotFoundError(f"no captions {file}: {error.strerror}") from error
 
 
-def _json_rows(file: str, lines: Iterable[bytes]) -> Iterator[tuple[int, dict]]:
+def texts_beside(files: Mapping[str, Path]) -> Iterator[Row]:
+    """The rows of text files, given by name: None where there is none, bytes if it is no UTF-8."""
+    for name, path in files.items():
+        text = None
+        if path.is_file():
+            text = path.read_bytes()
+            with suppress(UnicodeDecodeError):
+                text = text.decode("utf-8-sig")
+        yield str(path), name, text
+
+
+def match(
+    rows: Iterable[Row], source: str, wanted: str, listed: Collection[str] | None = None, list_file: str | None = None
+) -> tuple[dict[str, str], list[str]]:
+    """Captions by name, in the order of their rows, and messages about those that have none, or a second one.
+
+    Args:
+        source: where the rows come from, for messages.
+        wanted: what should have captions, for messages: "any clips".
+        listed: the names that count, those of `list_file`; None: all.
+
+    Raises ValueError, naming the source, if there are no captions.
+    """
+    found, places, met, complaints = {}, {}, set(), []
+    for place, name, caption in rows:
+        if listed is not None and name not in listed:
+            continue
+        met.add(name)
+        if reason := complaint(name, caption, places.get(name)):
+            complaints.append(f"{place}: {reason}")
+        else:
+            found[name], places[name] = caption.strip(), place
+    complaints += [f"{list_file}: {name} is not in {source}" for name in listed or () if name not in met]
+    if not found:
+        example = f", for example {complaints[0]}" if complaints else ""
+        raise ValueError(f"{source} has no captions of {wanted}{example}")
+    return found, complaints
+
+
+def _json_rows(file: str, lines: Iterable[bytes], key: str) -> Iterator[tuple[int, dict]]:
     """(number from 1, object) of the lines of a JSONL file."""
-    wanted = 'wanted is a JSON object a line, {"video": ..., "caption": ...}'
+    wanted = f'wanted is a JSON object a line, {{"{key}": ..., "caption": ...}}'
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
@@ -44,7 +89,7 @@ def _json_rows(file: str, lines: Iterable[bytes]) -> Iterator[tuple[int, dict]]:
         yield number, row
 
 
-def _csv_rows(file: str, lines: Iterable[bytes]) -> Iterator[tuple[int, dict]]:
+def _csv_rows(file: str, lines: Iterable[bytes], key: str) -> Iterator[tuple[int, dict]]:
     """(number from 1 of its first line, cells by column) of the rows of a CSV file."""
     reader = csv.reader((line.decode("utf-8-sig") for line in lines), strict=True)
     header, number = None, 1
@@ -52,8 +97,8 @@ def _csv_rows(file: str, lines: Iterable[bytes]) -> Iterator[tuple[int, dict]]:
         for cells in reader:
             if header is None:
                 header = [cell.strip() for cell in cells]
-                if not {"video", "caption"} <= set(header):
-                    raise csv.Error(f"columns {', '.join(header)}; the first line has to name video and caption")
+                if not {key, "caption"} <= set(header):
+                    raise csv.Error(f"columns {', '.join(header)}; the first line has to name {key} and caption")
             elif any(cells[len(header) :]):  # what follows a comma would be lost
                 raise csv.Error(f"{len(cells)} cells for {len(header)} columns; quote a caption that has commas")
             elif cells:
@@ -62,11 +107,11 @@ def _csv_rows(file: str, lines: Iterable[bytes]) -> Iterator[tuple[int, dict]]:
     except (csv.Error, UnicodeDecodeError) as error:
         raise ValueError(f"{file}, line {number}: {error}") from error
     if header is None:
-        raise ValueError(f"{file}, line 1: it is empty; the first line has to name the columns video and caption")
+        raise ValueError(f"{file}, line 1: it is empty; the first line has to name the columns {key} and caption")
 
 
 def complaint(name: str, caption: object, before: str | None) -> str | None:
-    """Why a caption of a clip cannot be used, if so; `before` is the place of an earlier one."""
+    """Why a caption cannot be used, if so; `before` is the place of an earlier one."""
     if caption is None:
         return f"no caption of {name}"
     if not isinstance(caption, str):

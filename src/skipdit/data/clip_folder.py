@@ -3,22 +3,20 @@
 import os
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import suppress
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 from torchvision.transforms.v2 import functional as transforms
 
-from skipdit.data.captions import complaint, read_rows
-from skipdit.data.clips import BESIDE, Clip, ClipData, ClipDataset
+from skipdit.data.captions import BESIDE, Row, match, read_rows, texts_beside
+from skipdit.data.clips import Clip, ClipData, ClipDataset
+from skipdit.data.files import IMAGE_SUFFIXES, is_a, open_picture, read_list
 from skipdit.data.stream import BrokenSample
 
 VIDEO_SUFFIXES = {".mp4", ".avi", ".mov", ".mkv", ".webm", ".mpg", ".m4v"}
-IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
 STRETCH = 32  # frames to hold at the size of their file at once
 
 
@@ -45,7 +43,7 @@ class ClipFolder(ClipDataset):
         if config.captions:
             self._caption(config)
         else:
-            self.names = _lines(config.clip_list) if config.clip_list else self._find()
+            self.names = read_list(config.clip_list) if config.clip_list else self._find()
             self.labels = self._classify(config) if config.labelled or config.classes else None
         if not self.names:
             wanted = "video files" if self.kind == "videos" else "folders of pictures"
@@ -62,7 +60,7 @@ class ClipFolder(ClipDataset):
         found = set()
         for folder, _, files in os.walk(self.root, followlinks=True):
             for path in (Path(folder, file) for file in files):
-                if _is_a(path, wanted):
+                if is_a(path, wanted):
                     found.add(path if self.kind == "videos" else path.parent)
                 else:
                     self.strays[path.suffix.lower()] += 1
@@ -96,47 +94,30 @@ class ClipFolder(ClipDataset):
 
     def _caption(self, config: ClipData) -> None:
         """Set the names, captions and labels of the clips that have a caption, in the order of their captions."""
-        listed = None
+        listed, beside = None, config.captions == BESIDE
         if config.clip_list:
-            listed = {Path(name).as_posix(): None for name in _lines(config.clip_list)}  # a set that keeps its order
-        beside = config.captions == BESIDE
+            listed = [Path(name).as_posix() for name in read_list(config.clip_list)]
         rows = self._texts(self._find() if listed is None else listed) if beside else read_rows(config.captions)
-        found, places, met = {}, {}, set()
-        for place, name, caption in rows:
-            if not _is_wanted(name, config.classes) or (listed is not None and name not in listed):
-                continue
-            met.add(name)
-            if reason := complaint(name, caption, places.get(name)):
-                self.uncaptioned.append(f"{place}: {reason}")
-            else:
-                found[name], places[name] = caption.strip(), place
-        missing = [name for name in listed or () if name not in met and _is_wanted(name, config.classes)]
-        self.uncaptioned += [f"{config.clip_list}: {name} is not in {config.captions}" for name in missing]
-        self.left_out += self.uncaptioned
-        source = self.root if beside else config.captions
-        if not found:
-            wanted = "any" if listed is None and not config.classes else "the"
-            example = f", for example {self.uncaptioned[0]}" if self.uncaptioned else ""
-            raise ValueError(f"{source} has no captions of {wanted} clips{example}")
+        rows = (row for row in rows if _is_wanted(row[1], config.classes))
+        wanted = "any clips" if listed is None and not config.classes else "the clips"
+        listed = listed and {name: None for name in listed if _is_wanted(name, config.classes)}  # a set with an order
+        source = str(self.root) if beside else config.captions
+        found, self.uncaptioned = match(rows, source, wanted, listed, config.clip_list)
         if empty := set(config.classes) - {Path(name).parts[0] for name in found}:
             raise ValueError(f"{source} has no captions of clips of {', '.join(sorted(empty))} (data.classes)")
+        self.left_out += self.uncaptioned
         self.names, self.captions, self.labels = list(found), list(found.values()), list(range(len(found)))
 
-    def _texts(self, names: Iterable[str]) -> Iterator[tuple[str, str, str | bytes | None]]:
-        """(text file, clip, its text) for the text files beside clips: None where there is none, bytes if no UTF-8."""
-        for name in names:
-            path = self.root / (f"{name}.txt" if self.kind == "frames" else Path(name).with_suffix(".txt"))
-            text = None
-            if path.is_file():
-                self.strays -= Counter({".txt": 1})  # which is read, and not passed over
-                text = path.read_bytes()
-                with suppress(UnicodeDecodeError):
-                    text = text.decode("utf-8-sig")
-            yield str(path), name, text
+    def _texts(self, names: Iterable[str]) -> list[Row]:
+        """The text files beside clips, which are read, and not passed over."""
+        suffixed = {name: name if self.kind == "frames" else Path(name).with_suffix("") for name in names}
+        rows = list(texts_beside({name: self.root / f"{stem}.txt" for name, stem in suffixed.items()}))
+        self.strays -= Counter({".txt": sum(text is not None for _, _, text in rows)})
+        return rows
 
     def _list_pictures(self, file: str) -> list[str]:
         """The pictures of a list; those outside of the classes asked for are dropped."""
-        listed = _lines(file)
+        listed = read_list(file)
         pictures = [name for name in listed if self.labels is None or Path(name).parts[0] in self.classes]
         if not pictures:
             where = f" in the class folders {', '.join(self.classes)}: it has {listed[0]}" if listed else ""
@@ -197,32 +178,16 @@ def to_square(pictures: Tensor, size: int) -> Tensor:
 def _read_pictures(files: Sequence[Path], size: int) -> dict[str, Tensor]:
     pictures = []
     for file in files:
-        try:
-            with Image.open(file) as image:
-                pixels = np.array(image.convert("RGB"))
-        except Exception as error:  # damaged bytes make PIL raise nearly anything
-            raise BrokenSample(f"{file}: {error}") from error
+        with open_picture(file) as image:
+            pixels = np.array(image.convert("RGB"))
         pictures.append(to_square(torch.from_numpy(pixels).permute(2, 0, 1), size))
     return {"image": torch.stack(pictures)}
 
 
 def _frames(folder: Path) -> list[Path]:
     """The pictures of a folder in the order of their numbers: frame_2 comes before frame_10."""
-    files = [path for path in folder.iterdir() if _is_a(path, IMAGE_SUFFIXES)] if folder.is_dir() else []
+    files = [path for path in folder.iterdir() if is_a(path, IMAGE_SUFFIXES)] if folder.is_dir() else []
     return sorted(files, key=lambda file: [int(p) if p.isdigit() else p for p in re.split(r"(\d+)", file.stem)])
-
-
-def _is_a(path: Path, suffixes: set[str]) -> bool:
-    """Whether a file is one of these by its name. Hidden ones are not: macOS puts a "._clip.mp4" beside a clip.mp4."""
-    return path.suffix.lower() in suffixes and not path.name.startswith(".")
-
-
-def _lines(file: str) -> list[str]:
-    """The lines of a list, without empty ones."""
-    try:
-        return [line.strip() for line in Path(file).read_text().splitlines() if line.strip()]
-    except OSError as error:
-        raise FileNotFoundError(f"no list {file}: {error.strerror}") from error
 
 
 def _refuse_mixtures(config: ClipData) -> None:

@@ -11,17 +11,17 @@ from dataclasses import dataclass, field, fields
 
 import numpy as np
 import torch
-from omegaconf import OmegaConf
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from skipdit.config import load_config, setting
+from skipdit.config import given_values, load_config, setting
+from skipdit.data.captions import BESIDE
 from skipdit.data.images import IMAGES, ImageData
+from skipdit.data.pictures import PictureData
 from skipdit.data.stream import BrokenSample
 
 CLIPS = ("videos", "frames")  # as data.kind
 ATTEMPTS = 10  # other pictures to try where one of those that ride along cannot be read
-BESIDE = "txt"  # as data.captions: every clip has a text file of its name beside it
 
 
 @dataclass
@@ -52,8 +52,13 @@ class ClipData:
         return {f"data.{name}": value for name in names if (value := getattr(self, name)) is not None}
 
 
-def load_section(file: str, overrides: list[str]) -> ClipData | ImageData:
-    """The section `data` of a trainer's config, which is of clips or of images.
+KINDS = {ImageData: tuple(IMAGES), ClipData: CLIPS, PictureData: ("pictures",)}  # as data.kind, besides latents
+
+
+def load_section(file: str, overrides: list[str]) -> ClipData | ImageData | PictureData:
+    """The section `data` of a trainer's config: of clips, of images with classes, or of captioned pictures.
+
+    Its kind tells which. For latents, or without a kind, it is the first of these that knows all its keys.
 
     Args:
         file: the YAML file.
@@ -62,12 +67,15 @@ def load_section(file: str, overrides: list[str]) -> ClipData | ImageData:
     Raises ConfigError or ValueError, naming the key.
     """
     overrides = [text.removeprefix("data.") for text in overrides]
-    config = load_config(ClipData, file, overrides, section="data")  # has all settings of images, and more
-    given = {*OmegaConf.load(file).data, *(text.partition("=")[0] for text in overrides)}
-    if config.kind in IMAGES or given <= {field.name for field in fields(ImageData)} - {"kind"}:
-        config = load_config(ImageData, file, overrides, section="data")
-    if config.kind not in (*CLIPS, *IMAGES, "latents"):
-        raise ValueError(f"data.kind is {config.kind!r}; it is {', '.join((*CLIPS, *IMAGES))} or latents")
+    given = given_values(file, "data") | dict(text.partition("=")[::2] for text in overrides)
+    kind = given.pop("kind", None)
+    fitting = [schema for schema, kinds in KINDS.items() if kind in kinds] or [
+        schema for schema in KINDS if given.keys() <= {field.name for field in fields(schema)}
+    ]
+    config = load_config([*fitting, ClipData][0], file, overrides, section="data")
+    known = [kind for kinds in KINDS.values() for kind in kinds]
+    if config.kind not in (*known, "latents"):
+        raise ValueError(f"data.kind is {config.kind!r}; it is {', '.join(known)} or latents")
     return config
 
 

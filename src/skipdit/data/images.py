@@ -12,7 +12,7 @@ from torch.utils.data import Dataset
 from torchvision import datasets
 
 from skipdit.config import setting
-from skipdit.data.stream import BrokenSample
+from skipdit.data.files import open_picture
 
 
 @dataclass
@@ -30,14 +30,14 @@ class ImageData:
         return {} if self.kind == "fashion_mnist" else {"data.path": self.path}
 
 
-def centre_crop(image: Image.Image, size: int) -> Image.Image:
+def centre_crop(image: Image.Image, height: int, width: int) -> Image.Image:
     """ADM and DiT's preprocessing: halve by box filter while twice too large, resize bicubically, crop the centre."""
-    while min(image.size) >= 2 * size:
+    while image.height >= 2 * height and image.width >= 2 * width:
         image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
-    scale = size / min(image.size)
+    scale = max(height / image.height, width / image.width)
     image = image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.BICUBIC)
-    left, top = (image.width - size) // 2, (image.height - size) // 2
-    return image.crop((left, top, left + size, top + size))
+    left, top = (image.width - width) // 2, (image.height - height) // 2
+    return image.crop((left, top, left + width, top + height))
 
 
 def to_float(images: Tensor) -> Tensor:
@@ -70,11 +70,8 @@ class ImageFolder(Dataset):
 
     def __getitem__(self, index: int) -> dict:
         path, label = self._files.samples[index]
-        try:
-            with Image.open(path) as image:
-                pixels = np.array(centre_crop(image.convert("RGB"), self.size))
-        except Exception as error:  # damaged bytes make PIL raise nearly anything
-            raise BrokenSample(f"{path}: {error}") from error
+        with open_picture(path) as image:
+            pixels = np.array(centre_crop(image.convert("RGB"), self.size, self.size))
         return {"image": torch.from_numpy(pixels).permute(2, 0, 1), "label": label}
 
 

@@ -3,13 +3,14 @@
 A shard holds `mean` and, for sampling, `std` (N, 2, C, h, w), scaled: index 1 along the second axis is the flipped
 copy; `label` of the pictures, if there are classes. In a shard of clips N counts the frames of all its clips, one clip
 after the other, and `length` and `label` have one entry per clip. Its metadata: autoencoder fingerprint and scaling,
-"mean" or "sample", dtype, image size; and which part of which dataset it holds. Where clips have captions, the metadata
-holds those of all clips of the part, also of unreadable ones, and `label` is a clip's number in the whole dataset.
+"mean" or "sample", dtype, image size, buckets; and which part of which dataset it holds. Where clips or pictures have
+captions, the metadata holds those of all of the part, also of unreadable ones, by their numbers in the whole dataset,
+and these are the labels. Captioned pictures are sorted by bucket, and a shard is of one.
 """
 
 import bisect
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from itertools import accumulate
 from pathlib import Path
@@ -24,12 +25,15 @@ from torch.utils.data import Dataset
 from skipdit.data.clip_folder import ClipFolder
 from skipdit.data.clips import CLIPS, Clip, ClipData, ClipDataset
 from skipdit.data.images import to_float
+from skipdit.data.pictures import PictureData, PictureFolder, bucket_sizes
 from skipdit.data.stream import BrokenSample
-from skipdit.vae import encode
+from skipdit.vae import encode, latent_size
 from skipdit.weights import fingerprint
 
 if TYPE_CHECKING:
     from skipdit.train import Draw
+
+FOLDERS = {**dict.fromkeys(CLIPS, ClipFolder), "pictures": PictureFolder}  # by data.kind: what may have captions
 
 
 @dataclass(frozen=True)
@@ -41,6 +45,7 @@ class LatentInfo:
     kind: str  # mean or sample
     dtype: str
     image_size: int
+    buckets: tuple[str, ...] = ()
 
     def metadata(self) -> dict[str, str]:
         return {"latents": json.dumps(asdict(self))}
@@ -49,7 +54,8 @@ class LatentInfo:
     def read(cls, path: Path) -> "LatentInfo":
         try:
             with safe_open(path, framework="pt") as file:
-                return cls(**json.loads(file.metadata()["latents"]))
+                info = json.loads(file.metadata()["latents"])
+                return cls(**info | {"buckets": tuple(info.get("buckets", ()))})
         except (SafetensorError, KeyError, TypeError) as error:
             raise ValueError(f"{path} is not a latent file of `python -m skipdit.encode`: {error}") from error
 
@@ -63,6 +69,7 @@ class Part:
     stop: int
     total: int  # samples in the dataset
     broken: tuple[str, ...] = ()  # messages of the unreadable ones, which the shard lacks
+    bucket: int = 0  # of all of them
 
     @property
     def readable(self) -> int:
@@ -83,23 +90,23 @@ class Shards:
     Args:
         folder: what `python -m skipdit.encode` wrote.
         expected: how the trainer would have made them; a difference is refused.
+        wanted: the `contents` that it takes.
 
     Attributes:
         clips: whether it is a dataset of clips; rows are their frames.
-        captions: those of all clips that were there to encode, which labels are indices of; None without captions.
+        captions: those of all samples that were there to encode, which labels are indices of; None without captions.
+        buckets: of every sample, the index of its bucket.
 
     Raises FileNotFoundError or ValueError, naming the folder and the fields that differ.
     """
 
-    def __init__(self, folder: str | Path, expected: LatentInfo | None = None):
+    def __init__(self, folder: str | Path, expected: LatentInfo | None = None, wanted: str | None = None):
         self.paths, self._opened = sorted(Path(folder).glob("*.safetensors")), None
         if not self.paths:
             raise FileNotFoundError(f"no latents in {folder}; `python -m skipdit.encode --help` tells how to make them")
         self.info = LatentInfo.read(self.paths[0])
         for path in self.paths:
             _refuse_difference(path, LatentInfo.read(path), self.info)
-        if expected is not None:
-            _refuse_difference(self.paths[0], self.info, expected)
         parts = [Part.read(path) for path in self.paths]
         encoded, total = sum(part.stop - part.start for part in parts), parts[0].total
         if encoded != total or len({(part.source, part.total) for part in parts}) > 1:
@@ -107,14 +114,24 @@ class Shards:
                 f"{folder} holds latents of {encoded} of {total} samples: encoding was interrupted, or mixed with "
                 "another one; run the same `python -m skipdit.encode` command again, or encode into a new folder"
             )
-        captions = [_read_captions(path) for path in self.paths]
-        self.captions = None if captions[0] is None else [text for texts in captions for text in texts]
+        captions = dict(pair for path, part in zip(self.paths, parts, strict=True) for pair in _captions(path, part))
+        self.captions = [captions[number] for number in range(total)] if captions else None
+        self.buckets = [part.bucket for part in parts for _ in range(part.readable)]
         self.paths = [p for p, part in zip(self.paths, parts, strict=True) if part.readable]
         if not self.paths:
             raise ValueError(f"{folder} holds no latents: none of the {total} samples could be read")
         self._keys = ["mean", "std"] if self.info.kind == "sample" else ["mean"]
         self._ends = list(accumulate(shard.get_slice("mean").get_shape()[0] for shard in self._shards))
         self.clips = "length" in self._shards[0].keys()  # noqa: SIM118 (not a mapping)
+        if wanted not in (None, self.contents):
+            raise ValueError(f"{folder} holds latents of {self.contents}, not of {wanted}")
+        if expected is not None:
+            _refuse_difference(self.paths[0], self.info, expected)
+
+    @property
+    def contents(self) -> str:
+        """What was encoded."""
+        return "clips" if self.clips else "pictures with classes" if self.captions is None else "captioned pictures"
 
     @property
     def _shards(self) -> list:
@@ -149,19 +166,38 @@ class Shards:
 class Latents(Dataset):
     """Encoded pictures. Samples: {"mean": (2, C, h, w), ["std"], "label"}. Arguments and errors as in `Shards`."""
 
+    contents = "pictures with classes"
+
     def __init__(self, folder: str | Path, expected: LatentInfo | None = None):
-        self._table = Shards(folder, expected)
-        if self._table.clips:
-            raise ValueError(f"{folder} holds latents of clips, not of pictures")
-        self.info, self._labels = self._table.info, self._table.column("label")
-        self.num_classes = 1 + max(self._labels)
+        self._table = Shards(folder, expected, self.contents)
+        self.info, self.labels = self._table.info, self._table.column("label")
+
+    @property
+    def num_classes(self) -> int:
+        return 1 + max(self.labels)
 
     def __len__(self) -> int:
         return len(self._table)
 
     def __getitem__(self, index: int) -> dict:
         rows = self._table.read(range(index, index + 1))
-        return {key: row[0] for key, row in rows.items()} | {"label": self._labels[index]}
+        return {key: row[0] for key, row in rows.items()} | {"label": self.labels[index]}
+
+
+class PictureLatents(Latents):
+    """Captioned pictures, encoded; h and w of a sample are those of its bucket. Sorted by bucket.
+
+    Attributes: labels are indices of `captions`; the others are as in `PictureFolder`.
+    """
+
+    contents = "captioned pictures"
+    num_classes = 0  # labels that are of captions are none
+
+    def __init__(self, folder: str | Path, expected: LatentInfo | None = None):
+        super().__init__(folder, expected)
+        self.captions, self.buckets = self._table.captions, self._table.buckets
+        self.sizes = bucket_sizes(self.info.image_size, self.info.buckets)
+        self.left_out: list[str] = []
 
 
 class ClipLatents(ClipDataset):
@@ -180,9 +216,7 @@ class ClipLatents(ClipDataset):
         images_from: str = "other",
     ):
         super().__init__(num_frames, frame_interval, images, images_from)
-        self._table = Shards(folder, expected)
-        if not self._table.clips:
-            raise ValueError(f"{folder} holds latents of pictures, not of clips")
+        self._table = Shards(folder, expected, "clips")
         lengths, self.labels = self._table.column("length"), self._table.column("label")
         self.captions = self._table.captions
         self.names = [f"{folder}: clip {number}" for number in range(len(lengths))]
@@ -223,11 +257,32 @@ def open_clips(config: ClipData, vae: AutoencoderKL) -> ClipDataset:
     return ClipLatents(config.path, *drawn, expected, config.images_from)
 
 
-def expected_latents(kind: str, image_size: int, vae: AutoencoderKL) -> LatentInfo:
-    """How the latents of a training run have to be made. Raises ValueError for an unknown kind."""
+def open_pictures(config: PictureData, vae: AutoencoderKL) -> PictureFolder | PictureLatents:
+    """The captioned pictures of a config, or latents made of them with this autoencoder.
+
+    Raises ValueError or FileNotFoundError that names what is wrong with it.
+    """
+    expected = expected_latents(config.latents, config.image_size, vae, config.buckets)
+    if config.kind == "pictures":
+        return PictureFolder(config)
+    if config.kind != "latents":
+        raise ValueError(f"data.kind is {config.kind!r}; it is pictures or latents")
+    if config.captions or config.picture_list:
+        raise ValueError("latents hold the pictures of their encoding: leave out data.captions and data.picture_list")
+    return PictureLatents(config.path, expected)
+
+
+def expected_latents(kind: str, image_size: int, vae: AutoencoderKL, buckets: Sequence[str] = ()) -> LatentInfo:
+    """How the latents of a training run have to be made.
+
+    Raises ValueError for an unknown kind, or a bucket that the autoencoder's factor does not divide.
+    """
     if kind not in ("mean", "sample"):
         raise ValueError(f"data.latents is {kind!r}; it is 'mean' or 'sample'")
-    return LatentInfo(fingerprint(vae), vae.config.scaling_factor, kind, "float16", image_size)
+    for bucket in buckets:
+        for side in bucket_sizes(image_size, [bucket])[0]:
+            latent_size(side, vae, f"data.buckets, {bucket}:")
+    return LatentInfo(fingerprint(vae), vae.config.scaling_factor, kind, "float16", image_size, tuple(buckets))
 
 
 def clean_latents(batch: dict, flipped: Tensor, kind: str, vae: AutoencoderKL, draw: Callable[..., Tensor]) -> Tensor:
@@ -259,9 +314,13 @@ def joint_latents(batch: dict, config: ClipData, vae: AutoencoderKL, draw: "Draw
     return clean_latents(batch, flipped, config.latents, vae, draw.randn)
 
 
-def _read_captions(path: Path) -> list[str] | None:
+def _captions(path: Path, part: Part) -> Iterable[tuple[int, str]]:
+    """(number in the whole dataset, caption) of the samples of a shard; none without captions."""
     with safe_open(path, framework="pt") as file:
-        return json.loads(file.metadata().get("captions", "null"))
+        captions = json.loads(file.metadata().get("captions", "[]"))
+    if isinstance(captions, list):  # as files had them before there were buckets
+        return enumerate(captions, part.start)
+    return ((int(number), caption) for number, caption in captions.items())
 
 
 def _refuse_difference(path: Path, found: LatentInfo, expected: LatentInfo) -> None:

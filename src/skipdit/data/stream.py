@@ -2,9 +2,13 @@
 
 Position p of the stream is a fixed sample: number `p mod len` of epoch `p div len`'s permutation. A training run that
 knows its step number therefore knows its data, on any number of processes and after any interruption.
+
+Pictures of several shapes lie in buckets. A batch is of one bucket: an epoch is then the batches of all buckets, each
+bucket shuffled and its last batch filled up from its beginning, and these batches shuffled.
 """
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
@@ -31,29 +35,45 @@ class Stream(Dataset):
     zeros of the usual shapes, `weight` 0 and the message: batches keep their shape, and no neighbour is repeated.
 
     A dataset whose samples are random crops has `draw(index, rng)` besides `[index]`; its randomness follows from the
-    seed and the position.
+    seed and the position. One whose samples differ in shape has `buckets`, for every sample the index of its shape in
+    `sizes` [(height, width)]; positions p of one `p div batch_size` are then of one bucket.
     """
 
-    def __init__(self, dataset: Dataset, seed: int):
+    def __init__(self, dataset: Dataset, seed: int, batch_size: int = 1):
         if len(dataset) == 0:
             raise ValueError("the dataset is empty")
-        self.dataset, self.seed = dataset, seed
+        self.dataset, self.seed, self.batch_size = dataset, seed, batch_size
+        self._buckets = _members(getattr(dataset, "buckets", None) or [])
+        batches = sum(math.ceil(len(members) / batch_size) for members in self._buckets)
+        self._length = batches * batch_size if len(self._buckets) > 1 else len(dataset)
         self._epoch, self._order, self._blank = -1, None, None
 
     def index(self, position: int) -> int:
         """Dataset index at a stream position."""
-        epoch, offset = divmod(position, len(self.dataset))
+        epoch, offset = divmod(position, self._length)
         if epoch != self._epoch:
             generator = torch.Generator().manual_seed(seed_of(self.seed, epoch))
-            self._epoch, self._order = epoch, torch.randperm(len(self.dataset), generator=generator)
+            self._epoch, self._order = epoch, self._shuffle(generator)
         return int(self._order[offset])
+
+    def _shuffle(self, generator: torch.Generator) -> Tensor:
+        """The dataset indices of an epoch, in order."""
+        if len(self._buckets) < 2:
+            return torch.randperm(len(self.dataset), generator=generator)
+        batches = []
+        for members in self._buckets:
+            shuffled = members[torch.randperm(len(members), generator=generator)]
+            places = torch.arange(math.ceil(len(members) / self.batch_size) * self.batch_size)
+            batches.append(shuffled[places % len(members)].unflatten(0, (-1, self.batch_size)))
+        batches = torch.cat(batches)
+        return batches[torch.randperm(len(batches), generator=generator)].flatten()
 
     def __getitem__(self, position: int) -> dict:
         index = self.index(position)
         try:
             return {"broken": "", **self.take(index, position), "index": index, "weight": 1.0}
         except BrokenSample as error:
-            return {**self.blank(), "index": index, "weight": 0.0, "broken": str(error)}
+            return {**self.blank(index), "index": index, "weight": 0.0, "broken": str(error)}
 
     def take(self, index: int, position: int) -> dict:
         """What the dataset gives at an index, drawn there for a position. Raises BrokenSample."""
@@ -61,8 +81,23 @@ class Stream(Dataset):
             return self.dataset.draw(index, np.random.default_rng(seed_of(self.seed, position)))
         return self.dataset[index]
 
-    def blank(self) -> dict[str, Tensor]:
+    def blank(self, index: int) -> dict[str, Tensor]:
         """Zeros of the shapes and types of a sample. Raises RuntimeError if none of the first hundred can be read."""
+        other, blank = self._readable()
+        if len(self._buckets) < 2:
+            return blank
+        height, width = self.dataset.sizes[self.dataset.buckets[index]]
+        from_height, from_width = self.dataset.sizes[self.dataset.buckets[other]]
+
+        def reshaped(value: Tensor) -> Tensor:
+            """Pixels or latents of the other bucket -> of this one."""
+            *leading, h, w = value.shape
+            return value.new_zeros(*leading, h * height // from_height, w * width // from_width)
+
+        return {key: reshaped(value) if value.ndim > 1 else value for key, value in blank.items()}
+
+    def _readable(self) -> tuple[int, dict[str, Tensor]]:
+        """The index of a sample that can be read, and zeros like it."""
         if self._blank is None:
             reasons = []
             for index in range(min(len(self.dataset), 100)):
@@ -72,10 +107,16 @@ class Stream(Dataset):
                     reasons.append(str(error))
                     continue
                 values = {key: torch.as_tensor(value) for key, value in sample.items() if key != "broken"}
-                self._blank = {key: torch.zeros_like(value) for key, value in values.items()}
+                self._blank = index, {key: torch.zeros_like(value) for key, value in values.items()}
                 return self._blank
             raise RuntimeError("no sample could be read:\n  " + "\n  ".join(reasons))
         return self._blank
+
+
+def _members(buckets: Sequence[int]) -> list[Tensor]:
+    """The indices of the samples of every bucket that has some."""
+    numbers = torch.tensor(buckets, dtype=torch.int64)
+    return [(numbers == bucket).nonzero().flatten() for bucket in numbers.unique()]
 
 
 def collate(samples: list[dict]) -> dict[str, Tensor | list[str]]:

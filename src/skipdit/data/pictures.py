@@ -1,0 +1,143 @@
+"""Captioned pictures of any shape, each cut to the bucket whose aspect ratio is nearest to its own.
+
+A caption is a label: the number of it in `dataset.captions`.
+"""
+
+import math
+import os
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import ExifTags, Image, ImageOps
+from torch.utils.data import Dataset
+
+from skipdit.config import setting
+from skipdit.data.captions import BESIDE, match, read_rows, texts_beside
+from skipdit.data.files import IMAGE_SUFFIXES, is_a, open_picture, read_list
+from skipdit.data.images import centre_crop
+from skipdit.data.stream import BrokenSample
+
+
+@dataclass
+class PictureData:
+    """Where captioned pictures come from."""
+
+    kind: str = setting("pictures", "pictures, or latents (of `python -m skipdit.encode`)")
+    path: str = setting("data/pictures", "folder of the pictures, nested as it may be, or of the latents")
+    captions: str | None = setting(None, "JSONL or CSV of image (relative to path), caption; or txt: beside every one")
+    picture_list: str | None = setting(None, "text file with one picture per line, relative to path; unset: all there")
+    image_size: int = setting(1024, "pixels along a side of the square bucket")
+    buckets: list[str] = field(
+        default_factory=list, metadata={"help": "shapes of pictures, HEIGHTxWIDTH in pixels; empty: only the square"}
+    )
+    latents: str = setting("sample", "mean or sample: what of the autoencoder's posterior is trained on")
+    flip: bool = setting(True, "flip half of the pictures horizontally")
+
+    def files(self) -> dict[str, str]:
+        """What has to be there, by setting."""
+        names = ("path", "picture_list", *["captions"] * (self.captions != BESIDE))
+        return {f"data.{name}": value for name in names if (value := getattr(self, name)) is not None}
+
+
+def bucket_sizes(image_size: int, buckets: list[str]) -> list[tuple[int, int]]:
+    """(height, width) of every bucket; without any, of the square. Raises ValueError, naming the bucket."""
+    sizes = []
+    for text in buckets:
+        height, by, width = text.partition("x")
+        if not (by and height.isdecimal() and width.isdecimal() and int(height) and int(width)):
+            raise ValueError(f"data.buckets has {text!r}; a bucket is HEIGHTxWIDTH in pixels, for example 1024x768")
+        sizes.append((int(height), int(width)))
+    return sizes or [(image_size, image_size)]
+
+
+class PictureFolder(Dataset):
+    """Captioned pictures anywhere below a folder. Samples: {"image": uint8 (3, H, W) of its bucket, "label": int}.
+
+    Transparent ones are laid on white. Raises FileNotFoundError or ValueError, naming the folder or the captions file
+    and its line, if there is nothing to read.
+
+    Attributes:
+        names: of the pictures, in the order of their captions.
+        captions, labels: label i is that of caption i.
+        sizes: (height, width) of the buckets.
+        buckets: for every picture, which of them is its own: the nearest aspect ratio, then the nearest area.
+        left_out: messages about pictures left out for their captions, or as their headers cannot be read.
+        uncaptioned: those of the first kind.
+    """
+
+    def __init__(self, config: PictureData):
+        self.root, self.sizes = Path(config.path), bucket_sizes(config.image_size, config.buckets)
+        if not config.captions:
+            raise ValueError("data.captions is not set: a file of captions, or txt for text files beside the pictures")
+        if not self.root.is_dir():
+            raise FileNotFoundError(f"no folder of pictures {self.root}")
+        found, self.uncaptioned = self._captioned(config)
+        Image.init()  # here: threads that look for a format must not meet half of the formats
+        with ThreadPoolExecutor() as threads:
+            buckets = dict(zip(found, threads.map(self._bucket, found), strict=True))
+        broken = [bucket for bucket in buckets.values() if isinstance(bucket, str)]
+        self.names = [name for name, bucket in buckets.items() if not isinstance(bucket, str)]
+        if not self.names:
+            raise ValueError(f"none of {len(broken)} pictures can be read, for example {broken[0]}")
+        self.buckets, self.captions = [buckets[name] for name in self.names], [found[name] for name in self.names]
+        self.labels, self.left_out = list(range(len(self.names))), self.uncaptioned + broken
+
+    def _captioned(self, config: PictureData) -> tuple[dict[str, str], list[str]]:
+        """Captions by picture, and messages about pictures without."""
+        listed = None
+        if config.picture_list:
+            listed = {Path(name).as_posix(): None for name in read_list(config.picture_list)}  # a set with an order
+        if config.captions == BESIDE:
+            names = self._find() if listed is None else listed
+            rows = texts_beside({name: (self.root / name).with_suffix(".txt") for name in names})
+        else:
+            rows = read_rows(config.captions, "image")
+        source = str(self.root) if config.captions == BESIDE else config.captions
+        wanted = "any pictures" if listed is None else "the pictures"
+        return match(rows, source, wanted, listed, config.picture_list)
+
+    def _find(self) -> list[str]:
+        """Names of all pictures below the root."""
+        paths = (Path(folder, file) for folder, _, files in os.walk(self.root, followlinks=True) for file in files)
+        return sorted(path.relative_to(self.root).as_posix() for path in paths if is_a(path, IMAGE_SUFFIXES))
+
+    def _bucket(self, name: str) -> int | str:
+        """The index of a picture's bucket, or why its header cannot be read."""
+        try:
+            with open_picture(self.root / name) as image:
+                width, height = image.size
+                exif = Image.Image.getexif(image)  # that of the class of PNGs reads all of the picture
+                if exif.get(ExifTags.Base.Orientation) in range(5, 9):  # lying on its side
+                    width, height = height, width
+        except BrokenSample as error:
+            return str(error)
+        return nearest_bucket(height, width, self.sizes)
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def __getitem__(self, index: int) -> dict:
+        with open_picture(self.root / self.names[index]) as image:
+            picture = centre_crop(on_white(ImageOps.exif_transpose(image)), *self.sizes[self.buckets[index]])
+        return {"image": torch.from_numpy(np.array(picture)).permute(2, 0, 1), "label": self.labels[index]}
+
+
+def nearest_bucket(height: int, width: int, sizes: list[tuple[int, int]]) -> int:
+    """Index of the size whose aspect ratio is nearest; of several of one ratio, whose area is."""
+
+    def distance(index: int) -> tuple[float, float]:
+        h, w = sizes[index]
+        return abs(math.log(height / width) - math.log(h / w)), abs(math.log(height * width / (h * w)))
+
+    return min(range(len(sizes)), key=distance)
+
+
+def on_white(image: Image.Image) -> Image.Image:
+    """An RGB picture, on white where it is transparent."""
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB")

@@ -1,0 +1,246 @@
+"""What the samplers of prompts share: settings, schedulers, the call of a diffusers pipeline, a job of samples."""
+
+import argparse
+import inspect
+import json
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+from diffusers import AutoencoderKL, DiffusionPipeline, SchedulerMixin
+from torch import Tensor, nn
+
+from skipdit.cache import CacheSpec, SkipCache
+from skipdit.config import setting, to_dict
+from skipdit.device import process_state
+from skipdit.pipeline import enable_cache
+from skipdit.sample import Job, StepTimer, require_finite, resolve_dtype, work_off
+from skipdit.skip import SkipTransformer
+from skipdit.vae import downsampling
+from skipdit.weights import fingerprint
+
+WINDOW = "N{}-700-50"  # the released code's caching window, of both tasks
+SCHEDULERS = {
+    "ddim": "DDIMScheduler",
+    "ddpm": "DDPMScheduler",
+    "deis": "DEISMultistepScheduler",
+    "dpm": "DPMSolverMultistepScheduler",
+    "dpmms": "DPMSolverMultistepScheduler",  # Hunyuan-DiT's name for it
+    "euler": "EulerDiscreteScheduler",
+    "euler-ancestral": "EulerAncestralDiscreteScheduler",
+    "heun": "HeunDiscreteScheduler",
+    "kdpm2-ancestral": "KDPM2AncestralDiscreteScheduler",
+    "pndm": "PNDMScheduler",
+    "unipc": "UniPCMultistepScheduler",
+}
+
+
+@dataclass
+class PromptConfig:
+    """Settings of a run from prompts that do not depend on the task."""
+
+    out: str = setting("samples", "folder for the samples and the report")
+    prompts: list[str] = field(default_factory=list, metadata={"help": "what to show, as --prompt"})
+    prompt_file: str | None = setting(None, "text file with one prompt per line, or a folder of such files")
+    negative_prompt: str = setting("", "what not to show")
+    height: int | None = setting(None, "pixels; unset: as the model was made for")
+    width: int | None = setting(None, "pixels; unset: as the model was made for")
+    batch_size: int = setting(1, "samples per model call and process (guidance doubles it)")
+    seed: int = setting(0, "seed of the run; sample i depends on it and on i")
+    scheduler: str = setting("ddim", f"one of {', '.join(SCHEDULERS)}")
+    steps: int = setting(50, "sampling steps")
+    guidance_scale: float = setting(7.5, "classifier-free guidance; 1 is none")
+    cache: str = setting("none", "Skip-Cache spec, as --cache")
+    dtype: str = setting("auto", "auto, float32, bfloat16 or float16")
+    vae_slicing: bool = setting(False, "decode one picture at a time, to save memory")
+    vae_tiling: bool = setting(False, "decode pictures in tiles, to save more")
+    compile: bool = setting(False, "compile the model with torch.compile")
+
+
+# Settings that say where and how fast, not what is made; and those that the identity has in another form: weights by
+# their fingerprints, the size in pixels, models and scheduler by their configs.
+_FREE = {"out", "batch_size", "compile", "vae_slicing", "prompts", "prompt_file", "height", "width"}
+_FREE |= {"weights", "pipeline", "vae", "text_encoder", "tokenizer"}
+
+
+def make_scheduler(name: str, settings: dict[str, Any]) -> SchedulerMixin:
+    """A diffusers scheduler with those of the settings that it knows. Raises ValueError for an unknown name."""
+    if name not in SCHEDULERS:
+        raise ValueError(f"scheduler is {name!r}; known: {', '.join(SCHEDULERS)}")
+    kind = getattr(diffusers, SCHEDULERS[name])
+    known = set(inspect.signature(kind.__init__).parameters)
+    return kind(**{key: value for key, value in settings.items() if key in known})
+
+
+def scheduler_settings(folder: Path | None) -> dict[str, Any]:
+    """The settings of a diffusers scheduler's folder; none without a folder."""
+    return diffusers.DDIMScheduler.load_config(folder) if folder else {}  # the file is the same for every class
+
+
+def check_settings(
+    config: PromptConfig, model: SkipTransformer, vae: AutoencoderKL, size: tuple[int, int], branch: int | None
+) -> None:
+    """Check that settings fit the model and each other, and set the autoencoder's.
+
+    Args:
+        model: on the meta device; takes the dtype.
+        size: height and width in pixels.
+        branch: the cache's, None without a cache.
+
+    Raises ValueError for those that do not.
+    """
+    unit = max(8, downsampling(vae) * model.config.patch_size)  # the pipelines take no smaller one
+    if size[0] % unit or size[1] % unit:
+        raise ValueError(f"height {size[0]} and width {size[1]} must be multiples of {unit} pixels")
+    if branch is not None and branch > model.n_skips:
+        raise ValueError(f"cache branch {branch} is larger than the model's number of skips, {model.n_skips}")
+    if config.guidance_scale < 1:
+        raise ValueError(f"guidance_scale is {config.guidance_scale}; 1 is no guidance, and less is not possible")
+    nn.Module.to(model, dtype=resolve_dtype(config.dtype, process_state().device))  # not diffusers' own, which warns
+    if config.vae_slicing:
+        vae.enable_slicing()
+    if config.vae_tiling:
+        vae.enable_tiling()
+
+
+def run_pipeline(pipe: DiffusionPipeline, callback: Callable[[int], None] | None = None, **arguments: Any) -> Tensor:
+    """Latents, float32, that a pipeline's call ends with.
+
+    Args:
+        pipe: its transformer in eval mode.
+        callback: called with the number of every step, after it.
+        arguments: of the call.
+
+    Raises FloatingPointError, naming the step, if latents stop being finite.
+    """
+    finite = []  # flags per step, on the device: read once, after the run
+
+    def after_step(pipe: DiffusionPipeline, i: int, t: Tensor, tensors: dict) -> dict:
+        finite.append(tensors["latents"].isfinite().all())
+        if callback is not None:
+            callback(i)
+        return {}
+
+    latents = pipe(**arguments, callback_on_step_end=after_step, output_type="latent")[0]
+    require_finite(finite, pipe.scheduler.timesteps.tolist(), latents.dtype)
+    return latents.float()
+
+
+class PromptSampler(ABC):
+    """All that a config asks for, on the device, ready to sample.
+
+    Attributes:
+        config: the run's.
+        pipe: without text encoders; its transformer may be compiled.
+        model: the transformer itself.
+        prompts: `copies` samples of each are made.
+        encoder: fingerprint of the text encoder, or of both.
+        size: height and width in pixels.
+        flops: of one full and one cached step, per sample.
+    """
+
+    config: PromptConfig
+    pipe: DiffusionPipeline
+    model: SkipTransformer
+    prompts: list[str]
+    copies: int
+    encoder: str
+    size: tuple[int, int]
+    flops: dict[str, float]
+
+    @abstractmethod
+    def samples(self, indices: list[int], steps: int, callback: Callable[[int], None] | None = None) -> Tensor:
+        """Pixels of a batch of samples, (N, ..., 3, H, W) uint8, on the CPU."""
+
+    def batches(self, indices: Sequence[int]) -> Iterator[list[int]]:
+        """Samples that can be made together."""
+        for start in range(0, len(indices), self.config.batch_size):
+            yield list(indices[start : start + self.config.batch_size])
+
+    @property
+    def method(self) -> str:
+        return self.config.scheduler
+
+    def timesteps(self, steps: int) -> list[float]:
+        self.pipe.scheduler.set_timesteps(steps)
+        return self.pipe.scheduler.timesteps.tolist()
+
+    def make(self, steps: int, spec: CacheSpec) -> Tensor:
+        """All samples of the config, (N, ..., 3, H, W) uint8."""
+        enable_cache(self.pipe, spec)
+        batches = self.batches(range(len(self.prompts) * self.copies))
+        return torch.cat([self.samples(indices, steps) for indices in batches])
+
+    def _ready(self) -> None:
+        """What follows when the pipeline is there: its bar, the model, and its compiling."""
+        show = process_state().is_main_process
+        self.pipe.set_progress_bar_config(disable=not show, leave=False, desc="sampling", unit="step")
+        self.model = self.pipe.transformer
+        if self.config.compile:
+            self.pipe.transformer = torch.compile(self.model, fullgraph=True)
+
+
+def run_job(
+    sampler: PromptSampler,
+    names: list[str],
+    save: Callable[[Job, int, Tensor], None],
+    suffix: str,
+    unit: str,
+    free: set[str],
+) -> tuple[Job, dict]:
+    """Make the samples of a config that are not there yet, report.json, and prompts.json, which says what is what.
+
+    Args:
+        names: of the samples' files, without suffix.
+        save: `save(job, index, pixels)` writes a sample.
+        suffix: of its file.
+        unit: what a sample is, for people.
+        free: the task's settings that do not determine the samples.
+
+    Returns:
+        The job, all of whose samples exist then, and the run's report.
+    """
+    state, config, model, pipe = process_state(), sampler.config, sampler.model, sampler.pipe
+    spec = CacheSpec.parse(config.cache)
+    cache = enable_cache(pipe, spec)
+    identity = {key: value for key, value in to_dict(config).items() if key not in _FREE | free}
+    identity |= {"size": sampler.size, "prompts": sampler.prompts, "cache": str(spec), "text_encoder": sampler.encoder}
+    identity |= {"weights": fingerprint(model), "vae": fingerprint(pipe.vae)}
+    identity |= {"model": dict(model.config), "scheduler_config": dict(pipe.scheduler.config)}
+    identity |= {"dtype": str(model.dtype), "device": state.device.type}  # devices draw different noise from one seed
+    job = Job(config.out, identity, len(names), suffix, state.process_index, state.num_processes, names)
+
+    def make(indices: list[int], timer: StepTimer) -> tuple[Tensor, SkipCache]:
+        timer.start()
+        return sampler.samples(indices, config.steps, lambda i: timer.tick(cache.run.ran[i])), cache.run
+
+    summary = work_off(
+        job,
+        sampler.batches(job.pending()),
+        make,
+        lambda index, pixels: save(job, index, pixels),
+        idle=SkipCache(spec, sampler.timesteps(config.steps)),
+        flops=sampler.flops,
+        unit=unit,
+        seed=config.seed,
+        config=to_dict(config) | {"prompts": sampler.prompts},
+    )
+    if state.is_main_process:
+        table = {job.path(i).name: sampler.prompts[i // sampler.copies] for i in range(job.total)}
+        text = json.dumps(table, indent=2, ensure_ascii=False) + "\n"
+        (job.folder / "prompts.json").write_text(text, encoding="utf-8")
+    return job, summary
+
+
+def add_prompt_argument(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--prompt",
+        action="append",
+        default=[],
+        metavar="TEXT",
+        help="what to show, instead of the config's prompts; more than once for several",
+    )

@@ -1,0 +1,361 @@
+"""Sample pictures from prompts, in Chinese or English, with Hunyuan-DiT, with or without Skip-Cache.
+
+    python text-to-image/sample_t2i.py --config configs/text-to-image/demo.yaml --prompt "a red apple"
+    python text-to-image/sample_t2i.py --prompt "渔舟唱晚" --no-enhance --infer-steps 100 --image-size 1024 1024
+    python text-to-image/sample_t2i.py --prompt "渔舟唱晚" --cache --cache-step 2
+    torchrun --nproc-per-node 8 text-to-image/sample_t2i.py --config configs/text-to-image/t2i_sample_coco.yaml
+
+Runs diffusers' HunyuanDiTPipeline. Without --config the released model is looked for in ckpts/. Writes every picture as
+PNG; sheet.png with the first of them, prompts.json, and report.json. The same command again continues an interrupted
+run; any number of processes makes the same pictures.
+"""
+
+import argparse
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from diffusers import AutoencoderKL, HunyuanDiTPipeline, SchedulerMixin
+from torch import Tensor
+from torchvision.io import ImageReadMode, read_image, write_png
+
+from skipdit import text_sample
+from skipdit.bench import step_flops
+from skipdit.cache import CacheSpec
+from skipdit.config import friendly_errors, load_config, make_parser, setting
+from skipdit.data.images import to_uint8
+from skipdit.device import process_state
+from skipdit.media import contact_sheet
+from skipdit.prompts import file_names, read_prompts
+from skipdit.sample import Job, add_cache_arguments, cache_override, generators, preflight
+from skipdit.text import CLIP, T5, Encoded, Reading, load_text_encoder, missing_text_files
+from skipdit.text_sample import (
+    WINDOW,
+    PromptConfig,
+    PromptSampler,
+    add_prompt_argument,
+    check_settings,
+    run_job,
+    run_pipeline,
+)
+from skipdit.text_to_image.model import HunyuanDiT, rotary_tables
+from skipdit.vae import decode, downsampling, load_vae
+from skipdit.weights import BEFORE_V1_2, identify, load_state, load_weights
+
+FETCH = "huggingface-cli download Tencent-Hunyuan/HunyuanDiT-v1.2 --local-dir ./ckpts"
+SHOWN = 16  # pictures on the contact sheet
+RELEASED_WIDTH = 1408
+SIZES = ["1024x1024", "1280x1280", "768x1024", "864x1152", "960x1280", "1024x768", "1152x864", "1280x960"]
+SIZES += ["768x1280", "1280x768"]  # height x width; what the released model was trained for
+NOISE = {"beta_start": 0.00085, "beta_end": 0.02, "beta_schedule": "scaled_linear", "steps_offset": 1}  # and with
+# What the released code guides away from where nothing else is asked for: wrong eyes, bad faces, blur and the like.
+NEGATIVE = "错误的眼睛，糟糕的人脸，毁容，糟糕的艺术，变形，多余的肢体，模糊的颜色，模糊，重复，病态，残缺，"
+
+
+@dataclass
+class Config(PromptConfig):
+    """A text-to-image sampling run."""
+
+    pipeline: str = setting("ckpts", "folder of the released files (t2i/...), or of a diffusers pipeline")
+    load_key: str = setting("ema", "which t2i/model/pytorch_model_<key>.pt of the released files: ema, module, distill")
+    weights: str | None = setting(None, "checkpoint of the transformer; unset: the pipeline's")
+    vae: str | None = setting(None, "autoencoder, folder or Hub name; unset: the pipeline's")
+    text_encoder: str | None = setting(None, "the CLIP, folder or Hub name; unset: the pipeline's")
+    tokenizer: str | None = setting(None, "folder or Hub name; unset: beside the text encoder")
+    text_encoder_2: str | None = setting(None, "the multilingual T5, folder or Hub name; unset: the pipeline's")
+    tokenizer_2: str | None = setting(None, "folder or Hub name; unset: beside the text encoder")
+    out: str = setting("samples/text-to-image", "folder for the pictures and the report")
+    height: int = setting(1024, "pixels")
+    width: int = setting(1024, "pixels")
+    negative_prompt: str = setting(NEGATIVE, "what not to show")
+    images_per_prompt: int = setting(1, "pictures of each prompt")
+    seed: int = setting(42, "seed of the run; picture i depends on it and on i")
+    scheduler: str = setting("ddpm", f"one of {', '.join(text_sample.SCHEDULERS)}")
+    steps: int = setting(100, "sampling steps")
+    guidance_scale: float = setting(6.0, "classifier-free guidance; 1 is none")
+
+    def places(self) -> dict[str, str]:
+        """Where models come from that are not set directly: the released layout, or that of diffusers."""
+        root = Path(self.pipeline)
+        released = root / "t2i"
+        if released.is_dir() or not (root / "model_index.json").is_file():
+            names = {"weights": f"model/pytorch_model_{self.load_key}.pt", "vae": "sdxl-vae-fp16-fix"}
+            names |= {"text_encoder": "clip_text_encoder", "text_encoder_2": "mt5"}
+            root = released
+        else:
+            names = {name: name for name in ("vae", "text_encoder", "text_encoder_2")} | {"weights": "transformer"}
+        return {name: getattr(self, name) or str(root / place) for name, place in names.items()}
+
+
+class Text(NamedTuple):
+    """Prompts as both text encoders give them: embeddings (N, S, C) and masks (N, S)."""
+
+    clip: Encoded
+    t5: Encoded
+
+    def rows(self, indices: Sequence[int], device: torch.device, dtype: torch.dtype) -> "Text":
+        """Some of the prompts, for a model."""
+        chosen = ((e.embeddings[indices].to(device, dtype), e.mask[indices].to(device)) for e in self)
+        return Text(*(Encoded(*parts) for parts in chosen))
+
+
+def make_scheduler(name: str, folder: Path | None = None) -> SchedulerMixin:
+    """A diffusers scheduler for v-prediction, with the noise of the released model or the settings of a folder."""
+    settings = NOISE | {"clip_sample": False} | text_sample.scheduler_settings(folder)
+    return text_sample.make_scheduler(name, settings | {"prediction_type": "v_prediction"})
+
+
+def generate(
+    pipe: HunyuanDiTPipeline,
+    text: Text,
+    negative: Text,
+    generators: Sequence[torch.Generator],
+    *,
+    size: tuple[int, int],
+    steps: int = 100,
+    guidance_scale: float = 6.0,
+    callback: Callable[[int], None] | None = None,
+) -> Tensor:
+    """Sample latents of N prompts.
+
+    Args:
+        pipe: with or without `enable_cache`; its transformer in eval mode.
+        text, negative: of N prompts each, in the transformer's dtype and on its device.
+        generators: N, on its device.
+        size: height and width in pixels.
+        callback: called with the number of every step, after it.
+
+    Returns:
+        Latents (N, C, h, w), float32.
+
+    Raises FloatingPointError, naming the step, if they stop being finite.
+    """
+    model, factor = pipe.transformer, downsampling(pipe.vae) * pipe.transformer.config.patch_size
+    rotary = rotary_tables(size[0] // factor, size[1] // factor, model.head_dim)
+    rotary = tuple(table.to(model.device) for table in rotary)
+
+    def with_released_tables(module: torch.nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+        return args, kwargs | {"image_rotary_emb": rotary}  # the pipeline's are for other places: see `rotary_tables`
+
+    hook = model.register_forward_pre_hook(with_released_tables, with_kwargs=True)
+    try:
+        return run_pipeline(
+            pipe,
+            callback,
+            prompt_embeds=text.clip.embeddings,
+            prompt_attention_mask=text.clip.mask,
+            prompt_embeds_2=text.t5.embeddings,
+            prompt_attention_mask_2=text.t5.mask,
+            negative_prompt_embeds=negative.clip.embeddings,
+            negative_prompt_attention_mask=negative.clip.mask,
+            negative_prompt_embeds_2=negative.t5.embeddings,
+            negative_prompt_attention_mask_2=negative.t5.mask,
+            num_inference_steps=steps,
+            guidance_scale=guidance_scale,
+            height=size[0],
+            width=size[1],
+            generator=list(generators),
+            use_resolution_binning=False,
+        )
+    finally:
+        hook.remove()
+
+
+class Parts(NamedTuple):
+    """A checked config's pipeline, but for the weights of the transformer."""
+
+    model: HunyuanDiT  # on the meta device
+    vae: AutoencoderKL
+    scheduler: SchedulerMixin
+    size: tuple[int, int]  # height and width in pixels
+
+
+def check(config: Config, branch: int | None) -> Parts:
+    """Raises ValueError or FileNotFoundError for settings that do not fit each other, before large files are read."""
+    places, folder = config.places(), Path(config.pipeline, "scheduler")
+    missing = missing_text_files(places["text_encoder"], config.tokenizer)
+    missing += missing_text_files(places["text_encoder_2"], config.tokenizer_2)
+    preflight({"weights": places["weights"], "vae": places["vae"]}, FETCH, absent=missing)
+    scheduler = make_scheduler(config.scheduler, folder if folder.is_dir() else None)
+    vae = load_vae(places["vae"])
+    state = load_state(places["weights"])
+    if "style_embedder.weight" in state:
+        raise ValueError(f"{places['weights']} holds {identify(state)}. {BEFORE_V1_2}")
+    with torch.device("meta"):
+        model = HunyuanDiT(**HunyuanDiT.config_from_state(state))
+    size = config.height, config.width
+    check_settings(config, model, vae, size, branch)
+    if model.config.hidden_size == RELEASED_WIDTH and "x".join(map(str, size)) not in SIZES:
+        warnings.warn(
+            f"the released model was not trained for {size[0]}x{size[1]}, but for {', '.join(SIZES)}", stacklevel=2
+        )
+    return Parts(model, vae, scheduler, size)
+
+
+def open_pipeline(config: Config, parts: Parts) -> HunyuanDiTPipeline:
+    """Load the transformer's weights, and put all on the device; the text encoders are not part of the pipeline."""
+    device, model = process_state().device, parts.model
+    model.to_empty(device="cpu")
+    load_weights(model, config.places()["weights"])
+    model.to(device).eval().requires_grad_(False)
+    return HunyuanDiTPipeline(
+        parts.vae.to(device), None, None, model, parts.scheduler, None, None, requires_safety_checker=False
+    )
+
+
+def encode_prompts(config: Config, model: HunyuanDiT, prompts: list[str]) -> tuple[Text, Text, str]:
+    """Prompts and the negative prompt, on the CPU, and the encoders' fingerprints. One encoder is loaded at a time.
+
+    Raises FloatingPointError if embeddings are not finite in the model's dtype.
+    """
+    both: dict[str, list] = {"prompts": [], "negative": [], "fingerprint": []}
+    for name, tokenizer, reading in _readings(config, model):
+        encoder = load_text_encoder(name, tokenizer, model.dtype, reading).to(process_state().device)
+        for key, texts in {"prompts": prompts, "negative": [config.negative_prompt]}.items():
+            encoded = Encoded(*(part.cpu() for part in encoder.encode(texts)))
+            if not encoded.embeddings.isfinite().all():
+                raise FloatingPointError(
+                    f"embeddings of {name} are not finite in {model.dtype}: use dtype=bfloat16 or float32"
+                )
+            both[key].append(encoded)
+        both["fingerprint"].append(encoder.fingerprint)
+        del encoder  # before the next comes
+    return Text(*both["prompts"]), Text(*both["negative"]), " ".join(both["fingerprint"])
+
+
+def _readings(config: Config, model: HunyuanDiT) -> list[tuple[str, str | None, Reading]]:
+    """Both text encoders, their tokenizers, and how they read."""
+    places = config.places()
+    return [
+        (places["text_encoder"], config.tokenizer, CLIP._replace(max_tokens=model.config.text_len)),
+        (places["text_encoder_2"], config.tokenizer_2, T5._replace(max_tokens=model.config.text_len_t5)),
+    ]
+
+
+class TextSampler(PromptSampler):
+    """All that a config asks for, on the device, ready to sample.
+
+    Args:
+        branch: the cache's, None without a cache.
+
+    Attributes:
+        text, negative: the prompts and the negative prompt, as the model reads them.
+    """
+
+    def __init__(self, config: Config, branch: int | None):
+        self.config, self.copies = config, config.images_per_prompt
+        self.prompts = read_prompts(config.prompts, config.prompt_file)
+        parts, device = check(config, branch), process_state().device
+        self.size, factor = parts.size, downsampling(parts.vae)
+        self.text, self.negative, self.encoder = encode_prompts(config, parts.model, self.prompts)
+        self.flops = step_flops(
+            parts.model,
+            2 if config.guidance_scale > 1 else 1,
+            branch or 1,
+            height=self.size[0] // factor,
+            width=self.size[1] // factor,
+        )
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()  # the report is of sampling
+        self.pipe = open_pipeline(config, parts)
+        self._ready()
+
+    def samples(self, indices: list[int], steps: int, callback: Callable[[int], None] | None = None) -> Tensor:
+        """Pictures (N, 3, H, W) uint8."""
+        place = self.model.device, self.model.dtype
+        latents = generate(
+            self.pipe,
+            self.text.rows([index // self.copies for index in indices], *place),
+            self.negative.rows([0] * len(indices), *place),
+            generators(self.config.seed, indices, self.model.device),
+            size=self.size,
+            steps=steps,
+            guidance_scale=self.config.guidance_scale,
+            callback=callback,
+        )
+        return to_uint8(decode(self.pipe.vae, latents)).cpu()
+
+
+def sample(config: Config) -> dict:
+    """Run a config. Returns the report that is also written to report.json."""
+    spec, prompts = CacheSpec.parse(config.cache), read_prompts(config.prompts, config.prompt_file)
+    names = file_names(prompts, config.images_per_prompt, vbench=False)
+    sampler = TextSampler(config, spec.branch if spec.interval > 1 else None)
+
+    def save(job: Job, index: int, pixels: Tensor) -> None:
+        job.save(index, lambda path: write_png(pixels, str(path)))
+
+    job, summary = run_job(sampler, names, save, "png", "picture", {"load_key", "text_encoder_2", "tokenizer_2"})
+    if process_state().is_main_process:
+        shown = [read_image(str(job.path(i)), ImageReadMode.RGB)[None] for i in range(min(job.total, SHOWN))]
+        write_png(contact_sheet(shown), str(job.folder / "sheet.png"))
+    return summary
+
+
+def add_original_arguments(parser: argparse.ArgumentParser) -> None:
+    """The released code's switches; each stands for a setting."""
+    parser.add_argument("--negative", metavar="TEXT", help="negative_prompt")
+    parser.add_argument("--seed", type=int, metavar="N", help="seed")
+    parser.add_argument("--batch-size", type=int, metavar="N", help="images_per_prompt, made together")
+    parser.add_argument("--cfg-scale", type=float, metavar="X", help="guidance_scale")
+    parser.add_argument("--sampler", choices=text_sample.SCHEDULERS, help="scheduler")
+    parser.add_argument("--infer-steps", type=int, metavar="N", help="steps")
+    parser.add_argument(
+        "--image-size", nargs="+", metavar="PIXELS", help="height and width, one for both if they agree"
+    )
+    parser.add_argument("--load-key", choices=["ema", "module", "distill", "merge"], help="load_key")
+    parser.add_argument("--model-root", metavar="FOLDER", help="pipeline")
+    parser.add_argument("--cache-at-branch", type=int, metavar="B", help="branch of --cache and --cache-step")
+    parser.add_argument("--infer-mode", choices=["fa", "torch"], help="accepted: attention is PyTorch's in both")
+    parser.add_argument("--no-enhance", action="store_true", help="accepted: prompts are taken as they are")
+
+
+def original_settings(args: argparse.Namespace) -> dict[str, str | int | float]:
+    """Settings that the released code's switches stand for. Raises ValueError for an image size that is none."""
+    given = {
+        "negative_prompt": args.negative,
+        "seed": args.seed,
+        "images_per_prompt": args.batch_size,
+        "batch_size": args.batch_size,
+        "guidance_scale": args.cfg_scale,
+        "scheduler": args.sampler,
+        "steps": args.infer_steps,
+        "load_key": args.load_key,
+        "pipeline": args.model_root,
+    }
+    if sides := args.image_size:
+        args.overrides += [text for text in sides if "=" in text]  # argparse gives the switch what follows it
+        sides = [text for text in sides if "=" not in text]
+        if len(sides) not in (1, 2) or not all(text.isdecimal() for text in sides):
+            raise ValueError(f"--image-size {' '.join(sides)}: it takes a height and a width in pixels")
+        given["height"], given["width"] = int(sides[0]), int(sides[-1])
+    return {key: value for key, value in given.items() if value is not None}
+
+
+def main() -> None:
+    parser = make_parser(Config, __doc__, default="the released model in ckpts/")
+    add_cache_arguments(parser)
+    add_prompt_argument(parser)
+    add_original_arguments(parser)
+    args = parser.parse_intermixed_args()
+    with friendly_errors():
+        cache = cache_override(args, WINDOW)
+        if args.cache_at_branch is not None:
+            if not cache:
+                raise ValueError("--cache-at-branch goes with --cache or --cache-step")
+            cache = [f"{cache[0]}-b{args.cache_at_branch}"]
+        settings = original_settings(args)
+        config = load_config(Config, args.config, args.overrides + cache)
+        for name, value in settings.items():
+            setattr(config, name, value)
+        if args.prompt:
+            config.prompts, config.prompt_file = args.prompt, None
+        sample(config)
+
+
+if __name__ == "__main__":
+    main()
