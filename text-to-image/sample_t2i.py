@@ -47,6 +47,7 @@ from skipdit.weights import BEFORE_V1_2, identify, load_state, load_weights
 
 FETCH = "huggingface-cli download Tencent-Hunyuan/HunyuanDiT-v1.2 --local-dir ./ckpts"
 SHOWN = 16  # pictures on the contact sheet
+UNIT = 16  # pixels; diffusers' pipeline rounds heights and widths down to multiples of it
 RELEASED_WIDTH = 1408
 SIZES = ["1024x1024", "1280x1280", "768x1024", "864x1152", "960x1280", "1024x768", "1152x864", "1280x960"]
 SIZES += ["768x1280", "1280x768"]  # height x width; what the released model was trained for
@@ -187,7 +188,7 @@ def check(config: Config, branch: int | None) -> Parts:
     with torch.device("meta"):
         model = HunyuanDiT(**HunyuanDiT.config_from_state(state))
     size = config.height, config.width
-    check_settings(config, model, vae, size, branch)
+    check_settings(config, model, vae, size, branch, UNIT)
     if model.config.hidden_size == RELEASED_WIDTH and "x".join(map(str, size)) not in SIZES:
         warnings.warn(
             f"the released model was not trained for {size[0]}x{size[1]}, but for {', '.join(SIZES)}", stacklevel=2

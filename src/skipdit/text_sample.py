@@ -82,7 +82,12 @@ def scheduler_settings(folder: Path | None) -> dict[str, Any]:
 
 
 def check_settings(
-    config: PromptConfig, model: SkipTransformer, vae: AutoencoderKL, size: tuple[int, int], branch: int | None
+    config: PromptConfig,
+    model: SkipTransformer,
+    vae: AutoencoderKL,
+    size: tuple[int, int],
+    branch: int | None,
+    unit: int = 8,
 ) -> None:
     """Check that settings fit the model and each other, and set the autoencoder's.
 
@@ -90,10 +95,11 @@ def check_settings(
         model: on the meta device; takes the dtype.
         size: height and width in pixels.
         branch: the cache's, None without a cache.
+        unit: pixels of which the pipeline takes multiples.
 
     Raises ValueError for those that do not.
     """
-    unit = max(8, downsampling(vae) * model.config.patch_size)  # the pipelines take no smaller one
+    unit = max(unit, downsampling(vae) * model.config.patch_size)
     if size[0] % unit or size[1] % unit:
         raise ValueError(f"height {size[0]} and width {size[1]} must be multiples of {unit} pixels")
     if branch is not None and branch > model.n_skips:

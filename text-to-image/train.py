@@ -1,0 +1,207 @@
+"""Train Hunyuan-DiT on captioned pictures: two stages onto the backbone without skips, from scratch, or LoRA.
+
+    accelerate launch text-to-image/train.py --config configs/text-to-image/t2i_train_stage2.yaml
+    python text-to-image/train.py --config configs/text-to-image/emoji_stage2.yaml out=results/mine
+
+The same command again continues an interrupted run.
+"""
+
+from dataclasses import dataclass, field, fields
+from functools import cache
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderKL, HunyuanDiTPipeline
+from torch import Tensor
+from torchvision.io import write_png
+from torchvision.utils import make_grid
+
+from skipdit.config import friendly_errors, load_config, make_parser, setting
+from skipdit.data.images import to_uint8
+from skipdit.data.latents import clean_latents
+from skipdit.data.pictures import PictureData
+from skipdit.data.texts import LiveTexts, Texts, TextTable
+from skipdit.device import process_state
+from skipdit.diffusion import Diffusion
+from skipdit.lora import add_lora, save_lora
+from skipdit.prepare import open_training
+from skipdit.sample import generators, resolve_dtype
+from skipdit.text import CLIP, T5, Reading, load_text_encoder, missing_text_files
+from skipdit.text_to_image.data import make_dataset
+from skipdit.text_to_image.model import HunyuanDiT, Rotary, rotary_tables
+from skipdit.text_to_image.sample_t2i import FETCH, NOISE, UNIT, Text, generate, make_scheduler
+from skipdit.train import Draw, Loss, TrainConfig, fit
+from skipdit.vae import decode, latent_size
+
+SHOWN = 16  # pictures of a sample grid
+
+
+@dataclass
+class ModelConfig:
+    """Arguments of `HunyuanDiT`; unset ones are those of the released model."""
+
+    hidden_size: int | None = setting(None, "width")
+    depth: int | None = setting(None, "blocks")
+    num_heads: int | None = setting(None, "attention heads")
+    patch_size: int | None = setting(None, "side of a patch in latent pixels")
+    mlp_ratio: float | None = setting(None, "hidden width of the MLP over the model's")
+    text_states_dim: int | None = setting(None, "channels of the CLIP")
+    text_len: int | None = setting(None, "tokens of its texts")
+    text_states_dim_t5: int | None = setting(None, "channels of the T5")
+    text_len_t5: int | None = setting(None, "tokens of its texts")
+    skip: bool = setting(True, "long skips")
+    fuse: str = setting("replace", "replace, as released, or residual, which starts at the model without skips")
+
+
+@dataclass
+class TextConfig:
+    """Where one of the two encodings of the captions comes from."""
+
+    encoder: str | None = setting(None, "text encoder, folder or Hub name; frozen")
+    tokenizer: str | None = setting(None, "folder or Hub name; unset: beside the text encoder")
+    files: str | None = setting(None, "embeddings of `python -m skipdit.encode_text`, in place of the text encoder")
+    fingerprint: str | None = setting(None, "of the text encoder; the trainer fills it in and refuses another")
+    dropout: float = setting(0.2, "share of captions replaced by the empty one, for guidance")
+
+
+@dataclass
+class Config:
+    """A text-to-image training run."""
+
+    out: str = setting("results/text-to-image", "run folder")
+    init: str | None = setting(None, "checkpoint to start from; one without skips may start a model with (stage 1)")
+    vae: str = setting("ckpts/t2i/sdxl-vae-fp16-fix", "autoencoder, folder or Hub name")
+    clip: TextConfig = field(default_factory=TextConfig)
+    t5: TextConfig = field(default_factory=TextConfig)
+    text_dtype: str = setting("bfloat16", "of the text encoders: auto, float32, bfloat16 or float16")
+    grid_guidance: float = setting(6.0, "guidance scale of the sample grids")
+    lora_rank: int = setting(0, "train adapters of this rank, and nothing else; 0: none")
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: PictureData = field(default_factory=PictureData)
+    train: TrainConfig = field(default_factory=TrainConfig)
+
+    def files(self) -> dict[str, str]:
+        """What has to be there, by setting."""
+        texts = {"clip.files": self.clip.files, "t5.files": self.t5.files}
+        return self.data.files() | {name: place for name, place in texts.items() if place}
+
+
+def main() -> None:
+    parser = make_parser(Config, __doc__)
+    parser.add_argument("--dry-run", action="store_true", help="take one step, print its peak memory, write nothing")
+    args = parser.parse_intermixed_args()
+    with friendly_errors():
+        train(load_config(Config, args.config, args.overrides), args.dry_run)
+
+
+def build_model(config: ModelConfig, latents: int) -> HunyuanDiT:
+    given = {f.name: getattr(config, f.name) for f in fields(config)}
+    return HunyuanDiT((latents, latents), **{name: value for name, value in given.items() if value is not None})
+
+
+def open_texts(name: str, config: TextConfig, reading: Reading, dtype: str, captions: list[str], dim: int) -> Texts:
+    """One of the two encodings of the captions, from files or from the encoder on this process's device.
+
+    Raises ValueError for an encoding of other channels than the model's, or of another encoder than the run's.
+    """
+    if config.files:
+        texts = TextTable(config.files, captions, reading)
+    else:
+        device = process_state().device
+        encoder = load_text_encoder(config.encoder, config.tokenizer, resolve_dtype(dtype, device), reading)
+        texts = LiveTexts(encoder.to(device), captions)
+    if texts.dim != dim:
+        raise ValueError(f"{name}: texts have {texts.dim} channels, the model takes {dim}")
+    if config.fingerprint not in (None, texts.fingerprint):
+        raise ValueError(f"{name}.fingerprint is {config.fingerprint}, the text encoder's is {texts.fingerprint}")
+    config.fingerprint = texts.fingerprint  # kept with the run, which goes on with no other
+    return texts
+
+
+def make_loss(config: Config, vae: AutoencoderKL, clip: Texts, t5: Texts, model: HunyuanDiT) -> Loss:
+    """The loss of v-prediction; either text is dropped by itself. Of the model only the shapes count."""
+    diffusion = Diffusion(beta_start=NOISE["beta_start"], beta_end=NOISE["beta_end"], scaled=True, prediction="v")
+    patch_size, head_dim = model.config.patch_size, model.head_dim
+
+    @cache
+    def rotary(height: int, width: int, device: torch.device) -> Rotary:
+        tables = rotary_tables(height // patch_size, width // patch_size, head_dim)
+        return tuple(table.to(device) for table in tables)
+
+    def loss(model: torch.nn.Module, batch: dict, draw: Draw) -> Tensor:
+        flipped = (draw.rand() < 0.5) & config.data.flip
+        x0 = clean_latents(batch, flipped, config.data.latents, vae, draw.randn)
+        chance = draw.rand(2)
+        texts = [
+            *clip.take_whole(batch["label"], chance[:, 0] < config.clip.dropout),
+            *t5.take_whole(batch["label"], chance[:, 1] < config.t5.dropout),
+        ]
+        t, noise = draw.randint(len(diffusion)), draw.randn(*x0.shape[1:])
+        x = diffusion.q_sample(x0, t, noise)
+        (out,) = model(x, t, *texts, image_rotary_emb=rotary(*x.shape[-2:], x.device), return_dict=False)
+        return diffusion.losses(out, x0, x, t, noise)["loss"]
+
+    return loss
+
+
+def train(config: Config, dry_run: bool = False) -> HunyuanDiT:
+    """Run a config. Returns the averaged model."""
+    if config.train.sample_every and config.data.image_size % UNIT:
+        raise ValueError(
+            f"data.image_size {config.data.image_size} is not a multiple of {UNIT}: set train.sample_every=0"
+        )
+    absent = []
+    for name, part in {"clip": config.clip, "t5": config.t5}.items():
+        if not part.files and not part.encoder:
+            raise ValueError(f"set {name}.encoder, a text encoder, or {name}.files, what it gave of the captions")
+        absent += [] if part.files else missing_text_files(part.encoder, part.tokenizer)
+    model, vae = open_training(
+        config.out,
+        config.init,
+        config.vae,
+        config.files(),
+        config.train,
+        lambda vae: build_model(config.model, latent_size(config.data.image_size, vae)),
+        FETCH,
+        absent=absent,
+    )
+    if config.lora_rank:
+        add_lora(model, config.lora_rank)
+    dataset, sizes = make_dataset(config.data, vae), model.config
+    clip_reading, t5_reading = CLIP._replace(max_tokens=sizes.text_len), T5._replace(max_tokens=sizes.text_len_t5)
+    captions, dtype = dataset.captions, config.text_dtype
+    clip = open_texts("clip", config.clip, clip_reading, dtype, captions, sizes.text_states_dim)
+    t5 = open_texts("t5", config.t5, t5_reading, dtype, captions, sizes.text_states_dim_t5)
+    shown = torch.arange(min(SHOWN, len(captions))) * (len(captions) // min(SHOWN, len(captions)))
+
+    def sample(model: HunyuanDiT, step: int) -> None:
+        scheduler = make_scheduler("ddim")
+        pipe = HunyuanDiTPipeline(
+            vae.to(model.device), None, None, model, scheduler, None, None, requires_safety_checker=False
+        )
+        pipe.set_progress_bar_config(disable=True)
+        kept, dropped = (torch.full_like(shown, value, dtype=torch.bool) for value in (False, True))
+        text, negative = (Text(clip.take_whole(shown, d), t5.take_whole(shown, d)) for d in (kept, dropped))
+        place = range(len(shown)), model.device, model.dtype
+        noise = generators(config.train.seed, shown.tolist(), model.device)
+        size = (config.data.image_size,) * 2
+        try:
+            settings = {"size": size, "steps": 50, "guidance_scale": config.grid_guidance}
+            latents = generate(pipe, text.rows(*place), negative.rows(*place), noise, **settings)
+        except FloatingPointError as error:  # of the average only; the training goes on
+            print(f"no sample grid at step {step}: {error}")
+            return
+        folder = Path(config.out) / "samples"
+        folder.mkdir(exist_ok=True)
+        write_png(make_grid(to_uint8(decode(vae, latents)), nrow=4).cpu(), str(folder / f"{step:07d}.png"))
+        (folder / "captions.txt").write_text("".join(f"{captions[i]}\n" for i in shown), encoding="utf-8")
+
+    loss = make_loss(config, vae, clip, t5, model)
+    averaged = fit(model, loss, dataset, config.train, config.out, config, sample, dry_run)
+    if config.lora_rank and not dry_run and process_state().is_main_process:
+        save_lora(averaged, Path(config.out))
+    return averaged
+
+
+if __name__ == "__main__":
+    main()
