@@ -27,6 +27,7 @@ from skipdit.config import friendly_errors
 from skipdit.diffusion import Diffusion
 from skipdit.sample import generators, resolve_dtype, versions
 from skipdit.skip import SkipTransformer
+from skipdit.text_to_image import HunyuanDiT
 from skipdit.text_to_video import LatteT2V
 from skipdit.train import peak_memory
 
@@ -38,6 +39,8 @@ def build(name: str) -> SkipTransformer:
     """A model of random weights, by published name or as the demos have it."""
     if name == "LatteT2V":
         return LatteT2V()
+    if name == "HunyuanDiT":
+        return HunyuanDiT()
     if name == "demo-text":
         return LatteT2V.from_config(LatteT2V.load_config(ROOT / "text-to-video/weights/emoji/transformer"))
     if name == "demo":
@@ -56,8 +59,7 @@ def inputs_of(model: SkipTransformer, batch: int, branch: int) -> tuple[dict, di
         if isinstance(model, AdaLNTransformer):
             ahead = [model.condition(inputs["t"][:1], inputs["y"], outer)[0] for outer in (None, branch)]
             return inputs, *(inputs | {"conditioning": conditioning} for conditioning in ahead)
-        text = torch.randn(batch, 120, model.config.caption_channels, device=model.device, dtype=model.dtype)
-        return inputs | {"encoder_hidden_states": text}, inputs, inputs
+        return model.random_inputs(batch, encoded=False), inputs, inputs
 
 
 def measure(args: argparse.Namespace) -> dict:
@@ -139,7 +141,7 @@ def main() -> None:
     parser.add_argument(
         "--model",
         default="DiT-S/2-skip",
-        help="a published name with skips, LatteT2V, or demo, demo-video, demo-text [%(default)s]",
+        help="a published name with skips, LatteT2V, HunyuanDiT, or demo, demo-video, demo-text [%(default)s]",
     )
     parser.add_argument(
         "--batch", type=int, default=4, help="rows of a model call; guidance takes two each [%(default)s]"

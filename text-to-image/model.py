@@ -263,9 +263,9 @@ class HunyuanDiT(SkipTransformer):
         return Transformer2DModelOutput(sample=sample) if return_dict else (sample,)
 
     def random_inputs(
-        self, batch: int, height: int | None = None, width: int | None = None
+        self, batch: int, height: int | None = None, width: int | None = None, encoded: bool = True
     ) -> dict[str, Tensor | Text | Rotary]:
-        """Arguments of `forward` for counting and timing: noise, and texts that are already encoded.
+        """Arguments of `forward` for counting and timing: noise, and texts, by default ones that are already encoded.
 
         Args:
             height, width: of the latents; None: as the model was made for.
@@ -274,13 +274,14 @@ class HunyuanDiT(SkipTransformer):
         size = height or config.input_size[0], width or config.input_size[1]
         clip = torch.randn(batch, config.text_len, config.text_states_dim, **like)
         t5 = torch.randn(batch, config.text_len_t5, config.text_states_dim_t5, **like)
-        masks = (torch.ones(states.shape[:2], device=self.device) for states in (clip, t5))
+        clip_mask, t5_mask = (torch.ones(states.shape[:2], device=self.device) for states in (clip, t5))
+        text = dict(zip(self.text_arguments, (clip, clip_mask, t5, t5_mask), strict=True))
         tables = rotary_tables(*(side // config.patch_size for side in size), self.head_dim)
         return {
             "hidden_states": torch.randn(batch, config.in_channels, *size, **like),
             "timestep": torch.full((batch,), 500, device=self.device),
-            "encoder_hidden_states": self.encode_text(clip, next(masks), t5, next(masks)),
             "image_rotary_emb": tuple(table.to(self.device) for table in tables),
+            **({"encoder_hidden_states": self.encode_text(*text.values())} if encoded else text),
         }
 
     @classmethod

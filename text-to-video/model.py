@@ -297,16 +297,18 @@ class LatteT2V(SkipTransformer):
         height: int | None = None,
         width: int | None = None,
         temporal: bool = True,
+        encoded: bool = True,
     ) -> dict[str, Tensor | Text | bool]:
-        """Arguments of `forward` for counting and timing: noise, and a text that is already encoded."""
+        """Arguments of `forward` for counting and timing: noise, and a text, by default one that is already encoded."""
         config, like = self.config, {"device": self.device, "dtype": self.dtype}
         size = (frames or config.video_length, height or config.sample_size, width or config.sample_size)
         shape = (batch, config.in_channels, *size)
+        text = torch.randn(batch, tokens, config.caption_channels, **like)
         return {
             "hidden_states": torch.randn(shape, **like),
             "timestep": torch.full((batch,), 500, device=self.device),
             "enable_temporal_attentions": temporal,
-            "encoder_hidden_states": self.encode_text(torch.randn(batch, tokens, config.caption_channels, **like)),
+            "encoder_hidden_states": self.encode_text(text) if encoded else text,
         }
 
     @classmethod
