@@ -244,7 +244,9 @@ def test_command_line(config, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("sys.argv", ["sample_t2v.py", "--config", str(tmp_path / "run.yaml"), "--prompt", "a bicycle",
                                      "--prompt", "the cat", "--cache", "steps=8"])  # fmt: skip
     sample_t2v.main()
-    report = json.loads((Path(config.out) / "report.json").read_text())
+    (folder,) = Path(config.out).iterdir()  # of these prompts alone: others do not meet them
+    assert re.fullmatch("a-bicycle-[0-9a-f]{8}", folder.name)
+    report = json.loads((folder / "report.json").read_text())
     assert report["cache"] == "N2-700-50" and sum(report["steps"].values()) == 8
     assert report["config"]["prompts"] == ["a bicycle", "the cat"]
     assert re.search(r"2 clips in .*: \d full and \d cached steps", capsys.readouterr().out)

@@ -40,6 +40,7 @@ from skipdit.text_sample import (
     check_settings,
     run_job,
     run_pipeline,
+    take_prompts,
 )
 from skipdit.text_to_image.model import HunyuanDiT, rotary_tables
 from skipdit.vae import decode, downsampling, load_vae
@@ -353,8 +354,7 @@ def main() -> None:
         config = load_config(Config, args.config, args.overrides + cache)
         for name, value in settings.items():
             setattr(config, name, value)
-        if args.prompt:
-            config.prompts, config.prompt_file = args.prompt, None
+        take_prompts(config, args)
         sample(config)
 
 

@@ -38,6 +38,7 @@ from skipdit.text_sample import (
     check_settings,
     run_job,
     run_pipeline,
+    take_prompts,
 )
 from skipdit.text_to_video.model import LatteT2V
 from skipdit.vae import decode, downsampling, load_vae
@@ -296,8 +297,7 @@ def main() -> None:
     with friendly_errors():
         spec = cache_override(args, WINDOW)
         config = load_config(Config, args.config, args.overrides + spec)
-        if args.prompt:
-            config.prompts, config.prompt_file = args.prompt, None
+        take_prompts(config, args)
         sample(config)
 
 

@@ -27,14 +27,18 @@ def read_prompts(prompts: Sequence[str], file: str | None) -> list[str]:
     return list(dict.fromkeys(prompts))
 
 
+def slug(prompt: str) -> str:
+    """The first words of a prompt, in letters and digits of any script."""
+    return re.sub(r"\W+", "-", prompt.lower()).strip("-")[:60]
+
+
 def file_names(prompts: list[str], each: int, vbench: bool) -> list[str]:
     """What the samples' files are called, without suffix: a number and the first words, or as VBench wants it.
 
     Raises ValueError for prompts that VBench's names cannot hold.
     """
     if not vbench:
-        slugs = [re.sub(r"\W+", "-", prompt.lower()).strip("-")[:60] for prompt in prompts]
-        return [f"{i:06d}-{slugs[i // each]}".strip("-") for i in range(len(prompts) * each)]
+        return [f"{i:06d}-{slug(prompts[i // each])}".strip("-") for i in range(len(prompts) * each)]
     if bad := [prompt for prompt in prompts if "/" in prompt or len(prompt.encode()) > 240]:
         raise ValueError(f"vbench_names: no file can be called {bad[0]!r}; set vbench_names=false")
     return [f"{prompt}-{copy}" for prompt in prompts for copy in range(each)]

@@ -1,6 +1,7 @@
 """What the samplers of prompts share: settings, schedulers, the call of a diffusers pipeline, a job of samples."""
 
 import argparse
+import hashlib
 import inspect
 import json
 from abc import ABC, abstractmethod
@@ -18,6 +19,7 @@ from skipdit.cache import CacheSpec, SkipCache
 from skipdit.config import setting, to_dict
 from skipdit.device import process_state
 from skipdit.pipeline import enable_cache
+from skipdit.prompts import slug
 from skipdit.sample import Job, StepTimer, require_finite, resolve_dtype, work_off
 from skipdit.skip import SkipTransformer
 from skipdit.vae import downsampling
@@ -250,3 +252,17 @@ def add_prompt_argument(parser: argparse.ArgumentParser) -> None:
         metavar="TEXT",
         help="what to show, instead of the config's prompts; more than once for several",
     )
+
+
+def take_prompts(config: PromptConfig, args: argparse.Namespace) -> None:
+    """Put the prompts of a command line into a config, if there are some.
+
+    They get a folder of their own, named after the first of them and all settings, unless the command line names one:
+    one command after the other, and the same one again, can be given without thinking of `out`.
+    """
+    if not args.prompt:
+        return
+    config.prompts, config.prompt_file = args.prompt, None
+    if not any(text.startswith("out=") for text in args.overrides):
+        digest = hashlib.sha256(json.dumps(to_dict(config), sort_keys=True).encode()).hexdigest()[:8]
+        config.out = str(Path(config.out, f"{slug(args.prompt[0])}-{digest}".strip("-")))
