@@ -2,14 +2,18 @@
 
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
+from conftest import ROOT
 from diffusers import HunyuanDiTPipeline
 from torchvision.io import read_image
 
 from skipdit import disable_cache, enable_cache, load_weights
+from skipdit.config import to_yaml
 from skipdit.text_to_image import HunyuanDiT, sample_t2i
 from skipdit.text_to_image.model import rotary_tables
 from skipdit.text_to_image.sample_t2i import (
@@ -241,6 +245,22 @@ def test_original_command_line(config, tmp_path, monkeypatch):
     assert (told["scheduler"], told["seed"], told["guidance_scale"]) == ("ddpm", 42, 6.0)
     assert told["negative_prompt"].startswith("错误的眼睛")
     assert read_image(str(out / "000000-渔舟唱晚.png")).shape == (3, 64, 96)
+
+
+def test_two_processes_make_the_same_pictures(config, tmp_path):
+    """Each encodes its own prompts; the second has none of the single prompt's."""
+    config.prompts, config.cache = ["the cat", "the dog", "a man sleeps"], "N2-900-49"
+    sample(config)
+    alone = pictures(config)
+    for number, prompts in enumerate([config.prompts, ["the cat"]]):
+        config.out, config.prompts = str(tmp_path / f"two{number}"), prompts
+        (tmp_path / "run.yaml").write_text(to_yaml(config))
+        script = [str(ROOT / "text-to-image/sample_t2i.py"), "--config", str(tmp_path / "run.yaml")]
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *script]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr[-3000:]
+        assert len(pictures(config)) == len(prompts)
+        assert all(torch.equal(picture, alone[name]) for name, picture in pictures(config).items())
 
 
 def test_other_original_switches(config, tmp_path, monkeypatch):

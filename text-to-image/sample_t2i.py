@@ -21,6 +21,7 @@ import torch
 from diffusers import AutoencoderKL, HunyuanDiTPipeline, SchedulerMixin
 from torch import Tensor
 from torchvision.io import ImageReadMode, read_image, write_png
+from tqdm import tqdm
 
 from skipdit import text_sample
 from skipdit.bench import step_flops
@@ -31,7 +32,7 @@ from skipdit.device import process_state
 from skipdit.media import contact_sheet
 from skipdit.prompts import file_names, read_prompts
 from skipdit.sample import Job, add_cache_arguments, cache_override, generators, preflight
-from skipdit.text import CLIP, T5, Encoded, Reading, load_text_encoder, missing_text_files
+from skipdit.text import CHUNK, CLIP, T5, Encoded, Reading, load_text_encoder, missing_text_files
 from skipdit.text_sample import (
     WINDOW,
     PromptConfig,
@@ -214,10 +215,13 @@ def encode_prompts(config: Config, model: HunyuanDiT, prompts: list[str]) -> tup
     Raises FloatingPointError if embeddings are not finite in the model's dtype.
     """
     both: dict[str, list] = {"prompts": [], "negative": [], "fingerprint": []}
+    show = process_state().is_main_process
     for name, tokenizer, reading in _readings(config, model):
         encoder = load_text_encoder(name, tokenizer, model.dtype, reading).to(process_state().device)
         for key, texts in {"prompts": prompts, "negative": [config.negative_prompt]}.items():
-            encoded = Encoded(*(part.cpu() for part in encoder.encode(texts)))
+            starts = tqdm(range(0, len(texts), CHUNK), desc=f"{key}, {reading.role}", leave=False, disable=not show)
+            chunks = [[part.cpu() for part in encoder.encode(texts[i : i + CHUNK])] for i in starts]
+            encoded = Encoded(*(torch.cat(parts) for parts in zip(*chunks, strict=True)))
             if not encoded.embeddings.isfinite().all():
                 raise FloatingPointError(
                     f"embeddings of {name} are not finite in {model.dtype}: use dtype=bfloat16 or float32"
@@ -244,15 +248,18 @@ class TextSampler(PromptSampler):
         branch: the cache's, None without a cache.
 
     Attributes:
-        text, negative: the prompts and the negative prompt, as the model reads them.
+        text, negative: this process's prompts and the negative prompt, as the model reads them.
     """
 
     def __init__(self, config: Config, branch: int | None):
         self.config, self.copies = config, config.images_per_prompt
         self.prompts = read_prompts(config.prompts, config.prompt_file)
-        parts, device = check(config, branch), process_state().device
+        parts, state = check(config, branch), process_state()
         self.size, factor = parts.size, downsampling(parts.vae)
-        self.text, self.negative, self.encoder = encode_prompts(config, parts.model, self.prompts)
+        samples = range(len(self.prompts) * self.copies)[state.process_index :: state.num_processes] or [0]
+        own = dict.fromkeys(index // self.copies for index in samples)  # a text of the released size takes 1.4 MB
+        self._rows = {prompt: row for row, prompt in enumerate(own)}
+        self.text, self.negative, self.encoder = encode_prompts(config, parts.model, [self.prompts[p] for p in own])
         self.flops = step_flops(
             parts.model,
             2 if config.guidance_scale > 1 else 1,
@@ -260,7 +267,7 @@ class TextSampler(PromptSampler):
             height=self.size[0] // factor,
             width=self.size[1] // factor,
         )
-        if device.type == "cuda":
+        if state.device.type == "cuda":
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()  # the report is of sampling
         self.pipe = open_pipeline(config, parts)
@@ -271,7 +278,7 @@ class TextSampler(PromptSampler):
         place = self.model.device, self.model.dtype
         latents = generate(
             self.pipe,
-            self.text.rows([index // self.copies for index in indices], *place),
+            self.text.rows([self._rows[index // self.copies] for index in indices], *place),
             self.negative.rows([0] * len(indices), *place),
             generators(self.config.seed, indices, self.model.device),
             size=self.size,
