@@ -7,7 +7,7 @@ import torch
 from conftest import GOLDEN, assert_close
 from diffusers import DDIMScheduler, HunyuanDiT2DModel
 
-from skipdit import SkipCache, disable_cache, enable_cache
+from skipdit import SkipCache, convert, disable_cache, enable_cache
 from skipdit.layouts import to_diffusers
 from skipdit.text_to_image import HunyuanDiT
 from skipdit.text_to_image.model import rotary_tables
@@ -80,6 +80,26 @@ def test_weights_of_diffusers_load_and_give_its_numbers(theirs, tmp_path):
     back = to_diffusers(to_released(ours.state_dict()))
     assert back.keys() == theirs.state_dict().keys()
     assert all(torch.equal(back[name], tensor) for name, tensor in theirs.state_dict().items())
+
+
+def test_command_converts_to_diffusers_and_back(theirs, tmp_path):
+    """diffusers' folder to the released file, to ours, and to diffusers' again: the same bits."""
+    theirs.save_pretrained(tmp_path / "theirs")
+    for command, source, out, *more in [
+        ("export", "theirs", "released.pt"),
+        ("convert", "released.pt", "ours", "--model-class", "skipdit.text_to_image.HunyuanDiT"),
+        ("convert", "ours", "again", "--model-class", "diffusers.HunyuanDiT2DModel"),
+    ]:
+        convert.main([command, str(tmp_path / source), str(tmp_path / out), *more])
+    again = HunyuanDiT2DModel.from_pretrained(tmp_path / "again")
+    differ = {name for name, value in theirs.config.items() if name[0] != "_" and again.config[name] != value}
+    assert differ == {"sample_size", "mlp_ratio"}  # which leave no trace, or less than all
+    assert all(torch.equal(again.state_dict()[name], tensor) for name, tensor in theirs.state_dict().items())
+    HunyuanDiT(**TINY, skip=False).save_pretrained(tmp_path / "plain")
+    with pytest.raises(SystemExit):
+        convert.main(
+            ["convert", str(tmp_path / "plain"), str(tmp_path / "no"), "--model-class", "diffusers.HunyuanDiT2DModel"]
+        )
 
 
 @torch.no_grad()

@@ -2,6 +2,7 @@
 
     python -m skipdit.weights convert IN OUT       # a safetensors folder for `DiT.from_pretrained(OUT)`
     python -m skipdit.weights convert checkpoints/ffs-skip.pt latte-ffs --model-class skipdit.class_to_video.Latte
+    python -m skipdit.weights convert results/t2i transformer --model-class diffusers.HunyuanDiT2DModel
     python -m skipdit.weights export IN OUT.pt     # the released layout {"ema": ...}, to ship
 
 IN is anything that `load_weights` reads; of a training checkpoint the EMA is taken. OUT must not exist yet.
@@ -16,9 +17,11 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
+from diffusers import HunyuanDiT2DModel
 from safetensors import SafetensorError
 from torch import nn
 
+from skipdit.layouts import diffusers_config, to_diffusers
 from skipdit.weights import State, WeightsError, load_state, load_weights, read, to_released
 
 
@@ -28,17 +31,28 @@ def convert(
     """Write a checkpoint as a diffusers folder (config.json, safetensors) that `model_class.from_pretrained` opens.
 
     Args:
-        model_class: has `config_from_state`, which reads the constructor arguments off the shapes.
+        model_class: has `config_from_state`, which reads the constructor arguments off the shapes; or diffusers' own
+            `HunyuanDiT2DModel`.
         num_heads: attention heads, where neither the checkpoint nor a published size of its width tells them.
 
     Raises ValueError for weights of another class, or that are not finite in `dtype`; OSError if `out` exists or
     cannot be written.
     """
-    config = model_class.config_from_state(load_state(source), num_heads or _recorded_heads(source))
+    state = load_state(source)
+    if model_class is HunyuanDiT2DModel:
+        if missing := {"mlp_t5.0.weight", "skips.0.linear.weight"} - state.keys():
+            raise ValueError(f"not the weights of a HunyuanDiT with skips as released: they lack {', '.join(missing)}")
+        state = to_diffusers(to_released(state))
+        config = diffusers_config(state)
+    else:
+        config = model_class.config_from_state(state, num_heads or _recorded_heads(source))
     with torch.device("meta"):
         model = model_class(**config)
-    model = model.to(dtype).to_empty(device="cpu")
-    load_weights(model, source)
+    model = nn.Module.to(model, dtype=dtype).to_empty(device="cpu")  # not diffusers' own, which warns
+    if model_class is HunyuanDiT2DModel:
+        model.load_state_dict(state)
+    else:
+        load_weights(model, state)
     _require_finite(model.state_dict(), dtype)
     _write(out, model.save_pretrained)
 
@@ -87,7 +101,7 @@ def _model_class(name: str) -> type[nn.Module]:
         model_class = getattr(importlib.import_module(module), attribute)
     except (ImportError, AttributeError, ValueError) as error:
         raise ValueError(f"no model class {name}: {error}") from error
-    if not hasattr(model_class, "config_from_state"):
+    if not hasattr(model_class, "config_from_state") and model_class is not HunyuanDiT2DModel:
         raise ValueError(f"{name} cannot be converted to: it has no config_from_state")
     return model_class
 

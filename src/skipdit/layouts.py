@@ -78,6 +78,30 @@ def to_diffusers(state: State) -> dict[str, Tensor]:
     return theirs
 
 
+def diffusers_config(state: State) -> dict[str, int | float | bool]:
+    """Arguments of diffusers' `HunyuanDiT2DModel` that fit a state dict of its layout, read off its shapes."""
+    width, in_channels, patch_size, _ = state["pos_embed.proj.weight"].shape
+    head_dim = len(state["blocks.0.attn1.norm_q.weight"])
+    text, cross_attention_dim = state["text_embedding_padding"].shape
+    text_len_t5 = len(state["time_extra_emb.pooler.positional_embedding"]) - 1  # and one for the mean of all tokens
+    return {
+        "num_attention_heads": width // head_dim,
+        "attention_head_dim": head_dim,
+        "in_channels": in_channels,
+        "patch_size": patch_size,
+        "hidden_size": width,
+        "sample_size": 128,  # leaves no trace
+        "num_layers": len({name.split(".")[1] for name in state if name.startswith("blocks.")}),
+        "mlp_ratio": (len(state["blocks.0.ff.net.0.proj.bias"]) + 0.5) / width,  # the constructor rounds down
+        "learn_sigma": len(state["proj_out.bias"]) == 2 * in_channels * patch_size**2,
+        "cross_attention_dim": cross_attention_dim,
+        "cross_attention_dim_t5": state["text_embedder.linear_1.weight"].shape[1],
+        "text_len": text - text_len_t5,
+        "text_len_t5": text_len_t5,
+        "use_style_cond_and_image_meta_size": False,
+    }
+
+
 def _rename(name: str, source: int, target: int) -> str:
     for pair in _NAMES:
         pattern = re.escape(pair[source]).replace(r"\#", r"(\d+)")
