@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Fetch the released checkpoints of a task into checkpoints/; run it again to continue an interrupted download.
+# Fetch the released checkpoints of a task into checkpoints/, those of text-to-image into ckpts/; run it again to continue
+# an interrupted download.
 #     bash scripts/download.sh class-to-image [--dir FOLDER] [--only NAME ...] [--dry-run]
 set -euo pipefail
 python="$(dirname "$0")/../.venv/bin/python"

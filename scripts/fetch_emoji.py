@@ -1,7 +1,7 @@
 """Fetch a small data set of captioned videos, animated emoji, or of captioned pictures, still ones.
 
     python scripts/fetch_emoji.py --out data/emoji-anim              # 732 videos, a download of 740 MB
-    python scripts/fetch_emoji.py --out data/emoji-3d --still        # 1854 pictures, a download of 23 MB
+    python scripts/fetch_emoji.py --kind 3d --out data/emoji-3d      # 1854 pictures, a download of 23 MB
 
 Microsoft's Fluent emoji as repackaged in npm's @lobehub/fluent-emoji-*, and their names and groups from
 emojibase-data (all MIT). They become
@@ -210,16 +210,18 @@ def claim(out: Path, source: dict) -> None:
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", required=True, type=Path, help="folder for the data set")
-    parser.add_argument("--still", action="store_true", help="the still pictures, not the animations")
+    parser.add_argument("--kind", choices=("anim", "3d"), default="anim", help="videos or still pictures [%(default)s]")
+    parser.add_argument("--still", dest="kind", action="store_const", const="3d", help="the same as --kind 3d")
     parser.add_argument("--size", type=int, default=64, help="height and width in pixels [%(default)s]")
     parser.add_argument(
         "--only", nargs="+", metavar="SUBGROUP", help="make only these, for example cat-face sky-weather"
     )
     parser.add_argument("--cache", type=Path, help="folder that keeps the tarballs of npm [OUT/npm]")
     args = parser.parse_args(argv)
-    packages = STILL if args.still else ANIMATED
+    still = args.kind == "3d"
+    packages = STILL if still else ANIMATED
     try:
-        if args.size < 1 or (args.size % 2 and not args.still):
+        if args.size < 1 or (args.size % 2 and not still):
             raise ValueError(f"--size {args.size}: must be positive, and for this video format even")
         claim(args.out, {"packages": [*packages, NAMES], "size": args.size})
         *tarballs, named = fetch([*packages, NAMES], args.cache or args.out / "npm")
@@ -227,10 +229,10 @@ def main(argv: list[str] | None = None) -> None:
         labels = {entry["label"] for entry in names.values()}
         if unknown := set(args.only or ()) - labels:
             raise ValueError(f"no subgroup {', '.join(sorted(unknown))}; known: {', '.join(sorted(labels))}")
-        count = convert(tarballs, names, args.out, args.size, args.still, set(args.only or labels))
+        count = convert(tarballs, names, args.out, args.size, still, set(args.only or labels))
     except (ValueError, OSError) as error:
         parser.exit(2, f"error: {error}\n")
-    print(f"{args.out}: {count} {'pictures' if args.still else 'videos'} and captions.jsonl")
+    print(f"{args.out}: {count} {'pictures' if still else 'videos'} and captions.jsonl")
 
 
 if __name__ == "__main__":

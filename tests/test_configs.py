@@ -1,5 +1,7 @@
 """Every shipped config fits its schema and its own comments; launch scripts start it; a mistake in one is located."""
 
+import copy
+import itertools
 import json
 import math
 import os
@@ -7,6 +9,7 @@ import re
 import shlex
 import shutil
 import subprocess
+import sys
 from collections.abc import Iterator
 from fnmatch import fnmatch
 from functools import cached_property
@@ -26,17 +29,25 @@ from skipdit.class_to_video import train as video_train
 from skipdit.config import ConfigError, load_config
 from skipdit.data.stream import rows_of
 from skipdit.diffusion import Diffusion
-from skipdit.download import TASKS, Item, select
+from skipdit.download import FOLDERS, TASKS, Item, select
+from skipdit.lora import add_lora
+from skipdit.prompts import read_prompts
+from skipdit.text import READINGS, missing_text_files
+from skipdit.text_sample import SCHEDULERS
+from skipdit.text_to_image import HunyuanDiT
+from skipdit.text_to_image import sample_t2i as t2i_sample
+from skipdit.text_to_image import train as t2i_train
 from skipdit.text_to_video import LatteT2V
 from skipdit.text_to_video import sample_t2v as t2v_sample
 from skipdit.text_to_video import train as t2v_train
-from skipdit.weights import identify
+from skipdit.weights import identify, load_state
 
 ROOT = Path(__file__).parents[1]
 SCRIPTS = {
     "class-to-image": (train, sample),
     "class-to-video": (video_train, video_sample),
     "text-to-video": (t2v_train, t2v_sample),
+    "text-to-image": (t2i_train, t2i_sample),
 }
 SPEC = r"N\d+-\d+-\d+(?:-b\d+)?(?:-o\d+)?"
 
@@ -118,13 +129,38 @@ class Shipped:
         return self.model.blocks_per_layer, len(self.model.blocks), "blocks"
 
     @property
+    def weights(self) -> str:
+        """To start from; empty for none."""
+        return (self.config.weights if self.samples else self.config.init) or ""
+
+    @property
     def needed(self) -> list[str]:
         """Files that have to be there; of a folder, one of them."""
-        weights = self.config.weights if self.samples else self.config.init
-        return [f"{self.config.vae}/config.json", *([weights] if weights else [])]
+        return [f"{self.config.vae}/config.json", *filter(None, [self.weights])]
+
+    def text_files(self, role: str) -> tuple[str, str]:
+        """Text encoder of a training run, and where it looks for what that gave."""
+        return self.config.text_encoder, self.config.texts
+
+    def text_override(self, role: str) -> str:
+        """The setting of the latter."""
+        return "texts"
+
+    def tokens(self, role: str) -> int:
+        """At most, of a text."""
+        return READINGS[role].max_tokens
 
 
-class TextToVideo(Shipped):
+class Prompted(Shipped):
+    """Of a task whose model reads texts, and whose sampler runs a pipeline of diffusers."""
+
+    def cache(self, config, spec: str) -> SkipCache:
+        scheduler = self.module.make_scheduler(config.scheduler)
+        scheduler.set_timesteps(config.steps)
+        return SkipCache(spec, scheduler.timesteps)
+
+
+class TextToVideo(Prompted):
     """Its models are described by folders; the released ones, which are absent here, have the defaults of the class."""
 
     def build(self) -> ModelMixin:
@@ -136,11 +172,6 @@ class TextToVideo(Shipped):
         settings = LatteT2V.load_config(folder) if (folder / "config.json").is_file() else {}
         kind = {"skip": config.skip} if self.samples else {"skip": config.model.skip, "fuse": config.model.fuse}
         return LatteT2V.from_config(settings, **kind)
-
-    def cache(self, config, spec: str) -> SkipCache:
-        scheduler = t2v_sample.make_scheduler(config.scheduler)
-        scheduler.set_timesteps(config.steps)
-        return SkipCache(spec, scheduler.timesteps)
 
     @property
     def made(self) -> int:
@@ -178,8 +209,65 @@ class TextToVideo(Shipped):
         return [*files, weights]
 
 
+class TextToImage(Prompted):
+    """The released model is absent here, and is what the defaults of the class describe."""
+
+    def build(self) -> ModelMixin:
+        if not self.samples:
+            return t2i_train.build_model(self.config.model, self.config.data.image_size // downsampling(self.vae))
+        weights = ROOT / self.weights
+        return HunyuanDiT(**HunyuanDiT.config_from_state(load_state(weights))) if weights.exists() else HunyuanDiT()
+
+    @property
+    def weights(self) -> str:
+        return self.config.places()["weights"] if self.samples else super().weights
+
+    @property
+    def vae(self) -> str:
+        return self.config.places()["vae"] if self.samples else self.config.vae
+
+    @property
+    def made(self) -> int:
+        return len(self.config.prompts) * self.config.images_per_prompt
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        data, factor = self.config if self.samples else self.config.data, downsampling(self.vae)
+        height, width = (data.height, data.width) if self.samples else (data.image_size, data.image_size)
+        return {"height": height // factor, "width": width // factor}
+
+    @property
+    def latents(self) -> tuple[int, ...]:
+        return self.model.config.in_channels, *self.model.config.input_size
+
+    @property
+    def stack(self) -> tuple[int, int, str]:
+        return 1, self.model.config.depth, "blocks"
+
+    @property
+    def needed(self) -> list[str]:
+        config = self.config
+        if self.samples:
+            places = config.places()
+            encoders = (places["text_encoder"], config.tokenizer), (places["text_encoder_2"], config.tokenizer_2)
+        else:
+            encoders = (config.clip.encoder, config.clip.tokenizer), (config.t5.encoder, config.t5.tokenizer)
+        of_texts = [file.partition(" (or")[0] for encoder in encoders for file in missing_text_files(*encoder)]
+        return [f"{self.vae}/config.json", *of_texts, *filter(None, [self.weights])]
+
+    def text_files(self, role: str) -> tuple[str, str]:
+        part = getattr(self.config, role)
+        return part.encoder, part.files
+
+    def text_override(self, role: str) -> str:
+        return f"{role}.files"
+
+    def tokens(self, role: str) -> int:
+        return {"clip": self.model.config.text_len, "t5": self.model.config.text_len_t5}[role]
+
+
 def shipped_at(path: Path) -> Shipped:
-    return (TextToVideo if path.parent.name == "text-to-video" else Shipped)(path)
+    return {"text-to-video": TextToVideo, "text-to-image": TextToImage}.get(path.parent.name, Shipped)(path)
 
 
 FLOPS: dict[tuple, dict[str, float]] = {}
@@ -227,7 +315,7 @@ def stage1(shipped: Shipped) -> Shipped:
     return shipped_at(shipped.path.with_stem(shipped.path.stem.replace("stage2", "stage1")))
 
 
-@each([s for s in SAMPLING if not isinstance(s, TextToVideo)])
+@each([s for s in SAMPLING if not isinstance(s, Prompted)])
 def test_sampling_settings_fit_the_model(shipped):
     config, known = shipped.config, shipped.model.null_class or 0
     assert [c for c in config.classes if not 0 <= c < known] == []
@@ -237,18 +325,39 @@ def test_sampling_settings_fit_the_model(shipped):
 
 @each([s for s in ALL if isinstance(s, TextToVideo)])
 def test_text_to_video_settings_fit_the_model(shipped):
-    config, model, sizes = shipped.config, shipped.model.config, shipped.sizes
+    model, sizes = shipped.model.config, shipped.sizes
     assert 1 <= sizes["frames"] <= model.video_length
     assert (sizes["height"] % model.patch_size, sizes["width"] % model.patch_size) == (0, 0)
-    if shipped.samples:
-        assert config.scheduler in t2v_sample.SCHEDULERS
-        assert bool(config.prompts) != bool(config.prompt_file)
-        assert len(set(config.prompts)) == len(config.prompts)
-    else:
+    if not shipped.samples:
         assert (sizes["height"], sizes["width"]) == shipped.latents[1:]
 
 
-def places(item: Item, folder: str = "checkpoints") -> Iterator[str]:
+@each([s for s in ALL if isinstance(s, TextToImage)])
+def test_text_to_image_settings_fit_the_model(shipped):
+    """The released model is sampled in a shape that it was trained for, and trained further in all of them."""
+    config, model = shipped.config, shipped.model.config
+    if shipped.samples:
+        shapes = [f"{config.height}x{config.width}"]
+    else:
+        shapes = config.data.buckets or [f"{config.data.image_size}x{config.data.image_size}"]
+        assert config.clip.encoder and config.t5.encoder
+        assert bool(config.lora_rank) == ("lora" in shipped.path.stem)
+    unit = max(t2i_sample.UNIT, downsampling(shipped.vae) * model.patch_size)
+    assert [side for shape in shapes for side in map(int, shape.split("x")) if side % unit] == []
+    if model.hidden_size == t2i_sample.RELEASED_WIDTH:
+        assert set(shapes) <= set(t2i_sample.SIZES)
+        assert shipped.samples or len(shapes) == len(t2i_sample.SIZES)
+
+
+@each([s for s in SAMPLING if isinstance(s, Prompted)])
+def test_prompts_are_there_once(shipped):
+    config = shipped.config
+    assert config.scheduler in SCHEDULERS
+    assert bool(config.prompts) != bool(config.prompt_file)
+    assert len(set(config.prompts)) == len(config.prompts)
+
+
+def places(item: Item, folder: str) -> Iterator[str]:
     """Where its files are after the download; patterns, as the item has them."""
     for pattern in item.files:
         yield from ((Path(folder) / item.folder / name).as_posix() for name in pattern.split("|"))
@@ -257,7 +366,11 @@ def places(item: Item, folder: str = "checkpoints") -> Iterator[str]:
 def downloaded(command: list[str]) -> tuple[str, dict[str, Item]]:
     """Folder and items of a `download.sh` command."""
     only = command[command.index("--only") + 1 :] if "--only" in command else []
-    return after("--dir", command, "checkpoints"), select(command[2], only)
+    return after("--dir", command, FOLDERS[command[2]]), select(command[2], only)
+
+
+def is_released(file: str) -> bool:
+    return file.startswith(tuple(f"{folder}/" for folder in FOLDERS.values()))
 
 
 @each(SAMPLING + [s for s in TRAINING if s.task != "class-to-image"])  # which do not say where the autoencoder is from
@@ -270,14 +383,15 @@ def test_commands_bring_the_released_files(shipped):
             found += [place for item in items.values() for place in places(item, folder)]
         elif command[0] == "wget":
             found.append(f"{after('-P', command)}/{Path(command[-1]).name}")
-    needed = [file for file in shipped.needed if file.startswith("checkpoints/")]
+    needed = [file for file in shipped.needed if is_released(file)]
     assert [file for file in needed if not any(fnmatch(file, place) for place in found)] == []
 
 
-@each([s for s in SAMPLING if s.config.weights.startswith("checkpoints/")])
+@each([s for s in SAMPLING + [s for s in TRAINING if "lora" in s.path.stem] if is_released(s.weights)])
 def test_released_weights_are_of_the_model_that_the_config_builds(shipped):
     checkpoints = [item for item in TASKS[shipped.task].values() if item.holds]
-    fitting = [i.holds for i in checkpoints if any(fnmatch(file, p) for file in shipped.needed for p in places(i))]
+    found = [(item.holds, place) for item in checkpoints for place in places(item, FOLDERS[shipped.task])]
+    fitting = [holds for holds, place in found if any(fnmatch(file, place) for file in shipped.needed)]
     assert identify(shipped.model.state_dict()) in fitting
 
 
@@ -310,7 +424,7 @@ def test_shipped_config_begins_with_its_command(shipped, launch):
             for item in items.values():
                 assert item.repo_type == "model" or f"{folder}/{item.folder}" == shipped.config.data.path
         elif command[:2] == ["python", "scripts/fetch_emoji.py"]:
-            assert after("--out", command) == "data/emoji-anim"
+            assert after("--out", command) == f"data/emoji-{after('--kind', command, 'anim')}"
         elif command[0] == "python" and command[1].startswith("scripts/"):
             continue  # what prepares the data
         elif command[0] == "wget":  # the checkpoint to start from
@@ -323,15 +437,20 @@ def test_shipped_config_begins_with_its_command(shipped, launch):
                 assert after("--out", command) == data.path
                 continue
             assert (after("--data", command), after("--path", command)) == (data.kind, data.path)
-            assert ("--labelled" in command) == data.labelled
+            assert ("--labelled" in command) == getattr(data, "labelled", False)
+            assert buckets_of(command) == getattr(data, "buckets", [])
             assert int(after("--image-size", command, "256")) == data.image_size
             assert after("--captions", command) == getattr(data, "captions", None)
             assert after("--vae", command) == shipped.config.vae
             assert f"data.kind=latents data.path={after('--out', command)}:" in shipped.prose
         elif command[:3] == ["python", "-m", "skipdit.encode_text"]:
-            assert (command[3], after("--text-encoder", command)) == (shipped.name, shipped.config.text_encoder)
-            out = after("--out", command)
-            assert shipped.config.texts == out or f"texts={out} " in shipped.prose
+            role, out = after("--role", command, "latte"), after("--out", command)
+            encoder, files = shipped.text_files(role)
+            assert (command[3], after("--text-encoder", command)) == (shipped.name, encoder)
+            assert files == out or f"{shipped.text_override(role)}={out} " in shipped.prose
+            assert int(after("--max-tokens", command, READINGS[role].max_tokens)) == shipped.tokens(role)
+        elif command[:2] == ["python", "-c"]:
+            continue  # tested below
         else:
             assert command[0] in ("python", "torchrun")
             script = f"{shipped.task}/{shipped.module.__name__.rpartition('.')[2]}.py"
@@ -339,6 +458,11 @@ def test_shipped_config_begins_with_its_command(shipped, launch):
             assert (ROOT / script).is_file()
             runs.append(after("--config", command))
     assert runs == [shipped.name]
+
+
+def buckets_of(command: list[str]) -> list[str]:
+    words = command[command.index("--buckets") + 1 :] if "--buckets" in command else []
+    return list(itertools.takewhile(lambda word: not word.startswith("--"), words))
 
 
 def after(option: str, words: list[str], default: str | None = None) -> str | None:
@@ -362,11 +486,11 @@ def test_settings_quoted_in_the_comment(shipped):
     steps = shipped.config.steps if shipped.samples else shipped.config.train.steps
     assert {number(n) for n in re.findall(r"([\d,.]*\dM?) steps", shipped.prose)} <= {steps}
     if shipped.samples:
-        quoted = {number(n) for n in re.findall(r"([\d,]*\d) (?:clips|images)", shipped.prose)}
+        quoted = {number(n) for n in re.findall(r"([\d,]*\d) (?:clips|images|pictures)", shipped.prose)}
         assert quoted <= {shipped.made}
     for file in re.findall(r"(?<![\w/-])[\w-]+\.yaml", shipped.head):
         assert (shipped.path.parent / file).is_file()
-    for override in re.findall(r"(?<!\S)[a-z_]+(?:\.[a-z_]+)*=\S*\w", shipped.prose):
+    for override in re.findall(r"(?<!\S)[a-z_]\w*(?:\.[a-z_]+)*=\S*\w", shipped.prose):
         shipped.load([override])
 
 
@@ -377,7 +501,9 @@ def test_sizes_quoted_in_the_comment(shipped):
     skips = sum(p.numel() for name, p in model.named_parameters() if name.startswith("skips."))
     total = sum(p.numel() for p in model.parameters())
     for trained, frozen in re.findall(r"(\d+)M parameters train, (\d+)M are frozen", prose):
-        assert (int(trained), int(frozen)) == (round(skips / 1e6), round((total - skips) / 1e6))
+        added = adapters(shipped)
+        counts = (added, total) if added else (skips, total - skips)
+        assert (int(trained), int(frozen)) == tuple(round(count / 1e6) for count in counts)
     for count in re.findall(r"all (\d+)M parameters train", prose):
         assert int(count) == round(total / 1e6)
     for outer, count, unit in re.findall(r"runs (\d+) of the (\d+) (blocks|pairs)", prose):
@@ -388,15 +514,27 @@ def test_sizes_quoted_in_the_comment(shipped):
         trained = skips if shipped.config.train.freeze else total  # these have two moments, beside weights and average
         assert float(gigabytes) == round(4 * (2 * total + 2 * trained) / 1e9, 1)
     frame = 2 * 2 * 2 * math.prod(shipped.latents)  # mean and deviation, both ways round, float16
-    for kibibytes in re.findall(r"(\d+) KiB a frame", prose):
+    for kibibytes in re.findall(r"(\d+) KiB a (?:frame|picture)", prose):
         assert int(kibibytes) == frame / 1024
     for terabytes, clips, frames in re.findall(r"([\d.]+) TB for (\d+)k clips of (\d+) frames", prose):
         assert float(terabytes) == round(1000 * int(clips) * int(frames) * frame / 1e12, 1)
     for kibibytes in re.findall(r"(\d+) KiB a token", prose):  # float16
         assert int(kibibytes) == 2 * model.config.caption_channels / 1024
+    for kibibytes in re.findall(r"(\d+) KiB a caption of the T5", prose):  # with its padding
+        assert int(kibibytes) == 2 * model.config.text_len_t5 * model.config.text_states_dim_t5 / 1024
     for frames in re.findall(r"fewer than (\d+) frames", prose):
         data = shipped.config.data
         assert int(frames) == (data.num_frames - 1) * data.frame_interval + 1
+
+
+def adapters(shipped: Shipped) -> int:
+    """Parameters of the adapters that a config trains."""
+    rank = getattr(shipped.config, "lora_rank", 0)
+    if not rank:
+        return 0
+    model = copy.deepcopy(shipped.model)
+    add_lora(model, rank)
+    return sum(p.numel() for p in model.parameters() if p.requires_grad)
 
 
 @each(SAMPLING)
@@ -415,8 +553,21 @@ def test_costs_quoted_in_the_comment(shipped):
         assert (int(full), int(cached)) == (cache.full_steps, cache.cached_steps)
         assert float(saved) == round(len(cache.plan) * flops["full"] / run_flops(cache, flops), 2)
         assert not overrides or config.out != shipped.config.out, "other samples need another folder"
-    for teraflops in re.findall(r"([\d,]+) TFLOPs a clip", shipped.prose):
+    for teraflops in re.findall(r"([\d,]+) TFLOPs a (?:clip|picture)", shipped.prose):
         assert number(teraflops) == round(shipped.config.steps * shipped.flops(shipped.config)["full"] / 1e12)
+
+
+def test_prompts_of_coco_are_one_caption_per_line(tmp_path):
+    """The command of the config makes the file that the config reads, of one caption of each picture."""
+    shipped = shipped_at(ROOT / "configs/text-to-image/t2i_sample_coco.yaml")
+    (command,) = (command for command in shipped.commands if command[1] == "-c")
+    rows = [{"image_id": i // 2, "caption": f"picture\n {i // 2},  caption {i}"} for i in range(60_040)]
+    (tmp_path / "data/coco/annotations").mkdir(parents=True)
+    content = json.dumps({"annotations": [*rows, {"image_id": -1, "caption": rows[1]["caption"]}]})
+    (tmp_path / "data/coco/annotations/captions_val2014.json").write_text(content)
+    subprocess.run([sys.executable, *command[1:]], cwd=tmp_path, check=True)
+    prompts = read_prompts([], tmp_path / shipped.config.prompt_file)
+    assert (len(prompts), len({prompt.split(",")[0] for prompt in prompts})) == (30_000, 30_000)
 
 
 # Launch scripts
@@ -444,7 +595,8 @@ def fake(path: Path, body: str) -> None:
     path.chmod(0o755)
 
 
-C2I, C2V, T2V, NODES = (f"scripts/train_{name}.sh" for name in ("c2i_8gpu", "c2v_8gpu", "t2v_8gpu", "multinode"))
+C2I, C2V, T2V, T2I = (f"scripts/train_{name}_8gpu.sh" for name in ("c2i", "c2v", "t2v", "t2i"))
+NODES = "scripts/train_multinode.sh"
 STANDALONE = ["--standalone", "--nproc-per-node"]
 CLUSTER = {"NNODES": "4", "NODE_RANK": "3", "MASTER_ADDR": "node0"}
 
@@ -467,6 +619,8 @@ def test_script_parses(script):
         (C2V, ["scratch", "ucf101"], {}),
         (T2V, [], {}),
         (T2V, ["scratch"], {}),
+        (T2I, [], {}),
+        (T2I, ["scratch"], {}),
         (NODES, [], CLUSTER),
         (NODES, ["class-to-image"], CLUSTER),
         (NODES, ["class-to-image", "ucf101_scratch"], CLUSTER),
@@ -489,6 +643,8 @@ DATASETS = ("ffs", "sky", "taichi", "ucf101")
         *((C2I, [stage], f"class-to-image/imagenet256_{stage}") for stage in STAGES),
         *((C2V, [name, stage], f"class-to-video/{name}_{stage}") for name in DATASETS for stage in STAGES),
         *((T2V, [stage], f"text-to-video/t2v_train_{stage}") for stage in STAGES[1:]),
+        *((T2I, [stage], f"text-to-image/t2i_train_{stage}") for stage in STAGES[1:]),
+        (T2I, ["lora"], "text-to-image/t2i_lora"),
     ],
 )
 def test_8gpu_script_starts_torchrun(launch, script, args, config):
@@ -497,7 +653,9 @@ def test_8gpu_script_starts_torchrun(launch, script, args, config):
     assert (ROOT / f"configs/{config}.yaml").is_file()
 
 
-@pytest.mark.parametrize(("script", "args"), [(C2I, ["stage1"]), (C2V, ["sky", "stage1"]), (T2V, ["stage2"])])
+@pytest.mark.parametrize(
+    ("script", "args"), [(C2I, ["stage1"]), (C2V, ["sky", "stage1"]), (T2V, ["stage2"]), (T2I, ["lora"])]
+)
 def test_8gpu_script_hands_on_what_follows(launch, script, args):
     said = launch(script, *args, "--dry-run", "out=a folder", GPUS="4").stdout.splitlines()
     assert said[:3] == [*STANDALONE, "4"]
@@ -505,7 +663,9 @@ def test_8gpu_script_hands_on_what_follows(launch, script, args):
 
 
 @pytest.mark.parametrize("slurm", [False, True])
-@pytest.mark.parametrize("run", ["class-to-video/ucf101_scratch", "text-to-video/t2v_train_stage2"])
+@pytest.mark.parametrize(
+    "run", ["class-to-video/ucf101_scratch", "text-to-video/t2v_train_stage2", "text-to-image/t2i_lora"]
+)
 def test_multinode_script_starts_torchrun(launch, slurm, run):
     names = {"NNODES": "SLURM_NNODES", "NODE_RANK": "SLURM_NODEID"} if slurm else {}
     environment = {names.get(name, name): value for name, value in CLUSTER.items()}
@@ -524,6 +684,7 @@ def test_multinode_script_starts_torchrun(launch, slurm, run):
         (C2I, ["scratch"]),
         (C2V, ["ffs", "scratch"]),
         (T2V, ["stage1"]),
+        (T2I, ["stage2"]),
         (NODES, ["class-to-image", "fashion_plain"]),
     ],
 )
@@ -570,9 +731,13 @@ def test_mistake_names_file_line_and_key(tmp_path, text, line, said):
         (t2v_train.Config, "data:\n  caption: x\n", 2, ["data.caption", "'captions'"]),
         (t2v_sample.Config, "weights: x\nguidance: 3\n", 2, ["'guidance'", "'guidance_scale'"]),
         (t2v_sample.Config, "weights: x\nprompts: a cat\n", 2, ["prompts is 'a cat'", "list"]),
+        (t2i_train.Config, "out: x\nclip:\n  encode: x\n", 3, ["clip.encode", "'encoder'"]),
+        (t2i_train.Config, "out: x\nlora_rank: many\n", 2, ["lora_rank", "'many'"]),
+        (t2i_train.Config, "data:\n  buckets: 1024x768\n", 2, ["data.buckets", "list"]),
+        (t2i_sample.Config, "out: x\nsize: 3\n", 2, ["'size'"]),
     ],
 )
-def test_mistake_in_a_config_of_text_to_video_is_located(tmp_path, schema, text, line, said):
+def test_mistake_in_a_config_of_prompts_is_located(tmp_path, schema, text, line, said):
     path = tmp_path / "mistake.yaml"
     path.write_text(text)
     with pytest.raises(ConfigError) as error:

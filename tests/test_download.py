@@ -16,12 +16,16 @@ import torch
 from safetensors.torch import save
 
 from skipdit import download as tool
+from skipdit.text_to_image import sample_t2i
+from skipdit.text_to_image import train as train_t2i
 from skipdit.weights import WeightsError
 
 DIT, LATTE = "blocks.0.attn.qkv.weight", "temporal_transformer_blocks.0.scale_shift_table"
 SKIP_DIT, HUNYUAN = "GuanjieChen/Skip-DiT", "Tencent-Hunyuan/HunyuanDiT-v1.2"
 PLAIN, CLIPS = "maxin-cn/Latte-0", "datasets/GuanjieChen/video_seg"
+DIFFUSERS = f"{HUNYUAN}-Diffusers"
 T2I = [f"t2i/{name}" for name in ("clip_text_encoder/a.bin", "mt5/a.bin", "tokenizer/vocab.txt")]
+T2I_PARTS = ("scheduler", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "transformer", "vae")
 VAE = ["config.json", "diffusion_pytorch_model.safetensors"]
 
 
@@ -78,6 +82,7 @@ class Hub:
                 "t2i/sdxl-vae-fp16-fix/diffusion_pytorch_model.bin",
                 "t2i/sdxl-vae-fp16-fix/diffusion_pytorch_model.safetensors",
             ],
+            DIFFUSERS: ["README.md", "model_index.json", *(f"{part}/a.json" for part in T2I_PARTS)],
         }
 
     def list_repo_files(self, repo, repo_type="model"):
@@ -151,12 +156,13 @@ OPTIONAL = {
         (PLAIN, "vae_temporal_decoder/diffusion_pytorch_model.safetensors"),
     ],
     "data": [(CLIPS, "README.md"), (CLIPS, "00000/1.mp4"), (CLIPS, "00001/2.mp4")],
+    "diffusers": [(DIFFUSERS, "model_index.json"), *((DIFFUSERS, f"{part}/a.json") for part in T2I_PARTS)],
 }
 
 
-@pytest.mark.parametrize("only", [["plain"], ["temporal_decoder"], ["data"], ["plain", "data"]])
+@pytest.mark.parametrize("only", [["plain"], ["temporal_decoder"], ["data"], ["plain", "data"], ["diffusers"]])
 def test_optional_files_are_fetched_where_they_are_named(hub, tmp_path, only):
-    tool.download("text-to-video", tmp_path, only)
+    tool.download("text-to-image" if "diffusers" in only else "text-to-video", tmp_path, only)
     assert hub.fetched == [file for name in only for file in OPTIONAL[name]]
 
 
@@ -178,9 +184,10 @@ def test_true_addresses_of_a_dataset(monkeypatch, tmp_path):
 
 
 def test_files_land_where_pipelines_look(hub, tmp_path):
-    for task in tool.TASKS:
+    for task, items in tool.TASKS.items():
         tool.download(task, tmp_path)
-    tool.download("text-to-video", tmp_path, only=list(OPTIONAL))
+        if optional := [name for name, item in items.items() if item.optional]:
+            tool.download(task, tmp_path, optional)
     for name in (
         "DiT-XL-2-skip.pt",
         "sd-vae-ft-ema/config.json",
@@ -190,9 +197,34 @@ def test_files_land_where_pipelines_look(hub, tmp_path):
         "Latte-0/transformer/diffusion_pytorch_model.safetensors",
         "Latte-0/vae_temporal_decoder/config.json",
         "video_seg/00001/2.mp4",
-        "HunyuanDiT-v1.2/t2i/model/pytorch_model_ema.pt",
+        "t2i/model/pytorch_model_ema.pt",
+        "t2i/tokenizer/vocab.txt",
+        "HunyuanDiT-v1.2-Diffusers/model_index.json",
+        "HunyuanDiT-v1.2-Diffusers/text_encoder_2/a.json",
     ):
         assert (tmp_path / name).is_file()
+
+
+@pytest.mark.parametrize(
+    ("task", "first"),
+    [("class-to-image", "checkpoints/DiT-XL-2-skip.pt"), ("text-to-image", "ckpts/t2i/model/pytorch_model_ema.pt")],
+)
+def test_a_task_has_a_folder_of_its_own(hub, tmp_path, monkeypatch, task, first):
+    monkeypatch.chdir(tmp_path)
+    assert tool.download(task)[0] == Path(first)
+    hub.fetched.clear()
+    run_cli(task)  # which looks in the same place
+    assert not hub.fetched
+
+
+def test_sampler_and_trainer_of_text_to_image_look_where_files_land(hub, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    tool.download("text-to-image")
+    places = [*sample_t2i.Config().places().values(), train_t2i.Config().vae]
+    assert [place for place in places if not Path(place).exists()] == []
+    tool.download("text-to-image", only=["diffusers"])
+    places = sample_t2i.Config(pipeline="ckpts/HunyuanDiT-v1.2-Diffusers").places().values()
+    assert [place for place in places if not Path(place).exists()] == []
 
 
 def test_plain_weights_with_skips_are_noticed(hub, tmp_path):
@@ -373,9 +405,17 @@ def test_help_tells_what_is_only_fetched_by_name(capsys):
     assert "* only where --only names it" in said
 
 
-@pytest.mark.parametrize(("only", "listed"), [([], ["latte", "pipeline", "tokenizer"]), (["--only", "data"], ["data"])])
-def test_script_of_text_to_video_knows_its_task(only, listed, tmp_path):
-    script = Path(__file__).parent.parent / "text-to-video/download.py"
+@pytest.mark.parametrize(
+    ("task", "only", "listed"),
+    [
+        ("text-to-video", [], ["latte", "pipeline", "tokenizer"]),
+        ("text-to-video", ["--only", "data"], ["data"]),
+        ("text-to-image", [], ["hunyuan", "pipeline"]),
+        ("text-to-image", ["--only", "diffusers"], ["diffusers"]),
+    ],
+)
+def test_script_of_a_task_knows_it(task, only, listed, tmp_path):
+    script = Path(__file__).parent.parent / task / "download.py"
     command = [sys.executable, script, "--dry-run", "--dir", "here", *only]
     run = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
     assert run.returncode == 0, run.stderr
@@ -403,6 +443,7 @@ def test_unknown_names_list_the_known(hub, tmp_path):
         ("google/t5-v1_1-small", True),
         ("GuanjieChen/Skip-DiT.v2", True),
         ("checkpoints/sd-vae-ft-ema", False),
+        ("ckpts/HunyuanDiT-v1.2-Diffusers", False),
         ("local/vae", False),
         ("./vae", False),
         ("../vae", False),

@@ -127,14 +127,16 @@ def test_videos_hold_the_frames_on_white(build):
             assert abs(frame[32, 16 + step] - RED).max() < 12
 
 
-def test_the_same_run_gives_the_same_bytes(build):
-    one, two = build(out="one"), build(out="two")
+@pytest.mark.parametrize("kind", ["anim", "3d"])
+def test_the_same_run_gives_the_same_bytes(build, kind):
+    one, two = build("--kind", kind, out="one"), build("--kind", kind, out="two")
     assert files(one) == files(two)
     assert all((one / name).read_bytes() == (two / name).read_bytes() for name in files(one))
 
 
-def test_stills(build):
-    folder = build("--still", "--size", "20")
+@pytest.mark.parametrize("kind", [["--kind", "3d"], ["--still"]])
+def test_stills(build, kind):
+    folder = build(*kind, "--size", "20")
     assert files(folder / "images") == ["bird/1f54a-fe0f.png", "cat-face/1f63a.png"]
     assert captions(folder)[1] == {
         "image": "images/cat-face/1f63a.png",
@@ -166,6 +168,24 @@ def test_an_interrupted_run_continues(build, tmp_path, monkeypatch):
     assert len(captions(folder)) == 2
     build()
     assert len(saved) == 3
+
+
+def test_an_interrupted_run_of_stills_continues(build, tmp_path, monkeypatch):
+    replace, made = tool.os.replace, []
+
+    def interrupted(partial, target):
+        replace(partial, target)
+        made.append(target.name)
+        if len(made) == 1:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(tool.os, "replace", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        build("--kind", "3d")
+    assert files(tmp_path / "out") == ["images/cat-face/1f63a.png", "source.json"]
+    folder = build("--kind", "3d")
+    assert made == ["1f63a.png", "1f54a-fe0f.png", "captions.jsonl"]
+    assert len(captions(folder)) == 2
 
 
 def test_only_adds_to_what_is_there(build):
@@ -239,7 +259,8 @@ def test_a_damaged_tarball_is_named(build, tmp_path, packed, capsys, share):
         (["--only", "cats"], "no subgroup cats; known: bird, cat-face"),
         (["--size", "33"], "--size 33"),
         (["--size", "32"], "choose another folder"),
-        (["--still"], "choose another folder"),
+        (["--kind", "3d"], "choose another folder"),
+        (["--kind", "2d"], "--kind: invalid choice: '2d'"),
     ],
 )
 def test_bad_settings(build, capsys, args, message):

@@ -18,7 +18,6 @@ TASKS = {  # hyphenated folders become packages
 }
 
 WITHOUT_WEIGHTS = ("text-to-video", "text-to-image")  # so far
-WITHOUT_SCRIPTS = ("text-to-image",)  # of which there is the model only, so far
 
 IMPORT_ALL = """
 import importlib, pkgutil, sys
@@ -105,11 +104,8 @@ def test_sampler_runs_as_a_module(script, installed, tmp_path):
 
 
 def test_every_task_has_its_scripts():
-    found = {named(script) for script in SCRIPTS}
-    samplers = {"class-to-image/sample.py", "class-to-video/sample.py", "text-to-video/sample_t2v.py"}
-    assert (
-        samplers
-        | {f"{t.name}/train.py" for t in TASKS if t.name not in WITHOUT_SCRIPTS}
-        | {"text-to-video/download.py"}
-        <= found
-    )
+    samplers = {f"{name}/sample.py" for name in ("class-to-image", "class-to-video")}
+    samplers |= {"text-to-video/sample_t2v.py", "text-to-image/sample_t2i.py"}
+    downloads = {f"text-to-{what}/download.py" for what in ("video", "image")}
+    each = {f"{task.name}/{script}.py" for task in TASKS for script in ("train", "compare")}
+    assert samplers | downloads | each <= {named(script) for script in SCRIPTS}

@@ -14,6 +14,7 @@ from torchvision.io import read_image
 
 from skipdit import disable_cache, enable_cache, load_weights
 from skipdit.config import to_yaml
+from skipdit.nn import TimestepEmbedder
 from skipdit.text_to_image import HunyuanDiT, sample_t2i
 from skipdit.text_to_image.model import rotary_tables
 from skipdit.text_to_image.sample_t2i import (
@@ -174,10 +175,25 @@ def test_other_schedulers_sample(config, scheduler):
     assert sample(config)["steps"]["cached"] > 0
 
 
-def test_half_precision(config):
-    config.dtype, config.prompts = "bfloat16", ["the cat"]
+def test_half_precision(config, monkeypatch):
+    """The model is told the timesteps as they are: bfloat16 has no 831."""
+    config.dtype, config.prompts, seen = "bfloat16", ["the cat"], []
+    embed = TimestepEmbedder.forward
+    monkeypatch.setattr(TimestepEmbedder, "forward", lambda self, t: seen.append(t[:1]) or embed(self, t))
     sample(config)
     assert len(pictures(config)) == 1
+    assert [t.item() for t in seen if not t.is_meta] == [831, 665, 499, 333, 167, 1]
+
+
+def test_compiled(config):
+    """Full and cached steps as one graph each, and the pictures of the model as it is."""
+    config.prompts, config.cache = ["the cat"], "N2-900-49"
+    sample(config)
+    (eager,) = pictures(config).values()
+    config.compile, config.out = True, config.out + "-compiled"
+    assert sample(config)["steps"]["cached"] > 0
+    (compiled,) = pictures(config).values()
+    assert (compiled - eager).abs().max() <= 1
 
 
 @pytest.mark.parametrize(

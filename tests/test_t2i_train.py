@@ -273,10 +273,11 @@ def test_another_text_encoder_is_refused(config, hunyuan_folder, tmp_path):
         ("clip", {"encoder": None}, r"set clip\.encoder, a text encoder, or clip\.files"),
         ("t5", {"encoder": "nowhere/else/t5"}, "missing: nowhere/else/t5/config.json"),
         ("t5", {"files": "nowhere/texts"}, r"missing: t5\.files=nowhere/texts"),
+        (None, {"lora_rank": 4}, "lora_rank puts adapters onto `init`"),
     ],
 )
 def test_what_does_not_fit_is_named(config, section, settings, complaint):
     for name, value in settings.items():
-        setattr(getattr(config, section), name, value)
+        setattr(getattr(config, section) if section else config, name, value)
     with pytest.raises((ValueError, FileNotFoundError), match=complaint):
         train(config)

@@ -138,16 +138,25 @@ def generate(
     """
     model, factor = pipe.transformer, downsampling(pipe.vae) * pipe.transformer.config.patch_size
     rotary = rotary_tables(size[0] // factor, size[1] // factor, model.head_dim)
-    rotary = tuple(table.to(model.device) for table in rotary)
+    rotary, done = tuple(table.to(model.device) for table in rotary), 0
 
-    def with_released_tables(module: torch.nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-        return args, kwargs | {"image_rotary_emb": rotary}  # the pipeline's are for other places: see `rotary_tables`
+    def as_released(module: torch.nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+        """The pipeline's tables are for other places, see `rotary_tables`, and its timesteps rounded to the dtype."""
+        latents, _ = args
+        timestep = pipe.scheduler.timesteps[done].to(latents.device, torch.float32)
+        return (latents, timestep.expand(len(latents))), kwargs | {"image_rotary_emb": rotary}
 
-    hook = model.register_forward_pre_hook(with_released_tables, with_kwargs=True)
+    def after_step(i: int) -> None:
+        nonlocal done
+        done = i + 1
+        if callback is not None:
+            callback(i)
+
+    hook = model.register_forward_pre_hook(as_released, with_kwargs=True)
     try:
         return run_pipeline(
             pipe,
-            callback,
+            after_step,
             prompt_embeds=text.clip.embeddings,
             prompt_attention_mask=text.clip.mask,
             prompt_embeds_2=text.t5.embeddings,

@@ -150,6 +150,8 @@ def train(config: Config, dry_run: bool = False) -> HunyuanDiT:
         raise ValueError(
             f"data.image_size {config.data.image_size} is not a multiple of {UNIT}: set train.sample_every=0"
         )
+    if config.lora_rank and (config.train.freeze or config.train.parallel != "ddp" or not config.init):
+        raise ValueError("lora_rank puts adapters onto `init`: set that, train.freeze=false and train.parallel=ddp")
     absent = []
     for name, part in {"clip": config.clip, "t5": config.t5}.items():
         if not part.files and not part.encoder:

@@ -115,17 +115,20 @@ def markdown(table: list[dict], unit: str) -> str:
     return "\n".join(lines)
 
 
-def picture(table: list[dict], tiles: Sequence[Tensor], side: int = 64) -> Image.Image:
+def picture(table: list[dict], tiles: Sequence[Tensor]) -> Image.Image:
     """One line of pictures (M, 3, H, W) per row of the table, with its name, speedup in FLOPs and PSNR on the left."""
     margin, gap = 130, 2
-    canvas = Image.new("RGB", (margin + len(tiles[0]) * (side + gap), len(table) * (side + gap)), "white")
+    count, _, height, width = tiles[0].shape
+    side = min(max(height, 64), 256)  # room for the text, and for several large pictures
+    across = side * width // height
+    canvas = Image.new("RGB", (margin + count * (across + gap), len(table) * (side + gap)), "white")
     draw, font = ImageDraw.Draw(canvas), ImageFont.load_default(14)
     for y, (row, line) in enumerate(zip(table, tiles, strict=True)):
         cost = "" if math.isinf(row["psnr"]) else f"\n{row['flops_speedup']:.2f}x, {row['psnr']:.1f} dB"
         draw.text((4, y * (side + gap) + side // 2 - 14), row["name"] + cost, fill="black", font=font)
         for x, tile in enumerate(line):
-            shown = Image.fromarray(tile.permute(1, 2, 0).numpy()).resize((side, side), Image.Resampling.BICUBIC)
-            canvas.paste(shown, (margin + x * (side + gap), y * (side + gap)))
+            shown = Image.fromarray(tile.permute(1, 2, 0).numpy()).resize((across, side), Image.Resampling.BICUBIC)
+            canvas.paste(shown, (margin + x * (across + gap), y * (side + gap)))
     return canvas
 
 

@@ -3,6 +3,7 @@
     python -m skipdit.download class-to-image                      # everything for the task, into checkpoints/
     python -m skipdit.download class-to-video --only ffs sky       # some of it
     python -m skipdit.download text-to-video --dry-run             # only list it
+    python -m skipdit.download text-to-image                       # into ckpts/, as the released code has it
 
 The same command again continues where an interrupted one stopped, and skips what is there.
 """
@@ -94,22 +95,32 @@ TASKS: dict[str, dict[str, Item]] = {
         "hunyuan": Item(
             "Tencent-Hunyuan/HunyuanDiT-v1.2",
             ("t2i/model/pytorch_model_ema.pt",),
-            "HunyuanDiT-v1.2",
             holds="text-to-image Hunyuan-DiT, 19 long skips",
         ),
         "pipeline": Item(
             "Tencent-Hunyuan/HunyuanDiT-v1.2",
             ("t2i/clip_text_encoder/*", "t2i/mt5/*", "t2i/sdxl-vae-fp16-fix/*", "t2i/tokenizer/*"),
-            "HunyuanDiT-v1.2",
+        ),
+        "diffusers": Item(  # both of these once more
+            "Tencent-Hunyuan/HunyuanDiT-v1.2-Diffusers",
+            (
+                "model_index.json",
+                *(f"{part}/*" for part in ("scheduler", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")),
+                *("transformer/*", "vae/*"),
+            ),
+            "HunyuanDiT-v1.2-Diffusers",
+            optional=True,
         ),
     },
 }
+FOLDERS = dict.fromkeys(TASKS, "checkpoints") | {"text-to-image": "ckpts"}  # the latter as the released code has it
 
 
 def is_hub_name(place: str) -> bool:
-    """Whether `owner/name` is of the Hub: not if its owner is a folder here, or `checkpoints`, which downloads make."""
+    """Whether `owner/name` is of the Hub: not if its owner is a folder here, or one that downloads make."""
     owner = place.partition("/")[0]
-    return bool(re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", place)) and owner != "checkpoints" and not Path(owner).is_dir()
+    local = owner in FOLDERS.values() or Path(owner).is_dir()
+    return bool(re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", place)) and not local
 
 
 def select(task: str, only: Sequence[str] = ()) -> dict[str, Item]:
@@ -121,8 +132,11 @@ def select(task: str, only: Sequence[str] = ()) -> dict[str, Item]:
     return {name: item for name, item in TASKS[task].items() if (name in only if only else not item.optional)}
 
 
-def download(task: str, folder: str | Path = "checkpoints", only: Sequence[str] = ()) -> list[Path]:
+def download(task: str, folder: str | Path | None = None, only: Sequence[str] = ()) -> list[Path]:
     """Fetch what `select` gives: partial files are resumed, complete ones passed over.
+
+    Args:
+        folder: None: the task's of `FOLDERS`.
 
     Returns:
         The local files.
@@ -131,7 +145,7 @@ def download(task: str, folder: str | Path = "checkpoints", only: Sequence[str] 
         FileNotFoundError: the Hub lacks files (all are listed, before anything is fetched) or cannot be reached.
         WeightsError: a checkpoint is damaged or holds another model.
     """
-    items = select(task, only)
+    items, folder = select(task, only), Path(folder or FOLDERS[task])
     published: dict[str, list[str]] = {}
     for item in items.values():
         if item.repo not in published:
@@ -144,7 +158,7 @@ def download(task: str, folder: str | Path = "checkpoints", only: Sequence[str] 
         raise FileNotFoundError("nothing was fetched, because the Hub does not have:\n" + "\n".join(missing))
     local = []
     for key, item in items.items():
-        target = Path(folder) / item.folder
+        target = folder / item.folder
         for name in names[key]:
             place = target / _saved_as(name, item)
             local.append(_ask_hub(item, [name], fetch, item.repo, name, place, repo_type=item.repo_type))
@@ -242,15 +256,16 @@ def main(argv: list[str] | None = None) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("task", choices=TASKS)
-    parser.add_argument("--dir", type=Path, default=Path("checkpoints"), help="folder for the files [%(default)s]")
+    parser.add_argument("--dir", type=Path, help="folder for the files [checkpoints; of text-to-image: ckpts]")
     parser.add_argument("--only", nargs="+", default=[], metavar="NAME", help="fetch only these, see below")
     parser.add_argument("--dry-run", action="store_true", help="list what would be fetched, without a connection")
     args = parser.parse_args(argv)
+    folder = args.dir or Path(FOLDERS[args.task])
     try:
         for name, item in select(args.task, args.only).items():
-            print(f"{name:<18}{item} -> {args.dir / item.folder}")
+            print(f"{name:<18}{item} -> {folder / item.folder}")
         if not args.dry_run:
-            print(*download(args.task, args.dir, args.only), sep="\n")
+            print(*download(args.task, folder, args.only), sep="\n")
     except (ValueError, OSError) as error:
         parser.exit(2, f"error: {error}\n")
 

@@ -10,7 +10,7 @@
         --shard 200 --vae stabilityai/sd-vae-ft-ema --out data/clips-latents
     python -m skipdit.encode --data pictures --path data/pictures --captions data/pictures/captions.jsonl \\
         --image-size 1024 --buckets 1024x1024 1024x768 768x1024 --shard 1000 \\
-        --vae checkpoints/HunyuanDiT-v1.2/t2i/sdxl-vae-fp16-fix --out data/pictures-latents
+        --vae ckpts/t2i/sdxl-vae-fp16-fix --out data/pictures-latents
 
 Training then does not decode, crop or encode any more. Of clips all frames are kept, so that training still draws its
 random stretches. An interrupted run continues with the shards it lacks.

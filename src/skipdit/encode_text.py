@@ -7,10 +7,10 @@
 
 Text-to-image reads every caption with two encoders:
 
-    python -m skipdit.encode_text configs/text-to-image/pictures.yaml --out data/texts-clip --role clip \\
-        --text-encoder checkpoints/HunyuanDiT-v1.2/t2i/clip_text_encoder
-    python -m skipdit.encode_text configs/text-to-image/pictures.yaml --out data/texts-t5 --role t5 \\
-        --text-encoder checkpoints/HunyuanDiT-v1.2/t2i/mt5
+    python -m skipdit.encode_text configs/text-to-image/t2i_train_stage2.yaml --out data/texts-clip --role clip \\
+        --text-encoder ckpts/t2i/clip_text_encoder
+    python -m skipdit.encode_text configs/text-to-image/t2i_train_stage2.yaml --out data/texts-t5 --role t5 \\
+        --text-encoder ckpts/t2i/mt5
 
 Takes the captions that training will ask for. An interrupted run continues with the shards it lacks.
 """
