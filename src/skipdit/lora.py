@@ -21,7 +21,9 @@ def add_lora(model: nn.Module, rank: int) -> None:
     try:
         from peft import LoraConfig, inject_adapter_in_model
     except ImportError as error:
-        raise ValueError("lora_rank needs the peft library: `pip install peft`, or skipdit with its extra `lora`") from error
+        raise ValueError(
+            "lora_rank needs the peft library: `pip install peft`, or skipdit with its extra `lora`"
+        ) from error
     where = rf"blocks\.\d+\.attn\d\.({'|'.join(TARGETS)})"
     inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=rank, target_modules=where), model)
     set_trainable(model, {"*.lora_[AB].*": True, "*": False})
