@@ -8,6 +8,7 @@ from conftest import GOLDEN, assert_close
 from diffusers import DDIMScheduler, HunyuanDiT2DModel
 
 from skipdit import SkipCache, convert, disable_cache, enable_cache
+from skipdit.hunyuan2d import cached_forward
 from skipdit.layouts import to_diffusers
 from skipdit.text_to_image import HunyuanDiT
 from skipdit.text_to_image.model import rotary_tables
@@ -154,6 +155,23 @@ def test_rotary_tables_equal_released_code(golden, size):
     assert len(cos) == wanted["rows"]
     assert_close(cos[rows].float(), case.tensors[f"{size}/cos"])
     assert_close(sin[rows].float(), case.tensors[f"{size}/sin"])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("styled", [False, True])
+def test_cached_forward_is_the_forward_of_diffusers(styled):
+    """Of v1.1 too, with its style and sizes, and with controls."""
+    sizes = {"hidden_size": 32, "num_layers": 8, "cross_attention_dim": 12, "cross_attention_dim_t5": 16}
+    sizes |= {"num_attention_heads": 2, "attention_head_dim": 16, "in_channels": 4, "patch_size": 2, "sample_size": 8}
+    model = HunyuanDiT2DModel(**sizes, text_len=5, text_len_t5=6, use_style_cond_and_image_meta_size=styled).eval()
+    arguments, controls = inputs(), [torch.randn(2, 24, 32) for _ in range(3)]
+    if styled:
+        arguments |= {"image_meta_size": torch.tensor([[64.0, 96, 64, 96, 0, 0]] * 2), "style": torch.tensor([0, 0])}
+    for given in (None, controls):
+        wanted = model(**arguments, controlnet_block_samples=given and list(given)).sample
+        assert torch.equal(cached_forward(model, **arguments, controlnet_block_samples=given).sample, wanted)
+    with pytest.raises(ValueError, match="there are 2 controls for 3 skips"):
+        cached_forward(model, **arguments, controlnet_block_samples=controls[:2])
 
 
 class Pipe:

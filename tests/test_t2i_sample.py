@@ -14,13 +14,14 @@ from torchvision.io import read_image
 
 from skipdit import disable_cache, enable_cache, load_weights
 from skipdit.config import to_yaml
+from skipdit.metrics.fidelity import psnr
 from skipdit.nn import TimestepEmbedder
 from skipdit.text_to_image import HunyuanDiT, sample_t2i
 from skipdit.text_to_image.model import rotary_tables
 from skipdit.text_to_image.sample_t2i import (
     SIZES,
     Config,
-    Text,
+    TextPair,
     check,
     encode_prompts,
     generate,
@@ -181,8 +182,12 @@ def test_half_precision(config, monkeypatch):
     embed = TimestepEmbedder.forward
     monkeypatch.setattr(TimestepEmbedder, "forward", lambda self, t: seen.append(t[:1]) or embed(self, t))
     sample(config)
-    assert len(pictures(config)) == 1
+    (half,) = pictures(config).values()
     assert [t.item() for t in seen if not t.is_meta] == [831, 665, 499, 333, 167, 1]
+    config.dtype, config.out = "float32", config.out + "-whole"
+    sample(config)
+    (whole,) = pictures(config).values()
+    assert psnr(half.byte(), whole.byte()) > 30
 
 
 def test_compiled(config):
@@ -222,7 +227,7 @@ def test_everything_missing_is_listed_at_once(config, released_t2i, tmp_path):
     with pytest.raises(FileNotFoundError) as caught:
         sample(config)
     for name in ("pytorch_model_ema.pt", "sdxl-vae-fp16-fix", "clip_text_encoder", "t2i/tokenizer", "mt5/model",
-                 "huggingface-cli download Tencent-Hunyuan/HunyuanDiT-v1.2"):  # fmt: skip
+                 "python text-to-image/download.py"):  # fmt: skip
         assert name in str(caught.value)
 
 
@@ -309,7 +314,7 @@ def test_bad_switches_are_named(monkeypatch, capsys, arguments, complaint):
 def test_texts_of_a_batch_are_rows(config):
     model = check(config, None).model
     text, negative, _ = encode_prompts(config, model, ["the cat", "the dog"])
-    assert isinstance(text, Text) and text.clip.embeddings.shape == (2, 77, 16)
+    assert isinstance(text, TextPair) and text.clip.embeddings.shape == (2, 77, 16)
     rows = text.rows([1, 1], torch.device("cpu"), torch.float32)
     assert torch.equal(rows.t5.embeddings[0], text.t5.embeddings[1]) and rows.t5.mask.shape == (2, 256)
     assert negative.clip.mask.shape == (1, 77)

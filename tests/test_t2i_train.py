@@ -15,6 +15,7 @@ from transformers import BertModel
 
 from skipdit.data.pictures import PictureData
 from skipdit.data.texts import LiveTexts
+from skipdit.diffusion import Diffusion
 from skipdit.encode import main as encode
 from skipdit.encode_text import main as encode_text
 from skipdit.text import CLIP, T5, load_text_encoder
@@ -76,6 +77,10 @@ def config(captioned, hunyuan_folder, vae_folder, tmp_path) -> Config:
             sample_every=0,
         ),
     )
+
+
+def given(config: Config) -> dict:
+    return {name: value for name, value in vars(config.model).items() if value is not None}
 
 
 def sample(config: Config, hunyuan_folder: Path, weights: Path, out: Path) -> torch.Tensor:
@@ -196,7 +201,7 @@ class Recorder(nn.Module):
 
     def forward(self, x, t, *texts, image_rotary_emb, return_dict):
         self.x, self.t, self.texts, self.rotary = x, t, texts, image_rotary_emb
-        return (torch.cat([x, x], dim=1),)
+        return (torch.zeros(len(x), 8, *x.shape[2:]),)
 
 
 def test_loss_reads_texts_sizes_and_drops_either_by_itself(config, hunyuan_folder):
@@ -206,7 +211,7 @@ def test_loss_reads_texts_sizes_and_drops_either_by_itself(config, hunyuan_folde
         for name, reading in readings.items()
     ]
     recorder, rows = Recorder(), 400
-    model = HunyuanDiT((4, 4), **{k: v for k, v in vars(config.model).items() if v is not None})
+    model = HunyuanDiT((4, 4), **given(config))
     batch = {"mean": torch.randn(rows, 2, 4, 4, 6), "std": torch.rand(rows, 2, 4, 4, 6)}
     batch["label"] = torch.arange(rows) % len(CAPTIONS)
     loss = make_loss(config, None, *both, model)(recorder, batch, Draw(0, 0, range(rows), rows, torch.device("cpu")))
@@ -223,6 +228,60 @@ def test_loss_reads_texts_sizes_and_drops_either_by_itself(config, hunyuan_folde
     assert 0.01 < (shares[0] & shares[1]).float().mean() < 0.08
 
 
+def test_loss_is_of_the_noise_that_the_sampler_takes_away(config, hunyuan_folder):
+    """Noisy latents, and the v to predict, are those of the sampler's scheduler."""
+    config.data.latents, config.data.flip = "mean", False
+    readings = {"text_encoder": CLIP._replace(max_tokens=TOKENS), "text_encoder_2": T5._replace(max_tokens=TOKENS)}
+    both = [
+        LiveTexts(load_text_encoder(str(hunyuan_folder / name), reading=reading), CAPTIONS)
+        for name, reading in readings.items()
+    ]
+    model = HunyuanDiT((4, 4), **given(config))
+    batch = {"mean": torch.randn(6, 2, 4, 4, 4), "label": torch.arange(6)}
+    draw, recorder = Draw(0, 0, range(6), 6, torch.device("cpu")), Recorder()
+    loss = make_loss(config, None, *both, model)(recorder, batch, draw)
+    again = Draw(0, 0, range(6), 6, torch.device("cpu"))
+    again.rand(), again.rand(2)
+    t, noise, x0 = again.randint(1000), again.randn(4, 4, 4), batch["mean"][:, 0]
+    scheduler = sample_t2i.make_scheduler("ddpm")
+    assert torch.equal(recorder.t, t)
+    torch.testing.assert_close(recorder.x, scheduler.add_noise(x0, noise, t))
+    v = scheduler.get_velocity(x0, noise, t)  # the recorder predicts zero
+    assert (loss >= v.square().flatten(1).mean(1) - 1e-4).all()
+    diffusion = Diffusion(beta_start=0.00085, beta_end=0.02, scaled=True, prediction="v")
+    torch.testing.assert_close(diffusion.losses(torch.zeros(6, 8, 4, 4), x0, recorder.x, t, noise)["loss"], loss)
+
+
+def test_mixed_precision(config, tmp_path, monkeypatch):
+    """bf16, the default: near float32, and not equal to it; the residual stream is float32."""
+    train(config)
+    exact, config.out, config.train.precision = stats(config), str(tmp_path / "bf16"), "bf16"
+    result = run_script(config, task="text-to-image")  # accelerate allows one precision per process
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert stats(config)[-1]["loss"] == pytest.approx(exact[-1]["loss"], rel=0.02)
+    assert stats(config)[-1]["loss"] != exact[-1]["loss"]
+    model, dtypes, run = HunyuanDiT((8, 8), **given(config)), set(), HunyuanDiT._run
+    monkeypatch.setattr(HunyuanDiT, "_run", lambda self, *args: dtypes.add(args[1].dtype) or run(self, *args))
+    with torch.autocast("cpu", torch.bfloat16):
+        model(**model.random_inputs(2, encoded=False))
+    assert dtypes == {torch.float32}
+
+
+def test_gradient_checkpointing_changes_no_gradient(config):
+    model = HunyuanDiT((8, 8), **given(config)).train()
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    inputs, gradients = model.random_inputs(2, encoded=False), []
+    for checkpointed in (False, True):
+        if checkpointed:
+            model.enable_gradient_checkpointing()
+        model.zero_grad()
+        model(**inputs).sample.square().mean().backward()
+        gradients.append({name: parameter.grad.clone() for name, parameter in model.named_parameters()})
+    for name, gradient in gradients[0].items():
+        torch.testing.assert_close(gradients[1][name], gradient)
+
+
 def test_lora_trains_adapters_and_merges_them(config, tmp_path, hunyuan_folder):
     train(config)
     base = state(config)["ema"]
@@ -231,7 +290,7 @@ def test_lora_trains_adapters_and_merges_them(config, tmp_path, hunyuan_folder):
     learning = {name for name, parameter in trained.named_parameters() if ".lora_B." in name and parameter.any()}
     assert len(learning) == 6 * 5  # Wqkv, out_proj; q_proj, kv_proj, out_proj, of every block
     merged = load_state(tmp_path / "lora/merged.pt")
-    model = HunyuanDiT((4, 4), **{k: v for k, v in vars(config.model).items() if v is not None}).eval()
+    model = HunyuanDiT((4, 4), **given(config)).eval()
     load_weights(model, tmp_path / "lora/merged.pt")
     untouched = {name for name, tensor in load_state(config.init).items() if torch.equal(tensor, merged[name])}
     assert len(merged) == len(base) and len(merged) - len(untouched) == 6 * 5
@@ -269,7 +328,7 @@ def test_another_text_encoder_is_refused(config, hunyuan_folder, tmp_path):
         ("data", {"buckets": ["8by8"]}, "data.buckets has '8by8'"),
         ("data", {"buckets": ["9x8"]}, "9x8: 9 is not a multiple of the autoencoder's factor 2"),
         ("data", {"buckets": ["16x18"]}, "latents are 8 x 9, which patches of 2 do not tile"),
-        ("model", {"text_states_dim": 12}, "clip: texts have 16 channels, the model takes 12"),
+        ("model", {"text_states_dim": 12}, "clip: they have 16 channels, the model takes 12"),
         ("clip", {"encoder": None}, r"set clip\.encoder, a text encoder, or clip\.files"),
         ("t5", {"encoder": "nowhere/else/t5"}, "missing: nowhere/else/t5/config.json"),
         ("t5", {"files": "nowhere/texts"}, r"missing: t5\.files=nowhere/texts"),

@@ -246,7 +246,7 @@ def change(config: Config, **settings) -> None:
     ("settings", "complaint"),
     [
         ({"data__captions": None}, "the clips have no captions; set data.captions"),
-        ({"model__caption_channels": 12}, "texts have 16 channels, the model takes 12"),
+        ({"model__caption_channels": 12}, "they have 16 channels, the model takes 12"),
         ({"data__image_size": 9}, "image_size 9 is not a multiple of the autoencoder's factor 2"),
         ({"data__image_size": 10}, "latents are 5 x 5, which patches of 2 do not tile"),
         (

@@ -164,7 +164,8 @@ class HunyuanDiT(SkipTransformer):
         self.skips = make_skips(hidden_size, depth // 2 - 1 if skip else 0, fuse)
         self.final_layer = FinalLayer(hidden_size, patch_size**2 * in_channels * (2 if learn_sigma else 1))
         self.initialize_weights()
-        self.num_heads, self.inner_dim = num_heads, hidden_size  # under the names that diffusers' pipeline asks for
+        # What diffusers' pipeline asks a transformer for; none of it is an argument, which a config would keep.
+        self.num_heads, self.inner_dim = num_heads, hidden_size
         vars(self.config)["sample_size"] = input_size[0]
 
     def initialize_weights(self) -> None:
@@ -253,7 +254,7 @@ class HunyuanDiT(SkipTransformer):
             keys, values = [text] * len(self.blocks), [None] * len(self.blocks)
         c = (self.t_embedder(timestep.expand(len(hidden_states))) + pooled)[:, None]  # (N, 1, D)
         x = self._stack(
-            self.x_embedder(hidden_states),
+            self.x_embedder(hidden_states).to(hidden_states.dtype),  # under autocast too, the stream is float32
             lambda i, x: self._run(self.blocks[i], x, c, keys[i], values[i], image_rotary_emb),
             len(self.blocks),
             cache,
@@ -332,7 +333,7 @@ def rotary_tables(rows: int, columns: int, head_dim: int, base: int = 32) -> Rot
     """Cosines and sines (rows * columns, head_dim) of a grid of patches, float32.
 
     The grid is laid over the `base` x `base` one of 512 x 512 pixels: its longer side fills that, its shorter side lies
-    in the middle, rounded to whole places. diffusers ends the shorter side too early, by up to half a place.
+    in the middle, rounded to whole places. diffusers ends the shorter side too early, by a sixth to a third of a patch.
     """
     longest = max(rows, columns)
     axes = []

@@ -18,13 +18,12 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from diffusers import AutoencoderKL, HunyuanDiTPipeline, SchedulerMixin
+from diffusers import HunyuanDiTPipeline, SchedulerMixin
 from torch import Tensor
 from torchvision.io import ImageReadMode, read_image, write_png
 from tqdm import tqdm
 
 from skipdit import text_sample
-from skipdit.bench import step_flops
 from skipdit.cache import CacheSpec
 from skipdit.config import friendly_errors, load_config, make_parser, setting
 from skipdit.data.images import to_uint8
@@ -35,6 +34,7 @@ from skipdit.sample import Job, add_cache_arguments, cache_override, generators,
 from skipdit.text import CHUNK, CLIP, T5, Encoded, Reading, load_text_encoder, missing_text_files
 from skipdit.text_sample import (
     WINDOW,
+    Parts,
     PromptConfig,
     PromptSampler,
     add_prompt_argument,
@@ -45,9 +45,9 @@ from skipdit.text_sample import (
 )
 from skipdit.text_to_image.model import HunyuanDiT, rotary_tables
 from skipdit.vae import decode, downsampling, load_vae
-from skipdit.weights import BEFORE_V1_2, identify, load_state, load_weights
+from skipdit.weights import BEFORE_V1_2, identify, load_state
 
-FETCH = "huggingface-cli download Tencent-Hunyuan/HunyuanDiT-v1.2 --local-dir ./ckpts"
+FETCH = "python text-to-image/download.py"
 SHOWN = 16  # pictures on the contact sheet
 UNIT = 16  # pixels; diffusers' pipeline rounds heights and widths down to multiples of it
 RELEASED_WIDTH = 1408
@@ -63,7 +63,7 @@ class Config(PromptConfig):
     """A text-to-image sampling run."""
 
     pipeline: str = setting("ckpts", "folder of the released files (t2i/...), or of a diffusers pipeline")
-    load_key: str = setting("ema", "which t2i/model/pytorch_model_<key>.pt of the released files: ema, module, distill")
+    load_key: str = setting("ema", "which t2i/model/pytorch_model_<key>.pt of the released files: ema, module ...")
     weights: str | None = setting(None, "checkpoint of the transformer; unset: the pipeline's")
     vae: str | None = setting(None, "autoencoder, folder or Hub name; unset: the pipeline's")
     text_encoder: str | None = setting(None, "the CLIP, folder or Hub name; unset: the pipeline's")
@@ -93,16 +93,16 @@ class Config(PromptConfig):
         return {name: getattr(self, name) or str(root / place) for name, place in names.items()}
 
 
-class Text(NamedTuple):
+class TextPair(NamedTuple):
     """Prompts as both text encoders give them: embeddings (N, S, C) and masks (N, S)."""
 
     clip: Encoded
     t5: Encoded
 
-    def rows(self, indices: Sequence[int], device: torch.device, dtype: torch.dtype) -> "Text":
+    def rows(self, indices: Sequence[int], device: torch.device, dtype: torch.dtype) -> "TextPair":
         """Some of the prompts, for a model."""
         chosen = ((e.embeddings[indices].to(device, dtype), e.mask[indices].to(device)) for e in self)
-        return Text(*(Encoded(*parts) for parts in chosen))
+        return TextPair(*(Encoded(*parts) for parts in chosen))
 
 
 def make_scheduler(name: str, folder: Path | None = None) -> SchedulerMixin:
@@ -113,8 +113,8 @@ def make_scheduler(name: str, folder: Path | None = None) -> SchedulerMixin:
 
 def generate(
     pipe: HunyuanDiTPipeline,
-    text: Text,
-    negative: Text,
+    text: TextPair,
+    negative: TextPair,
     generators: Sequence[torch.Generator],
     *,
     size: tuple[int, int],
@@ -176,15 +176,6 @@ def generate(
         hook.remove()
 
 
-class Parts(NamedTuple):
-    """A checked config's pipeline, but for the weights of the transformer."""
-
-    model: HunyuanDiT  # on the meta device
-    vae: AutoencoderKL
-    scheduler: SchedulerMixin
-    size: tuple[int, int]  # height and width in pixels
-
-
 def check(config: Config, branch: int | None) -> Parts:
     """Raises ValueError or FileNotFoundError for settings that do not fit each other, before large files are read."""
     places, folder = config.places(), Path(config.pipeline, "scheduler")
@@ -209,16 +200,13 @@ def check(config: Config, branch: int | None) -> Parts:
 
 def open_pipeline(config: Config, parts: Parts) -> HunyuanDiTPipeline:
     """Load the transformer's weights, and put all on the device; the text encoders are not part of the pipeline."""
-    device, model = process_state().device, parts.model
-    model.to_empty(device="cpu")
-    load_weights(model, config.places()["weights"])
-    model.to(device).eval().requires_grad_(False)
+    parts.load(config.places()["weights"])
     return HunyuanDiTPipeline(
-        parts.vae.to(device), None, None, model, parts.scheduler, None, None, requires_safety_checker=False
+        parts.vae, None, None, parts.model, parts.scheduler, None, None, requires_safety_checker=False
     )
 
 
-def encode_prompts(config: Config, model: HunyuanDiT, prompts: list[str]) -> tuple[Text, Text, str]:
+def encode_prompts(config: Config, model: HunyuanDiT, prompts: list[str]) -> tuple[TextPair, TextPair, str]:
     """Prompts and the negative prompt, on the CPU, and the encoders' fingerprints. One encoder is loaded at a time.
 
     Raises FloatingPointError if embeddings are not finite in the model's dtype.
@@ -229,8 +217,13 @@ def encode_prompts(config: Config, model: HunyuanDiT, prompts: list[str]) -> tup
         encoder = load_text_encoder(name, tokenizer, model.dtype, reading).to(process_state().device)
         for key, texts in {"prompts": prompts, "negative": [config.negative_prompt]}.items():
             starts = tqdm(range(0, len(texts), CHUNK), desc=f"{key}, {reading.role}", leave=False, disable=not show)
-            chunks = [[part.cpu() for part in encoder.encode(texts[i : i + CHUNK])] for i in starts]
-            encoded = Encoded(*(torch.cat(parts) for parts in zip(*chunks, strict=True)))
+            tokens = (len(texts), reading.max_tokens)
+            encoded = Encoded(
+                torch.empty(*tokens, encoder.dim, dtype=model.dtype), torch.empty(tokens, dtype=torch.bool)
+            )
+            for i in starts:
+                for whole, part in zip(encoded, encoder.encode(texts[i : i + CHUNK]), strict=True):
+                    whole[i : i + CHUNK] = part
             if not encoded.embeddings.isfinite().all():
                 raise FloatingPointError(
                     f"embeddings of {name} are not finite in {model.dtype}: use dtype=bfloat16 or float32"
@@ -238,7 +231,7 @@ def encode_prompts(config: Config, model: HunyuanDiT, prompts: list[str]) -> tup
             both[key].append(encoded)
         both["fingerprint"].append(encoder.fingerprint)
         del encoder  # before the next comes
-    return Text(*both["prompts"]), Text(*both["negative"]), " ".join(both["fingerprint"])
+    return TextPair(*both["prompts"]), TextPair(*both["negative"]), " ".join(both["fingerprint"])
 
 
 def _readings(config: Config, model: HunyuanDiT) -> list[tuple[str, str | None, Reading]]:
@@ -264,23 +257,11 @@ class TextSampler(PromptSampler):
         self.config, self.copies = config, config.images_per_prompt
         self.prompts = read_prompts(config.prompts, config.prompt_file)
         parts, state = check(config, branch), process_state()
-        self.size, factor = parts.size, downsampling(parts.vae)
         samples = range(len(self.prompts) * self.copies)[state.process_index :: state.num_processes] or [0]
         own = dict.fromkeys(index // self.copies for index in samples)  # a text of the released size takes 1.4 MB
         self._rows = {prompt: row for row, prompt in enumerate(own)}
         self.text, self.negative, self.encoder = encode_prompts(config, parts.model, [self.prompts[p] for p in own])
-        self.flops = step_flops(
-            parts.model,
-            2 if config.guidance_scale > 1 else 1,
-            branch or 1,
-            height=self.size[0] // factor,
-            width=self.size[1] // factor,
-        )
-        if state.device.type == "cuda":
-            torch.cuda.empty_cache()
-            torch.cuda.reset_peak_memory_stats()  # the report is of sampling
-        self.pipe = open_pipeline(config, parts)
-        self._ready()
+        self._open(parts, branch, open_pipeline)
 
     def samples(self, indices: list[int], steps: int, callback: Callable[[int], None] | None = None) -> Tensor:
         """Pictures (N, 3, H, W) uint8."""

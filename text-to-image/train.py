@@ -24,16 +24,17 @@ from skipdit.data.texts import LiveTexts, Texts, TextTable
 from skipdit.device import process_state
 from skipdit.diffusion import Diffusion
 from skipdit.lora import add_lora, save_lora
+from skipdit.pipeline import enable_cache
 from skipdit.prepare import open_training
 from skipdit.sample import generators, resolve_dtype
 from skipdit.text import CLIP, T5, Reading, load_text_encoder, missing_text_files
 from skipdit.text_to_image.data import make_dataset
 from skipdit.text_to_image.model import HunyuanDiT, Rotary, rotary_tables
-from skipdit.text_to_image.sample_t2i import FETCH, NOISE, UNIT, Text, generate, make_scheduler
+from skipdit.text_to_image.sample_t2i import FETCH, NOISE, UNIT, TextPair, generate, make_scheduler
 from skipdit.train import Draw, Loss, TrainConfig, fit
 from skipdit.vae import decode, latent_size
 
-SHOWN = 16  # pictures of a sample grid
+SHOWN = 8  # pictures of a sample grid
 
 
 @dataclass
@@ -110,11 +111,7 @@ def open_texts(name: str, config: TextConfig, reading: Reading, dtype: str, capt
         device = process_state().device
         encoder = load_text_encoder(config.encoder, config.tokenizer, resolve_dtype(dtype, device), reading)
         texts = LiveTexts(encoder.to(device), captions)
-    if texts.dim != dim:
-        raise ValueError(f"{name}: texts have {texts.dim} channels, the model takes {dim}")
-    if config.fingerprint not in (None, texts.fingerprint):
-        raise ValueError(f"{name}.fingerprint is {config.fingerprint}, the text encoder's is {texts.fingerprint}")
-    config.fingerprint = texts.fingerprint  # kept with the run, which goes on with no other
+    config.fingerprint = texts.require(name, dim, config.fingerprint)  # kept with the run, which goes on with no other
     return texts
 
 
@@ -177,25 +174,29 @@ def train(config: Config, dry_run: bool = False) -> HunyuanDiT:
     shown = torch.arange(min(SHOWN, len(captions))) * (len(captions) // min(SHOWN, len(captions)))
 
     def sample(model: HunyuanDiT, step: int) -> None:
-        scheduler = make_scheduler("ddim")
+        device, scheduler, pictures = model.device, make_scheduler("ddim"), []
         pipe = HunyuanDiTPipeline(
-            vae.to(model.device), None, None, model, scheduler, None, None, requires_safety_checker=False
+            vae.to(device), None, None, model, scheduler, None, None, requires_safety_checker=False
         )
         pipe.set_progress_bar_config(disable=True)
-        kept, dropped = (torch.full_like(shown, value, dtype=torch.bool) for value in (False, True))
-        text, negative = (Text(clip.take_whole(shown, d), t5.take_whole(shown, d)) for d in (kept, dropped))
-        place = range(len(shown)), model.device, model.dtype
-        noise = generators(config.train.seed, shown.tolist(), model.device)
-        size = (config.data.image_size,) * 2
-        try:
-            settings = {"size": size, "steps": 50, "guidance_scale": config.grid_guidance}
-            latents = generate(pipe, text.rows(*place), negative.rows(*place), noise, **settings)
-        except FloatingPointError as error:  # of the average only; the training goes on
-            print(f"no sample grid at step {step}: {error}")
-            return
+        enable_cache(pipe, "none")  # the texts once
+        settings = {"size": (config.data.image_size,) * 2, "steps": 50, "guidance_scale": config.grid_guidance}
+        for label in shown.split(1):  # one at a time: a training has little memory left
+            both = [
+                TextPair(*(texts.take_whole(label, torch.tensor([d])) for texts in (clip, t5))) for d in (False, True)
+            ]
+            text, negative = (pair.rows([0], device, model.dtype) for pair in both)
+            noise = generators(config.train.seed, label.tolist(), device)
+            try:
+                with torch.autocast(device.type, torch.bfloat16, enabled=config.train.precision == "bf16"):
+                    latents = generate(pipe, text, negative, noise, **settings)
+            except FloatingPointError as error:  # of the average only; the training goes on
+                print(f"no sample grid at step {step}: {error}")
+                return
+            pictures.append(to_uint8(decode(vae, latents)).cpu())
         folder = Path(config.out) / "samples"
         folder.mkdir(exist_ok=True)
-        write_png(make_grid(to_uint8(decode(vae, latents)), nrow=4).cpu(), str(folder / f"{step:07d}.png"))
+        write_png(make_grid(torch.cat(pictures), nrow=4), str(folder / f"{step:07d}.png"))
         (folder / "captions.txt").write_text("".join(f"{captions[i]}\n" for i in shown), encoding="utf-8")
 
     loss = make_loss(config, vae, clip, t5, model)

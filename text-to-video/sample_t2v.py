@@ -16,12 +16,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from diffusers import AutoencoderKL, LattePipeline, SchedulerMixin
+from diffusers import LattePipeline, SchedulerMixin
 from torch import Tensor
 from torchvision.io import ImageReadMode, read_image, write_png
 
 from skipdit import text_sample
-from skipdit.bench import step_flops
 from skipdit.cache import CacheSpec
 from skipdit.config import friendly_errors, load_config, make_parser, required, setting
 from skipdit.data.images import to_uint8
@@ -32,6 +31,7 @@ from skipdit.sample import Job, add_cache_arguments, cache_override, generators,
 from skipdit.text import TextEncoder, load_text_encoder, missing_text_files
 from skipdit.text_sample import (
     WINDOW,
+    Parts,
     PromptConfig,
     PromptSampler,
     add_prompt_argument,
@@ -42,7 +42,6 @@ from skipdit.text_sample import (
 )
 from skipdit.text_to_video.model import LatteT2V
 from skipdit.vae import decode, downsampling, load_vae
-from skipdit.weights import load_weights
 
 FETCH = "python text-to-video/download.py"
 SHOWN = 16  # clips on the contact sheet
@@ -155,15 +154,6 @@ def generate(
     return latents.transpose(1, 2)
 
 
-class Parts(NamedTuple):
-    """A checked config's pipeline, but for the weights of the transformer."""
-
-    model: LatteT2V  # on the meta device
-    vae: AutoencoderKL
-    scheduler: SchedulerMixin
-    size: tuple[int, int]  # height and width in pixels
-
-
 def check(config: Config, branch: int | None) -> Parts:
     """Raises ValueError or FileNotFoundError for settings that do not fit each other, before large files are read."""
     folder, places = Path(config.pipeline), config.places()
@@ -190,11 +180,8 @@ def check(config: Config, branch: int | None) -> Parts:
 
 def open_pipeline(config: Config, parts: Parts) -> LattePipeline:
     """Load the transformer's weights, and put all on the device; the text encoder is not part of the pipeline."""
-    device, model = process_state().device, parts.model
-    model.to_empty(device="cpu")
-    load_weights(model, config.weights)
-    model.to(device).eval().requires_grad_(False)
-    return LattePipeline(None, None, parts.vae.to(device), model, parts.scheduler)
+    parts.load(config.weights)
+    return LattePipeline(None, None, parts.vae, parts.model, parts.scheduler)
 
 
 def open_text_encoder(config: Config, dtype: torch.dtype) -> TextEncoder:
@@ -215,26 +202,13 @@ class TextSampler(PromptSampler):
     def __init__(self, config: Config, branch: int | None):
         self.config, self.copies = config, config.videos_per_prompt
         self.prompts = read_prompts(config.prompts, config.prompt_file)
-        parts, device = check(config, branch), process_state().device
-        self.size, factor = parts.size, downsampling(parts.vae)
+        parts = check(config, branch)
         encoder = open_text_encoder(config, parts.model.dtype)
         self.texts, self.encoder = encode_prompts(encoder, self.prompts, config.negative_prompt), encoder.fingerprint
         del encoder  # before the transformer comes
-        self.flops = step_flops(
-            parts.model,
-            2 if config.guidance_scale > 1 else 1,
-            branch or 1,
-            frames=config.num_frames,
-            height=self.size[0] // factor,
-            width=self.size[1] // factor,
-            temporal=config.temporal_attention,
-            tokens=max(text.embeddings.shape[1] for text in self.texts.values()),
-        )
-        if device.type == "cuda":
-            torch.cuda.empty_cache()
-            torch.cuda.reset_peak_memory_stats()  # the report is of sampling
-        self.pipe = open_pipeline(config, parts)
-        self._ready()
+        tokens = max(text.embeddings.shape[1] for text in self.texts.values())
+        sizes = {"frames": config.num_frames, "temporal": config.temporal_attention, "tokens": tokens}
+        self._open(parts, branch, open_pipeline, **sizes)
 
     def batches(self, indices: Sequence[int]) -> Iterator[list[int]]:
         """Samples of one prompt at a time: prompts differ in length, and no clip may depend on what is beside it."""

@@ -131,11 +131,8 @@ def train(config: Config, dry_run: bool = False) -> LatteT2V:
     )
     dataset = make_dataset(config.data, vae)
     texts = open_texts(config, dataset.captions)
-    if texts.dim != model.config.caption_channels:
-        raise ValueError(f"texts have {texts.dim} channels, the model takes {model.config.caption_channels}")
-    if config.text_fingerprint not in (None, texts.fingerprint):
-        raise ValueError(f"text_fingerprint is {config.text_fingerprint}, the text encoder's is {texts.fingerprint}")
-    config.text_fingerprint = texts.fingerprint  # kept with the run, which goes on with no other
+    dim, known = model.config.caption_channels, config.text_fingerprint
+    config.text_fingerprint = texts.require("texts", dim, known)  # kept with the run, which goes on with no other
     shown = sorted(set(dataset.labels))[:SHOWN]  # captions of the sample clips
 
     def sample(model: LatteT2V, step: int) -> None:

@@ -136,6 +136,8 @@ class PipelineCache:
         pipe = self._pipe()
         if pipe is not None and pipe.transformer is not self._hooked():
             self._attach(pipe.transformer)
+        # On the CPU: schedulers look up their tables by them, and would read every timestep back from the device.
+        self._scheduler.timesteps = self._scheduler.timesteps.cpu()
         self.run = SkipCache(self._spec, self._scheduler.timesteps)
         self._active, self._step, self._calls = True, 0, 0
         self._texts: dict[int, tuple[tuple, Any]] = {}  # call of a step -> its text, and that encoded

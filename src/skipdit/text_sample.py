@@ -8,13 +8,14 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import diffusers
 import torch
 from diffusers import AutoencoderKL, DiffusionPipeline, SchedulerMixin
 from torch import Tensor, nn
 
+from skipdit.bench import step_flops
 from skipdit.cache import CacheSpec, SkipCache
 from skipdit.config import setting, to_dict
 from skipdit.device import process_state
@@ -23,7 +24,7 @@ from skipdit.prompts import slug
 from skipdit.sample import Job, StepTimer, require_finite, resolve_dtype, work_off
 from skipdit.skip import SkipTransformer
 from skipdit.vae import downsampling
-from skipdit.weights import fingerprint
+from skipdit.weights import fingerprint, load_weights
 
 WINDOW = "N{}-700-50"  # the released code's caching window, of both tasks
 SCHEDULERS = {
@@ -81,6 +82,23 @@ def make_scheduler(name: str, settings: dict[str, Any]) -> SchedulerMixin:
 def scheduler_settings(folder: Path | None) -> dict[str, Any]:
     """The settings of a diffusers scheduler's folder; none without a folder."""
     return diffusers.DDIMScheduler.load_config(folder) if folder else {}  # the file is the same for every class
+
+
+class Parts(NamedTuple):
+    """A checked config's pipeline, but for the weights of the transformer."""
+
+    model: SkipTransformer  # on the meta device, until it is loaded
+    vae: AutoencoderKL
+    scheduler: SchedulerMixin
+    size: tuple[int, int]  # height and width in pixels
+
+    def load(self, weights: str) -> None:
+        """Read the transformer's weights, and put it and the autoencoder on the device."""
+        device = process_state().device
+        self.model.to_empty(device="cpu")
+        load_weights(self.model, weights)
+        self.model.to(device).eval().requires_grad_(False)
+        self.vae.to(device)
 
 
 def check_settings(
@@ -183,10 +201,26 @@ class PromptSampler(ABC):
         batches = self.batches(range(len(self.prompts) * self.copies))
         return torch.cat([self.samples(indices, steps) for indices in batches])
 
-    def _ready(self) -> None:
-        """What follows when the pipeline is there: its bar, the model, and its compiling."""
-        show = process_state().is_main_process
-        self.pipe.set_progress_bar_config(disable=not show, leave=False, desc="sampling", unit="step")
+    def _open(
+        self, parts: Parts, branch: int | None, make: Callable[[PromptConfig, Parts], DiffusionPipeline], **sizes: int
+    ) -> None:
+        """Count what a step costs, then load the pipeline; the text encoders have left the device by now.
+
+        Args:
+            branch: the cache's, None without a cache.
+            make: loads the parts, and makes the pipeline of them.
+            sizes: of the samples, as the model's `random_inputs` takes them.
+        """
+        state, factor = process_state(), downsampling(parts.vae)
+        height, width = (side // factor for side in parts.size)
+        rows = 2 if self.config.guidance_scale > 1 else 1
+        self.size = parts.size
+        self.flops = step_flops(parts.model, rows, branch or 1, height=height, width=width, **sizes)
+        if state.device.type == "cuda":
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()  # the report is of sampling
+        self.pipe = make(self.config, parts)
+        self.pipe.set_progress_bar_config(disable=not state.is_main_process, leave=False, desc="sampling", unit="step")
         self.model = self.pipe.transformer
         if self.config.compile:
             self.pipe.transformer = torch.compile(self.model, fullgraph=True)

@@ -331,7 +331,8 @@ def _shard(model: nn.Module, precision: str) -> nn.Module:
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
     dtype = torch.bfloat16 if precision == "bf16" else None
-    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
+    # Autocast is on around the loss: inputs and the residual stream stay float32, as without sharding.
+    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
     for module in model.modules():
         if type(module).__name__ in model._no_split_modules:
             fully_shard(module, mp_policy=policy)

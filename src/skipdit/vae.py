@@ -44,8 +44,12 @@ def latent_size(image_size: int, vae: AutoencoderKL, name: str = "image_size") -
 
 
 CHUNK = 32  # pictures per call of the autoencoder: the frames of a batch of clips do not fit all at once
-CHUNK_PIXELS = CHUNK * 256**2  # in encoding; of larger pictures, fewer fit
+CHUNK_PIXELS = CHUNK * 256**2  # of larger pictures, fewer fit
 TEMPORAL_CHUNK = 14  # frames that a temporal decoder was trained to see at once
+
+
+def _chunk(height: int, width: int) -> int:
+    return max(1, min(CHUNK, CHUNK_PIXELS // (height * width)))
 
 
 @torch.no_grad()
@@ -55,8 +59,7 @@ def encode(vae: AutoencoderKL, images: Tensor) -> tuple[Tensor, Tensor]:
     In the autoencoder's own dtype, whatever autocast is on around it: latents on disk and in training are the same.
     """
     with torch.autocast(images.device.type, enabled=False):
-        chunk = max(1, min(CHUNK, CHUNK_PIXELS // (images.shape[-2] * images.shape[-1])))
-        chunks = images.to(vae.dtype).flatten(0, -4).split(chunk)
+        chunks = images.to(vae.dtype).flatten(0, -4).split(_chunk(*images.shape[-2:]))
         posteriors = [vae.encode(chunk).latent_dist for chunk in chunks]
     scale, leading = vae.config.scaling_factor, images.shape[:-3]
     mean, std = (torch.cat([getattr(p, name).float() for p in posteriors]) for name in ("mean", "std"))
@@ -77,7 +80,8 @@ def decode(vae: AutoencoderKL, latents: Tensor) -> Tensor:
         chunks = [chunk for clip in scaled for chunk in clip.split(TEMPORAL_CHUNK)]
         parts = [vae.decode(chunk, num_frames=len(chunk)).sample for chunk in chunks]
     else:
-        parts = [vae.decode(chunk).sample for chunk in scaled.flatten(0, -4).split(CHUNK)]
+        height, width = (side * downsampling(vae) for side in latents.shape[-2:])
+        parts = [vae.decode(chunk).sample for chunk in scaled.flatten(0, -4).split(_chunk(height, width))]
     images = torch.cat(parts).float().unflatten(0, latents.shape[:-3])
     if not torch.isfinite(images).all():
         raise FloatingPointError(f"images are not finite after decoding in {vae.dtype}: decode in bf16 or float32")

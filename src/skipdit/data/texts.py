@@ -55,6 +55,17 @@ class Texts(ABC):
     def rows(self, labels: Sequence[int]) -> list[Row]:
         """What is kept of each of these captions."""
 
+    def require(self, name: str, dim: int, fingerprint: str | None) -> str:
+        """Check that these texts are for a model of `dim` channels, and by the encoder of this fingerprint, if given.
+
+        Returns the encoder's fingerprint. Raises ValueError, naming the setting `name`.
+        """
+        if self.dim != dim:
+            raise ValueError(f"{name}: they have {self.dim} channels, the model takes {dim}")
+        if fingerprint not in (None, self.fingerprint):
+            raise ValueError(f"{name}: the text encoder's fingerprint is {self.fingerprint}, the run's {fingerprint}")
+        return self.fingerprint
+
     def take(self, labels: Tensor, dropped: Tensor) -> Encoded:
         """What Latte is given for some captions.
 
