@@ -17,12 +17,12 @@ from skipdit.class_sample import generate
 from skipdit.class_to_image.data import make_dataset
 from skipdit.class_to_image.model import DiT
 from skipdit.class_to_image.sample import ModelConfig, build_model
-from skipdit.config import friendly_errors, load_config, make_parser, setting
+from skipdit.config import setting
 from skipdit.data.images import ImageData, to_uint8
 from skipdit.data.latents import clean_latents
 from skipdit.device import process_state
 from skipdit.diffusion import Diffusion
-from skipdit.prepare import open_training
+from skipdit.prepare import open_training, run_trainer
 from skipdit.sample import generators
 from skipdit.train import Draw, TrainConfig, fit
 from skipdit.vae import decode, latent_size
@@ -40,14 +40,6 @@ class Config:
     model: ModelConfig = field(default_factory=ModelConfig)
     data: ImageData = field(default_factory=ImageData)
     train: TrainConfig = field(default_factory=TrainConfig)
-
-
-def main() -> None:
-    parser = make_parser(Config, __doc__)
-    parser.add_argument("--dry-run", action="store_true", help="take one step, print its peak memory, write nothing")
-    args = parser.parse_intermixed_args()
-    with friendly_errors():
-        train(load_config(Config, args.config, args.overrides), args.dry_run)
 
 
 def train(config: Config, dry_run: bool = False) -> DiT:
@@ -93,4 +85,4 @@ def train(config: Config, dry_run: bool = False) -> DiT:
 
 
 if __name__ == "__main__":
-    main()
+    run_trainer(Config, __doc__, train)

@@ -16,13 +16,13 @@ from skipdit.class_sample import generate
 from skipdit.class_to_video.data import make_dataset
 from skipdit.class_to_video.model import Latte
 from skipdit.class_to_video.sample import ModelConfig, build_model
-from skipdit.config import friendly_errors, load_config, make_parser, setting
+from skipdit.config import setting
 from skipdit.data.clips import ClipData
 from skipdit.data.images import to_uint8
 from skipdit.data.latents import joint_latents
 from skipdit.diffusion import Diffusion
 from skipdit.media import write_look
-from skipdit.prepare import open_training
+from skipdit.prepare import open_training, run_trainer
 from skipdit.sample import generators
 from skipdit.train import Draw, Loss, TrainConfig, fit
 from skipdit.vae import decode, latent_size
@@ -40,14 +40,6 @@ class Config:
     model: ModelConfig = field(default_factory=ModelConfig)
     data: ClipData = field(default_factory=ClipData)
     train: TrainConfig = field(default_factory=TrainConfig)
-
-
-def main() -> None:
-    parser = make_parser(Config, __doc__)
-    parser.add_argument("--dry-run", action="store_true", help="take one step, print its peak memory, write nothing")
-    args = parser.parse_intermixed_args()
-    with friendly_errors():
-        train(load_config(Config, args.config, args.overrides), args.dry_run)
 
 
 def make_loss(config: Config, vae: AutoencoderKL) -> Loss:
@@ -102,4 +94,4 @@ def train(config: Config, dry_run: bool = False) -> Latte:
 
 
 if __name__ == "__main__":
-    main()
+    run_trainer(Config, __doc__, train)

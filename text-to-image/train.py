@@ -16,7 +16,7 @@ from torch import Tensor
 from torchvision.io import write_png
 from torchvision.utils import make_grid
 
-from skipdit.config import friendly_errors, load_config, make_parser, setting
+from skipdit.config import setting
 from skipdit.data.images import to_uint8
 from skipdit.data.latents import clean_latents
 from skipdit.data.pictures import PictureData
@@ -25,7 +25,7 @@ from skipdit.device import process_state
 from skipdit.diffusion import Diffusion
 from skipdit.lora import add_lora, save_lora
 from skipdit.pipeline import enable_cache
-from skipdit.prepare import open_training
+from skipdit.prepare import open_training, run_trainer
 from skipdit.sample import generators, resolve_dtype
 from skipdit.text import CLIP, T5, Reading, load_text_encoder, missing_text_files
 from skipdit.text_to_image.data import make_dataset
@@ -85,14 +85,6 @@ class Config:
         """What has to be there, by setting."""
         texts = {"clip.files": self.clip.files, "t5.files": self.t5.files}
         return self.data.files() | {name: place for name, place in texts.items() if place}
-
-
-def main() -> None:
-    parser = make_parser(Config, __doc__)
-    parser.add_argument("--dry-run", action="store_true", help="take one step, print its peak memory, write nothing")
-    args = parser.parse_intermixed_args()
-    with friendly_errors():
-        train(load_config(Config, args.config, args.overrides), args.dry_run)
 
 
 def build_model(config: ModelConfig, latents: int) -> HunyuanDiT:
@@ -207,4 +199,4 @@ def train(config: Config, dry_run: bool = False) -> HunyuanDiT:
 
 
 if __name__ == "__main__":
-    main()
+    run_trainer(Config, __doc__, train)

@@ -14,7 +14,7 @@ import torch
 from diffusers import AutoencoderKL, LattePipeline
 from torch import Tensor
 
-from skipdit.config import friendly_errors, load_config, make_parser, setting
+from skipdit.config import setting
 from skipdit.data.clips import ClipData
 from skipdit.data.images import to_uint8
 from skipdit.data.latents import joint_latents
@@ -22,7 +22,7 @@ from skipdit.data.texts import LiveTexts, Texts, TextTable
 from skipdit.device import process_state
 from skipdit.diffusion import Diffusion
 from skipdit.media import write_look
-from skipdit.prepare import open_training
+from skipdit.prepare import open_training, run_trainer
 from skipdit.sample import generators, resolve_dtype
 from skipdit.text import load_text_encoder, missing_text_files
 from skipdit.text_to_video.data import make_dataset
@@ -65,14 +65,6 @@ class Config:
     model: ModelConfig = field(default_factory=ModelConfig)
     data: ClipData = field(default_factory=ClipData)
     train: TrainConfig = field(default_factory=TrainConfig)
-
-
-def main() -> None:
-    parser = make_parser(Config, __doc__)
-    parser.add_argument("--dry-run", action="store_true", help="take one step, print its peak memory, write nothing")
-    args = parser.parse_intermixed_args()
-    with friendly_errors():
-        train(load_config(Config, args.config, args.overrides), args.dry_run)
 
 
 def build_model(config: ModelConfig, latents: int, num_frames: int) -> LatteT2V:
@@ -157,4 +149,4 @@ def train(config: Config, dry_run: bool = False) -> LatteT2V:
 
 
 if __name__ == "__main__":
-    main()
+    run_trainer(Config, __doc__, train)

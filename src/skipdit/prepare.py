@@ -1,17 +1,36 @@
-"""How a training run begins: all files are there, the model is made, its weights are loaded."""
+"""How a training run begins: its command line; all files are there, the model is made, its weights are loaded."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
 from diffusers import AutoencoderKL
 
+from skipdit.config import friendly_errors, load_config, make_parser
 from skipdit.device import process_state
 from skipdit.sample import preflight
 from skipdit.skip import SkipTransformer
 from skipdit.train import TrainConfig
 from skipdit.vae import load_vae
 from skipdit.weights import load_weights
+
+T = TypeVar("T")
+
+
+def run_trainer(schema: type[T], description: str, train: Callable[[T, bool], Any]) -> None:
+    """The command line of a task's train.py.
+
+    Args:
+        schema: the task's settings.
+        description: for `--help`.
+        train: `train(config, dry_run)` runs a config.
+    """
+    parser = make_parser(schema, description)
+    parser.add_argument("--dry-run", action="store_true", help="take one step, print its peak memory, write nothing")
+    args = parser.parse_intermixed_args()
+    with friendly_errors():
+        train(load_config(schema, args.config, args.overrides), args.dry_run)
 
 
 def open_training(
