@@ -13,6 +13,7 @@ from transformers import AutoTokenizer, T5EncoderModel
 
 from skipdit.config import to_yaml
 from skipdit.media import read_mp4
+from skipdit.prompts import read_prompts
 from skipdit.text_sample import SCHEDULERS
 from skipdit.text_to_video import sample_t2v
 from skipdit.text_to_video.sample_t2v import Config, check, make_scheduler, open_pipeline, sample
@@ -176,6 +177,15 @@ def test_prompts_from_files(config, tmp_path):
     sample(config)
     wanted = ["a dog runs-0.mp4", "a dog runs-1.mp4", "a red cat-0.mp4", "a red cat-1.mp4"]
     assert [path.name for path in files(config, "mp4")] == wanted
+
+
+def test_prompts_of_a_captions_file(tmp_path):
+    (tmp_path / "captions.jsonl").write_text('{"image": "a.png", "caption": "a cat "}\n\n{"caption": "一只小猫"}\n')
+    assert read_prompts([], str(tmp_path / "captions.jsonl")) == ["a cat", "一只小猫"]
+    for text in ("no JSON", '{"text": "a cat"}', '["a cat"]'):
+        (tmp_path / "bad.jsonl").write_text(text)
+        with pytest.raises(ValueError, match=r"bad\.jsonl: wanted is an object with a caption"):
+            read_prompts([], str(tmp_path / "bad.jsonl"))
 
 
 def test_two_runs_do_not_mix_in_a_folder(config):

@@ -1,12 +1,14 @@
 """Prompts: reading them, and what the files of the samples that they give are called."""
 
+import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
 
 
 def read_prompts(prompts: Sequence[str], file: str | None) -> list[str]:
-    """Prompts, and those of a text file with one per line or of a folder of such files; each once.
+    """Prompts, and those of a text file with one per line, of a folder of such files, or of a JSONL file of captions;
+    each once.
 
     Raises ValueError or FileNotFoundError if there are none.
     """
@@ -19,8 +21,12 @@ def read_prompts(prompts: Sequence[str], file: str | None) -> list[str]:
         for file in files:
             try:
                 lines = file.read_text(encoding="utf-8-sig").splitlines()
+                if file.suffix == ".jsonl":
+                    lines = [json.loads(line)["caption"] for line in lines if line.strip()]
             except UnicodeDecodeError as error:
                 raise ValueError(f"{file} is not UTF-8 text: {error}") from error
+            except (ValueError, KeyError, TypeError) as error:
+                raise ValueError(f"{file}: wanted is an object with a caption on every line ({error!r})") from error
             prompts += [line.strip() for line in lines if line.strip()]
     if not prompts:
         raise ValueError('there is nothing to show: give --prompt "a bicycle", or set prompts or prompt_file')
