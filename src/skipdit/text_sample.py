@@ -49,7 +49,7 @@ class PromptConfig:
     out: str = setting("samples", "folder for the samples and the report")
     prompts: list[str] = field(default_factory=list, metadata={"help": "what to show, as --prompt"})
     prompt_file: str | None = setting(
-        None, "text file with a prompt per line, a folder of such files, or JSONL with captions"
+        None, "text file with a prompt per line, folder of such files, or JSONL of captions"
     )
     negative_prompt: str = setting("", "what not to show")
     height: int | None = setting(None, "pixels; unset: as the model was made for")
