@@ -252,11 +252,13 @@ def test_loss_is_of_the_noise_that_the_sampler_takes_away(config, hunyuan_folder
     torch.testing.assert_close(diffusion.losses(torch.zeros(6, 8, 4, 4), x0, recorder.x, t, noise)["loss"], loss)
 
 
-def test_mixed_precision(config, tmp_path, monkeypatch):
+@pytest.mark.parametrize("parallel", ["ddp", FSDP])
+def test_mixed_precision(config, tmp_path, monkeypatch, parallel):
     """bf16, the default: near float32, and not equal to it; the residual stream is float32."""
     train(config)
     exact, config.out, config.train.precision = stats(config), str(tmp_path / "bf16"), "bf16"
-    result = run_script(config, task="text-to-image")  # accelerate allows one precision per process
+    config.train.parallel = parallel
+    result = run_script(config, processes=1 + (parallel == "fsdp"), task="text-to-image")  # one precision per process
     assert result.returncode == 0, result.stderr[-3000:]
     assert stats(config)[-1]["loss"] == pytest.approx(exact[-1]["loss"], rel=0.02)
     assert stats(config)[-1]["loss"] != exact[-1]["loss"]

@@ -140,11 +140,13 @@ def test_accumulated_gradients_are_the_same(training, tmp_path):
         assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-3)
 
 
-def test_mixed_precision(training, tmp_path):
+@pytest.mark.parametrize("parallel", ["ddp", FSDP])
+def test_mixed_precision(training, tmp_path, parallel):
     """bf16, the default: near float32, and not equal to it."""
     train(training)
     exact, training.out, training.train.precision = stats(training), str(tmp_path / "bf16"), "bf16"
-    result = run_script(training, task="class-to-video")  # accelerate allows one precision per process
+    training.train.parallel = parallel
+    result = run_script(training, processes=1 + (parallel == "fsdp"), task="class-to-video")  # one precision each
     assert result.returncode == 0, result.stderr[-3000:]
     assert stats(training)[-1]["loss"] == pytest.approx(exact[-1]["loss"], rel=0.02)
     assert stats(training)[-1]["loss"] != exact[-1]["loss"]

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from skipdit.adaln import FinalLayer
 from skipdit.cache import CacheStep
-from skipdit.nn import PatchEmbed, TimestepEmbedder, rotary_2d, unpatchify
+from skipdit.nn import Float32LayerNorm, PatchEmbed, TimestepEmbedder, rotary_2d, unpatchify
 from skipdit.skip import SkipTransformer, make_skips
 from skipdit.weights import count_members
 
@@ -77,7 +77,7 @@ def _heads(x: Tensor, num_heads: int) -> Tensor:
 
 
 def _head_norm(dim: int, num_heads: int, wanted: bool) -> nn.Module:
-    return nn.LayerNorm(dim // num_heads, eps=1e-6) if wanted else nn.Identity()
+    return Float32LayerNorm(dim // num_heads, eps=1e-6) if wanted else nn.Identity()
 
 
 def _rotate(x: Tensor, rotary: Rotary | None) -> Tensor:
@@ -89,7 +89,7 @@ class Block(nn.Module):
 
     def __init__(self, dim: int, text_dim: int, num_heads: int, mlp_ratio: float, qk_norm: bool):
         super().__init__()
-        self.norm1, self.norm2, self.norm3 = (nn.LayerNorm(dim, eps=1e-6) for _ in range(3))
+        self.norm1, self.norm2, self.norm3 = (Float32LayerNorm(dim, eps=1e-6) for _ in range(3))
         self.attn1 = SelfAttention(dim, num_heads, qk_norm)
         self.attn2 = CrossAttention(dim, text_dim, num_heads, qk_norm)
         self.mlp = Mlp(dim, int(dim * mlp_ratio), act_layer=lambda: nn.GELU(approximate="tanh"))

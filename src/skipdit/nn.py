@@ -7,6 +7,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 
+class Float32LayerNorm(nn.LayerNorm):
+    """Runs in float32, as the released weights were trained, and gives the dtype of its input."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        normed = F.layer_norm(x.float(), self.normalized_shape, self.weight.float(), self.bias.float(), self.eps)
+        return normed.to(x.dtype)
+
+
 class _PatchLinear(nn.Conv2d):
     """A convolution whose kernels tile the picture, as one matrix product: on a CPU in a quarter of the time."""
 

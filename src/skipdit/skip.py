@@ -16,20 +16,12 @@ runs layers L-b .. L-1: the shallow features, and so the skips, are fresh.
 from collections.abc import Callable, Sequence
 
 import torch
-import torch.nn.functional as F
 from diffusers.configuration_utils import ConfigMixin
 from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
 
 from skipdit.cache import CacheStep
-
-
-class _Float32LayerNorm(nn.LayerNorm):
-    """Runs in float32 whatever the model's dtype, as the released weights were trained."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        normed = F.layer_norm(x.float(), self.normalized_shape, self.weight.float(), self.bias.float(), self.eps)
-        return normed.to(x.dtype)
+from skipdit.nn import Float32LayerNorm
 
 
 class LongSkip(nn.Module):
@@ -44,7 +36,7 @@ class LongSkip(nn.Module):
 
     def __init__(self, dim: int, residual: bool = False):
         super().__init__()
-        self.norm = _Float32LayerNorm(2 * dim, eps=1e-6)
+        self.norm = Float32LayerNorm(2 * dim, eps=1e-6)
         self.residual = residual
         if residual:
             self.delta = nn.Linear(2 * dim, dim)
