@@ -27,7 +27,7 @@ from skipdit.checkpoint import latest
 from skipdit.class_to_image import DiT
 from skipdit.class_to_video import Latte
 from skipdit.config import to_yaml
-from skipdit.layouts import to_diffusers
+from skipdit.layouts import diffusers_config, to_diffusers
 from skipdit.text_to_image import HunyuanDiT
 from skipdit.text_to_video import LatteT2V
 from skipdit.weights import to_released
@@ -211,21 +211,9 @@ def released_t2i(tmp_path_factory, hunyuan_folder, eightfold_vae) -> Path:
     model = tiny_hunyuan()
     (t2i / "model").mkdir()
     torch.save(to_released(model.state_dict()), t2i / "model/pytorch_model_ema.pt")
-    transformer = HunyuanDiT2DModel(
-        num_attention_heads=2,
-        attention_head_dim=16,
-        in_channels=4,
-        patch_size=2,
-        sample_size=8,
-        hidden_size=32,
-        num_layers=8,
-        mlp_ratio=4.3637,
-        cross_attention_dim=16,
-        cross_attention_dim_t5=16,
-        pooled_projection_dim=1024,
-        use_style_cond_and_image_meta_size=False,
-    )
-    transformer.load_state_dict(to_diffusers(to_released(model.state_dict())))
+    state = to_diffusers(to_released(model.state_dict()))
+    transformer = HunyuanDiT2DModel(**diffusers_config(state) | {"sample_size": 8})
+    transformer.load_state_dict(state)
     transformer.save_pretrained(theirs / "transformer")
     noise = {"beta_start": 0.00085, "beta_end": 0.02, "beta_schedule": "scaled_linear", "steps_offset": 1}
     DDPMScheduler(**noise, clip_sample=False, prediction_type="v_prediction").save_pretrained(theirs / "scheduler")
