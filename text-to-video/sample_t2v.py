@@ -4,9 +4,9 @@
     python text-to-video/sample_t2v.py --config configs/text-to-video/t2v_sample_skip_cache.yaml --cache N2-700-50
     torchrun --nproc-per-node 8 text-to-video/sample_t2v.py --config configs/text-to-video/t2v_sample_vbench.yaml
 
-Runs diffusers' LattePipeline. Writes every clip as mp4 and, with gif=true, as GIF (with num_frames=1 as PNG); sheet.png
-with frames of the first clips, prompts.json, and report.json. The same command again continues an interrupted run; any
-number of processes makes the same clips.
+Runs diffusers' LattePipeline. Writes every clip as mp4 (with num_frames=1 as PNG), sheet.png with frames of the first
+clips, prompts.json and report.json; with gif=true also every clip as GIF, and preview.gif with the first ones moving.
+The same command again continues an interrupted run; any number of processes makes the same clips.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -25,7 +25,7 @@ from skipdit.cache import CacheSpec
 from skipdit.config import friendly_errors, load_config, make_parser, required, setting
 from skipdit.data.images import to_uint8
 from skipdit.device import process_state
-from skipdit.media import contact_sheet, read_mp4, write_gif, write_mp4
+from skipdit.media import contact_sheet, read_mp4, side_by_side, write_gif, write_mp4
 from skipdit.prompts import file_names, read_prompts
 from skipdit.sample import Job, add_cache_arguments, cache_override, generators, preflight
 from skipdit.text import TextEncoder, load_text_encoder, missing_text_files
@@ -251,7 +251,7 @@ def sample(config: Config) -> dict:
 
 
 def write_look(config: Config, job: Job) -> None:
-    """GIFs, shared out over the processes, and the contact sheet."""
+    """GIFs, shared out over the processes; the contact sheet, and its clips in motion."""
     pictures = job.suffix == "png"
     for index in range(job.rank, job.total, job.world) if config.gif and not pictures else ():
         gif = job.path(index).with_suffix(".gif")
@@ -261,6 +261,8 @@ def write_look(config: Config, job: Job) -> None:
         paths = [job.path(i) for i in range(min(job.total, SHOWN))]
         shown = [read_image(str(p), ImageReadMode.RGB)[None] if pictures else read_mp4(p) for p in paths]
         write_png(contact_sheet(shown), str(job.folder / "sheet.png"))
+        if config.gif and not pictures:
+            write_gif(job.folder / "preview.gif", side_by_side(shown), config.fps)
 
 
 def main() -> None:
