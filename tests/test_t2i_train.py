@@ -196,6 +196,16 @@ def encode_to(out: Path, config: Config) -> None:
         encode()
 
 
+@pytest.fixture
+def both(hunyuan_folder) -> list[LiveTexts]:
+    """The captions by the CLIP and by the T5."""
+    readings = {"text_encoder": CLIP._replace(max_tokens=TOKENS), "text_encoder_2": T5._replace(max_tokens=TOKENS)}
+    return [
+        LiveTexts(load_text_encoder(str(hunyuan_folder / name), reading=reading), CAPTIONS)
+        for name, reading in readings.items()
+    ]
+
+
 class Recorder(nn.Module):
     """Stands for the model and keeps what it was called with."""
 
@@ -204,12 +214,7 @@ class Recorder(nn.Module):
         return (torch.zeros(len(x), 8, *x.shape[2:]),)
 
 
-def test_loss_reads_texts_sizes_and_drops_either_by_itself(config, hunyuan_folder):
-    readings = {"text_encoder": CLIP._replace(max_tokens=TOKENS), "text_encoder_2": T5._replace(max_tokens=TOKENS)}
-    both = [
-        LiveTexts(load_text_encoder(str(hunyuan_folder / name), reading=reading), CAPTIONS)
-        for name, reading in readings.items()
-    ]
+def test_loss_reads_texts_sizes_and_drops_either_by_itself(config, both):
     recorder, rows = Recorder(), 400
     model = HunyuanDiT((4, 4), **given(config))
     batch = {"mean": torch.randn(rows, 2, 4, 4, 6), "std": torch.rand(rows, 2, 4, 4, 6)}
@@ -228,14 +233,9 @@ def test_loss_reads_texts_sizes_and_drops_either_by_itself(config, hunyuan_folde
     assert 0.01 < (shares[0] & shares[1]).float().mean() < 0.08
 
 
-def test_loss_is_of_the_noise_that_the_sampler_takes_away(config, hunyuan_folder):
+def test_loss_is_of_the_noise_that_the_sampler_takes_away(config, both):
     """Noisy latents, and the v to predict, are those of the sampler's scheduler."""
     config.data.latents, config.data.flip = "mean", False
-    readings = {"text_encoder": CLIP._replace(max_tokens=TOKENS), "text_encoder_2": T5._replace(max_tokens=TOKENS)}
-    both = [
-        LiveTexts(load_text_encoder(str(hunyuan_folder / name), reading=reading), CAPTIONS)
-        for name, reading in readings.items()
-    ]
     model = HunyuanDiT((4, 4), **given(config))
     batch = {"mean": torch.randn(6, 2, 4, 4, 4), "label": torch.arange(6)}
     draw, recorder = Draw(0, 0, range(6), 6, torch.device("cpu")), Recorder()

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from diffusers import HunyuanDiTPipeline, SchedulerMixin
+from diffusers import AutoencoderKL, HunyuanDiTPipeline, SchedulerMixin
 from torch import Tensor
 from torchvision.io import ImageReadMode, read_image, write_png
 from tqdm import tqdm
@@ -201,9 +201,12 @@ def check(config: Config, branch: int | None) -> Parts:
 def open_pipeline(config: Config, parts: Parts) -> HunyuanDiTPipeline:
     """Load the transformer's weights, and put all on the device; the text encoders are not part of the pipeline."""
     parts.load(config.places()["weights"])
-    return HunyuanDiTPipeline(
-        parts.vae, None, None, parts.model, parts.scheduler, None, None, requires_safety_checker=False
-    )
+    return make_pipeline(parts.vae, parts.model, parts.scheduler)
+
+
+def make_pipeline(vae: AutoencoderKL, model: HunyuanDiT, scheduler: SchedulerMixin) -> HunyuanDiTPipeline:
+    """diffusers' pipeline without text encoders, which `generate` calls."""
+    return HunyuanDiTPipeline(vae, None, None, model, scheduler, None, None, requires_safety_checker=False)
 
 
 def encode_prompts(config: Config, model: HunyuanDiT, prompts: list[str]) -> tuple[TextPair, TextPair, str]:
@@ -281,9 +284,9 @@ class TextSampler(PromptSampler):
 
 def sample(config: Config) -> dict:
     """Run a config. Returns the report that is also written to report.json."""
-    spec, prompts = CacheSpec.parse(config.cache), read_prompts(config.prompts, config.prompt_file)
-    names = file_names(prompts, config.images_per_prompt, vbench=False)
+    spec = CacheSpec.parse(config.cache)
     sampler = TextSampler(config, spec.branch if spec.interval > 1 else None)
+    names = file_names(sampler.prompts, config.images_per_prompt, vbench=False)
 
     def save(job: Job, index: int, pixels: Tensor) -> None:
         job.save(index, lambda path: write_png(pixels, str(path)))

@@ -11,7 +11,7 @@ from functools import cache
 from pathlib import Path
 
 import torch
-from diffusers import AutoencoderKL, HunyuanDiTPipeline
+from diffusers import AutoencoderKL
 from torch import Tensor
 from torchvision.io import write_png
 from torchvision.utils import make_grid
@@ -20,17 +20,17 @@ from skipdit.config import setting
 from skipdit.data.images import to_uint8
 from skipdit.data.latents import clean_latents
 from skipdit.data.pictures import PictureData
-from skipdit.data.texts import LiveTexts, Texts, TextTable
+from skipdit.data.texts import Texts, open_texts
 from skipdit.device import process_state
 from skipdit.diffusion import Diffusion
 from skipdit.lora import add_lora, save_lora
 from skipdit.pipeline import enable_cache
 from skipdit.prepare import open_training, run_trainer
-from skipdit.sample import generators, resolve_dtype
-from skipdit.text import CLIP, T5, Reading, load_text_encoder, missing_text_files
+from skipdit.sample import generators
+from skipdit.text import CLIP, T5, missing_text_files
 from skipdit.text_to_image.data import make_dataset
 from skipdit.text_to_image.model import HunyuanDiT, Rotary, rotary_tables
-from skipdit.text_to_image.sample_t2i import FETCH, NOISE, UNIT, TextPair, generate, make_scheduler
+from skipdit.text_to_image.sample_t2i import FETCH, NOISE, UNIT, TextPair, generate, make_pipeline, make_scheduler
 from skipdit.train import Draw, Loss, TrainConfig, fit
 from skipdit.vae import decode, latent_size
 
@@ -92,21 +92,6 @@ def build_model(config: ModelConfig, latents: int) -> HunyuanDiT:
     return HunyuanDiT((latents, latents), **{name: value for name, value in given.items() if value is not None})
 
 
-def open_texts(name: str, config: TextConfig, reading: Reading, dtype: str, captions: list[str], dim: int) -> Texts:
-    """One of the two encodings of the captions, from files or from the encoder on this process's device.
-
-    Raises ValueError for an encoding of other channels than the model's, or of another encoder than the run's.
-    """
-    if config.files:
-        texts = TextTable(config.files, captions, reading)
-    else:
-        device = process_state().device
-        encoder = load_text_encoder(config.encoder, config.tokenizer, resolve_dtype(dtype, device), reading)
-        texts = LiveTexts(encoder.to(device), captions)
-    config.fingerprint = texts.require(name, dim, config.fingerprint)  # kept with the run, which goes on with no other
-    return texts
-
-
 def make_loss(config: Config, vae: AutoencoderKL, clip: Texts, t5: Texts, model: HunyuanDiT) -> Loss:
     """The loss of v-prediction; either text is dropped by itself. Of the model only the shapes count."""
     diffusion = Diffusion(beta_start=NOISE["beta_start"], beta_end=NOISE["beta_end"], scaled=True, prediction="v")
@@ -159,17 +144,20 @@ def train(config: Config, dry_run: bool = False) -> HunyuanDiT:
     if config.lora_rank:
         add_lora(model, config.lora_rank)
     dataset, sizes = make_dataset(config.data, vae), model.config
-    clip_reading, t5_reading = CLIP._replace(max_tokens=sizes.text_len), T5._replace(max_tokens=sizes.text_len_t5)
-    captions, dtype = dataset.captions, config.text_dtype
-    clip = open_texts("clip", config.clip, clip_reading, dtype, captions, sizes.text_states_dim)
-    t5 = open_texts("t5", config.t5, t5_reading, dtype, captions, sizes.text_states_dim_t5)
+    captions, pair = dataset.captions, []
+    for name, part, reading, dim in [
+        ("clip", config.clip, CLIP._replace(max_tokens=sizes.text_len), sizes.text_states_dim),
+        ("t5", config.t5, T5._replace(max_tokens=sizes.text_len_t5), sizes.text_states_dim_t5),
+    ]:
+        texts = open_texts(captions, part.files, part.encoder, part.tokenizer, config.text_dtype, reading)
+        part.fingerprint = texts.require(name, dim, part.fingerprint)  # kept with the run, which goes on with no other
+        pair.append(texts)
+    clip, t5 = pair
     shown = torch.arange(min(SHOWN, len(captions))) * (len(captions) // min(SHOWN, len(captions)))
 
     def sample(model: HunyuanDiT, step: int) -> None:
         device, scheduler, pictures = model.device, make_scheduler("ddim"), []
-        pipe = HunyuanDiTPipeline(
-            vae.to(device), None, None, model, scheduler, None, None, requires_safety_checker=False
-        )
+        pipe = make_pipeline(vae.to(device), model, scheduler)
         pipe.set_progress_bar_config(disable=True)
         enable_cache(pipe, "none")  # the texts once
         settings = {"size": (config.data.image_size,) * 2, "steps": 50, "guidance_scale": config.grid_guidance}

@@ -18,13 +18,12 @@ from skipdit.config import setting
 from skipdit.data.clips import ClipData
 from skipdit.data.images import to_uint8
 from skipdit.data.latents import joint_latents
-from skipdit.data.texts import LiveTexts, Texts, TextTable
-from skipdit.device import process_state
+from skipdit.data.texts import Texts, open_texts
 from skipdit.diffusion import Diffusion
 from skipdit.media import write_look
 from skipdit.prepare import open_training, run_trainer
-from skipdit.sample import generators, resolve_dtype
-from skipdit.text import load_text_encoder, missing_text_files
+from skipdit.sample import generators
+from skipdit.text import missing_text_files
 from skipdit.text_to_video.data import make_dataset
 from skipdit.text_to_video.model import LatteT2V
 from skipdit.text_to_video.sample_t2v import Prompt, generate, make_scheduler
@@ -83,15 +82,6 @@ def build_model(config: ModelConfig, latents: int, num_frames: int) -> LatteT2V:
     return LatteT2V(**given, cross_attention_dim=width, sample_size=latents, video_length=num_frames)
 
 
-def open_texts(config: Config, captions: list[str]) -> Texts:
-    """The captions' embeddings, from files or from the encoder on this process's device."""
-    if config.texts:
-        return TextTable(config.texts, captions)
-    device = process_state().device
-    encoder = load_text_encoder(config.text_encoder, config.tokenizer, resolve_dtype(config.text_dtype, device))
-    return LiveTexts(encoder.to(device), captions)
-
-
 def make_loss(config: Config, vae: AutoencoderKL, texts: Texts) -> Loss:
     """The loss of joint training: noise predicted for the F frames of a clip and the I images behind them."""
     diffusion, images = Diffusion(), config.data.images
@@ -122,7 +112,7 @@ def train(config: Config, dry_run: bool = False) -> LatteT2V:
         absent=[] if config.texts else missing_text_files(config.text_encoder, config.tokenizer),
     )
     dataset = make_dataset(config.data, vae)
-    texts = open_texts(config, dataset.captions)
+    texts = open_texts(dataset.captions, config.texts, config.text_encoder, config.tokenizer, config.text_dtype)
     dim, known = model.config.caption_channels, config.text_fingerprint
     config.text_fingerprint = texts.require("texts", dim, known)  # kept with the run, which goes on with no other
     shown = sorted(set(dataset.labels))[:SHOWN]  # captions of the sample clips
