@@ -20,12 +20,12 @@ from skipdit.config import setting
 from skipdit.data.images import to_uint8
 from skipdit.data.latents import clean_latents
 from skipdit.data.pictures import PictureData
-from skipdit.data.texts import Texts, open_texts
+from skipdit.data.texts import Texts
 from skipdit.device import process_state
 from skipdit.diffusion import Diffusion
 from skipdit.lora import add_lora, save_lora
 from skipdit.pipeline import enable_cache
-from skipdit.prepare import open_training, run_trainer
+from skipdit.prepare import open_texts, open_training, run_trainer
 from skipdit.sample import generators
 from skipdit.text import CLIP, T5, missing_text_files
 from skipdit.text_to_image.data import make_dataset

@@ -18,10 +18,10 @@ from skipdit.config import setting
 from skipdit.data.clips import ClipData
 from skipdit.data.images import to_uint8
 from skipdit.data.latents import joint_latents
-from skipdit.data.texts import Texts, open_texts
+from skipdit.data.texts import Texts
 from skipdit.diffusion import Diffusion
 from skipdit.media import write_look
-from skipdit.prepare import open_training, run_trainer
+from skipdit.prepare import open_texts, open_training, run_trainer
 from skipdit.sample import generators
 from skipdit.text import missing_text_files
 from skipdit.text_to_video.data import make_dataset

@@ -8,9 +8,11 @@ import torch
 from diffusers import AutoencoderKL
 
 from skipdit.config import friendly_errors, load_config, make_parser
+from skipdit.data.texts import LiveTexts, Texts, TextTable
 from skipdit.device import process_state
-from skipdit.sample import preflight
+from skipdit.sample import preflight, resolve_dtype
 from skipdit.skip import SkipTransformer
+from skipdit.text import LATTE, Reading, load_text_encoder
 from skipdit.train import TrainConfig
 from skipdit.vae import load_vae
 from skipdit.weights import load_weights
@@ -67,3 +69,24 @@ def open_training(
         if new and process_state().is_main_process:
             print(f"{len(new)} skip parameters are not in {init} and start anew:\n  " + "\n  ".join(new))
     return model, autoencoder
+
+
+def open_texts(
+    captions: list[str],
+    files: str | None,
+    encoder: str | None,
+    tokenizer: str | None,
+    dtype: str,
+    reading: Reading = LATTE,
+) -> Texts:
+    """The captions' embeddings: from `files`, if there are some, or by an encoder on this process's device.
+
+    Args:
+        files: see `TextTable`.
+        encoder, tokenizer: see `load_text_encoder`.
+        dtype: of the encoder, see `resolve_dtype`.
+    """
+    if files:
+        return TextTable(files, captions, reading)
+    device = process_state().device
+    return LiveTexts(load_text_encoder(encoder, tokenizer, resolve_dtype(dtype, device), reading).to(device), captions)

@@ -22,9 +22,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from skipdit.device import process_state
-from skipdit.sample import resolve_dtype
-from skipdit.text import CHUNK, LATTE, Encoded, Reading, TextEncoder, load_text_encoder
+from skipdit.text import CHUNK, LATTE, Encoded, Reading, TextEncoder
 
 
 class Row(NamedTuple):
@@ -212,27 +210,6 @@ class TextTable(Texts):
             kept = self._shards[number].get_slice("embeddings")[offsets[row] : offsets[row + 1]]
             found.append(Row(kept, int(self._lengths[number][row])))
         return found
-
-
-def open_texts(
-    captions: list[str],
-    files: str | None,
-    encoder: str | None,
-    tokenizer: str | None,
-    dtype: str,
-    reading: Reading = LATTE,
-) -> Texts:
-    """The captions' embeddings: from `files`, if there are some, or by an encoder on this process's device.
-
-    Args:
-        files: see `TextTable`.
-        encoder, tokenizer: see `load_text_encoder`.
-        dtype: of the encoder, see `resolve_dtype`.
-    """
-    if files:
-        return TextTable(files, captions, reading)
-    device = process_state().device
-    return LiveTexts(load_text_encoder(encoder, tokenizer, resolve_dtype(dtype, device), reading).to(device), captions)
 
 
 @dataclass(frozen=True)
