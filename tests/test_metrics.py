@@ -1,13 +1,23 @@
-"""Fidelity agrees with scikit-image, Fréchet distances with closed forms."""
+"""Fidelity agrees with scikit-image, LPIPS and the CLIP score with short computations of their own; Fréchet distances,
+KID, inception score, precision and recall with closed forms and explicit loops."""
 
+import json
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
+import torchvision
+from PIL import Image
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
+from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcessor, CLIPTokenizer
 
 from skipdit.metrics import frechet_distance, gaussian_frechet_distance, moments, psnr, ssim
+from skipdit.metrics.perceptual import BACKBONES, ClipScore, load_lpips
+from skipdit.metrics.sets import inception_score, kid, precision_recall
+from skipdit.weights import WeightsError
 
 
 def image_pairs(shape: tuple[int, ...], noise: float) -> tuple[torch.Tensor, torch.Tensor]:
@@ -134,3 +144,178 @@ def test_frechet_distance_refuses_a_covariance_that_is_not_square():
     mean = torch.zeros(3)
     with pytest.raises(ValueError, match="do not fit"):
         gaussian_frechet_distance(mean, torch.eye(3), mean, torch.ones(3))
+
+
+def test_kid_equals_a_double_loop():
+    a, b = torch.randn(7, 5, dtype=torch.float64), torch.randn(7, 5, dtype=torch.float64) + 0.5
+
+    def mean(x, y, diagonal):
+        values = [(float(p @ q) / 5 + 1) ** 3 for i, p in enumerate(x) for j, q in enumerate(y) if diagonal or i != j]
+        return sum(values) / len(values)
+
+    expected = mean(a, a, False) + mean(b, b, False) - 2 * mean(a, b, True)
+    assert kid(a, b) == (pytest.approx(expected, rel=1e-12), 0)
+
+
+def test_kid_over_subsets():
+    """Unbiased: near zero for two halves of one set, below it half of the time; the same every time."""
+    a, b = torch.randn(2, 400, 8)
+    mean, std = kid(a, b, subsets=50, size=50)
+    assert abs(mean) < 3 * std / math.sqrt(50) + 0.02 and std > 0
+    assert kid(a, b, subsets=50, size=50) == (mean, std)
+    assert kid(a, b + 1, subsets=50, size=50)[0] > 1
+
+
+def test_inception_score_closed_forms():
+    alike, certain = torch.randn(10).expand(60, 10), torch.full((60, 10), -math.inf)
+    certain[torch.arange(60), torch.arange(60) % 10] = 0
+    assert inception_score(alike) == (pytest.approx(1), pytest.approx(0))
+    assert inception_score(certain) == (pytest.approx(10), pytest.approx(0))
+    mean, std = inception_score(torch.cat([alike, certain]), split=60)
+    assert (mean, std) == (pytest.approx(5.5), pytest.approx(4.5))
+
+
+def test_inception_score_of_two_classes():
+    """Half of the samples (p, 1 - p), half the other way round: exp(log 2 - H(p))."""
+    p = torch.tensor([0.8, 0.2], dtype=torch.float64)
+    expected = math.exp(math.log(2) + float((p * p.log()).sum()))
+    assert inception_score(torch.stack([p, p.flip(0)]).log().repeat(5, 1))[0] == pytest.approx(expected, rel=1e-12)
+
+
+def test_precision_and_recall_of_points_on_a_line():
+    """Reference 0 .. 9: with k=3 the ball of an inner point has radius 2, that of 0 and of 9 radius 3."""
+    reference = torch.arange(10.0)[:, None]
+    samples = torch.tensor([-3.0, -3.1, 4.5, 11.9, 12.1])[:, None]
+    precision, recall = precision_recall(samples, reference)
+    assert precision == pytest.approx(3 / 5)  # -3, 4.5 and 11.9
+    # Radii of the samples: 7.6, 7.6, 7.6 (to 12.1), 14.9, 15.1: from 12.1 and 11.9 down to 0, all is reached.
+    assert recall == 1
+    assert precision_recall(reference, reference) == (1, 1)
+    assert precision_recall(reference, reference + 100) == (0, 0)
+
+
+def test_precision_and_recall_of_a_part():
+    """Samples that show one of two far clusters: all are real, half of the reality is missing."""
+    cluster = torch.randn(20, 3)
+    assert precision_recall(cluster, torch.cat([cluster, cluster + 100])) == (1, 0.5)
+
+
+@pytest.mark.parametrize(
+    ("metric", "message"), [(kid, "at least 2 samples"), (precision_recall, "more than 3 samples")]
+)
+def test_set_metrics_refuse(metric, message):
+    with pytest.raises(ValueError, match=message):
+        metric(torch.randn(1, 4), torch.randn(9, 4))
+    with pytest.raises(ValueError, match="must be"):
+        metric(torch.randn(9, 5), torch.randn(9, 4))
+
+
+def backbone(name: str) -> torch.nn.Sequential:
+    """The convolutions of torchvision's network, random."""
+    if name == "alex":
+        return torchvision.models.alexnet(weights=None).features
+    return torchvision.models.vgg.make_layers(torchvision.models.vgg.cfgs["D"])
+
+
+@pytest.mark.parametrize(("name", "taps"), [("alex", [1, 4, 7, 9, 11]), ("vgg", [3, 8, 15, 22, 29])])
+def test_lpips_equals_its_definition(name, taps, tmp_path):
+    """Zhang et al., equation 1, with the heads of the package: distances of normalised activations, weighted."""
+    lpips = pytest.importorskip("lpips")
+    layers = backbone(name)
+    torch.save({f"features.{key}": value for key, value in layers.state_dict().items()}, tmp_path / "backbone.pth")
+    file = Path(lpips.__file__).parent / f"weights/v0.1/{name}.pth"
+    heads = torch.load(file, map_location="cpu", weights_only=True)
+    distance, protocol = load_lpips(name, str(tmp_path / "backbone.pth"), torch.device("cpu"))
+
+    a, b = image_pairs((2, 3, 40, 48), 30)
+    shift, scale = (torch.tensor(v).view(3, 1, 1) for v in ([-0.030, -0.088, -0.188], [0.458, 0.448, 0.450]))
+    x, y = ((p / 127.5 - 1 - shift) / scale for p in (a, b))
+    expected, head = torch.zeros(2), 0
+    with torch.no_grad():
+        for i, layer in enumerate(layers[: taps[-1] + 1]):
+            x, y = layer(x), layer(y)
+            if i in taps:
+                squares = (F.normalize(x, dim=1) - F.normalize(y, dim=1)).square()
+                weighted = (squares * heads[f"lin{head}.model.1.weight"]).sum(1, keepdim=True)
+                expected += F.interpolate(weighted, (40, 48), mode="bilinear").mean((1, 2, 3))
+                head += 1
+        assert head == 5
+        torch.testing.assert_close(distance(a, b), expected, rtol=1e-4, atol=1e-7)
+        assert distance(a, a).tolist() == [0, 0]
+    assert protocol["released"] is False and len(protocol["sha256"]) == 64 and protocol["spatial"]
+    least = BACKBONES[name][1]
+    distance(a[..., :least, :least], b[..., :least, :least])
+    with pytest.raises(ValueError, match=f"needs pictures of {least} pixels"):
+        distance(a[..., : least - 1], b[..., : least - 1])
+
+
+def test_lpips_refuses_other_weights(tmp_path):
+    pytest.importorskip("lpips")
+    state = {f"features.{key}": value for key, value in backbone("alex").state_dict().items()}
+    file = tmp_path / "backbone.pth"
+    torch.save({key: value for key, value in state.items() if "features.8." not in key}, file)
+    with pytest.raises(WeightsError, match=r"no alex of torchvision: features.8.bias, features.8.weight"):
+        load_lpips("alex", str(file), torch.device("cpu"))
+    torch.save(state | {"features.0.weight": torch.zeros(64, 3, 3, 3)}, file)
+    with pytest.raises(WeightsError, match="size mismatch"):
+        load_lpips("alex", str(file), torch.device("cpu"))
+
+
+@pytest.fixture(scope="module")
+def clip_folder(tmp_path_factory) -> Path:
+    """A tiny random CLIP of the real class, with a processor and a tokenizer that knows letters."""
+    folder = tmp_path_factory.mktemp("clip")
+    letters = [*"abcdefghijklmnopqrstuvwxyz"]
+    tokens = [*letters, *(f"{letter}</w>" for letter in letters), "<|startoftext|>", "<|endoftext|>"]
+    (folder / "vocab.json").write_text(json.dumps({token: i for i, token in enumerate(tokens)}))
+    (folder / "merges.txt").write_text("#version: 0.2\n")
+    tokenizer = CLIPTokenizer.from_pretrained(folder)
+    size = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    ids = {"vocab_size": len(tokens), "bos_token_id": len(tokens) - 2, "eos_token_id": len(tokens) - 1}
+    text = size | ids | {"max_position_embeddings": 12, "pad_token_id": len(tokens) - 1}
+    vision = size | {"image_size": 8, "patch_size": 4}
+    torch.manual_seed(0)
+    model = CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=8)).eval()
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    model.save_pretrained(folder)
+    crop = {"size": {"shortest_edge": 8}, "crop_size": {"height": 8, "width": 8}}
+    CLIPProcessor(CLIPImageProcessor(**crop), tokenizer).save_pretrained(folder)
+    return folder
+
+
+def test_clip_score_equals_its_definition(clip_folder):
+    """One picture and one text at a time, each through its own half of the model."""
+    frames = [torch.randint(0, 256, (count, 3, 20, 16), dtype=torch.uint8) for count in (1, 3, 2)]
+    prompts = ["a cat", "two birds fly", "red"]
+    score = ClipScore(str(clip_folder), torch.device("cpu"))
+    model = CLIPModel.from_pretrained(clip_folder)
+    tokenizer, images = CLIPTokenizer.from_pretrained(clip_folder), CLIPImageProcessor.from_pretrained(clip_folder)
+    expected = []
+    with torch.no_grad():
+        for clip, prompt in zip(frames, prompts, strict=True):
+            ids = tokenizer(prompt, truncation=True, max_length=12, return_tensors="pt")["input_ids"]
+            text = model.text_projection(model.text_model(ids).pooler_output)
+            values = []
+            for frame in clip:
+                picture = images(Image.fromarray(frame.permute(1, 2, 0).numpy()), return_tensors="pt")["pixel_values"]
+                seen = model.visual_projection(model.vision_model(picture).pooler_output)
+                values.append(max(0.0, 100 * F.cosine_similarity(seen, text).item()))
+            expected.append(sum(values) / len(values))
+        assert score(frames, prompts).tolist() == pytest.approx(expected, abs=1e-3)
+        assert max(expected) > 1
+        alone = torch.cat([score([clip], [prompt]) for clip, prompt in zip(frames, prompts, strict=True)])
+        assert alone.tolist() == pytest.approx(expected, abs=1e-3)
+    assert score.too_long(prompts) == ["two birds fly"]  # eleven letters, and two marks
+
+
+def test_clip_score_refuses(clip_folder, tmp_path):
+    with pytest.raises(FileNotFoundError, match="no CLIP"):
+        ClipScore(str(tmp_path), torch.device("cpu"))
+    model = CLIPModel.from_pretrained(clip_folder)
+    state = {key: value for key, value in model.state_dict().items() if "text_projection" not in key}
+    for file in clip_folder.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    model.save_pretrained(tmp_path, state_dict=state)
+    with pytest.raises(WeightsError, match=r"lacks weights, which would be random: text_projection"):
+        ClipScore(str(tmp_path), torch.device("cpu"))

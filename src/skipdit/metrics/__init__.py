@@ -1,4 +1,7 @@
-"""How close images are to each other (fidelity), and sets of images to each other (Fréchet distance)."""
+"""How close images are to each other, sets of them to sets of real ones, and both to their prompts.
+
+`python -m skipdit.evaluate` computes all of it from a sampler's output folder.
+"""
 
 from skipdit.metrics.fidelity import psnr, ssim
 from skipdit.metrics.frechet import frechet_distance, gaussian_frechet_distance, moments
