@@ -11,12 +11,15 @@ from skipdit.class_sample import ClassSampler
 from skipdit.class_to_image.sample import Config, load
 from skipdit.compare import run
 
+WINDOW = CacheSpec.parse("N2-1000-20")
+
+
+def open_sampler(config: Config, branch: int | None) -> ClassSampler:
+    return ClassSampler(config, load(config, branch))
+
 
 def main() -> None:
-    def open_sampler(config: Config, branch: int) -> ClassSampler:
-        return ClassSampler(config, load(config, branch))
-
-    run(Config, __doc__, open_sampler, CacheSpec.parse("N2-1000-20"), "image", tiles=lambda images: images[:10])
+    run(Config, __doc__, open_sampler, WINDOW, "image", tiles=lambda images: images[:10])
 
 
 if __name__ == "__main__":

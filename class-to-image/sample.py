@@ -72,7 +72,7 @@ def load(config: Config, branch: int | None) -> Models:
 def sample(config: Config) -> dict:
     """Run a config. Returns the report that is also written to report.json."""
     spec = CacheSpec.parse(config.cache)
-    models = load(config, spec.branch if spec.interval > 1 else None)
+    models = load(config, spec.branch if spec.caches else None)
     job, report = run_job(config, models, save, "png", "image", free={"npz"})
     if process_state().is_main_process:
         write_outputs(config, job)

@@ -12,12 +12,15 @@ from skipdit.class_sample import ClassSampler
 from skipdit.class_to_video.sample import Config, load
 from skipdit.compare import film, four_frames, run
 
+WINDOW = CacheSpec.parse("N2-900-49")
+
+
+def open_sampler(config: Config, branch: int | None) -> ClassSampler:
+    return ClassSampler(config, load(config, branch))
+
 
 def main() -> None:
-    def open_sampler(config: Config, branch: int) -> ClassSampler:
-        return ClassSampler(config, load(config, branch))
-
-    config, rows = run(Config, __doc__, open_sampler, CacheSpec.parse("N2-900-49"), "clip", four_frames)
+    config, rows = run(Config, __doc__, open_sampler, WINDOW, "clip", four_frames)
     film(rows, config.out, config.fps)
 
 

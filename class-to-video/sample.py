@@ -73,7 +73,7 @@ def load(config: Config, branch: int | None) -> Models:
 def sample(config: Config) -> dict:
     """Run a config. Returns the report that is also written to report.json."""
     spec = CacheSpec.parse(config.cache)
-    models = load(config, spec.branch if spec.interval > 1 else None)
+    models = load(config, spec.branch if spec.caches else None)
 
     def save(job: Job, index: int, pixels: Tensor) -> None:
         job.save(index, lambda path: write_mp4(path, pixels, config.fps))

@@ -10,9 +10,12 @@ from skipdit.cache import CacheSpec
 from skipdit.compare import run
 from skipdit.text_to_image.sample_t2i import Config, TextSampler
 
+WINDOW = CacheSpec.parse("N2-700-50")
+open_sampler = TextSampler
+
 
 def main() -> None:
-    run(Config, __doc__, TextSampler, CacheSpec.parse("N2-700-50"), "picture", tiles=lambda pictures: pictures[:10])
+    run(Config, __doc__, open_sampler, WINDOW, "picture", tiles=lambda pictures: pictures[:10])
 
 
 if __name__ == "__main__":

@@ -21,14 +21,13 @@ import torch
 from diffusers import AutoencoderKL, HunyuanDiTPipeline, SchedulerMixin
 from torch import Tensor
 from torchvision.io import ImageReadMode, read_image, write_png
+from torchvision.utils import make_grid
 from tqdm import tqdm
 
 from skipdit import text_sample
 from skipdit.cache import CacheSpec
 from skipdit.config import friendly_errors, load_config, make_parser, setting
-from skipdit.data.images import to_uint8
 from skipdit.device import process_state
-from skipdit.media import contact_sheet
 from skipdit.prompts import file_names, read_prompts
 from skipdit.sample import Job, add_cache_arguments, cache_override, generators, preflight
 from skipdit.text import CHUNK, CLIP, T5, Encoded, Reading, load_text_encoder, missing_text_files
@@ -44,7 +43,7 @@ from skipdit.text_sample import (
     take_prompts,
 )
 from skipdit.text_to_image.model import HunyuanDiT, rotary_tables
-from skipdit.vae import decode, downsampling, load_vae
+from skipdit.vae import downsampling, load_vae
 from skipdit.weights import BEFORE_V1_2, identify, load_state
 
 FETCH = "python text-to-image/download.py"
@@ -266,10 +265,10 @@ class TextSampler(PromptSampler):
         self.text, self.negative, self.encoder = encode_prompts(config, parts.model, [self.prompts[p] for p in own])
         self._open(parts, branch, open_pipeline)
 
-    def samples(self, indices: list[int], steps: int, callback: Callable[[int], None] | None = None) -> Tensor:
-        """Pictures (N, 3, H, W) uint8."""
+    def batch(self, indices: list[int], steps: int, callback: Callable[[int], None] | None = None) -> Tensor:
+        """Latents (N, C, h, w)."""
         place = self.model.device, self.model.dtype
-        latents = generate(
+        return generate(
             self.pipe,
             self.text.rows([self._rows[index // self.copies] for index in indices], *place),
             self.negative.rows([0] * len(indices), *place),
@@ -279,13 +278,12 @@ class TextSampler(PromptSampler):
             guidance_scale=self.config.guidance_scale,
             callback=callback,
         )
-        return to_uint8(decode(self.pipe.vae, latents)).cpu()
 
 
 def sample(config: Config) -> dict:
     """Run a config. Returns the report that is also written to report.json."""
     spec = CacheSpec.parse(config.cache)
-    sampler = TextSampler(config, spec.branch if spec.interval > 1 else None)
+    sampler = TextSampler(config, spec.branch if spec.caches else None)
     names = file_names(sampler.prompts, config.images_per_prompt, vbench=False)
 
     def save(job: Job, index: int, pixels: Tensor) -> None:
@@ -293,8 +291,8 @@ def sample(config: Config) -> dict:
 
     job, summary = run_job(sampler, names, save, "png", "picture", {"load_key", "text_encoder_2", "tokenizer_2"})
     if process_state().is_main_process:
-        shown = [read_image(str(job.path(i)), ImageReadMode.RGB)[None] for i in range(min(job.total, SHOWN))]
-        write_png(contact_sheet(shown), str(job.folder / "sheet.png"))
+        shown = [read_image(str(job.path(i)), ImageReadMode.RGB) for i in range(min(job.total, SHOWN))]
+        write_png(make_grid(shown, nrow=4, pad_value=255), str(job.folder / "sheet.png"))
     return summary
 
 

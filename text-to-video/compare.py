@@ -11,9 +11,12 @@ from skipdit.cache import CacheSpec
 from skipdit.compare import film, four_frames, run
 from skipdit.text_to_video.sample_t2v import Config, TextSampler
 
+WINDOW = CacheSpec.parse("N2-700-50")
+open_sampler = TextSampler
+
 
 def main() -> None:
-    config, rows = run(Config, __doc__, TextSampler, CacheSpec.parse("N2-700-50"), "clip", four_frames)
+    config, rows = run(Config, __doc__, open_sampler, WINDOW, "clip", four_frames)
     film(rows, config.out, config.fps)
 
 

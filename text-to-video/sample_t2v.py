@@ -23,7 +23,6 @@ from torchvision.io import ImageReadMode, read_image, write_png
 from skipdit import text_sample
 from skipdit.cache import CacheSpec
 from skipdit.config import friendly_errors, load_config, make_parser, required, setting
-from skipdit.data.images import to_uint8
 from skipdit.device import process_state
 from skipdit.media import contact_sheet, read_mp4, side_by_side, write_gif, write_mp4
 from skipdit.prompts import file_names, read_prompts
@@ -41,7 +40,7 @@ from skipdit.text_sample import (
     take_prompts,
 )
 from skipdit.text_to_video.model import LatteT2V
-from skipdit.vae import decode, downsampling, load_vae
+from skipdit.vae import downsampling, load_vae
 
 FETCH = "python text-to-video/download.py"
 SHOWN = 16  # clips on the contact sheet
@@ -215,9 +214,9 @@ class TextSampler(PromptSampler):
         for _, group in groupby(indices, key=lambda index: index // self.copies):
             yield from super().batches(list(group))
 
-    def samples(self, indices: list[int], steps: int, callback: Callable[[int], None] | None = None) -> Tensor:
-        """Clips of one prompt, (N, F, 3, H, W) uint8."""
-        latents = generate(
+    def batch(self, indices: list[int], steps: int, callback: Callable[[int], None] | None = None) -> Tensor:
+        """Latents of clips of one prompt, (N, F, C, h, w)."""
+        return generate(
             self.pipe,
             self.texts[self.prompts[indices[0] // self.copies]],
             generators(self.config.seed, indices, self.model.device),
@@ -228,7 +227,6 @@ class TextSampler(PromptSampler):
             temporal_attention=self.config.temporal_attention,
             callback=callback,
         )
-        return to_uint8(decode(self.pipe.vae, latents)).cpu()
 
 
 def sample(config: Config) -> dict:
@@ -236,7 +234,7 @@ def sample(config: Config) -> dict:
     spec, pictures = CacheSpec.parse(config.cache), config.num_frames == 1
     prompts = read_prompts(config.prompts, config.prompt_file)
     names = file_names(prompts, config.videos_per_prompt, config.vbench_names)
-    sampler = TextSampler(config, spec.branch if spec.interval > 1 else None)
+    sampler = TextSampler(config, spec.branch if spec.caches else None)
 
     def save(job: Job, index: int, frames: Tensor) -> None:
         if pictures:

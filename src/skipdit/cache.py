@@ -1,21 +1,29 @@
 """Skip-Cache: which sampling steps run every layer, and what the others see in their place.
 
-`CacheSpec` is what the user writes; its `plan` is the policy. `SkipCache` is one sampling run: the plan on that run's
-timesteps, and the stored feature. Nothing is kept on the model, so two runs never meet; since the timesteps are known
-beforehand, nothing is ever read back from the device.
+The policy is a `CacheSpec`, an interval between two timesteps that the user writes, or a `CachePlan`, a file that
+`python -m skipdit.plan` made. `SkipCache` is one sampling run: the policy's plan on that run's timesteps, and the
+stored feature. Nothing is kept on the model, so two runs never meet; since the timesteps are known beforehand, nothing
+is ever read back from the device.
 """
 
+import hashlib
+import json
+import math
 import re
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 _GRAMMAR = re.compile(r"N(\d+)-(\d+)-(\d+)(?:-b(\d+))?(?:-o(\d+))?")
 _EXAMPLE = (
-    "'N<interval>-<start>-<stop>[-b<branch>][-o<order>]', for example 'N2-700-50' or 'N3-1000-20-b4-o1', or 'none'"
+    "'N<interval>-<start>-<stop>[-b<branch>][-o<order>]', for example 'N2-700-50' or 'N3-1000-20-b4-o1', a plan's "
+    "'FILE.json', or 'none'"
 )
 
 
@@ -46,12 +54,17 @@ class CacheSpec:
             raise ValueError(f"cache order is {self.order}; 0 reuses the stored feature, 1 forecasts it linearly")
 
     @classmethod
-    def parse(cls, spec: "str | CacheSpec | None") -> "CacheSpec":
-        """Read the grammar of the command line. Raises ValueError, with the grammar, for anything else."""
-        if isinstance(spec, CacheSpec):
+    def parse(cls, spec: "str | CacheSpec | CachePlan | None") -> "CacheSpec | CachePlan":
+        """Read the grammar of the command line, or the plan that it names.
+
+        Raises ValueError, with the grammar, for anything else, and as `CachePlan.load`.
+        """
+        if isinstance(spec, CacheSpec | CachePlan):
             return spec
         if spec is None or spec.lower() == "none":
             return cls()
+        if spec.endswith(".json"):
+            return CachePlan.load(spec)
         match = _GRAMMAR.fullmatch(spec.strip())
         if not match:
             raise ValueError(f"cache spec {spec!r} does not parse; write {_EXAMPLE}")
@@ -67,6 +80,11 @@ class CacheSpec:
     def with_order(self, order: int) -> "CacheSpec":
         return replace(self, order=order)
 
+    @property
+    def caches(self) -> bool:
+        """Whether any step may be cached."""
+        return self.interval > 1
+
     def plan(self, timesteps: Sequence[float]) -> list[bool]:
         """True where a step is full. A counter walks down the timesteps: a step is full when the counter is a multiple
         of `interval`, when nothing is stored, or when t >= start. A step with t <= stop resets both.
@@ -79,6 +97,93 @@ class CacheSpec:
             if t <= self.stop:
                 counter, stored = 0, False
         return plan
+
+    def weight(self, i: int, before: int, last: int) -> float:
+        """How far step i lies ahead of the last two full steps, in units of their distance: a linear forecast."""
+        return (i - last) / (last - before)
+
+
+@dataclass(frozen=True)
+class CachePlan:
+    """A policy for the timesteps of one kind of run, made by calibration: see `skipdit.plan`.
+
+    A cached step uses `last + weight * (last - before)` of the last two full steps' features. Weight 0 is reuse, the
+    number of steps since the last full one over the distance of the two a linear forecast; others are fitted.
+
+    Attributes:
+        timesteps: of the run, in sampling order.
+        weights: one per step, None where it is full.
+        branch: b, as in `CacheSpec`.
+        about: what it was made from, and what was measured: `model` has the fingerprint of the weights.
+        source: the file.
+    """
+
+    timesteps: tuple[float, ...]
+    weights: tuple[float | None, ...]
+    branch: int = 1
+    about: dict[str, Any] = field(default_factory=dict, compare=False)
+    source: str = field(default="a plan", compare=False)
+
+    def __post_init__(self):
+        if len(self.timesteps) != len(self.weights) or not self.weights:
+            raise ValueError(f"{self.source} has {len(self.weights)} weights for {len(self.timesteps)} timesteps")
+        if self.weights[0] is not None or not all(math.isfinite(w) for w in self.weights if w is not None):
+            raise ValueError(f"{self.source}: the first step must be full (null), and all weights finite numbers")
+        if self.branch < 1:
+            raise ValueError(f"{self.source}: branch is {self.branch}; it must be at least 1")
+
+    @classmethod
+    def load(cls, file: str | Path) -> "CachePlan":
+        """Read a plan. Raises FileNotFoundError, or ValueError for a file that is none; both name it."""
+        if not Path(file).is_file():
+            raise FileNotFoundError(f"no plan {file}; `python -m skipdit.plan --help` tells how to make one")
+        try:
+            about = json.loads(Path(file).read_text(encoding="utf-8"))
+            timesteps, weights, branch = (about.pop(key) for key in ("timesteps", "weights", "branch"))
+            numbers = tuple(None if w is None else float(w) for w in weights)
+            return cls(tuple(map(float, timesteps)), numbers, int(branch), about, str(file))
+        except (AttributeError, KeyError, TypeError, json.JSONDecodeError) as error:
+            raise ValueError(f"{file} is not a plan of `python -m skipdit.plan`: {error!r}") from error
+
+    def save(self, file: str | Path) -> None:
+        """Write it as JSON, a line per entry."""
+        own = {"branch": self.branch, "timesteps": self.timesteps, "weights": self.weights}
+        lines = (f"  {json.dumps(key)}: {json.dumps(value)}" for key, value in (self.about | own).items())
+        Path(file).parent.mkdir(parents=True, exist_ok=True)
+        Path(file).write_text("{\n" + ",\n".join(lines) + "\n}\n", encoding="utf-8")
+
+    def __str__(self) -> str:
+        own = json.dumps([self.timesteps, self.weights, self.branch])
+        full = self.weights.count(None)
+        return f"plan of {full}/{len(self.weights)} full steps {hashlib.sha256(own.encode()).hexdigest()[:12]}"
+
+    @property
+    def order(self) -> int:
+        return int(any(self.weights))
+
+    @property
+    def caches(self) -> bool:
+        """Whether any step is cached."""
+        return self.weights.count(None) < len(self.weights)
+
+    def plan(self, timesteps: Sequence[float]) -> list[bool]:
+        """True where a step is full. Raises ValueError for other timesteps than the plan's own."""
+        if list(timesteps) != list(self.timesteps):
+            told = (f"{len(ts)} steps from {ts[0]:g} to {ts[-1]:g}" for ts in (self.timesteps, list(timesteps)))
+            raise ValueError(
+                "{} is for {}; this run has {}: make one for it with python -m skipdit.plan".format(self.source, *told)
+            )
+        return [weight is None for weight in self.weights]
+
+    def weight(self, i: int, before: int, last: int) -> float:
+        """That of step i; if a stream sat out one of the plan's full steps, that of a linear forecast."""
+        return self.weights[i] if self._pairs[i] == (before, last) else (i - last) / (last - before)
+
+    @cached_property
+    def _pairs(self) -> list[tuple[int, ...]]:
+        """Per step, the last two full ones before it."""
+        full = [i for i, weight in enumerate(self.weights) if weight is None]
+        return [tuple([j for j in full if j < i][-2:]) for i in range(len(self.weights))]
 
 
 class CacheStep:
@@ -106,7 +211,7 @@ class SkipCache:
             out = model(x, t, y, cache=cache.at(i))
 
     Args:
-        spec: a `CacheSpec` or its text.
+        spec: a `CacheSpec`, a `CachePlan`, or the text or file of one.
         timesteps: the run's timesteps in sampling order, numbers or a 1-D tensor (read once, here).
 
     Attributes:
@@ -115,7 +220,7 @@ class SkipCache:
         peak_bytes: the most memory the stored features took.
     """
 
-    def __init__(self, spec: str | CacheSpec, timesteps: Sequence[float] | Tensor):
+    def __init__(self, spec: str | CacheSpec | CachePlan, timesteps: Sequence[float] | Tensor):
         self.spec = CacheSpec.parse(spec)
         self.timesteps = timesteps.tolist() if isinstance(timesteps, Tensor) else list(timesteps)
         self.plan = self.spec.plan(self.timesteps)
@@ -124,7 +229,7 @@ class SkipCache:
         self._last_cached = max((i for i, full in enumerate(self.plan) if not full), default=-1)
         self._stored: dict[str, list[tuple[int, Tensor]]] = {}  # stream -> [(step, feature)], oldest first
         self._open: dict[str, tuple[int, CacheStep]] = {}  # full steps handed out, their output not collected yet
-        if self.spec.interval > 1 and all(self.plan):
+        if self.spec.caches and all(self.plan):
             warnings.warn(f"cache {self.spec} never engages on these {len(self.plan)} timesteps", stacklevel=2)
 
     @property
@@ -173,8 +278,8 @@ class SkipCache:
         self.peak_bytes = max(self.peak_bytes, sum(f.nbytes for s in self._stored.values() for _, f in s))
 
     def _feature(self, i: int, stored: list[tuple[int, Tensor]]) -> Tensor:
-        """The stored feature, or for order 1 its linear forecast over the step index (one fused kernel)."""
+        """The stored feature, or for order 1 its forecast from the last two over the step index (one fused kernel)."""
         if len(stored) < 2:
             return stored[-1][1]
-        (i0, f0), (i1, f1) = stored
-        return torch.lerp(f0, f1, (i - i0) / (i1 - i0))
+        (before, old), (last, new) = stored
+        return torch.lerp(old, new, 1 + self.spec.weight(i, before, last))

@@ -1,6 +1,6 @@
 """What the samplers of DiT and Latte share: models whose only condition is a class, or nothing."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from skipdit.adaln import AdaLNTransformer, Conditioning
 from skipdit.bench import step_flops
-from skipdit.cache import CacheSpec, SkipCache
+from skipdit.cache import CachePlan, CacheSpec, SkipCache
 from skipdit.config import required, setting, to_dict
 from skipdit.data.images import to_uint8
 from skipdit.device import process_state
@@ -212,15 +212,23 @@ class ClassSampler:
     def timesteps(self, steps: int) -> list[int]:
         return Diffusion(steps).sampling_timesteps
 
-    def make(self, steps: int, spec: CacheSpec) -> Tensor:
-        """(N, ..., 3, H, W) uint8."""
-        config, (model, vae, _), batches = self.config, self.models, []
+    @property
+    def model(self) -> AdaLNTransformer:
+        return self.models.model
+
+    def latents(self, steps: int, spec: CacheSpec | CachePlan) -> Iterator[Tensor]:
+        """(N, *model.sample_shape), float32, of every batch."""
+        config, model = self.config, self.model
         for start in range(0, config.num_samples, config.batch_size):
             indices = range(start, min(start + config.batch_size, config.num_samples))
             labels, noise = labels_of(config, model, indices), generators(config.seed, indices, model.device)
             settings = generate_settings(config) | {"steps": steps, "cache": SkipCache(spec, self.timesteps(steps))}
-            batches.append(to_uint8(decode(vae, generate(model, labels, noise, **settings, progress=True))).cpu())
-        return torch.cat(batches)
+            yield generate(model, labels, noise, **settings, progress=True)
+
+    def make(self, steps: int, spec: CacheSpec | CachePlan) -> Tensor:
+        """(N, ..., 3, H, W) uint8."""
+        vae = self.models.vae
+        return torch.cat([to_uint8(decode(vae, latents)).cpu() for latents in self.latents(steps, spec)])
 
 
 def run_job(

@@ -7,7 +7,7 @@ row starts from the same noise.
 import json
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -18,11 +18,12 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from skipdit.bench import run_flops
-from skipdit.cache import CacheSpec, SkipCache
+from skipdit.cache import CachePlan, CacheSpec, SkipCache
 from skipdit.config import friendly_errors, load_config, make_parser, to_dict
 from skipdit.media import side_by_side, write_gif
 from skipdit.metrics.fidelity import psnr, ssim
 from skipdit.sample import versions
+from skipdit.skip import SkipTransformer
 
 T = TypeVar("T")
 
@@ -30,13 +31,17 @@ T = TypeVar("T")
 class Sampler(Protocol):
     """One config's model, ready to sample."""
 
+    model: SkipTransformer
     flops: dict[str, float]  # of one full and one cached step, per sample
     method: str  # of sampling, as people call it
 
     def timesteps(self, steps: int) -> list[float]:
         """Of a run of so many steps, in sampling order."""
 
-    def make(self, steps: int, spec: CacheSpec) -> Tensor:
+    def latents(self, steps: int, spec: CacheSpec | CachePlan) -> Iterator[Tensor]:
+        """Of every batch of the config's samples, (N, ..., C, h, w) float32."""
+
+    def make(self, steps: int, spec: CacheSpec | CachePlan) -> Tensor:
         """All samples of the config, (N, ..., 3, H, W) uint8."""
 
 

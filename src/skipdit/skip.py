@@ -14,6 +14,7 @@ runs layers L-b .. L-1: the shallow features, and so the skips, are fresh.
 """
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from diffusers.configuration_utils import ConfigMixin
@@ -149,3 +150,10 @@ class SkipTransformer(ModelMixin, ConfigMixin):
         if self.gradient_checkpointing and torch.is_grad_enabled():
             return self._gradient_checkpointing_func(module, *args)
         return module(*args)
+
+
+def predicted_noise(output: Any, latents: Tensor) -> Tensor:
+    """The noise (or v) in what a backbone returns for latents, of their shape; the variance lies behind it."""
+    out = output if isinstance(output, Tensor) else output[0]
+    axis = next((i for i, (a, b) in enumerate(zip(out.shape, latents.shape, strict=True)) if a != b), 1)
+    return out.narrow(axis, 0, latents.shape[axis])

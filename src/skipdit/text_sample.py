@@ -16,14 +16,15 @@ from diffusers import AutoencoderKL, DiffusionPipeline, SchedulerMixin
 from torch import Tensor, nn
 
 from skipdit.bench import step_flops
-from skipdit.cache import CacheSpec, SkipCache
+from skipdit.cache import CachePlan, CacheSpec, SkipCache
 from skipdit.config import setting, to_dict
+from skipdit.data.images import to_uint8
 from skipdit.device import process_state
 from skipdit.pipeline import enable_cache
 from skipdit.prompts import slug
 from skipdit.sample import Job, StepTimer, require_finite, resolve_dtype, work_off
 from skipdit.skip import SkipTransformer
-from skipdit.vae import downsampling
+from skipdit.vae import decode, downsampling
 from skipdit.weights import fingerprint, load_weights
 
 WINDOW = "N{}-700-50"  # the released code's caching window, of both tasks
@@ -181,8 +182,12 @@ class PromptSampler(ABC):
     flops: dict[str, float]
 
     @abstractmethod
+    def batch(self, indices: list[int], steps: int, callback: Callable[[int], None] | None = None) -> Tensor:
+        """Latents of a batch of samples, (N, ..., C, h, w) float32."""
+
     def samples(self, indices: list[int], steps: int, callback: Callable[[int], None] | None = None) -> Tensor:
         """Pixels of a batch of samples, (N, ..., 3, H, W) uint8, on the CPU."""
+        return to_uint8(decode(self.pipe.vae, self.batch(indices, steps, callback))).cpu()
 
     def batches(self, indices: Sequence[int]) -> Iterator[list[int]]:
         """Samples that can be made together."""
@@ -197,11 +202,16 @@ class PromptSampler(ABC):
         self.pipe.scheduler.set_timesteps(steps)
         return self.pipe.scheduler.timesteps.tolist()
 
-    def make(self, steps: int, spec: CacheSpec) -> Tensor:
-        """All samples of the config, (N, ..., 3, H, W) uint8."""
+    def latents(self, steps: int, spec: CacheSpec | CachePlan) -> Iterator[Tensor]:
+        """(N, ..., C, h, w), float32, of every batch."""
         enable_cache(self.pipe, spec)
-        batches = self.batches(range(len(self.prompts) * self.copies))
-        return torch.cat([self.samples(indices, steps) for indices in batches])
+        for indices in self.batches(range(len(self.prompts) * self.copies)):
+            yield self.batch(indices, steps)
+
+    def make(self, steps: int, spec: CacheSpec | CachePlan) -> Tensor:
+        """All samples of the config, (N, ..., 3, H, W) uint8."""
+        vae = self.pipe.vae
+        return torch.cat([to_uint8(decode(vae, latents)).cpu() for latents in self.latents(steps, spec)])
 
     def _open(
         self, parts: Parts, branch: int | None, make: Callable[[PromptConfig, Parts], DiffusionPipeline], **sizes: int

@@ -31,6 +31,7 @@ from skipdit.data.stream import Stream, make_loader, rows_of, seed_of
 from skipdit.device import cpu_only, process_state
 from skipdit.ema import EMA
 from skipdit.runlog import BrokenFiles, Log, replace_text
+from skipdit.spectral import SpectralLimit
 
 
 @dataclass
@@ -48,6 +49,9 @@ class TrainConfig:
     grad_clip: float = setting(0.0, "largest gradient norm; 0 leaves gradients alone")
     ema_decay: float = setting(0.9999, "decay of the averaged weights")
     freeze: bool = setting(False, "stage 1: train the long skips only")
+    spectral: str = setting("none", "bound the skips' largest singular values: none, penalty or cap")
+    spectral_weight: float = setting(0.01, "of the penalty, half the sum of their squares")
+    spectral_cap: float = setting(1.0, "the largest one that a cap leaves")
     precision: str = setting("bf16", "fp32 or bf16: automatic mixed precision; weights stay float32")
     gradient_checkpointing: bool = setting(False, "recompute activations in the backward pass to save memory")
     compile: bool = setting(False, "compile the model with torch.compile")
@@ -151,6 +155,12 @@ def fit(
     """
     if config.precision not in ("fp32", "bf16") or config.parallel not in ("ddp", "fsdp"):
         raise ValueError(f"precision {config.precision!r} or parallel {config.parallel!r}: see --help for the choices")
+    if config.freeze:
+        set_trainable(model, {"skips.*": True, "*": False})
+    limit = None
+    if config.spectral != "none":
+        limit = SpectralLimit(model, config.spectral, config.spectral_weight, config.spectral_cap)
+        limit.project()
     out = Path(out)
     process_state()  # first: its processes wait for each other as long as it takes
     accelerator = Accelerator(cpu=cpu_only(), mixed_precision=config.precision.replace("fp32", "no"))
@@ -175,10 +185,12 @@ def fit(
     for step in range(start, config.steps):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(config, step)
-        gradients = _backward(trained, loss, loader, rows, step, config, accelerator)
+        gradients = _backward(trained, loss, loader, rows, step, config, accelerator, limit)
         finite = math.isfinite(gradients.norm)  # gradients are summed over processes, so all of them agree
         if finite:
             optimizer.step()
+            if limit:
+                limit.project()
             ema.update(model, step + 1)
             totals += gradients.sums
             bad = 0
@@ -212,6 +224,8 @@ def fit(
                 "samples_per_second": count / (time.perf_counter() - began),
                 "skipped_steps": skipped,
             }
+            if limit:
+                stats["skip_sigma"] = limit.largest().sigma.max().item()
             totals, began = torch.zeros_like(totals), time.perf_counter()
             shown = {k: f"{v:.4g}" for k, v in stats.items() if k in ("loss", "samples_per_second") and v is not None}
             progress.set_postfix(shown)
@@ -235,13 +249,11 @@ def fit(
 
 
 def _prepare(model: nn.Module, config: TrainConfig, accelerator: Accelerator):
-    """Freeze, move, average, compile and wrap a model.
+    """Move, average, compile and wrap a model.
 
     Returns the wrapped model, its EMA, the optimizer and, where weights are sharded, a model on the meta device from
     which an unsharded copy can be made.
     """
-    if config.freeze:
-        set_trainable(model, {"skips.*": True, "*": False})
     if config.gradient_checkpointing:
         model.enable_gradient_checkpointing()
     model.to(accelerator.device).train()
@@ -284,7 +296,14 @@ class Gradients(NamedTuple):
 
 
 def _backward(
-    model: nn.Module, loss: Loss, loader: Iterator, rows: list[range], step: int, config: TrainConfig, accelerator
+    model: nn.Module,
+    loss: Loss,
+    loader: Iterator,
+    rows: list[range],
+    step: int,
+    config: TrainConfig,
+    accelerator: Accelerator,
+    limit: SpectralLimit | None,
 ) -> Gradients:
     """Accumulate the gradients of one step and clip them."""
     device, sums = accelerator.device, torch.zeros(2, device=accelerator.device)
@@ -301,6 +320,8 @@ def _backward(
             # DDP and FSDP average over processes; times their number, it is the mean over the global batch
             accelerator.backward(losses.sum() * accelerator.num_processes / config.batch_size)
         sums += torch.stack([losses.detach().sum(), batch["weight"].sum()])
+    if limit:
+        limit.add_gradients()
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip or math.inf)
     norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
     return Gradients(norm.item(), sums, indices, broken)
