@@ -5,6 +5,7 @@
     python benchmarks/latency.py --model Latte-S/2-skip --batch 1
     python benchmarks/latency.py --model demo --batch 4
     python benchmarks/latency.py --model demo-text --batch 2
+    python benchmarks/latency.py --model demo-picture --batch 2
 
 Weights are random: they do not change the time. The overhead of a cached step is its share of the time over its share
 of the FLOPs; 1.00 means that caching saves exactly what it leaves out.
@@ -43,6 +44,9 @@ def build(name: str) -> SkipTransformer:
         return HunyuanDiT()
     if name == "demo-text":
         return LatteT2V.from_config(LatteT2V.load_config(ROOT / "text-to-video/weights/emoji/transformer"))
+    if name == "demo-picture":
+        texts = {"text_states_dim": 384, "text_states_dim_t5": 384, "text_len": 24, "text_len_t5": 24}
+        return HunyuanDiT(input_size=(16, 16), hidden_size=112, depth=12, num_heads=4, fuse="residual", **texts)
     if name == "demo":
         return DiT(input_size=8, patch_size=1, hidden_size=128, depth=12, num_heads=2, num_classes=10)
     if name == "demo-video":
@@ -98,7 +102,7 @@ def measure(args: argparse.Namespace) -> dict:
         "dtype": str(dtype),
         "compile": args.compile,
         "branch": args.branch,
-        "ahead": AHEAD[isinstance(model, LatteT2V)],
+        "ahead": AHEAD[not isinstance(model, AdaLNTransformer)],
         "seconds": steps,
         "flops": flops,
         "flop_share_of_cached_step": share,
@@ -141,7 +145,7 @@ def main() -> None:
     parser.add_argument(
         "--model",
         default="DiT-S/2-skip",
-        help="a published name with skips, LatteT2V, HunyuanDiT, or demo, demo-video, demo-text [%(default)s]",
+        help="a published name with skips, LatteT2V, HunyuanDiT, demo, or demo-video, -text, -picture [%(default)s]",
     )
     parser.add_argument(
         "--batch", type=int, default=4, help="rows of a model call; guidance takes two each [%(default)s]"

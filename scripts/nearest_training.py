@@ -1,35 +1,86 @@
-"""How near the embedded video models' samples are to their training clips: did they learn, and did they memorise?
+"""How near the embedded models' samples are to the emoji they were trained on: did they learn, did they memorise?
 
     python class-to-video/sample.py --config configs/class-to-video/demo.yaml num_samples=32 out=samples/video-32
-    python scripts/nearest_clip.py samples/video-32 --data data/emoji-anim/videos --out samples/video-32/nearest.png
+    python scripts/nearest_training.py samples/video-32 --data data/emoji-anim/videos --out samples/video-32/nearest.png
 
-Samples of text-to-video, whose prompts are captions of the training clips, or other wordings of them:
-    python scripts/nearest_clip.py samples/captions --data data/emoji-anim
-    python scripts/nearest_clip.py samples/wordings --data data/emoji-anim \\
+Samples of prompts that are captions of the training clips, or of the training pictures, or other wordings of them:
+    python scripts/nearest_training.py samples/captions --data data/emoji-anim
+    python scripts/nearest_training.py samples/wordings --data data/emoji-anim \\
         --wordings configs/text-to-video/emoji_wordings.jsonl
+    python scripts/nearest_training.py samples/picture-captions --data data/emoji-3d
 
-For every sample, the training stretch (any clip, any start) with the least squared error, over all frames and pixels.
-Prints the PSNR to it, how often it is of the class or caption that was asked for, and how many different clips were
-met; the picture shows samples with their nearest stretch below each.
+For every sample, the training picture, or the stretch of a training clip (any clip, any start), with the least squared
+error over all pixels. Prints the PSNR to it, how often it is of the class or caption that was asked for, and how many
+different ones were met; the picture shows samples with the nearest below each.
 """
 
 import argparse
 import json
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torchvision.io import write_png
+from torchvision.io import ImageReadMode, read_image, write_png
 from tqdm import tqdm
 
 from skipdit.config import friendly_errors
 from skipdit.data.captions import read_rows
 from skipdit.data.clip_folder import ClipFolder
 from skipdit.data.clips import ClipData
+from skipdit.data.pictures import PictureData, PictureFolder
 from skipdit.media import contact_sheet, read_mp4
 
 EMOJI = ["face-smiling", "face-affection", "face-tongue", "face-negative", "face-costume", "cat-face", "heart", "hands"]
-CLIPS = Path(__file__).parents[1] / "configs/text-to-video/emoji_clips.txt"
+CONFIGS = Path(__file__).parents[1] / "configs"
+
+
+class Training(NamedTuple):
+    """What a model was trained on."""
+
+    kind: str  # video or image, as a file of captions calls it
+    clips: list[Tensor]  # uint8 (F, 3, H, W); a picture is a clip of one frame
+    labels: list[int]
+    interval: int  # frames from one that a sample shows to the next
+    meant: dict[str, int]  # label by caption
+    names: dict[str, int]  # label by file
+
+    def __getitem__(self, place: tuple[int, int, int]) -> Tensor:
+        """The stretch of (clip, start, frames)."""
+        number, start, frames = place
+        return self.clips[number][start : start + (frames - 1) * self.interval + 1 : self.interval]
+
+
+def read_training(data: str, config: dict, size: int) -> Training:
+    """The files in `data` that the model of a sampling run has seen, `size` pixels along a side."""
+    if "num_frames" not in config:
+        listed = str(CONFIGS / "text-to-image/emoji_pictures.txt")
+        dataset = PictureFolder(
+            PictureData(path=data, captions=f"{data}/captions.jsonl", picture_list=listed, image_size=size)
+        )
+        clips, labels = [sample["image"][None] for sample in bar(dataset, "reading", "picture")], dataset.labels
+        return Training("image", clips, labels, 1, *named(dataset))
+    listed = {"captions": f"{data}/captions.jsonl", "clip_list": str(CONFIGS / "text-to-video/emoji_clips.txt")}
+    chosen = listed if "prompts" in config else {"classes": EMOJI}
+    dataset = ClipFolder(ClipData(path=data, **chosen, num_frames=config["num_frames"], image_size=size))
+    samples = [sample for sample in bar(dataset, "reading", "clip") if len(sample["image"]) >= dataset.span]
+    clips, labels = [sample["image"] for sample in samples], [sample["label"] for sample in samples]
+    return Training("video", clips, labels, dataset.frame_interval, *named(dataset))
+
+
+def named(dataset: ClipFolder | PictureFolder) -> tuple[dict[str, int], dict[str, int]]:
+    """Labels by caption and by file."""
+    by_caption = {caption: label for label, caption in enumerate(getattr(dataset, "captions", None) or ())}
+    return by_caption, dict(zip(dataset.names, dataset.labels, strict=True))
+
+
+def bar(dataset, what: str, unit: str) -> tqdm:
+    return tqdm((dataset[i] for i in range(len(dataset))), what, len(dataset), unit=unit)
+
+
+def read_sample(file: Path) -> Tensor:
+    """uint8 (F, 3, H, W)."""
+    return read_image(str(file), ImageReadMode.RGB)[None] if file.suffix == ".png" else read_mp4(file)
 
 
 def nearest(sample: Tensor, clips: list[Tensor], interval: int) -> tuple[float, int, int]:
@@ -48,53 +99,46 @@ def nearest(sample: Tensor, clips: list[Tensor], interval: int) -> tuple[float, 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("samples", type=Path, help="folder of a sampling run")
-    parser.add_argument("--data", default="data/emoji-anim/videos", help="folder of the training clips [%(default)s]")
+    parser.add_argument("--data", default="data/emoji-anim/videos", help="folder of what was trained on [%(default)s]")
     parser.add_argument(
-        "--wordings", metavar="FILE", help="JSONL of video and caption: prompts in other words, and the clips they mean"
+        "--wordings",
+        metavar="FILE",
+        help="JSONL of video or image, and caption: prompts in other words, and what is meant",
     )
     parser.add_argument("--out", type=Path, help="picture to write")
     args = parser.parse_args()
     with friendly_errors():
         config = json.loads((args.samples / "report.json").read_text())["config"]
-        texts = "prompts" in config
-        files = sorted(args.samples.glob("0*.mp4"))
-        size = read_mp4(files[0]).shape[-1]
-        chosen = {"captions": f"{args.data}/captions.jsonl", "clip_list": str(CLIPS)} if texts else {"classes": EMOJI}
-        dataset = ClipFolder(ClipData(path=args.data, **chosen, num_frames=config["num_frames"], image_size=size))
-        meant = wanted_clips(args, dataset) if texts else None
-        clips, labels, span = [], [], dataset.span
-        for index in tqdm(range(len(dataset)), desc="reading", unit="clip"):
-            clip = dataset[index]
-            if len(clip["image"]) >= span:
-                clips.append(clip["image"])
-                labels.append(clip["label"])
-    asked = config.get("classes") or list(range(len(EMOJI)))
+        files = sorted([*args.samples.glob("0*.mp4"), *args.samples.glob("0*.png")])
+        if not files:
+            raise FileNotFoundError(f"no samples in {args.samples}")
+        training = read_training(args.data, config, size=read_sample(files[0]).shape[-1])
+        asked = wanted(args, training) if "prompts" in config else config.get("classes") or list(range(len(EMOJI)))
     shown, values, met, right = [], [], set(), 0
     for i, file in enumerate(tqdm(files, desc="comparing", unit="sample")):
-        sample = read_mp4(file)
-        psnr, number, start = nearest(sample, clips, dataset.frame_interval)
+        sample = read_sample(file)
+        psnr, number, start = nearest(sample, training.clips, training.interval)
         values.append(psnr)
         met.add(number)
-        right += labels[number] == (meant[file.name] if texts else asked[i % len(asked)])
-        shown += [sample, clips[number][start : start + span : dataset.frame_interval]] if i < 8 else []
+        right += training.labels[number] == (asked[file.name] if "prompts" in config else asked[i % len(asked)])
+        shown += [sample, training[number, start, len(sample)]] if i < 8 else []
     print(
-        f"{len(files)} samples, {len(clips)} training clips: PSNR to the nearest stretch {min(values):.1f} to "
+        f"{len(files)} samples, {len(training.clips)} in training: PSNR to the nearest {min(values):.1f} to "
         f"{max(values):.1f} dB, median {torch.tensor(values).median():.1f}; {right / len(files):.0%} of the "
-        f"{'caption' if texts else 'class'} asked for; {len(met)} different clips"
+        f"{'caption' if 'prompts' in config else 'class'} asked for; {len(met)} different ones"
     )
     if args.out:
         write_png(contact_sheet(shown), str(args.out))
 
 
-def wanted_clips(args: argparse.Namespace, dataset: ClipFolder) -> dict[str, int]:
-    """File of a sample -> label of the clip that its prompt means. Raises ValueError for a prompt that means none."""
+def wanted(args: argparse.Namespace, training: Training) -> dict[str, int]:
+    """File of a sample -> label that its prompt means. Raises ValueError for a prompt that means none."""
     prompts = json.loads((args.samples / "prompts.json").read_text())
-    meant = {caption: label for label, caption in enumerate(dataset.captions)}
+    meant = dict(training.meant)
     if args.wordings:
-        clips = dict(zip(dataset.names, dataset.labels, strict=True))
-        meant |= {caption: clips[video] for _, video, caption in read_rows(args.wordings)}
+        meant |= {caption: training.names[name] for _, name, caption in read_rows(args.wordings, training.kind)}
     if unknown := set(prompts.values()) - meant.keys():
-        raise ValueError(f"no training clip is called {', '.join(map(repr, sorted(unknown)))}; give --wordings")
+        raise ValueError(f"nothing in training is called {', '.join(map(repr, sorted(unknown)))}; give --wordings")
     return {file: meant[prompt] for file, prompt in prompts.items()}
 
 

