@@ -21,14 +21,17 @@ def sample(model, cache="none", steps=12, labels=(1, 2), seed=0, **kwargs):
     return generate(model, torch.tensor(labels), noise, steps=steps, sampler="ddim", cache=cache, **kwargs)
 
 
-@pytest.mark.parametrize("text", ["none", "N2-700-50", "N3-1000-20-b4", "N4-800-100-o1", "N2-900-49-b2-o1"])
+@pytest.mark.parametrize(
+    "text", ["none", "N2-700-50", "N3-1000-20-b4", "N4-800-100-o1", "N2-900-49-b2-o1", "D0.2", "D0.05-m3-b2-o1"]
+)
 def test_spec_round_trips(text):
     assert str(CacheSpec.parse(text)) == text
 
 
 @pytest.mark.parametrize(
     ("text", "complaint"),
-    [("N0-700-50", "interval is 0"), ("N2-700-50-b0", "branch is 0"), ("N2-700-50-o2", "order is 2")]
+    [("D0.1-b0", "branch is 0"), ("D0.1-o2", "order is 2"), ("D", "does not parse"), ("D-1", "does not parse")]
+    + [("N0-700-50", "interval is 0"), ("N2-700-50-b0", "branch is 0"), ("N2-700-50-o2", "order is 2")]
     + [(text, "does not parse") for text in ("", "2-700-50", "N2-700", "N2-700-50-x1", "N2-700-50 N3", "always")],
 )
 def test_bad_spec_is_refused(text, complaint):
@@ -197,3 +200,41 @@ def test_a_stream_that_sat_out_a_full_step_runs_its_own():
     assert kinds == [True, False, True, True, True, False, True, False, True]
     assert cache.ran == kinds
     assert (cache.full_steps, cache.cached_steps) == (6, 3)
+
+
+def test_drift_decides_by_how_far_the_shallow_feature_moved():
+    """Full where the distance to the last full step is above the threshold; at most so many cached in a row."""
+    cache, kinds = SkipCache("D0.25-m3", list(range(9, 0, -1))), []
+    moves = [1.0, 1.1, 1.2, 1.3, 1.35, 1.4, 1.45, 1.5, 1.7]  # 1.3 is more than a quarter off 1.0
+    for i, value in enumerate(moves):
+        step, shallow = cache.at(i), torch.tensor([value, 0.0])
+        kinds.append(step.is_full(shallow))
+        if kinds[-1]:
+            step.output = torch.full((2,), float(i))
+        else:
+            assert step.feature.tolist() == [max(j for j in range(i) if kinds[j])] * 2  # order 0: the last one's
+    assert kinds == [True, False, False, True, False, False, False, True, False]  # the 4th after 1.3 is forced
+    assert cache.ran == kinds and (cache.full_steps, cache.cached_steps) == (3, 6)
+
+
+@pytest.mark.parametrize("scale", [1.0, 4.0])
+def test_drift_of_no_tolerance_is_bit_equal_to_uncached(scale):
+    model, cache = tiny_dit(), SkipCache("D0", Diffusion(12).sampling_timesteps)
+    assert torch.equal(sample(model, cache, guidance_scale=scale), sample(model, guidance_scale=scale))
+    assert cache.cached_steps == 0
+
+
+def test_drift_without_limit_is_an_interval():
+    """A threshold that is never reached caches `most` steps after every full one."""
+    model = tiny_dit()
+    drift = SkipCache("D1000-m2-b2-o1", Diffusion(12).sampling_timesteps)
+    assert torch.equal(sample(model, drift), sample(model, "N3-1000-0-b2-o1"))
+    assert drift.ran == CacheSpec.parse("N3-1000-0").plan(drift.timesteps)
+    assert not drift._stored and not drift._shallow  # nothing survives the run
+
+
+def test_drift_cannot_be_compiled():
+    model = tiny_dit()
+    model.compile()
+    with pytest.raises(ValueError, match="set compile=false"):
+        sample(model, "D0.1")

@@ -60,6 +60,20 @@ RUN = {
     f"{ORIGINAL} --cache --cache-step 2": "--infer-steps 6 --image-size 64 64",
     f"{SAMPLE_PICTURE} --config configs/text-to-image/t2i_sample_cache.yaml": "steps=6 height=64 width=64",
 }
+RUN |= {
+    "python -m skipdit.plan --config configs/class-to-image/demo.yaml --budget 13 "
+    "--out results/demo-plan.json": "num_samples=1 --budget 3 --probes 2 --improve 2 --steps 6",
+    f"{SAMPLE}demo.yaml --cache results/demo-plan.json out=samples/demo-planned": "num_samples=2 steps=6",
+    "python -m skipdit.evaluate fidelity samples/demo-cached --reference samples/demo": "",
+} | {
+    f"python -m skipdit.analyze {analysis} --config configs/class-to-image/demo.yaml": f"num_samples=1 steps=4 {small}"
+    for analysis, small in {
+        "perturb": "--points 3 --timesteps 1",
+        "similarity": "--spec N2-1000-20",
+        "dynamics": "",
+        "jacobian": "--timesteps 1 --iterations 2",
+    }.items()
+}
 # Commands that need a download, eight GPUs or minutes: what they do first, or why not even that.
 ELSEWHERE = {
     "bash scripts/demo.sh": "minutes; its last line is compare.py above",
@@ -88,6 +102,15 @@ ELSEWHERE = {
     "python scripts/nearest_training.py samples/wordings --data data/emoji-anim "
     "--wordings configs/text-to-video/emoji_wordings.jsonl": "needs all training clips",
     "bash scripts/demo.sh text-to-video": "minutes; its last line is compare.py above",
+    **{
+        f"python -m skipdit.evaluate {command}": "test_evaluate.py, with small networks"
+        for command in (
+            "fid samples/imagenet256-50k --reference VIRTUAL_imagenet256_labeled.npz",
+            "fvd samples/ucf101-fvd --reference data/UCF101/videos --i3d i3d_torchscript.pt",
+            "clip samples/t2i-coco --model openai/clip-vit-base-patch32",
+            "vbench samples/t2v-vbench --prompts data/vbench/prompts_per_dimension",
+        )
+    },
     "bash scripts/demo.sh text-to-image": "minutes; its last line is compare.py above",
     f"{SAMPLE_PICTURE} --config configs/text-to-image/demo.yaml prompts=[] "
     "prompt_file=configs/text-to-image/emoji_wordings.jsonl out=samples/picture-wordings": "as with the captions above",

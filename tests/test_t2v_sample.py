@@ -12,6 +12,7 @@ from diffusers import LattePipeline
 from transformers import AutoTokenizer, T5EncoderModel
 
 from skipdit.config import to_yaml
+from skipdit.data.images import to_uint8
 from skipdit.media import read_mp4
 from skipdit.prompts import read_prompts
 from skipdit.text_sample import SCHEDULERS
@@ -86,7 +87,7 @@ def test_clip_is_what_diffusers_makes(config, released_t2v, monkeypatch):
         generator=sample_t2v.generators(0, [1], "cpu"),
         output_type="latent",
     ).frames
-    frames = sample_t2v.to_uint8(decode(pipe.vae, latents.transpose(1, 2)))[0]
+    frames = to_uint8(decode(pipe.vae, latents.transpose(1, 2)))[0]
     assert torch.equal(made["partial-000001-the-cat.mp4"], frames)
 
 

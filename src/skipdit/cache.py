@@ -1,9 +1,9 @@
 """Skip-Cache: which sampling steps run every layer, and what the others see in their place.
 
-The policy is a `CacheSpec`, an interval between two timesteps that the user writes, or a `CachePlan`, a file that
-`python -m skipdit.plan` made. `SkipCache` is one sampling run: the policy's plan on that run's timesteps, and the
-stored feature. Nothing is kept on the model, so two runs never meet; since the timesteps are known beforehand, nothing
-is ever read back from the device.
+The policy is a `CacheSpec`, an interval between two timesteps that the user writes; a `CachePlan`, a file that
+`python -m skipdit.plan` made; or a `DriftSpec`, which decides at run time. `SkipCache` is one sampling run: the plan of
+the policy on that run's timesteps, and the stored feature. Nothing is kept on the model, so two runs never meet; since
+the timesteps are known beforehand, nothing is read back from the device, but by a `DriftSpec`.
 """
 
 import hashlib
@@ -11,7 +11,7 @@ import json
 import math
 import re
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -21,9 +21,10 @@ import torch
 from torch import Tensor
 
 _GRAMMAR = re.compile(r"N(\d+)-(\d+)-(\d+)(?:-b(\d+))?(?:-o(\d+))?")
+_DRIFT_GRAMMAR = re.compile(r"D(\d+\.?\d*|\.\d+)(?:-m(\d+))?(?:-b(\d+))?(?:-o(\d+))?")
 _EXAMPLE = (
     "'N<interval>-<start>-<stop>[-b<branch>][-o<order>]', for example 'N2-700-50' or 'N3-1000-20-b4-o1', a plan's "
-    "'FILE.json', or 'none'"
+    "'FILE.json', 'D<threshold>[-m<most>][-b<branch>][-o<order>]', for example 'D0.2-o1', or 'none'"
 )
 
 
@@ -48,23 +49,23 @@ class CacheSpec:
     def __post_init__(self):
         if self.interval < 1:
             raise ValueError(f"cache interval is {self.interval}; it must be at least 1 (1 caches nothing)")
-        if self.branch < 1:
-            raise ValueError(f"cache branch is {self.branch}; it must be at least 1")
-        if self.order not in (0, 1):
-            raise ValueError(f"cache order is {self.order}; 0 reuses the stored feature, 1 forecasts it linearly")
+        _check(self.branch, self.order)
 
     @classmethod
-    def parse(cls, spec: "str | CacheSpec | CachePlan | None") -> "CacheSpec | CachePlan":
+    def parse(cls, spec: "str | Policy | None") -> "Policy":
         """Read the grammar of the command line, or the plan that it names.
 
         Raises ValueError, with the grammar, for anything else, and as `CachePlan.load`.
         """
-        if isinstance(spec, CacheSpec | CachePlan):
+        if isinstance(spec, Policy):
             return spec
         if spec is None or spec.lower() == "none":
             return cls()
         if spec.endswith(".json"):
             return CachePlan.load(spec)
+        if match := _DRIFT_GRAMMAR.fullmatch(spec.strip()):
+            threshold, most, branch, order = match.groups()
+            return DriftSpec(float(threshold), int(most or DriftSpec.most), int(branch or 1), int(order or 0))
         match = _GRAMMAR.fullmatch(spec.strip())
         if not match:
             raise ValueError(f"cache spec {spec!r} does not parse; write {_EXAMPLE}")
@@ -74,8 +75,7 @@ class CacheSpec:
     def __str__(self) -> str:
         if self == CacheSpec():
             return "none"
-        text = f"N{self.interval}-{self.start}-{self.stop}"
-        return text + (f"-b{self.branch}" if self.branch != 1 else "") + (f"-o{self.order}" if self.order else "")
+        return f"N{self.interval}-{self.start}-{self.stop}" + _suffix(self.branch, self.order)
 
     def with_order(self, order: int) -> "CacheSpec":
         return replace(self, order=order)
@@ -186,8 +186,64 @@ class CachePlan:
         return [tuple([j for j in full if j < i][-2:]) for i in range(len(self.weights))]
 
 
+@dataclass(frozen=True)
+class DriftSpec:
+    """A policy that looks: a step is full once the output of the first `branch` layers, which every step runs, has
+    moved too far from where it was at the last full step.
+
+    To decide, the host waits for one number from the device at every step, so the model cannot be compiled as a whole.
+    The number is of all samples of a call together: a sample depends on those that it is made with.
+
+    Attributes:
+        threshold: the distance, relative to the norm then, beyond which a step is full.
+        most: cached steps in a row at most.
+        branch, order: as in `CacheSpec`.
+    """
+
+    threshold: float
+    most: int = 8
+    branch: int = 1
+    order: int = 0
+
+    def __post_init__(self):
+        if self.most < 0:
+            raise ValueError(f"cache most is {self.most}; it must be 0, which caches nothing, or more")
+        _check(self.branch, self.order)
+
+    def __str__(self) -> str:
+        most = f"-m{self.most}" if self.most != DriftSpec.most else ""
+        return f"D{self.threshold:g}{most}" + _suffix(self.branch, self.order)
+
+    @property
+    def caches(self) -> bool:
+        """Whether any step may be cached."""
+        return self.most > 0
+
+    def plan(self, timesteps: Sequence[float]) -> list[bool]:
+        """True where a step is sure to be full: the first."""
+        return [i == 0 or not self.most for i in range(len(timesteps))]
+
+    def weight(self, i: int, before: int, last: int) -> float:
+        """That of a linear forecast."""
+        return (i - last) / (last - before)
+
+
+Policy = CacheSpec | CachePlan | DriftSpec
+
+
+def _check(branch: int, order: int) -> None:
+    if branch < 1:
+        raise ValueError(f"cache branch is {branch}; it must be at least 1")
+    if order not in (0, 1):
+        raise ValueError(f"cache order is {order}; 0 reuses the stored feature, 1 forecasts it linearly")
+
+
+def _suffix(branch: int, order: int) -> str:
+    return (f"-b{branch}" if branch != 1 else "") + (f"-o{order}" if order else "")
+
+
 class CacheStep:
-    """What one model call sees of the cache, and what it leaves: a mailbox with no behaviour, so that it compiles.
+    """What one model call sees of the cache, and what it leaves: a mailbox, so that it compiles.
 
     Attributes:
         branch: b, how many outer layers a cached pass runs.
@@ -202,6 +258,54 @@ class CacheStep:
         self.feature = feature
         self.output: Tensor | None = None
 
+    @property
+    def may_be_full(self) -> bool:
+        """Whether the middle layers may run, as far as is known before the call."""
+        return self.feature is None
+
+    def is_full(self, shallow: Tensor) -> bool:
+        """Whether the middle layers run. `shallow` is the output of the first `branch` layers."""
+        return self.feature is None
+
+
+class DriftStep(CacheStep):
+    """A call that decides by itself, from how far its shallow feature has moved; it waits for the device.
+
+    Attributes:
+        shallow: that of this call; set by it.
+        before: that of the last full step.
+        threshold: see `DriftSpec`.
+        tell: called if it is a full one.
+    """
+
+    __slots__ = ("before", "shallow", "tell", "threshold")
+
+    def __init__(
+        self,
+        branch: int,
+        feature: Tensor | None,
+        before: Tensor | None,
+        threshold: float,
+        tell: Callable[[], None],
+    ):
+        super().__init__(branch, feature)
+        self.before, self.threshold, self.tell = before, threshold, tell
+        self.shallow: Tensor | None = None
+
+    @property
+    def may_be_full(self) -> bool:
+        return True
+
+    def is_full(self, shallow: Tensor) -> bool:
+        full = self.feature is None
+        if not full:
+            drift = torch.linalg.vector_norm(shallow - self.before) / torch.linalg.vector_norm(self.before)
+            full = drift.item() > self.threshold
+        if full:
+            self.shallow = shallow
+            self.tell()
+        return full
+
 
 class SkipCache:
     """One sampling run's cache.
@@ -211,16 +315,16 @@ class SkipCache:
             out = model(x, t, y, cache=cache.at(i))
 
     Args:
-        spec: a `CacheSpec`, a `CachePlan`, or the text or file of one.
+        spec: a policy, or the text or file of one.
         timesteps: the run's timesteps in sampling order, numbers or a 1-D tensor (read once, here).
 
     Attributes:
         plan: list[bool], True where the step is full.
-        ran: the plan, with the steps that had to run in full because their stream had nothing fresh to reuse.
+        ran: the plan, with the steps that ran in full because their stream had nothing fresh to reuse, or by drift.
         peak_bytes: the most memory the stored features took.
     """
 
-    def __init__(self, spec: str | CacheSpec | CachePlan, timesteps: Sequence[float] | Tensor):
+    def __init__(self, spec: str | Policy, timesteps: Sequence[float] | Tensor):
         self.spec = CacheSpec.parse(spec)
         self.timesteps = timesteps.tolist() if isinstance(timesteps, Tensor) else list(timesteps)
         self.plan = self.spec.plan(self.timesteps)
@@ -228,7 +332,8 @@ class SkipCache:
         self.peak_bytes = 0
         self._last_cached = max((i for i, full in enumerate(self.plan) if not full), default=-1)
         self._stored: dict[str, list[tuple[int, Tensor]]] = {}  # stream -> [(step, feature)], oldest first
-        self._open: dict[str, tuple[int, CacheStep]] = {}  # full steps handed out, their output not collected yet
+        self._shallow: dict[str, Tensor] = {}  # stream -> that of its last full step; only for drift
+        self._open: dict[str, tuple[int, CacheStep]] = {}  # steps handed out, their output not collected yet
         if self.spec.caches and all(self.plan):
             warnings.warn(f"cache {self.spec} never engages on these {len(self.plan)} timesteps", stacklevel=2)
 
@@ -249,22 +354,28 @@ class SkipCache:
         if self._last_cached < 0:
             return None
         self._collect(stream)
-        stored = self._stored.get(stream)
-        last_full = max(j for j in range(i + 1) if self.plan[j])
-        if not self.plan[i] and stored and stored[-1][0] >= last_full:
-            step = CacheStep(self.spec.branch, self._feature(i, stored))
+        stored, spec = self._stored.get(stream), self.spec
+        drifts = isinstance(spec, DriftSpec)
+        oldest = i - spec.most if drifts else max(j for j in range(i + 1) if self.plan[j])
+        fresh = not self.plan[i] and stored and stored[-1][0] >= oldest
+        feature = self._feature(i, stored) if fresh else None
+        if drifts:
+            before = self._shallow.get(stream)
+            step = DriftStep(spec.branch, feature, before, spec.threshold, lambda: self.ran.__setitem__(i, True))
         else:
-            self.ran[i] = True
-            step = CacheStep(self.spec.branch, None)
-            if i < self._last_cached:
-                self._open[stream] = (i, step)
+            step = CacheStep(spec.branch, feature)
+            self.ran[i] = self.ran[i] or not fresh
         if i >= self._last_cached:  # no later step reads the cache: free it now, not when the run's objects die
             self._stored.pop(stream, None)
+            self._shallow.pop(stream, None)
+        elif drifts or not fresh:
+            self._open[stream] = (i, step)
         return step
 
     def clear(self) -> None:
         """Forget the stored features; the counts stay. For the end of a run."""
         self._stored.clear()
+        self._shallow.clear()
         self._open.clear()
 
     def _collect(self, stream: str) -> None:
@@ -275,7 +386,10 @@ class SkipCache:
         stored = self._stored.setdefault(stream, [])
         stored.append((i, step.output.detach()))
         del stored[: -1 - self.spec.order]
-        self.peak_bytes = max(self.peak_bytes, sum(f.nbytes for s in self._stored.values() for _, f in s))
+        if isinstance(step, DriftStep):
+            self._shallow[stream] = step.shallow.detach()
+        kept = [f for s in self._stored.values() for _, f in s] + list(self._shallow.values())
+        self.peak_bytes = max(self.peak_bytes, sum(f.nbytes for f in kept))
 
     def _feature(self, i: int, stored: list[tuple[int, Tensor]]) -> Tensor:
         """The stored feature, or for order 1 its forecast from the last two over the step index (one fused kernel)."""

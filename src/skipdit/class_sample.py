@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from skipdit.adaln import AdaLNTransformer, Conditioning
 from skipdit.bench import step_flops
-from skipdit.cache import CachePlan, CacheSpec, SkipCache
+from skipdit.cache import CacheSpec, DriftSpec, Policy, SkipCache
 from skipdit.config import required, setting, to_dict
 from skipdit.data.images import to_uint8
 from skipdit.device import process_state
@@ -105,6 +105,8 @@ def generate(
     diffusion, count = Diffusion(steps), len(generators)
     timesteps = diffusion.sampling_timesteps
     run = cache if isinstance(cache, SkipCache) else SkipCache(cache, timesteps)
+    if (drifts := isinstance(run.spec, DriftSpec)) and model._compiled_call_impl is not None:
+        raise ValueError(f"cache {run.spec} decides within the model, which cannot be compiled then: set compile=false")
     x = randn((count, *model.sample_shape), generators, model.device, torch.float32)
     both = None if labels is None else torch.cat([labels, torch.full_like(labels, model.null_class)])
     low, high = guidance_interval
@@ -118,12 +120,13 @@ def generate(
 
     rows = 1 if both is None else len(both)
     step_bytes = 6 * model.config.hidden_size * rows * len(model.blocks) * model.dtype.itemsize
-    ahead = Ahead(condition, run.plan, max(1, AHEAD_BYTES // step_bytes))
+    plan = [full or drifts for full in run.plan]  # a step that decides by itself needs what a full one does
+    ahead = Ahead(condition, plan, max(1, AHEAD_BYTES // step_bytes))
 
     def guided(x: Tensor, t: Tensor, i: int) -> Tensor:
         guide = labels is not None and guidance_scale != 1 and low <= timesteps[i] <= high
         step = run.at(i, stream="guided" if guide else "conditional")
-        conditioning = ahead.at(i, step is None or step.feature is None)
+        conditioning = ahead.at(i, step is None or step.may_be_full)
         x = x.to(model.dtype)
         if guide:
             x, t = torch.cat([x, x]), torch.cat([t, t])
@@ -216,7 +219,7 @@ class ClassSampler:
     def model(self) -> AdaLNTransformer:
         return self.models.model
 
-    def latents(self, steps: int, spec: CacheSpec | CachePlan) -> Iterator[Tensor]:
+    def latents(self, steps: int, spec: Policy) -> Iterator[Tensor]:
         """(N, *model.sample_shape), float32, of every batch."""
         config, model = self.config, self.model
         for start in range(0, config.num_samples, config.batch_size):
@@ -225,7 +228,7 @@ class ClassSampler:
             settings = generate_settings(config) | {"steps": steps, "cache": SkipCache(spec, self.timesteps(steps))}
             yield generate(model, labels, noise, **settings, progress=True)
 
-    def make(self, steps: int, spec: CacheSpec | CachePlan) -> Tensor:
+    def make(self, steps: int, spec: Policy) -> Tensor:
         """(N, ..., 3, H, W) uint8."""
         vae = self.models.vae
         return torch.cat([to_uint8(decode(vae, latents)).cpu() for latents in self.latents(steps, spec)])
@@ -257,6 +260,8 @@ def run_job(
     identity = {key: value for key, value in to_dict(config).items() if key not in _FREE | free}
     identity |= {"weights": fingerprint(model), "vae": fingerprint(vae), "cache": str(spec)}
     identity |= {"dtype": str(model.dtype), "device": device.type}  # devices draw different noise from one seed
+    if isinstance(spec, DriftSpec):
+        identity["batch_size"] = config.batch_size  # samples of a call decide together
     job = Job(config.out, identity, config.num_samples, suffix, rank=state.process_index, world=state.num_processes)
 
     def make(indices: list[int], timer: StepTimer) -> tuple[Tensor, SkipCache]:

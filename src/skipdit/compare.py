@@ -18,7 +18,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from skipdit.bench import run_flops
-from skipdit.cache import CachePlan, CacheSpec, SkipCache
+from skipdit.cache import CacheSpec, Policy, SkipCache
 from skipdit.config import friendly_errors, load_config, make_parser, to_dict
 from skipdit.media import side_by_side, write_gif
 from skipdit.metrics.fidelity import psnr, ssim
@@ -38,10 +38,10 @@ class Sampler(Protocol):
     def timesteps(self, steps: int) -> list[float]:
         """Of a run of so many steps, in sampling order."""
 
-    def latents(self, steps: int, spec: CacheSpec | CachePlan) -> Iterator[Tensor]:
+    def latents(self, steps: int, spec: Policy) -> Iterator[Tensor]:
         """Of every batch of the config's samples, (N, ..., C, h, w) float32."""
 
-    def make(self, steps: int, spec: CacheSpec | CachePlan) -> Tensor:
+    def make(self, steps: int, spec: Policy) -> Tensor:
         """All samples of the config, (N, ..., 3, H, W) uint8."""
 
 

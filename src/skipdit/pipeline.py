@@ -20,13 +20,13 @@ from diffusers import DiffusionPipeline, HunyuanDiT2DModel, SchedulerMixin
 from torch import Tensor, nn
 
 from skipdit import hunyuan2d
-from skipdit.cache import CachePlan, CacheSpec, SkipCache
+from skipdit.cache import CacheSpec, DriftSpec, Policy, SkipCache
 from skipdit.skip import SkipTransformer
 
 MAX_CALLS = 4  # of the model within one step: guidance takes one or two
 
 
-def enable_cache(pipe: DiffusionPipeline, spec: str | CacheSpec | CachePlan) -> "PipelineCache":
+def enable_cache(pipe: DiffusionPipeline, spec: str | Policy) -> "PipelineCache":
     """Let a pipeline cache from its next call on, in place of a cache that its transformer or scheduler may have.
 
     What the model computes from the text alone is computed once per call then, too. Calls may differ in everything:
@@ -35,7 +35,7 @@ def enable_cache(pipe: DiffusionPipeline, spec: str | CacheSpec | CachePlan) -> 
 
     Args:
         pipe: its `transformer` is one of ours, or diffusers' `HunyuanDiT2DModel`.
-        spec: a `CacheSpec`, a `CachePlan`, or the text or file of one; "none" caches nothing but the text.
+        spec: a policy (see `skipdit.cache`), or the text or file of one; "none" caches nothing but the text.
 
     Returns:
         The cache; its `run` has the counts of the newest call.
@@ -59,7 +59,7 @@ def disable_cache(pipe: DiffusionPipeline) -> None:
         cache.remove()
 
 
-def _cacheable(transformer: nn.Module, spec: CacheSpec | CachePlan) -> nn.Module:
+def _cacheable(transformer: nn.Module, spec: Policy) -> nn.Module:
     """A transformer without the wrapper that torch.compile puts around it. Raises as `enable_cache`."""
     model = getattr(transformer, "_orig_mod", transformer)
     if not isinstance(model, SkipTransformer | HunyuanDiT2DModel):
@@ -70,6 +70,8 @@ def _cacheable(transformer: nn.Module, spec: CacheSpec | CachePlan) -> nn.Module
     n_skips = model.n_skips if isinstance(model, SkipTransformer) else hunyuan2d.n_skips(model)
     if spec.caches and spec.branch > n_skips:
         raise ValueError(f"cache branch {spec.branch} is larger than the model's number of skips, {n_skips}")
+    if isinstance(spec, DriftSpec) and model is not transformer:
+        raise ValueError(f"cache {spec} decides within the transformer, which cannot be compiled then")
     if model._compiled_call_impl is not None:
         raise ValueError(
             "the transformer is compiled in place, and the cache has to stay outside of its graphs: write "
@@ -86,7 +88,7 @@ class PipelineCache:
             call lasts; one that broke off leaves its own to the next.
     """
 
-    def __init__(self, pipe: DiffusionPipeline, spec: CacheSpec | CachePlan):
+    def __init__(self, pipe: DiffusionPipeline, spec: Policy):
         self.run: SkipCache | None = None
         self._pipe, self._spec = weakref.ref(pipe), spec
         self._hook, self._scheduler, self._active = None, None, False

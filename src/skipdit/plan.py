@@ -29,7 +29,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from skipdit.bench import run_flops
-from skipdit.cache import CachePlan, CacheSpec, CacheStep, SkipCache
+from skipdit.cache import CachePlan, CacheSpec, CacheStep, Policy, SkipCache
 from skipdit.compare import Sampler
 from skipdit.config import friendly_errors, load_config, to_dict
 from skipdit.sample import versions
@@ -235,12 +235,12 @@ class Bench:
     def plan(self, weights: Sequence[float | None]) -> CachePlan:
         return CachePlan(self.timesteps, tuple(weights), self.branch)
 
-    def squared_error(self, policy: CacheSpec | CachePlan, steps: int | None = None) -> Tensor:
+    def squared_error(self, policy: Policy, steps: int | None = None) -> Tensor:
         """Mean squared error (N,) of the final latents of every sample, against the uncached run."""
         made = self.sampler.latents(steps or self.steps, policy)
         return torch.cat([(a - b).square().flatten(1).mean(1) for a, b in zip(made, self.reference, strict=True)])
 
-    def error(self, policy: CacheSpec | CachePlan, steps: int | None = None) -> float:
+    def error(self, policy: Policy, steps: int | None = None) -> float:
         """Root of the mean squared error of the final latents over that of the latents themselves: the geometric mean
         over samples, as a mean of dB is."""
         key = f"{policy} {steps}"
@@ -250,10 +250,10 @@ class Bench:
             self._known[key] = ratio.clamp_min(1e-20).log().mean().div(2).exp().item()
         return self._known[key]
 
-    def flops(self, policy: CacheSpec | CachePlan) -> float:
+    def flops(self, policy: Policy) -> float:
         return run_flops(SkipCache(policy, self.timesteps), self.sampler.flops)
 
-    def speedup(self, policy: CacheSpec | CachePlan) -> float:
+    def speedup(self, policy: Policy) -> float:
         return self.steps * self.sampler.flops["full"] / self.flops(policy)
 
 

@@ -300,7 +300,8 @@ def add_cache_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="?",
         const="default",
         metavar="SPEC",
-        help="N<interval>-<start>-<stop>[-b<branch>][-o<order>] or none; alone: the task's default window",
+        help="N<interval>-<start>-<stop>[-b<branch>][-o<order>], a plan's FILE.json, D<threshold>[-m<most>][-b<branch>]"
+        "[-o<order>], or none; alone: the task's default window",
     )
     parser.add_argument(
         "--cache-step", "--deepcache", type=int, metavar="N", help="the task's default window with interval N"

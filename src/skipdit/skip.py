@@ -86,19 +86,27 @@ def skip_stack(
     branch = cache.branch if cache is not None else 0
     if branch > n_skips:
         raise ValueError(f"cache branch {branch} is larger than the model's number of skips, {n_skips}")
-    full = cache is None or cache.feature is None
     shallow: list[Tensor] = []
-    for i in range(depth) if full else [*range(branch), *range(depth - branch, depth)]:
-        if cache is not None and i == depth - branch:
-            if full:
-                cache.output = x
-            else:
-                x = cache.feature
+
+    def layer(i: int, x: Tensor) -> Tensor:
         if i >= first:
             x = fuse(i - first, x, shallow.pop())
         x = block(i, x)
         if i < n_skips:
             shallow.append(x)
+        return x
+
+    for i in range(branch):
+        x = layer(i, x)
+    if cache is None or cache.is_full(x):
+        for i in range(branch, depth - branch):
+            x = layer(i, x)
+        if cache is not None:
+            cache.output = x
+    else:
+        x = cache.feature
+    for i in range(depth - branch, depth):
+        x = layer(i, x)
     return x
 
 

@@ -16,7 +16,7 @@ from diffusers import AutoencoderKL, DiffusionPipeline, SchedulerMixin
 from torch import Tensor, nn
 
 from skipdit.bench import step_flops
-from skipdit.cache import CachePlan, CacheSpec, SkipCache
+from skipdit.cache import CacheSpec, DriftSpec, Policy, SkipCache
 from skipdit.config import setting, to_dict
 from skipdit.data.images import to_uint8
 from skipdit.device import process_state
@@ -202,13 +202,13 @@ class PromptSampler(ABC):
         self.pipe.scheduler.set_timesteps(steps)
         return self.pipe.scheduler.timesteps.tolist()
 
-    def latents(self, steps: int, spec: CacheSpec | CachePlan) -> Iterator[Tensor]:
+    def latents(self, steps: int, spec: Policy) -> Iterator[Tensor]:
         """(N, ..., C, h, w), float32, of every batch."""
         enable_cache(self.pipe, spec)
         for indices in self.batches(range(len(self.prompts) * self.copies)):
             yield self.batch(indices, steps)
 
-    def make(self, steps: int, spec: CacheSpec | CachePlan) -> Tensor:
+    def make(self, steps: int, spec: Policy) -> Tensor:
         """All samples of the config, (N, ..., 3, H, W) uint8."""
         vae = self.pipe.vae
         return torch.cat([to_uint8(decode(vae, latents)).cpu() for latents in self.latents(steps, spec)])
@@ -266,6 +266,8 @@ def run_job(
     identity |= {"weights": fingerprint(model), "vae": fingerprint(pipe.vae)}
     identity |= {"model": dict(model.config), "scheduler_config": dict(pipe.scheduler.config)}
     identity |= {"dtype": str(model.dtype), "device": state.device.type}  # devices draw different noise from one seed
+    if isinstance(spec, DriftSpec):
+        identity["batch_size"] = config.batch_size  # samples of a call decide together
     job = Job(config.out, identity, len(names), suffix, state.process_index, state.num_processes, names)
 
     def make(indices: list[int], timer: StepTimer) -> tuple[Tensor, SkipCache]:
