@@ -1,0 +1,624 @@
+"""Skip-Cache and the caching methods that one would take instead: same machine, weights, prompts and seeds.
+
+    python benchmarks/compare.py --task class-to-image --out results/class-to-image
+    python benchmarks/compare.py --task text-to-video --out results/text-to-video --repeats 5
+    python benchmarks/compare.py --task class-to-image --quick --out results/quick    # few samples, few settings
+    python benchmarks/compare.py --task text-to-video --methods skip-cache taylorseer --out results/some num_frames=8
+    python benchmarks/compare.py --task text-to-image --full-size --out results/text-to-image
+
+Every method runs on the model with skips and, with plain weights (--plain), on the plain one; Skip-Cache needs skips.
+Fidelity is against the uncached samples of the same backbone. Peers and their sources are in peers.py; their settings
+below are those of their papers or packages where these fit a model of any depth. Writes compare.md, compare.json and
+compare.png into --out, and every row as soon as it is measured: the same command again continues, and with more
+--methods or --repeats adds to what is there.
+"""
+
+import argparse
+import importlib
+import json
+import math
+import re
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import diffusers
+import matplotlib
+import torch
+from peers import FORA, PAB, DBCache, DeltaDiT, Peer, TaylorSeer, TeaCache, TGate, parts_of, replaced
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+from tqdm import tqdm
+
+from skipdit.adaln import AdaLNTransformer
+from skipdit.bench import interleaved_seconds, run_flops, step_flops
+from skipdit.cache import CacheSpec, SkipCache
+from skipdit.class_sample import ClassSampler
+from skipdit.compare import Sampler
+from skipdit.config import friendly_errors, load_config, to_dict
+from skipdit.device import process_state
+from skipdit.metrics import frechet_distance, psnr, ssim
+from skipdit.sample import versions
+from skipdit.skip import SkipTransformer
+from skipdit.weights import fingerprint
+
+ROOT = Path(__file__).parents[1]
+TASKS = ("class-to-image", "class-to-video", "text-to-video", "text-to-image")
+WEIGHTS = ROOT / "benchmarks/weights"  # of plain models
+UNCACHED, FEWER, REUSE, FORECAST = "uncached", "fewer steps", "Skip-Cache", "Skip-Cache forecast"
+METHODS = {  # as --methods names them
+    "fewer-steps": FEWER,
+    "skip-cache": REUSE,
+    "skip-cache-forecast": FORECAST,
+    "fora": "FORA",
+    "delta-dit": "Delta-DiT",
+    "pab": "PAB",
+    "t-gate": "T-GATE",
+    "fbcache": "FBCache",
+    "dbcache": "DBCache",
+    "teacache": "TeaCache",
+    "teacache-fitted": "TeaCache fitted",
+    "taylorseer": "TaylorSeer",
+}
+COLOURS = ("black", "tab:blue", "tab:red", "tab:orange", "tab:green", "tab:purple", "tab:brown", "tab:pink")
+COLOURS += ("tab:olive", "tab:cyan", "tab:gray", "gold")
+MARKERS = "osD^vP*Xh<>p"
+STYLES = {
+    method: {"color": colour, "marker": marker, "linestyle": ":" if method == FEWER else "-"}
+    | ({"linewidth": 2.5, "markersize": 8, "zorder": 3} if method in (REUSE, FORECAST) else {"linewidth": 1})
+    for method, colour, marker in zip(METHODS.values(), COLOURS, MARKERS, strict=True)
+}
+IDENTICAL = 100.0  # dB that count for identical pictures, in means
+
+
+@dataclass
+class Row:
+    """One way to sample.
+
+    Attributes:
+        backbone: skip or plain.
+        method: as METHODS has it.
+        name: method and settings.
+        spec, peer: at most one of them caches.
+    """
+
+    backbone: str
+    method: str
+    name: str
+    steps: int
+    spec: CacheSpec = field(default_factory=CacheSpec)
+    peer: Peer | None = None
+
+    @property
+    def key(self) -> str:
+        return re.sub(r"[^\w.]+", "-", f"{self.backbone} {self.name}").lower()
+
+    @property
+    def window(self) -> str:
+        """Timesteps between which Skip-Cache caches."""
+        return f"{self.spec.start}-{self.spec.stop}"
+
+
+@dataclass
+class Backbone:
+    """A model, ready to sample."""
+
+    name: str
+    sampler: Sampler
+    window: CacheSpec
+
+    @property
+    def model(self) -> SkipTransformer:
+        return self.sampler.models.model if isinstance(self.sampler, ClassSampler) else self.sampler.model
+
+    def make(self, row: Row) -> Tensor:
+        """All samples of the config, (N, ..., 3, H, W) uint8."""
+        with row.peer.on(self.model, self.sampler.timesteps(row.steps)) if row.peer else nullcontext():
+            return self.sampler.make(row.steps, row.spec)
+
+
+def depth_of(model: SkipTransformer) -> int:
+    """Layers, which are pairs of blocks in the Lattes."""
+    if isinstance(model, AdaLNTransformer):
+        return len(model.blocks) // model.blocks_per_layer
+    return len(model.blocks if hasattr(model, "blocks") else model.transformer_blocks)
+
+
+def peers_for(model: SkipTransformer, steps: int, polynomial: Sequence[float] = ()) -> dict[str, list[Peer]]:
+    """Two or three settings of every peer that the model can have, fast ones last.
+
+    Args:
+        polynomial: TeaCache's for this model; without it, there is no fitted TeaCache.
+    """
+    kinds, depth = {part.kind for part in parts_of(model)}, depth_of(model)
+    outer, warmup = max(1, depth // 7), min(8, steps // 5)  # cache-dit: 8 of 57 blocks, 8 steps
+    found: dict[str, list[Peer]] = {
+        "FORA": [FORA(2), FORA(3), FORA(4)],
+        "TaylorSeer": [TaylorSeer(2, 1), TaylorSeer(3, 1), TaylorSeer(4, 2)],
+        "PAB": [PAB(2, 3, 5), PAB(4, 6, 9)],
+        "T-GATE": [TGate(round(0.6 * steps), 3), TGate(round(0.4 * steps))],
+        "Delta-DiT": [DeltaDiT(2, 0.5), DeltaDiT(2, 0.75), DeltaDiT(3, 0.75)],
+        "FBCache": [DBCache(0.05), DBCache(0.1), DBCache(0.2)],
+        "DBCache": [DBCache(threshold, outer, outer, warmup) for threshold in (0.08, 0.12, 0.24)],
+        "TeaCache": [TeaCache(0.05), TeaCache(0.1), TeaCache(0.2)],
+    }
+    if polynomial:
+        found["TeaCache fitted"] = [TeaCache(threshold, tuple(polynomial)) for threshold in (0.05, 0.1, 0.2)]
+    if "cross" not in kinds:
+        del found["T-GATE"]
+    return found
+
+
+def rows_for(
+    backbone: str,
+    model: SkipTransformer,
+    steps: int,
+    timesteps: list[float],
+    window: CacheSpec,
+    flops: dict[str, float],
+    polynomial: Sequence[float],
+    quick: bool,
+) -> list[Row]:
+    """Everything that runs on a backbone, the uncached run first.
+
+    Args:
+        window: of the task; Skip-Cache also runs in a window of all steps, where that makes other plans.
+        flops: of a full and a cached step; numbers of uncached steps are chosen by them, to cost what Skip-Cache does.
+    """
+    intervals = (2, 3) if quick else (2, 3, 4, 5, 6)
+    own, costs, seen = [], [], set()
+    for interval in intervals:
+        for start, stop in ((window.start, window.stop), (1000, 0)):
+            spec = CacheSpec(interval, start, stop, window.branch)
+            cache = SkipCache(spec, timesteps)
+            if tuple(cache.plan) in seen:
+                continue
+            seen.add(tuple(cache.plan))
+            costs.append(cache.full_steps + cache.cached_steps * flops["cached"] / flops["full"])
+            own.append(Row(backbone, REUSE, f"{REUSE} {spec}", steps, spec))
+            forecast = spec.with_order(1)
+            own.append(Row(backbone, FORECAST, f"{REUSE} {forecast}", steps, forecast))
+    fewer = sorted({max(1, round(cost)) for cost in costs} - {steps}, reverse=True)
+    rows = [Row(backbone, UNCACHED, UNCACHED, steps)]
+    rows += [Row(backbone, FEWER, f"{count} steps", count) for count in fewer]
+    rows += own if model.n_skips else []
+    for method, peers in peers_for(model, steps, polynomial).items():
+        rows += [Row(backbone, method, str(peer), steps, peer=peer) for peer in (peers[1:2] if quick else peers)]
+    return rows
+
+
+class Meter:
+    """What the model calls of a sampling run cost; see `metered`."""
+
+    def __init__(self) -> None:
+        self.flops, self.full, self.cached, self.feature_bytes = 0.0, 0, 0, 0
+
+
+@contextmanager
+def metered(model: SkipTransformer) -> Iterator[Meter]:
+    """Counts the FLOPs of the model's calls, two per multiply-add with attention, and Skip-Cache's steps and feature.
+
+    What samplers compute ahead of the steps and the autoencoder are not in them.
+    """
+    meter, original = Meter(), model.forward
+
+    def forward(*args, **kwargs):
+        with FlopCounterMode(display=False) as counter:
+            out = original(*args, **kwargs)
+        meter.flops += counter.get_total_flops()
+        cache = kwargs.get("cache")
+        if cache is not None and cache.feature is not None:
+            meter.cached += 1
+        else:
+            meter.full += 1
+        if cache is not None and cache.output is not None:
+            meter.feature_bytes = cache.output.nbytes
+        return out
+
+    with replaced(model, "forward", forward):
+        yield meter
+
+
+def measure(backbone: Backbone, row: Row) -> tuple[dict[str, Any], Tensor]:
+    """A row's samples, and what they cost, apart from time."""
+    cuda = torch.cuda.is_available()
+    if cuda:
+        torch.cuda.reset_peak_memory_stats()
+    timesteps = backbone.sampler.timesteps(row.steps)
+    with row.peer.on(backbone.model, timesteps) if row.peer else nullcontext() as run, metered(backbone.model) as meter:
+        samples = backbone.sampler.make(row.steps, row.spec)
+    calls = meter.full + meter.cached
+    full, partial = (run.full, run.partial) if run else (meter.full, meter.cached)
+    kept = run.peak_bytes if run else meter.feature_bytes * (row.spec.order + 1) * (meter.cached > 0)
+    result = {
+        "flops": meter.flops / len(samples),
+        "full_steps": full * row.steps / calls,  # means over batches, which a measuring method treats differently
+        "partial_steps": partial * row.steps / calls,
+        "cache_bytes": kept,
+        "peak_memory_bytes": torch.cuda.max_memory_allocated() if cuda else None,
+    }
+    return result, samples
+
+
+class Store:
+    """Results that outlive an interruption: a JSON file and the samples of every row.
+
+    Raises ValueError if the folder holds results of other settings.
+    """
+
+    def __init__(self, folder: Path, identity: dict):
+        self.folder = folder / "rows"
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._file, identity = self.folder / "settings.json", json.loads(json.dumps(identity))
+        before = json.loads(self._file.read_text()) if self._file.exists() else {}
+        if differ := [key for key in before.keys() & identity.keys() if before[key] != identity[key]]:
+            lines = [f"  {key}: {before[key]} there, {identity[key]} now" for key in differ]
+            raise ValueError(f"{folder} holds results of other settings; use another --out:\n" + "\n".join(lines))
+        _write(self._file, json.dumps(before | identity, indent=2))
+
+    def result(self, key: str) -> dict | None:
+        file = self.folder / f"{key}.json"
+        return json.loads(file.read_text()) if file.exists() else None
+
+    def save(self, key: str, result: dict) -> None:
+        _write(self.folder / f"{key}.json", json.dumps(result, indent=2))
+
+    def samples(self, key: str) -> Tensor:
+        return torch.load(self.folder / f"{key}.pt", weights_only=True)
+
+    def save_samples(self, key: str, samples: Tensor) -> None:
+        partial = self.folder / f"{key}.partial"
+        torch.save(samples, partial)
+        partial.replace(self.folder / f"{key}.pt")
+
+
+def _write(path: Path, text: str) -> None:
+    partial = path.with_suffix(".partial")
+    partial.write_text(text + "\n")
+    partial.replace(path)
+
+
+def fitted_polynomial(backbone: Backbone, steps: int, store: Store) -> list[float]:
+    """TeaCache's for this model, from samples of other seeds than those that are compared."""
+    key = f"{backbone.name}-teacache-fit"
+    if (known := store.result(key)) is None:
+        config = backbone.sampler.config
+        seed = config.seed
+        try:
+            config.seed = seed + 1
+            polynomial = TeaCache.fit(
+                backbone.model, backbone.sampler.timesteps(steps), lambda: backbone.sampler.make(steps, CacheSpec())
+            )
+        finally:
+            config.seed = seed
+        known = {"polynomial": polynomial, "seed": seed + 1}
+        store.save(key, known)
+    return known["polynomial"]
+
+
+def run(backbones: list[Backbone], rows: list[Row], store: Store, repeats: int) -> list[dict]:
+    """Measure what is not measured yet. One dict per row, in order."""
+    by_name = {backbone.name: backbone for backbone in backbones}
+    todo = [row for row in rows if store.result(row.key) is None]
+    for row in tqdm(todo, desc="counting", unit="row"):
+        result, samples = measure(by_name[row.backbone], row)
+        store.save_samples(row.key, samples)
+        store.save(row.key, result | {"seconds": []})
+    rounds = [
+        row for turn in range(repeats) for row in rows if len(store.result(row.key)["seconds"]) <= turn
+    ]  # interleaved: a machine that slows down slows all rows
+    for row in tqdm(rounds, desc="timing", unit="run"):
+        result = store.result(row.key)
+        began = time.perf_counter()
+        samples = by_name[row.backbone].make(row)  # ends on the CPU, so the device has finished
+        result["seconds"].append((time.perf_counter() - began) / len(samples))
+        store.save(row.key, result)
+    about = [{"backbone": row.backbone, "method": row.method, "name": row.name, "window": row.window} for row in rows]
+    return [each | store.result(row.key) for each, row in zip(about, rows, strict=True)]
+
+
+def judge(
+    table: list[dict],
+    rows: list[Row],
+    store: Store,
+    lpips: Callable[[Tensor, Tensor], Tensor] | None,
+    features: Callable[[Tensor], Tensor] | None,
+    reference: Tensor | None,
+) -> None:
+    """Add speed and fidelity to the rows, against the uncached one of their backbone.
+
+    Args:
+        lpips: distance of uint8 (N, 3, H, W) and (N, 3, H, W) -> (N,).
+        features: of samples (N, ..., 3, H, W), (N, D).
+        reference: features of real samples.
+    """
+    base: dict[str, tuple[dict, Tensor]] = {}
+    for result, row in zip(tqdm(table, desc="judging", unit="row"), rows, strict=True):
+        made, seconds = store.samples(row.key), result["seconds"]
+        first, samples = base.setdefault(row.backbone, (result, made))
+        middle = median(seconds)
+        pictures = made.flatten(0, -4), samples.flatten(0, -4)
+        result |= {
+            "seconds_per_sample": middle,
+            "seconds_spread": (max(seconds) - min(seconds)) / middle,
+            "speedup": median(first["seconds"]) / middle,
+            "flops_speedup": first["flops"] / result["flops"],
+            "identical": torch.equal(*pictures),
+            "psnr": psnr(*pictures).clamp(max=IDENTICAL).mean().item(),
+            "ssim": ssim(*pictures).mean().item(),
+        }
+        if lpips is not None:
+            pairs = zip(*(part.split(32) for part in pictures), strict=True)
+            device = process_state().device
+            result["lpips"] = torch.cat([lpips(a.to(device), b.to(device)).cpu() for a, b in pairs]).mean().item()
+        if features is not None:
+            result["frechet"] = frechet_distance(features(made), reference)
+
+
+def markdown(table: list[dict]) -> str:
+    """The rows of every backbone."""
+    extra = {"lpips": "LPIPS", "frechet": "Fréchet"}
+    extra = {key: title for key, title in extra.items() if key in table[0]}
+    lines = []
+    for backbone in dict.fromkeys(row["backbone"] for row in table):
+        columns = ["", "full + partial steps", "GFLOP", "speedup in FLOPs", "s", "±", "speedup", "cache kB", "PSNR dB"]
+        columns += ["SSIM", *extra.values()]
+        lines += [f"### {backbone} backbone", "", f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
+        for row in table:
+            if row["backbone"] != backbone:
+                continue
+            psnr = "same" if row["identical"] else f"{row['psnr']:.2f}"
+            cells = [row["name"], f"{row['full_steps']:g} + {row['partial_steps']:g}", f"{row['flops'] / 1e9:.2f}"]
+            cells += [f"{row['flops_speedup']:.2f}", f"{row['seconds_per_sample']:.3f}", f"{row['seconds_spread']:.0%}"]
+            cells += [f"{row['speedup']:.2f}", f"{row['cache_bytes'] / 1e3:.0f}", psnr, f"{row['ssim']:.3f}"]
+            lines.append(f"| {' | '.join([*cells, *(f'{row[key]:.3f}' for key in extra)])} |")
+        lines.append("")
+    return "\n".join(lines)
+
+
+def plot(table: list[dict], title: str, path: Path) -> None:
+    """Fidelity against speedup in FLOPs: a panel per backbone, a line per method.
+
+    Skip-Cache's lines are of the task's window; hollow markers are of the window of all steps.
+    """
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    names = list(dict.fromkeys(row["backbone"] for row in table))
+    figure, panels = plt.subplots(
+        1, len(names), figsize=(3 + 6 * len(names), 5.5), sharey=True, squeeze=False, layout="constrained"
+    )
+    drawn = {}
+    for panel, backbone in zip(panels[0], names, strict=True):
+        for method, style in STYLES.items():
+            mine = [row for row in table if (row["backbone"], row["method"]) == (backbone, method)]
+            for number, window in enumerate(dict.fromkeys(row["window"] for row in mine)):  # the task's first
+                points = [
+                    (row["flops_speedup"], row["psnr"])
+                    for row in mine
+                    if row["window"] == window and not row["identical"]
+                ]
+                dashed = {"linestyle": "--", "fillstyle": "none"} if number else {}
+                if points:
+                    (line,) = panel.plot(*zip(*sorted(points), strict=True), label=method, **style | dashed)
+                    drawn.setdefault(method, line)
+        panel.set(title=f"{backbone} backbone", xlabel="speedup in FLOPs")
+        panel.grid(alpha=0.3)
+    panels[0][0].set_ylabel("PSNR to the uncached run, dB")
+    handles = [drawn[method] for method in STYLES if method in drawn]
+    figure.legend(handles=handles, loc="outside right center")
+    figure.suptitle(title)
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def full_size(kind: type[SkipTransformer], steps: int, timesteps: list[float], window: CacheSpec, keep: set) -> list:
+    """FLOPs of the model calls of a run of the full-size model, for every row that is known before it runs.
+
+    Counted on the meta device, guidance in one batch of two; with a GPU also seconds of these calls, in bfloat16.
+    """
+    table = []
+    for backbone in ("skip", "plain"):
+        with torch.device("meta"):
+            model = kind(skip=backbone == "skip").eval()
+        with torch.no_grad():
+            inputs = _halves_alike(model.random_inputs(2))
+        flops = step_flops(model, 2, window.branch)
+
+        def calls(row: Row, model: SkipTransformer = model, inputs: dict = inputs) -> None:
+            cache = SkipCache(row.spec, timesteps)
+            with torch.no_grad(), row.peer.on(model, timesteps) if row.peer else nullcontext():
+                for i in range(row.steps):
+                    model(**inputs, cache=cache.at(i))
+
+        def count(row: Row, calls: Callable = calls, flops: dict = flops) -> float:
+            if row.peer is None:
+                return run_flops(SkipCache(row.spec, timesteps[: row.steps]), flops)
+            with FlopCounterMode(display=False) as counter:
+                calls(row)
+            return float(counter.get_total_flops())
+
+        rows = rows_for(backbone, model, steps, timesteps, window, flops, (), quick=False)
+        rows = [row for row in rows if (row.peer is None or row.peer.static) and row.method in keep | {UNCACHED}]
+        if backbone == "plain":
+            rows = [row for row in rows if row.method != FEWER]
+        counted = {}
+        for row in tqdm(rows, desc=f"full size, {backbone}", unit="row"):
+            counted[row.key] = count(row)
+        seconds = _seconds(kind, backbone, rows, calls) if torch.cuda.is_available() else {}
+        for row in rows:
+            result = {"backbone": backbone, "method": row.method, "name": row.name, "flops": counted[row.key]}
+            result["flops_speedup"] = counted[rows[0].key] / counted[row.key]
+            if seconds:
+                result |= {"seconds": seconds[row.key], "speedup": seconds[rows[0].key] / seconds[row.key]}
+            table.append(result)
+    return table
+
+
+def _halves_alike(inputs: dict[str, Any]) -> dict[str, Any]:
+    """Guidance gives the model the same latents twice."""
+    latents = next(iter(inputs))
+    return inputs | {latents: torch.cat([inputs[latents][:1]] * 2)}
+
+
+def _seconds(kind: type[SkipTransformer], backbone: str, rows: list[Row], calls: Callable) -> dict[str, float]:
+    """Seconds of the model calls of one run, on the GPU, medians of three."""
+    device = torch.device("cuda")
+    with device:
+        model = kind(skip=backbone == "skip").eval()
+    for parameter in model.parameters():  # zeros, as which some begin, can be fast
+        torch.nn.init.normal_(parameter, std=0.02)
+    torch.nn.Module.to(model, torch.bfloat16)
+    with torch.no_grad():
+        inputs = _halves_alike(model.random_inputs(2))
+    functions = {row.key: lambda row=row: calls(row, model, inputs) for row in rows}
+    return {key: median(times) for key, times in interleaved_seconds(functions, 3, device).items()}
+
+
+def full_size_markdown(table: list[dict]) -> str:
+    timed = "seconds" in table[0]
+    lines = ["| backbone | | TFLOP | speedup in FLOPs |" + (" s | speedup |" if timed else "")]
+    lines.append("|---|---|---|---|" + ("---|---|" if timed else ""))
+    for row in table:
+        line = f"| {row['backbone']} | {row['name']} | {row['flops'] / 1e12:.1f} | {row['flops_speedup']:.2f} |"
+        lines.append(line + (f" {row['seconds']:.3f} | {row['speedup']:.2f} |" if timed else ""))
+    return "\n".join(lines)
+
+
+def open_backbones(args: argparse.Namespace) -> list[Backbone]:
+    """The model with skips, and the plain one if there are weights of it."""
+    task = importlib.import_module(f"skipdit.{args.task.replace('-', '_')}.compare")
+    file, window = args.config or str(ROOT / f"configs/{args.task}/demo.yaml"), task.WINDOW
+    quick = []
+    if args.quick:
+        quick = ["steps=20", *(["num_samples=4", "batch_size=4"] if args.task.startswith("class") else [])]
+    config = load_config(task.Config, file, quick + args.overrides)
+    if args.quick and not args.task.startswith("class"):
+        config.prompts = config.prompts[:2]
+    if config.compile:
+        raise ValueError("peers replace parts of the model, so it cannot be compiled: set compile=false")
+    backbones = [Backbone("skip", task.open_sampler(config, window.branch), window)]
+    plain = Path(args.plain or WEIGHTS / f"{args.task}-plain.pt")
+    if args.plain and not plain.exists():
+        raise FileNotFoundError(f"--plain {plain}: no such file or training run")
+    if not plain.exists():
+        print(f"no plain weights in {plain}: rows of the plain backbone are left out. Train some with skip=false")
+        return backbones
+    without = {"class": ["model.skip=false"], "text-to-video": ["skip=false"], "text-to-image": []}
+    without = without["class" if args.task.startswith("class") else args.task]
+    plain_config = load_config(task.Config, file, [*quick, *args.overrides, *without])
+    plain_config.weights = str(plain)
+    if hasattr(config, "prompts"):
+        plain_config.prompts = config.prompts
+    backbones.append(Backbone("plain", task.open_sampler(plain_config, None), window))
+    if backbones[1].model.n_skips:
+        raise ValueError(f"{plain} holds a model with long skips; --plain wants one without")
+    return backbones
+
+
+def reference_features(args: argparse.Namespace) -> tuple[Callable[[Tensor], Tensor] | None, Tensor | None]:
+    """What turns samples into features, and those of the reference; None without --network."""
+    if bool(args.network) != bool(args.reference):
+        raise ValueError("--network and --reference go together")
+    if not args.network:
+        return None, None
+    from skipdit.metrics.networks import load_image_script
+    from skipdit.metrics.samples import open_samples
+
+    network, device = load_image_script(args.network, process_state().device), process_state().device
+
+    def features(samples: Iterable[Tensor]) -> Tensor:
+        """Of each frame one."""
+        with torch.no_grad():
+            frames = (sample.reshape(-1, 1, *sample.shape[-3:]).to(device) for sample in samples)
+            return torch.cat([network.features(some).cpu() for some in frames])
+
+    real = open_samples(Path(args.reference))
+    return features, features(real[i] for i in tqdm(range(len(real)), desc="reference", unit="sample"))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--task", choices=TASKS, required=True)
+    parser.add_argument("--out", required=True, metavar="FOLDER")
+    parser.add_argument("--config", metavar="FILE", help="of the task's sampler [its demo.yaml]")
+    parser.add_argument("--plain", metavar="PATH", help="weights or training run without skips [benchmarks/weights]")
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS), help="[all]")
+    parser.add_argument("--repeats", type=int, metavar="N", help="times to run each row [3; 1 with --quick]")
+    parser.add_argument("--quick", action="store_true", help="few samples, 20 steps, one setting a method, one repeat")
+    parser.add_argument("--full-size", action="store_true", help="also FLOPs of the full-size model, without weights")
+    parser.add_argument("--lpips", metavar="FILE", help="torchvision's AlexNet: also LPIPS")
+    parser.add_argument("--network", metavar="FILE", help="TorchScript, pictures to features: also Fréchet distance")
+    parser.add_argument("--reference", metavar="FOLDER", help="real samples for it")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings that override the config's")
+    args = parser.parse_intermixed_args()
+    with friendly_errors():
+        benchmark(args)
+
+
+def benchmark(args: argparse.Namespace) -> None:
+    out, methods = Path(args.out), {METHODS[name] for name in args.methods}
+    lpips, protocol = None, {}
+    if args.lpips:
+        from skipdit.metrics.perceptual import load_lpips
+
+        lpips, protocol["lpips"] = load_lpips("alex", args.lpips, process_state().device)
+    features, reference = reference_features(args)
+    backbones = open_backbones(args)
+    config = backbones[0].sampler.config
+    identity = {"task": args.task} | {
+        f"{backbone.name} {key}": value
+        for backbone in backbones
+        for key, value in {
+            "config": to_dict(backbone.sampler.config) | {"out": None},
+            "weights": fingerprint(backbone.model),
+            "dtype": str(backbone.model.dtype),
+        }.items()
+    }
+    store, rows = Store(out, identity | versions()), []
+    for backbone in backbones:
+        polynomial = []
+        if METHODS["teacache-fitted"] in methods:
+            polynomial = fitted_polynomial(backbone, config.steps, store)
+        timesteps, flops = backbone.sampler.timesteps(config.steps), backbones[0].sampler.flops
+        found = rows_for(
+            backbone.name, backbone.model, config.steps, timesteps, backbone.window, flops, polynomial, args.quick
+        )
+        rows += [row for row in found if row.method in methods | {UNCACHED}]
+    table = run(backbones, rows, store, args.repeats or (1 if args.quick else 3))
+    judge(table, rows, store, lpips, features, reference)
+    samples = len(store.samples(rows[0].key))
+    protocol |= {
+        "samples": samples,
+        "repeats": min(len(row["seconds"]) for row in table),
+        "threads": torch.get_num_threads(),
+        "time": "seconds per sample of a whole run with decoding, medians; the spread is (max - min) / median",
+        "flops": "per sample, of all model calls of a run, counted while it ran; two per multiply-add, with attention",
+        "fidelity": f"mean over pictures or frames, uint8, against {UNCACHED}; identical ones count {IDENTICAL:g} dB",
+        "frechet": f"{args.network} against {args.reference}" if args.network else None,
+        "settings": identity,
+        "diffusers": diffusers.__version__,
+    }
+    record = {"rows": table, "protocol": protocol, **versions()}
+    title = f"{args.task}: {samples} samples, {backbones[0].sampler.method} {config.steps} steps"
+    if not math.isclose(config.guidance_scale, 1):
+        title += f", guidance {config.guidance_scale:g}"
+    text = f"{title}\n\n{markdown(table)}"
+    plot(table, title, out / "compare.png")
+    if args.full_size:
+        kind, timesteps = type(backbones[0].model), backbones[0].sampler.timesteps(config.steps)
+        record["full_size"] = full_size(kind, config.steps, timesteps, backbones[0].window, methods)
+        text += f"\n### {kind.__name__}, full size, model calls of one run\n\n"
+        text += f"{full_size_markdown(record['full_size'])}\n"
+    _write(out / "compare.json", json.dumps(record, indent=2))
+    (out / "compare.md").write_text(text)
+    print(f"\n{text}\nplot: {out / 'compare.png'}")
+
+
+if __name__ == "__main__":
+    with suppress(KeyboardInterrupt):
+        main()
