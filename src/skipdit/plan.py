@@ -13,11 +13,13 @@ How, for a run of T steps whose full steps ... i < j < ... leave the features ..
    The few layers behind the feature are close to affine, so that f_j + w (f_j - f_i) gives d_j + w (d_j - d_i), whose
    square is least at a known w: the error e(i, j, k) of all pairs follows from the inner products of the d.
 2. A few runs with one cached step each give how much an error at step k moves the final sample: the sensitivity s(k).
-3. Dynamic programming over pairs of full steps finds the plan with the least sum of s(k)^2 e(i, j, k)^2.
+3. Dynamic programming over pairs of full steps finds the plan with the least error, the sum over full steps j of the
+   squared sum of s(k) e(i, j, k) over the cached steps k that follow: errors of one feature are alike, and add up.
 4. It, and the controls of the same cost, are run. What is best in truth is improved step by step, and written.
 """
 
 import argparse
+import inspect
 import math
 from collections import deque
 from collections.abc import Iterator, Sequence
@@ -67,9 +69,12 @@ class Errors:
         weight = min(max(-slope / curvature, 0.0), MOST * (k - j) / (j - i)) if curvature > 0 else 0.0
         return weight, max(reused + 2 * weight * slope + weight**2 * curvature, 0.0)
 
-    def cost(self, i: int | None, j: int, k: int) -> float:
-        """Squared error of the final latents that step k is expected to cause, after full steps i and j."""
-        return self.sensitivity[k] * self.best(i, j, k)[1]
+    def cost(self, i: int | None, j: int, end: int) -> float:
+        """Squared error of the final latents that the cached steps after the full steps i and j cause, before `end`.
+
+        The errors of one feature are alike from step to step and add up; those of different features do not.
+        """
+        return sum(math.sqrt(self.sensitivity[k] * self.best(i, j, k)[1]) for k in range(j + 1, end)) ** 2
 
     def weights(self, full: Sequence[int], order: int | None = None) -> list[float | None]:
         """Those of a `CachePlan` with these full steps. `order` 0 reuses, 1 forecasts linearly, None fits."""
@@ -99,15 +104,12 @@ def optimal(errors: Errors, budget: int) -> list[int]:
         following: dict[tuple[int | None, int], tuple[float, list[int]]] = {}
         best = (math.inf, [])
         for (i, j), (cost, full) in states.items():
-            for k in range(j + 1, steps + 1):  # the next full step, or the end of the run
+            for k in range(j + 1, min(j + reach, steps) + 1):  # the next full step, or the end of the run
+                reached = cost + errors.cost(i, j, k), full
                 if k == steps:
-                    best = min(best, (cost, full)) if left == 0 else best
-                elif k - j > reach:
-                    break
-                else:
-                    if left > 0 and (cost, full) < following.get((j, k), (math.inf,)):
-                        following[j, k] = cost, [*full, k]
-                    cost += errors.cost(i, j, k)
+                    best = min(best, reached) if left == 0 else best
+                elif left > 0 and reached < following.get((j, k), (math.inf,)):
+                    following[j, k] = reached[0], [*full, k]
         states = following
     if not best[1]:
         raise ValueError(f"{budget} full steps cannot span {steps} steps within a reach of {reach}; raise --reach")
@@ -127,7 +129,7 @@ def total(errors: Errors, full: Sequence[int]) -> float:
     """The expected cost of a plan; infinite if it goes beyond the reach."""
     try:
         pairs = zip([None, *full], full, [*full[1:], errors.steps], strict=False)
-        return sum(errors.cost(i, j, k) for i, j, end in pairs for k in range(j + 1, end))
+        return sum(errors.cost(i, j, end) for i, j, end in pairs)
     except KeyError:
         return math.inf
 
@@ -138,10 +140,10 @@ def uniform(steps: int, budget: int) -> list[int]:
 
 
 class Watch:
-    """Hooks that predict every step of an uncached run with the features of earlier steps, too.
+    """Takes the place of a model's `forward` in uncached runs, to predict every step with earlier features, too.
 
     Args:
-        model: the sampler's; what is called is its plain `forward`.
+        model: the sampler's.
         branch: b.
         errors: `finish` puts into it what was found.
     """
@@ -151,36 +153,33 @@ class Watch:
         self.calls = 0
         self._features: deque[Tensor] = deque(maxlen=2 * errors.reach)  # of the steps before this one, newest last
         self._sums: dict[int, Tensor] = {}  # step -> inner products of its errors
-        self._hooks = [
-            model.register_forward_pre_hook(self._before, with_kwargs=True),
-            model.register_forward_hook(self._after, with_kwargs=True),
-        ]
+        self._forward = model.forward
+        self._names = list(inspect.signature(self._forward).parameters)  # the first: the latents
+        model.forward = self._call  # and not a hook: those of a pipeline come later, and bring its own cache
 
     def remove(self) -> None:
-        for hook in self._hooks:
-            hook.remove()
+        del self.model.forward  # the class's own comes back
 
-    def _before(self, model: SkipTransformer, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-        return args, kwargs | {"cache": CacheStep(self.branch, None)}
+    def _call(self, *args, **kwargs) -> Any:
+        arguments = dict(zip(self._names, args, strict=False)) | kwargs
+        latents, step = arguments[self._names[0]], CacheStep(self.branch, None)
+        output = self._forward(**arguments | {"cache": step})
+        truth = predicted_noise(output, latents)
 
-    def _after(self, model: SkipTransformer, args: tuple, kwargs: dict, output: Any) -> None:
+        def error(feature: Tensor) -> Tensor:
+            out = self._forward(**arguments | {"cache": CacheStep(self.branch, feature)})
+            return predicted_noise(out, latents).sub(truth).flatten()
+
         k = self.calls % self.errors.steps
         self.calls += 1
         if k == 0:
             self._features.clear()
-        latents = args[0] if args else kwargs[next(name for name in kwargs if name in ("x", "hidden_states"))]
-        truth = predicted_noise(output, latents)
-
-        def error(feature: Tensor) -> Tensor:
-            out = model.forward(*args, **kwargs | {"cache": CacheStep(self.branch, feature)})
-            return predicted_noise(out, latents).sub(truth).flatten()
-
         if self._features:
             errors = torch.stack([error(feature) for feature in self._features]).double()
-            gram = self._sums.get(k, 0) + errors @ errors.T / errors.shape[1]
-            self._sums[k] = gram
-        self._features.append(kwargs["cache"].output)
+            self._sums[k] = self._sums.get(k, 0) + errors @ errors.T / errors.shape[1]
+        self._features.append(step.output)
         self.progress.update()
+        return output
 
     def finish(self) -> None:
         """Put the means over runs into the errors."""
@@ -392,6 +391,8 @@ def main() -> None:
     print(f"\n{'':32s}  error     dB")
     for name, error in sorted(measured.items(), key=lambda item: item[1]):
         print(f"{name:32s}  {error:.4f}  {decibel(error):5.1f}")
+    if (best := min(measured, key=measured.get)).endswith("uncached"):
+        print(f"\nNo plan of this cost comes as near as simply {best}.")
     print(f"\n{args.out}: {full} of {len(plan.weights)} steps full, {plan.about['speedup']:.2f}x fewer FLOPs")
 
 
