@@ -61,8 +61,8 @@ RUN = {
     f"{SAMPLE_PICTURE} --config configs/text-to-image/t2i_sample_cache.yaml": "steps=6 height=64 width=64",
 }
 RUN |= {
-    "python -m skipdit.plan --config configs/class-to-image/demo.yaml --budget 13 "
-    "--out results/demo-plan.json": "num_samples=1 --budget 3 --probes 2 --improve 2 --steps 6",
+    "python -m skipdit.plan --config configs/class-to-image/demo.yaml --budget 13 --out results/demo-plan.json "
+    "num_samples=8 batch_size=8": "num_samples=1 --budget 3 --probes 2 --improve 2 --steps 6",
     f"{SAMPLE}demo.yaml --cache results/demo-plan.json out=samples/demo-planned": "num_samples=2 steps=6",
     "python -m skipdit.evaluate fidelity samples/demo-cached --reference samples/demo": "",
 } | {
