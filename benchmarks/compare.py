@@ -14,7 +14,6 @@ compare.png into --out, and every row as soon as it is measured: the same comman
 """
 
 import argparse
-import importlib
 import json
 import math
 import re
@@ -37,13 +36,14 @@ from tqdm import tqdm
 from skipdit.adaln import AdaLNTransformer
 from skipdit.bench import interleaved_seconds, run_flops, step_flops
 from skipdit.cache import CacheSpec, SkipCache
-from skipdit.class_sample import ClassSampler
 from skipdit.compare import Sampler
 from skipdit.config import friendly_errors, load_config, to_dict
 from skipdit.device import process_state
 from skipdit.metrics import frechet_distance, psnr, ssim
+from skipdit.runlog import replace_text
 from skipdit.sample import versions
 from skipdit.skip import SkipTransformer
+from skipdit.task import find_task
 from skipdit.weights import fingerprint
 
 ROOT = Path(__file__).parents[1]
@@ -113,7 +113,7 @@ class Backbone:
 
     @property
     def model(self) -> SkipTransformer:
-        return self.sampler.models.model if isinstance(self.sampler, ClassSampler) else self.sampler.model
+        return self.sampler.model
 
     def make(self, row: Row) -> Tensor:
         """All samples of the config, (N, ..., 3, H, W) uint8."""
@@ -258,14 +258,14 @@ class Store:
         if differ := [key for key in before.keys() & identity.keys() if before[key] != identity[key]]:
             lines = [f"  {key}: {before[key]} there, {identity[key]} now" for key in differ]
             raise ValueError(f"{folder} holds results of other settings; use another --out:\n" + "\n".join(lines))
-        _write(self._file, json.dumps(before | identity, indent=2))
+        replace_text(self._file, json.dumps(before | identity, indent=2) + "\n")
 
     def result(self, key: str) -> dict | None:
         file = self.folder / f"{key}.json"
         return json.loads(file.read_text()) if file.exists() else None
 
     def save(self, key: str, result: dict) -> None:
-        _write(self.folder / f"{key}.json", json.dumps(result, indent=2))
+        replace_text(self.folder / f"{key}.json", json.dumps(result, indent=2) + "\n")
 
     def samples(self, key: str) -> Tensor:
         return torch.load(self.folder / f"{key}.pt", weights_only=True)
@@ -274,12 +274,6 @@ class Store:
         partial = self.folder / f"{key}.partial"
         torch.save(samples, partial)
         partial.replace(self.folder / f"{key}.pt")
-
-
-def _write(path: Path, text: str) -> None:
-    partial = path.with_suffix(".partial")
-    partial.write_text(text + "\n")
-    partial.replace(path)
 
 
 def fitted_polynomial(backbone: Backbone, steps: int, store: Store) -> list[float]:
@@ -491,12 +485,13 @@ def full_size_markdown(table: list[dict]) -> str:
 
 def open_backbones(args: argparse.Namespace) -> list[Backbone]:
     """The model with skips, and the plain one if there are weights of it."""
-    task = importlib.import_module(f"skipdit.{args.task.replace('-', '_')}.compare")
-    file, window = args.config or str(ROOT / f"configs/{args.task}/demo.yaml"), task.WINDOW
+    file = args.config or str(ROOT / f"configs/{args.task}/demo.yaml")
+    task = find_task(file, args.task)
+    window = task.window
     quick = []
     if args.quick:
         quick = ["steps=20", *(["num_samples=4", "batch_size=4"] if args.task.startswith("class") else [])]
-    config = load_config(task.Config, file, quick + args.overrides)
+    config = load_config(task.schema, file, quick + args.overrides)
     if args.quick and not args.task.startswith("class"):
         config.prompts = config.prompts[:2]
     if config.compile:
@@ -508,9 +503,7 @@ def open_backbones(args: argparse.Namespace) -> list[Backbone]:
     if not plain.exists():
         print(f"no plain weights in {plain}: rows of the plain backbone are left out. Train some with skip=false")
         return backbones
-    without = {"class": ["model.skip=false"], "text-to-video": ["skip=false"], "text-to-image": []}
-    without = without["class" if args.task.startswith("class") else args.task]
-    plain_config = load_config(task.Config, file, [*quick, *args.overrides, *without])
+    plain_config = load_config(task.schema, file, [*quick, *args.overrides, *task.plain])
     plain_config.weights = str(plain)
     if hasattr(config, "prompts"):
         plain_config.prompts = config.prompts
@@ -614,7 +607,7 @@ def benchmark(args: argparse.Namespace) -> None:
         record["full_size"] = full_size(kind, config.steps, timesteps, backbones[0].window, methods)
         text += f"\n### {kind.__name__}, full size, model calls of one run\n\n"
         text += f"{full_size_markdown(record['full_size'])}\n"
-    _write(out / "compare.json", json.dumps(record, indent=2))
+    replace_text(out / "compare.json", json.dumps(record, indent=2) + "\n")
     (out / "compare.md").write_text(text)
     print(f"\n{text}\nplot: {out / 'compare.png'}")
 

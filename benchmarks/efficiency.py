@@ -41,7 +41,7 @@ from skipdit.class_to_image.model import DiT
 from skipdit.class_to_image.sample import build_model
 from skipdit.class_to_image.train import Config, train
 from skipdit.config import friendly_errors, load_config, make_parser, to_dict
-from skipdit.data.images import to_float, to_uint8
+from skipdit.data.images import to_float
 from skipdit.device import process_state
 from skipdit.diffusion import Diffusion
 from skipdit.fashion import CLASSES, EPOCHS, IMAGE_SIZE, Judge, load_images, load_judge
@@ -49,7 +49,7 @@ from skipdit.metrics import psnr, ssim
 from skipdit.runlog import replace_text
 from skipdit.sample import generators, versions
 from skipdit.spectral import largest_singular, skip_linears
-from skipdit.vae import decode, encode, latent_size, load_vae
+from skipdit.vae import encode, latent_size, load_vae, pixels
 from skipdit.weights import fingerprint
 
 CONFIG = "configs/class-to-image/fashion_plain.yaml"
@@ -111,7 +111,7 @@ class Examiner:
         for indices in torch.arange(count).split(BATCH):
             noise = generators(0, indices.tolist(), model.device)
             latents = generate(model, (indices % CLASSES).to(model.device), noise, **settings, progress=True)
-            parts.append(to_uint8(decode(self.vae, latents)).cpu())
+            parts.append(pixels(self.vae, latents))
         return torch.cat(parts)
 
     def point(self, model: DiT) -> dict[str, float]:

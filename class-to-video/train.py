@@ -18,14 +18,13 @@ from skipdit.class_to_video.model import Latte
 from skipdit.class_to_video.sample import ModelConfig, build_model
 from skipdit.config import setting
 from skipdit.data.clips import ClipData
-from skipdit.data.images import to_uint8
 from skipdit.data.latents import joint_latents
 from skipdit.diffusion import Diffusion
 from skipdit.media import write_look
 from skipdit.prepare import open_training, run_trainer
 from skipdit.sample import generators
 from skipdit.train import Draw, Loss, TrainConfig, fit
-from skipdit.vae import decode, latent_size
+from skipdit.vae import latent_size, pixels
 
 
 @dataclass
@@ -87,7 +86,7 @@ def train(config: Config, dry_run: bool = False) -> Latte:
         except FloatingPointError as error:  # of the average only; the training goes on
             print(f"no sample clips at step {step}: {error}")
             return
-        clips = to_uint8(decode(vae.to(model.device), latents)).cpu()
+        clips = pixels(vae.to(model.device), latents)
         write_look(Path(config.out) / "samples", f"{step:07d}", clips)
 
     return fit(model, make_loss(config, vae), dataset, config.train, config.out, config, sample, dry_run)

@@ -32,12 +32,12 @@ from skipdit.class_sample import generate, generate_settings
 from skipdit.class_to_image.model import DiT
 from skipdit.class_to_image.sample import Config, build_model
 from skipdit.config import friendly_errors, load_config
-from skipdit.data.images import to_float, to_uint8
+from skipdit.data.images import to_float
 from skipdit.diffusion import Diffusion
 from skipdit.fashion import CLASSES, EPOCHS, IMAGE_SIZE, load_images, load_judge
 from skipdit.metrics import psnr, ssim
 from skipdit.sample import Job, generators
-from skipdit.vae import decode, encode, latent_size, load_vae
+from skipdit.vae import encode, latent_size, load_vae, pixels
 from skipdit.weights import fingerprint, load_weights
 
 SPECS = ["none", *(f"N{interval}-1000-20{order}" for order in ("", "-o1") for interval in (2, 3, 4))]
@@ -144,7 +144,7 @@ def evaluate(config: Config, data: Path, out: Path) -> dict:
 
 def _images(vae: nn.Module, parts: list[Tensor]) -> Tensor:
     """Batches of latents -> uint8 images (N, 3, H, W), on the CPU."""
-    return torch.cat([to_uint8(decode(vae, latents)).cpu() for latents in parts])
+    return torch.cat([pixels(vae, latents) for latents in parts])
 
 
 def table(rows: list[dict]) -> str:

@@ -30,6 +30,7 @@ from skipdit.config import to_yaml
 from skipdit.layouts import diffusers_config, to_diffusers
 from skipdit.text_to_image import HunyuanDiT
 from skipdit.text_to_video import LatteT2V
+from skipdit.train import TrainConfig
 from skipdit.weights import to_released
 
 ROOT = Path(__file__).parent.parent
@@ -322,3 +323,9 @@ FSDP = pytest.param(
         not hasattr(torch.cpu.Stream, "record_event"), reason="this torch cannot shard on a CPU, only on GPUs"
     ),
 )
+
+
+def short_training(**more) -> TrainConfig:
+    """Four steps of four samples, a checkpoint every other step."""
+    settings = {"steps": 4, "batch_size": 4, "lr": 1e-2, "ema_decay": 0.9, "precision": "fp32", "workers": 0}
+    return TrainConfig(**settings, log_every=1, save_every=2, sample_every=0, **more)

@@ -16,7 +16,7 @@ from skipdit.class_to_image.compare import open_sampler
 from skipdit.class_to_image.sample import Config
 from skipdit.config import load_config
 from skipdit.diffusion import Diffusion
-from skipdit.plan import Bench, Errors, Watch, greedy, interpolate, main, optimal, total, uniform
+from skipdit.plan import Bench, Errors, Watch, fit, forecast, greedy, interpolate, main, optimal, uniform, widened
 from skipdit.sample import generators
 from skipdit.weights import fingerprint
 
@@ -30,11 +30,10 @@ def random_errors(steps: int, reach: int, seed: int) -> Errors:
     """Errors of features that wander at random: products of real vectors, as those of a model are."""
     draw = torch.Generator().manual_seed(seed)
     features = torch.randn(steps, 5, generator=draw, dtype=torch.float64).cumsum(0)
-    errors = Errors(steps, reach, sensitivity=torch.rand(steps, generator=draw).tolist())
-    for k in range(steps):
-        d = features[:k] - features[k]
-        gram = (d @ d.T).tolist()
-        errors.products |= {(i, j, k): gram[i][j] for i in range(k) for j in range(k) if i >= k - 2 * reach <= j}
+    errors = Errors(steps, reach)
+    for k in range(1, steps):
+        d = features[max(k - 2 * reach, 0) : k] - features[k]
+        errors.grams[k] = (d @ d.T * torch.rand(1, generator=draw)).numpy()
     return errors
 
 
@@ -42,45 +41,48 @@ def random_errors(steps: int, reach: int, seed: int) -> Errors:
 @pytest.mark.parametrize("seed", range(3))
 def test_optimal_is_what_brute_force_finds(budget, seed):
     errors = random_errors(steps=10, reach=9, seed=seed)
-    best = min(([0, *rest] for rest in combinations(range(1, 10), budget - 1)), key=lambda full: total(errors, full))
+    best = min(([0, *rest] for rest in combinations(range(1, 10), budget - 1)), key=errors.total)
     found = optimal(errors, budget)
     assert len(found) == budget and found[0] == 0
-    assert total(errors, found) == pytest.approx(total(errors, best), rel=1e-12)
-    assert total(errors, found) <= total(errors, greedy(errors, budget)) * (1 + 1e-12)
+    assert errors.total(found) == pytest.approx(errors.total(best), rel=1e-12)
+    assert errors.total(found) <= errors.total(greedy(errors, budget)) * (1 + 1e-12)
 
 
 def test_optimal_within_a_reach():
     errors = random_errors(steps=12, reach=4, seed=0)
     chosen = ([0, *rest] for rest in combinations(range(1, 12), 3))
     near = [f for f in chosen if all(b - a <= 4 for a, b in zip(f, [*f[1:]], strict=False)) and 11 - f[-1] <= 4]
-    assert optimal(errors, 4) == min(near, key=lambda full: total(errors, full))
+    assert optimal(errors, 4) == min(near, key=errors.total)
     assert optimal(errors, 12) == list(range(12))
     with pytest.raises(ValueError, match="2 full steps cannot span 12 steps within a reach of 4"):
         optimal(errors, 2)
 
 
 def test_best_weight_is_that_of_least_squares():
-    """Against a search over weights, on the vectors themselves."""
+    """Against least squares on the vectors themselves."""
     draw = torch.Generator().manual_seed(0)
-    d_i, d_j = torch.randn(2, 50, generator=draw, dtype=torch.float64) + torch.tensor([[3.0], [1.5]])
-    errors = Errors(3, 2, {(0, 0, 2): d_i @ d_i, (0, 1, 2): d_i @ d_j, (1, 0, 2): d_i @ d_j, (1, 1, 2): d_j @ d_j})
-    weights = torch.linspace(0, 2, 20001, dtype=torch.float64)
-    squares = (d_j + weights[:, None] * (d_j - d_i)).square().sum(1)
-    weight, error = errors.best(0, 1, 2)
-    assert weight == pytest.approx(weights[squares.argmin()].item(), abs=1e-4)
-    assert error == pytest.approx(squares.min().item(), rel=1e-6)
-    assert errors.best(None, 1, 2) == (0.0, d_j @ d_j)
+    d = torch.randn(3, 50, generator=draw, dtype=torch.float64) + torch.tensor([[5.0], [3.0], [1.5]])
+    errors = Errors(4, 3, {3: (d @ d.T).numpy()})
+    for full in [(0, 1, 2), (1, 2), (0, 2)]:
+        newest_first = d[list(reversed(full))]
+        changes = newest_first[:-1] - newest_first[1:]
+        exact = torch.linalg.lstsq(changes.T, -newest_first[0])
+        weights, error = errors.best(full, 3)
+        assert weights == pytest.approx(exact.solution.tolist(), rel=0.01)
+        left = newest_first[0] + exact.solution @ changes
+        assert error == pytest.approx((left @ left).item(), rel=1e-3)
+    assert errors.best((2,), 3) == ((), pytest.approx((d[2] @ d[2]).item()))
 
 
 def test_uniform_and_interpolation():
-    assert uniform(50, 13)[:4] == [0, 4, 8, 12] and len(uniform(50, 13)) == 13
-    assert uniform(6, 6) == [0, 1, 2, 3, 4, 5]
+    assert uniform(50, 13) == [*range(0, 48, 4), 47]
+    assert uniform(6, 6) == [0, 1, 2, 3, 4, 5] and uniform(6, 1) == [0]
     assert interpolate([2, 4], [1.0, 3.0], 6) == [1.0, 1.0, 1.0, 2.0, 3.0, 3.0]
     assert interpolate([3], [2.0], 4) == [2.0] * 4
 
 
 def test_calibration_measures_what_cached_steps_do():
-    """Products of step k with step j are those of a run whose only cached step is k, with the feature of step j."""
+    """Products of step k are those of the errors of a model call at step k with the features of other steps."""
     model, steps = tiny_dit(), 6
     timesteps, seen = Diffusion(steps).sampling_timesteps, []
 
@@ -88,14 +90,13 @@ def test_calibration_measures_what_cached_steps_do():
         seen.append((args, kwargs, output))
 
     handle = model.register_forward_hook(keep, with_kwargs=True)
-    errors = Errors(steps, reach=5)
     with tqdm(disable=True) as progress:
-        watch = Watch(model, 1, errors, progress)
-        watched = sample(model, steps=steps)
+        watch = Watch(model, 1, steps, 3, progress)
+        watched = sample(model, steps=steps, guidance_scale=2.0)
         watch.remove()
         handle.remove()
-    watch.finish()
-    assert torch.equal(watched, sample(model, steps=steps))  # watching changes nothing
+    watch.fold(2)
+    assert torch.equal(watched, sample(model, steps=steps, guidance_scale=2.0))  # watching changes nothing
     assert watch.calls == steps == len(timesteps)
     features = []
     for args, kwargs, _ in seen:
@@ -106,9 +107,11 @@ def test_calibration_measures_what_cached_steps_do():
     args, kwargs, truth = seen[4]
     with torch.no_grad():
         reused = [model(*args, **kwargs | {"cache": CacheStep(1, features[j])}) for j in (1, 3)]
-    a, b = ((out - truth)[:, :4].flatten().double() for out in reused)
-    assert errors.products[1, 3, 4] == pytest.approx((a @ b / len(a)).item(), rel=1e-5)
-    assert errors.products[3, 3, 4] == pytest.approx((b @ b / len(b)).item(), rel=1e-5)
+    (gram,) = watch.grams[4]
+    assert gram.shape == (2, 3, 3)  # two samples, the features of steps 1, 2, 3
+    a, b = ((out - truth)[:, :4].unflatten(0, (2, 2)).double() for out in reused)  # with classes, then without
+    torch.testing.assert_close(gram[:, 0, 2], (a * b).mean((0, 2, 3, 4)), rtol=1e-5, atol=0)
+    torch.testing.assert_close(gram[:, 2, 2], b.square().mean((0, 2, 3, 4)), rtol=1e-5, atol=0)
 
 
 def test_plan_goes_the_way_of_intervals():
@@ -118,7 +121,7 @@ def test_plan_goes_the_way_of_intervals():
     for order in (0, 1):
         spec = CacheSpec(3, 1000, 20, 1, order)
         full = [i for i, f in enumerate(spec.plan(timesteps)) if f]
-        plan = CachePlan(tuple(timesteps), tuple(Errors(steps, 12).weights(full, order)))
+        plan = CachePlan(tuple(timesteps), forecast(steps, full, order))
         assert plan.plan(timesteps) == spec.plan(timesteps) and plan.order == order
         torch.testing.assert_close(sample(model, SkipCache(plan, timesteps)), sample(model, str(spec)))
 
@@ -134,30 +137,32 @@ def test_all_full_plan_is_bit_equal_to_uncached(scale):
 
 
 def test_weights_are_those_of_the_plan():
-    cache = SkipCache(CachePlan((5, 4, 3, 2, 1), (None, 0.5, None, 1.5, 0.25)), (5, 4, 3, 2, 1))
+    weights = (None, (), None, (1.5,), (0.25,), None, (2.0, -0.5), (), (0.0, 4.0))
+    cache = SkipCache(CachePlan(tuple(range(9, 0, -1)), weights), range(9, 0, -1))
     seen = {}
     for i, full in enumerate(cache.plan):
         step = cache.at(i)
         if full:
-            step.output = torch.tensor([float(i)])
+            step.output = torch.tensor([float(i * i)])
         else:
             seen[i] = step.feature.item()
-    assert seen == {1: 0.0, 3: 2 + 1.5 * 2, 4: 2 + 0.25 * 2}  # one full step before step 1: reuse
+    assert seen == {1: 0, 3: 4 + 1.5 * 4, 4: 4 + 0.25 * 4, 6: 25 + 2 * 21 - 0.5 * 4, 7: 25, 8: 25 + 4 * 4}
 
 
 def test_a_stream_with_other_full_steps_forecasts_linearly():
-    plan = CachePlan((4, 3, 2, 1), (None, None, 3.0, 3.0))
-    assert plan.weight(2, 0, 1) == 3.0
-    assert plan.weight(3, 1, 2) == 1.0
+    plan = CachePlan((4, 3, 2, 1), (None, None, (3.0,), (3.0,)))
+    assert plan.weights_at(2, (0, 1)) == (3.0,)
+    assert plan.weights_at(3, (1, 2)) == (1.0,)
+    assert plan.weights_at(3, (1,)) == ()
 
 
 def test_plan_files_round_trip(tmp_path):
-    plan = CachePlan((3.0, 2.0, 1.0), (None, None, 1.25), 2, {"model": "abc"})
+    plan = CachePlan((3.0, 2.0, 1.0), (None, None, (1.25,)), 2, {"model": "abc"})
     plan.save(tmp_path / "plan.json")
     again = CacheSpec.parse(str(tmp_path / "plan.json"))
     assert again == plan and again.about == {"model": "abc"} and str(again) == str(plan)
     assert str(plan).startswith("plan of 2/3 full steps ")
-    other = CachePlan((3.0, 2.0, 1.0), (None, None, 1.0), 2)
+    other = CachePlan((3.0, 2.0, 1.0), (None, None, (1.0,)), 2)
     assert str(other) != str(plan)  # a job knows one from the other
 
 
@@ -168,9 +173,11 @@ def test_plan_files_round_trip(tmp_path):
         ("[]", "is not a plan"),
         ('{"timesteps": [1]}', "is not a plan"),
         ('{"timesteps": [1, 0], "weights": [null], "branch": 1}', "1 weights for 2 timesteps"),
-        ('{"timesteps": [1, 0], "weights": [0.0, null], "branch": 1}', "first step must be full"),
-        ('{"timesteps": [1, 0], "weights": [null, NaN], "branch": 1}', "finite"),
-        ('{"timesteps": [1, 0], "weights": [null, 1], "branch": 0}', "branch is 0"),
+        ('{"timesteps": [1, 0], "weights": [[], null], "branch": 1}', "first step must be full"),
+        ('{"timesteps": [2, 1, 0], "weights": [null, null, [NaN]], "branch": 1}', "finite"),
+        ('{"timesteps": [1, 0], "weights": [null, [1]], "branch": 1}', "step 1 has as many weights as"),
+        ('{"timesteps": [1, 0], "weights": [null, 1], "branch": 1}', "is not a plan"),
+        ('{"timesteps": [1, 0], "weights": [null, []], "branch": 0}', "branch is 0"),
     ],
 )
 def test_broken_plan_files_are_refused(content, complaint, tmp_path):
@@ -182,7 +189,7 @@ def test_broken_plan_files_are_refused(content, complaint, tmp_path):
 
 def test_plans_for_other_timesteps_are_refused(tmp_path):
     timesteps = Diffusion(12).sampling_timesteps
-    CachePlan(tuple(map(float, timesteps)), (None,) * 6 + (1.0,) * 6).save(tmp_path / "plan.json")
+    CachePlan(tuple(map(float, timesteps)), (None,) * 6 + ((1.0,),) * 6).save(tmp_path / "plan.json")
     sample(tiny_dit(), str(tmp_path / "plan.json"))
     with pytest.raises(ValueError, match=r"plan\.json is for 12 steps .*; this run has 10 steps"):
         sample(tiny_dit(), str(tmp_path / "plan.json"), steps=10)
@@ -203,6 +210,48 @@ model: {{patch_size: 1, hidden_size: 128, depth: 12, num_heads: 2, num_classes: 
 """
 
 
+class Line:
+    """Stands for a sampler: images that are a linear function of all weights of a plan, one of the samples far off."""
+
+    model = None
+
+    def __init__(self):
+        draw = torch.Generator().manual_seed(0)
+        self.base = 1e-3 * torch.randn(3, 3, 4, 4, generator=draw) * torch.tensor([1.0, 1.0, 30.0])[:, None, None, None]
+        self.columns = 1e-3 * torch.randn(5, 3, 3, 4, 4, generator=draw)
+
+    def timesteps(self, steps):
+        return list(range(steps, 0, -1))
+
+    def images(self, steps, policy):
+        weights = [w for several in getattr(policy, "weights", ()) for w in several or ()]
+        yield self.base + torch.einsum("w,w...->...", torch.tensor(weights), self.columns) if weights else 0 * self.base
+
+
+def test_joint_fit_is_least_squares_of_relative_errors(monkeypatch):
+    monkeypatch.setattr("skipdit.plan.DAMPING", (1e-9,))
+    bench = Bench(Line(), 7, 1)
+    bench.reference = list(bench.sampler.images(7, CacheSpec()))
+    start = widened(((None, None, (0.5,), None, (1.0,), None, (0.1,))), 3)
+    assert start == (None, None, (0.5,), None, (1.0, 0.0), None, (0.1, 0.0))
+    fitted = fit(bench, start, rounds=1)
+    now = next(bench.sampler.images(7, bench.plan(start))).flatten(1)
+    scale = 1 / now.norm(dim=1, keepdim=True)
+    columns = (bench.sampler.columns.flatten(2) * scale).flatten(1)
+    exact = torch.linalg.lstsq(columns.T.double(), -(now * scale).flatten().double()).solution
+    moved = torch.tensor([w for several in fitted for w in several or ()]) - torch.tensor([0.5, 1.0, 0.0, 0.1, 0.0])
+    torch.testing.assert_close(moved.double(), exact, rtol=1e-3, atol=1e-3)
+    assert bench.error(bench.plan(fitted)) < bench.error(bench.plan(start))
+
+
+def test_joint_fit_takes_nothing_that_is_worse(monkeypatch):
+    monkeypatch.setattr("skipdit.plan.DAMPING", (-10.0,))  # a step the wrong way
+    bench = Bench(Line(), 7, 1)
+    bench.reference = list(bench.sampler.images(7, CacheSpec()))
+    start = (None, None, (0.5,), None, (1.0, 0.0), None, (0.1, 0.0))
+    assert fit(bench, start, rounds=1) == start
+
+
 @pytest.fixture
 def command(tmp_path, monkeypatch):
     """The command line, on the embedded model with few steps; gives the plan's file."""
@@ -211,7 +260,7 @@ def command(tmp_path, monkeypatch):
     config.write_text(TINY)
 
     def run(*arguments: str) -> Path:
-        few = ["--probes", "3", "--improve", "3", "--out", str(out)]
+        few = ["--probes", "3", "--memory", "2", "--out", str(out)]
         monkeypatch.setattr("sys.argv", ["plan", "--config", str(config), *arguments, *few])
         main()
         return out
@@ -225,8 +274,8 @@ def test_budget(command, capsys, tmp_path):
     assert f"5 of 10 steps full, {plan.about['speedup']:.2f}x fewer FLOPs" in capsys.readouterr().out
     config = load_config(Config, str(tmp_path / "class-to-image/tiny.yaml"), ["seed=10000"])
     bench = Bench(open_sampler(config, 1), 10, 1)
-    bench.reference = list(bench.sampler.latents(10, CacheSpec()))
-    alone = {order: bench.error(bench.plan(Errors(10, 9).weights(uniform(10, 5), order))) for order in (0, 1)}
+    bench.reference = list(bench.sampler.images(10, CacheSpec()))
+    alone = {order: bench.error(bench.plan(forecast(10, uniform(10, 5), order))) for order in (0, 1)}
     assert plan.about["errors"]["uniform, reuse"] == pytest.approx(alone[0], rel=1e-4)
     assert plan.about["errors"]["uniform, linear forecast"] == pytest.approx(alone[1], rel=1e-4)
     assert bench.error(replace(plan, about={})) <= min(alone.values())

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import FSDP, assert_equal, state, stats, tiny_dit, tiny_latte_t2v
+from conftest import FSDP, assert_equal, short_training, state, stats, tiny_dit, tiny_latte_t2v
 
 from skipdit import train as trainer
 from skipdit.class_to_image.sample import ModelConfig
@@ -14,7 +14,6 @@ from skipdit.class_to_image.train import Config, train
 from skipdit.config import to_yaml
 from skipdit.data.images import ImageData
 from skipdit.spectral import SQUARINGS, SpectralLimit, largest_singular, skip_linears
-from skipdit.train import TrainConfig
 
 CAP = 1.5
 ROUNDING = 1e-5  # by which float32 may miss the cap, relative
@@ -27,19 +26,7 @@ def config(tmp_path, image_folder, vae_folder) -> Config:
         vae=str(vae_folder),
         model=ModelConfig(patch_size=2, hidden_size=32, depth=4, num_heads=2, num_classes=3, skip=True),
         data=ImageData(path=str(image_folder), image_size=8),
-        train=TrainConfig(
-            steps=4,
-            batch_size=4,
-            lr=1e-2,
-            ema_decay=0.9,
-            precision="fp32",
-            workers=0,
-            log_every=1,
-            save_every=2,
-            sample_every=0,
-            spectral_weight=0.5,
-            spectral_cap=CAP,
-        ),
+        train=short_training(spectral_weight=0.5, spectral_cap=CAP),
     )
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import FSDP, assert_equal, kill_at, run_script, state, stats
+from conftest import FSDP, assert_equal, kill_at, run_script, short_training, state, stats
 from PIL import Image
 from torch import nn
 from torchvision.io import read_image
@@ -21,7 +21,7 @@ from skipdit.encode_text import main as encode_text
 from skipdit.text import CLIP, T5, load_text_encoder
 from skipdit.text_to_image import HunyuanDiT, sample_t2i
 from skipdit.text_to_image.train import Config, ModelConfig, TextConfig, make_loss, train
-from skipdit.train import Draw, TrainConfig
+from skipdit.train import Draw
 from skipdit.weights import load_state, load_weights
 
 CAPTIONS = ["the red car drives", "a dog runs", "two birds fly", "一只小猫", "a man sleeps", "the cat", "the lake"]
@@ -65,17 +65,7 @@ def config(captioned, hunyuan_folder, vae_folder, tmp_path) -> Config:
             image_size=16,
             buckets=["16x16", "16x24"],
         ),
-        train=TrainConfig(
-            steps=4,
-            batch_size=4,
-            lr=1e-2,
-            ema_decay=0.9,
-            precision="fp32",
-            workers=0,
-            log_every=1,
-            save_every=2,
-            sample_every=0,
-        ),
+        train=short_training(),
     )
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import FSDP, assert_equal, kill_at, run_script, state, stats
+from conftest import FSDP, assert_equal, kill_at, run_script, short_training, state, stats
 from torch import nn
 from transformers import T5EncoderModel
 
@@ -19,7 +19,7 @@ from skipdit.media import read_mp4, write_mp4
 from skipdit.text import load_text_encoder
 from skipdit.text_to_video import LatteT2V, sample_t2v
 from skipdit.text_to_video.train import Config, ModelConfig, make_loss, train
-from skipdit.train import Draw, TrainConfig
+from skipdit.train import Draw
 from skipdit.weights import load_weights
 
 CAPTIONS = ["the red car drives", "a dog runs", "two birds fly above the quiet lake", "the cat", "a man sleeps"]
@@ -55,17 +55,7 @@ def config(captioned, text_folder, vae_folder, tmp_path) -> Config:
             images=2,
             image_size=8,
         ),
-        train=TrainConfig(
-            steps=4,
-            batch_size=4,
-            lr=1e-2,
-            ema_decay=0.9,
-            precision="fp32",
-            workers=0,
-            log_every=1,
-            save_every=2,
-            sample_every=0,
-        ),
+        train=short_training(),
     )
 
 

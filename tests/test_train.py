@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import FSDP, assert_equal, kill_at, run_script, state, stats, tiny_dit
+from conftest import FSDP, assert_equal, kill_at, run_script, short_training, state, stats, tiny_dit
 
 from skipdit.checkpoint import latest
 from skipdit.class_to_image.sample import ModelConfig
@@ -24,17 +24,7 @@ def config(tmp_path, vae_folder, image_folder):
         vae=str(vae_folder),
         model=ModelConfig(patch_size=2, hidden_size=32, depth=4, num_heads=2, num_classes=3, skip=True),
         data=ImageData(path=str(image_folder), image_size=8),
-        train=TrainConfig(
-            steps=4,
-            batch_size=4,
-            lr=1e-2,
-            ema_decay=0.9,
-            precision="fp32",
-            workers=0,
-            log_every=1,
-            save_every=2,
-            sample_every=0,
-        ),
+        train=short_training(),
     )
 
 

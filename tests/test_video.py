@@ -10,7 +10,7 @@ import imageio.v3 as imageio
 import numpy as np
 import pytest
 import torch
-from conftest import FSDP, ROOT, NoReadBack, assert_equal, run_script, state, stats, tiny_latte
+from conftest import FSDP, ROOT, NoReadBack, assert_equal, run_script, short_training, state, stats, tiny_latte
 from PIL import Image
 from torch._dynamo.testing import CompileCounterWithBackend
 
@@ -27,7 +27,7 @@ from skipdit.data.clips import ClipData
 from skipdit.diffusion import Diffusion
 from skipdit.media import contact_sheet, read_mp4, side_by_side, write_gif, write_mp4
 from skipdit.sample import generators
-from skipdit.train import Draw, TrainConfig
+from skipdit.train import Draw
 from skipdit.weights import load_weights, to_released
 
 TINY = {"patch_size": 2, "hidden_size": 32, "depth": 8, "num_heads": 2, "num_classes": 5, "skip": True}
@@ -57,17 +57,7 @@ def training(tmp_path, vae_folder, videos):
         vae=str(vae_folder),
         model=ModelConfig(**TINY | {"num_classes": 3}),
         data=ClipData(path=str(videos), labelled=True, image_size=8, num_frames=4, frame_interval=2, images=2),
-        train=TrainConfig(
-            steps=4,
-            batch_size=4,
-            lr=1e-2,
-            ema_decay=0.9,
-            precision="fp32",
-            workers=0,
-            log_every=1,
-            save_every=2,
-            sample_every=0,
-        ),
+        train=short_training(),
     )
 
 

@@ -17,7 +17,6 @@ from torchvision.io import write_png
 from torchvision.utils import make_grid
 
 from skipdit.config import setting
-from skipdit.data.images import to_uint8
 from skipdit.data.latents import clean_latents
 from skipdit.data.pictures import PictureData
 from skipdit.data.texts import Texts
@@ -32,7 +31,7 @@ from skipdit.text_to_image.data import make_dataset
 from skipdit.text_to_image.model import HunyuanDiT, Rotary, rotary_tables
 from skipdit.text_to_image.sample_t2i import FETCH, NOISE, UNIT, TextPair, generate, make_pipeline, make_scheduler
 from skipdit.train import Draw, Loss, TrainConfig, fit
-from skipdit.vae import decode, latent_size
+from skipdit.vae import latent_size, pixels
 
 SHOWN = 8  # pictures of a sample grid
 
@@ -173,7 +172,7 @@ def train(config: Config, dry_run: bool = False) -> HunyuanDiT:
             except FloatingPointError as error:  # of the average only; the training goes on
                 print(f"no sample grid at step {step}: {error}")
                 return
-            pictures.append(to_uint8(decode(vae, latents)).cpu())
+            pictures.append(pixels(vae, latents))
         folder = Path(config.out) / "samples"
         folder.mkdir(exist_ok=True)
         write_png(make_grid(torch.cat(pictures), nrow=4), str(folder / f"{step:07d}.png"))

@@ -16,7 +16,6 @@ from torch import Tensor
 
 from skipdit.config import setting
 from skipdit.data.clips import ClipData
-from skipdit.data.images import to_uint8
 from skipdit.data.latents import joint_latents
 from skipdit.data.texts import Texts
 from skipdit.diffusion import Diffusion
@@ -28,7 +27,7 @@ from skipdit.text_to_video.data import make_dataset
 from skipdit.text_to_video.model import LatteT2V
 from skipdit.text_to_video.sample_t2v import Prompt, generate, make_scheduler
 from skipdit.train import Draw, Loss, TrainConfig, fit
-from skipdit.vae import decode, latent_size
+from skipdit.vae import latent_size, pixels
 
 SHOWN = 8  # clips of a sample grid
 
@@ -130,7 +129,7 @@ def train(config: Config, dry_run: bool = False) -> LatteT2V:
             except FloatingPointError as error:  # of the average only; the training goes on
                 print(f"no sample clips at step {step}: {error}")
                 return
-            clips += to_uint8(decode(vae, latents)).cpu()
+            clips += pixels(vae, latents)
         folder = Path(config.out) / "samples"
         write_look(folder, f"{step:07d}", clips)
         (folder / "captions.txt").write_text("".join(f"{dataset.captions[i]}\n" for i in shown), encoding="utf-8")

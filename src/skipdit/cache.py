@@ -14,6 +14,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -98,28 +99,29 @@ class CacheSpec:
                 counter, stored = 0, False
         return plan
 
-    def weight(self, i: int, before: int, last: int) -> float:
-        """How far step i lies ahead of the last two full steps, in units of their distance: a linear forecast."""
-        return (i - last) / (last - before)
+    def weights_at(self, i: int, full: tuple[int, ...]) -> Sequence[float]:
+        """Those of a linear forecast."""
+        return linear_weights(i, full)
 
 
 @dataclass(frozen=True)
 class CachePlan:
     """A policy for the timesteps of one kind of run, made by calibration: see `skipdit.plan`.
 
-    A cached step uses `last + weight * (last - before)` of the last two full steps' features. Weight 0 is reuse, the
-    number of steps since the last full one over the distance of the two a linear forecast; others are fitted.
+    Of the last full steps' features f, newest first, a cached step with the weights u, v, ... uses
+    f0 + u (f0 - f1) + v (f1 - f2) + ...: no weights reuse f0; one that is the number of steps since then over the
+    distance of the last two full steps is a linear forecast; others are fitted.
 
     Attributes:
         timesteps: of the run, in sampling order.
-        weights: one per step, None where it is full.
+        weights: some per step, None where it is full.
         branch: b, as in `CacheSpec`.
         about: what it was made from, and what was measured: `model` has the fingerprint of the weights.
         source: the file.
     """
 
     timesteps: tuple[float, ...]
-    weights: tuple[float | None, ...]
+    weights: tuple[tuple[float, ...] | None, ...]
     branch: int = 1
     about: dict[str, Any] = field(default_factory=dict, compare=False)
     source: str = field(default="a plan", compare=False)
@@ -127,8 +129,11 @@ class CachePlan:
     def __post_init__(self):
         if len(self.timesteps) != len(self.weights) or not self.weights:
             raise ValueError(f"{self.source} has {len(self.weights)} weights for {len(self.timesteps)} timesteps")
-        if self.weights[0] is not None or not all(math.isfinite(w) for w in self.weights if w is not None):
+        if self.weights[0] is not None or not all(math.isfinite(w) for ws in self.weights for w in ws or ()):
             raise ValueError(f"{self.source}: the first step must be full (null), and all weights finite numbers")
+        full = list(accumulate(ws is None for ws in self.weights))
+        if bad := [i for i, ws in enumerate(self.weights) if len(ws or ()) >= full[i]]:
+            raise ValueError(f"{self.source}: step {bad[0]} has as many weights as there are full steps before it")
         if self.branch < 1:
             raise ValueError(f"{self.source}: branch is {self.branch}; it must be at least 1")
 
@@ -140,7 +145,7 @@ class CachePlan:
         try:
             about = json.loads(Path(file).read_text(encoding="utf-8"))
             timesteps, weights, branch = (about.pop(key) for key in ("timesteps", "weights", "branch"))
-            numbers = tuple(None if w is None else float(w) for w in weights)
+            numbers = tuple(None if ws is None else tuple(map(float, ws)) for ws in weights)
             return cls(tuple(map(float, timesteps)), numbers, int(branch), about, str(file))
         except (AttributeError, KeyError, TypeError, json.JSONDecodeError) as error:
             raise ValueError(f"{file} is not a plan of `python -m skipdit.plan`: {error!r}") from error
@@ -159,7 +164,7 @@ class CachePlan:
 
     @property
     def order(self) -> int:
-        return int(any(self.weights))
+        return max(len(ws or ()) for ws in self.weights)
 
     @property
     def caches(self) -> bool:
@@ -175,15 +180,15 @@ class CachePlan:
             )
         return [weight is None for weight in self.weights]
 
-    def weight(self, i: int, before: int, last: int) -> float:
-        """That of step i; if a stream sat out one of the plan's full steps, that of a linear forecast."""
-        return self.weights[i] if self._pairs[i] == (before, last) else (i - last) / (last - before)
+    def weights_at(self, i: int, full: tuple[int, ...]) -> Sequence[float]:
+        """Those of step i; if a stream sat out one of the plan's full steps, those of a linear forecast."""
+        return self.weights[i] if self._known[i] == full else linear_weights(i, full)
 
     @cached_property
-    def _pairs(self) -> list[tuple[int, ...]]:
-        """Per step, the last two full ones before it."""
-        full = [i for i, weight in enumerate(self.weights) if weight is None]
-        return [tuple([j for j in full if j < i][-2:]) for i in range(len(self.weights))]
+    def _known(self) -> list[tuple[int, ...]]:
+        """Per step, the full ones before it whose features are stored."""
+        full = [i for i, weights in enumerate(self.weights) if weights is None]
+        return [tuple([j for j in full if j < i][-1 - self.order :]) for i in range(len(self.weights))]
 
 
 @dataclass(frozen=True)
@@ -223,12 +228,17 @@ class DriftSpec:
         """True where a step is sure to be full: the first."""
         return [i == 0 or not self.most for i in range(len(timesteps))]
 
-    def weight(self, i: int, before: int, last: int) -> float:
-        """That of a linear forecast."""
-        return (i - last) / (last - before)
+    def weights_at(self, i: int, full: tuple[int, ...]) -> Sequence[float]:
+        """Those of a linear forecast."""
+        return linear_weights(i, full)
 
 
 Policy = CacheSpec | CachePlan | DriftSpec
+
+
+def linear_weights(i: int, full: Sequence[int]) -> tuple[float, ...]:
+    """How far step i lies ahead of the last two of these full steps, in units of their distance; none of one step."""
+    return ((i - full[-1]) / (full[-1] - full[-2]),) if len(full) > 1 else ()
 
 
 def _check(branch: int, order: int) -> None:
@@ -392,8 +402,12 @@ class SkipCache:
         self.peak_bytes = max(self.peak_bytes, sum(f.nbytes for f in kept))
 
     def _feature(self, i: int, stored: list[tuple[int, Tensor]]) -> Tensor:
-        """The stored feature, or for order 1 its forecast from the last two over the step index (one fused kernel)."""
-        if len(stored) < 2:
-            return stored[-1][1]
-        (before, old), (last, new) = stored
-        return torch.lerp(old, new, 1 + self.spec.weight(i, before, last))
+        """The last stored feature, or its forecast from the last ones: of two, one fused kernel."""
+        steps, features = zip(*stored, strict=True)
+        weights = self.spec.weights_at(i, steps)
+        if not weights:
+            return features[-1]
+        feature = torch.lerp(features[-2], features[-1], 1 + weights[0])
+        for weight, new, old in zip(weights[1:], features[-2::-1], features[-3::-1], strict=False):
+            feature = feature.add_(new, alpha=weight).sub_(old, alpha=weight)
+        return feature

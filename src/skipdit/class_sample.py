@@ -16,7 +16,7 @@ from skipdit.data.images import to_uint8
 from skipdit.device import process_state
 from skipdit.diffusion import Diffusion, ddim, ddpm, randn
 from skipdit.sample import Ahead, Job, StepTimer, generators, preflight, require_finite, resolve_dtype, work_off
-from skipdit.vae import decode, load_vae
+from skipdit.vae import decode, load_vae, pixels
 from skipdit.weights import fingerprint, load_weights
 
 SAMPLERS = {"ddpm": ddpm, "ddim": ddim}
@@ -219,19 +219,19 @@ class ClassSampler:
     def model(self) -> AdaLNTransformer:
         return self.models.model
 
-    def latents(self, steps: int, spec: Policy) -> Iterator[Tensor]:
-        """(N, *model.sample_shape), float32, of every batch."""
+    def images(self, steps: int, spec: Policy) -> Iterator[Tensor]:
+        """(N, ..., 3, H, W) float32 in [-1, 1], of every batch."""
         config, model = self.config, self.model
         for start in range(0, config.num_samples, config.batch_size):
             indices = range(start, min(start + config.batch_size, config.num_samples))
             labels, noise = labels_of(config, model, indices), generators(config.seed, indices, model.device)
             settings = generate_settings(config) | {"steps": steps, "cache": SkipCache(spec, self.timesteps(steps))}
-            yield generate(model, labels, noise, **settings, progress=True)
+            latents = generate(model, labels, noise, **settings, progress=True)
+            yield decode(self.models.vae, latents).clamp(-1, 1).cpu()
 
     def make(self, steps: int, spec: Policy) -> Tensor:
         """(N, ..., 3, H, W) uint8."""
-        vae = self.models.vae
-        return torch.cat([to_uint8(decode(vae, latents)).cpu() for latents in self.latents(steps, spec)])
+        return torch.cat([to_uint8(images) for images in self.images(steps, spec)])
 
 
 def run_job(
@@ -276,7 +276,7 @@ def run_job(
             callback=lambda i, x, x0: timer.tick(cache.ran[i]),
             progress=state.is_main_process,
         )
-        return to_uint8(decode(vae, latents)).cpu(), cache
+        return pixels(vae, latents), cache
 
     summary = work_off(
         job,

@@ -38,8 +38,8 @@ class Sampler(Protocol):
     def timesteps(self, steps: int) -> list[float]:
         """Of a run of so many steps, in sampling order."""
 
-    def latents(self, steps: int, spec: Policy) -> Iterator[Tensor]:
-        """Of every batch of the config's samples, (N, ..., C, h, w) float32."""
+    def images(self, steps: int, spec: Policy) -> Iterator[Tensor]:
+        """Of every batch of the config's samples, (N, ..., 3, H, W) float32 in [-1, 1], on the CPU."""
 
     def make(self, steps: int, spec: Policy) -> Tensor:
         """All samples of the config, (N, ..., 3, H, W) uint8."""

@@ -1,37 +1,41 @@
-"""Plan which steps of a sampling run are full: the best use of a budget, measured on a few runs of the model itself.
+"""Plan which steps of a sampling run are full, and what the others see: measured on a few runs of the model itself.
 
-    python -m skipdit.plan --config configs/class-to-image/demo.yaml --budget 12 --out plan.json
+    python -m skipdit.plan --config configs/class-to-image/demo.yaml --budget 13 --out plan.json
     python -m skipdit.plan --config configs/text-to-video/demo.yaml --speedup 1.5 --out plan.json steps=50
-    python -m skipdit.plan --config configs/class-to-image/demo.yaml --max-error 0.02 --out plan.json
-    python class-to-image/sample.py --config configs/class-to-image/demo.yaml --cache plan.json
+    python -m skipdit.plan --config configs/class-to-image/demo.yaml --max-error 0.01 --out plan.json
 
 Take samples for it that are judged nowhere else: --seed is not that of the config, and prompts should be others, too.
 The plan is for this model, sampler, number of steps and guidance, and is refused on other timesteps.
 
-How, for a run of T steps whose full steps ... i < j < ... leave the features ... f_i, f_j ...:
-1. In an uncached run, every step k is also predicted with each earlier feature f_j in place of its own: the error d_j.
-   The few layers behind the feature are close to affine, so that f_j + w (f_j - f_i) gives d_j + w (d_j - d_i), whose
-   square is least at a known w: the error e(i, j, k) of all pairs follows from the inner products of the d.
-2. A few runs with one cached step each give how much an error at step k moves the final sample: the sensitivity s(k).
-3. Dynamic programming over pairs of full steps finds the plan with the least error, the sum over full steps j of the
-   squared sum of s(k) e(i, j, k) over the cached steps k that follow: errors of one feature are alike, and add up.
-4. It, and the controls of the same cost, are run. What is best in truth is improved step by step, and written.
+How, for a run of T steps whose full steps ... h < i < j ... leave the features ... f_h, f_i, f_j:
+1. In an uncached run, every step is also predicted with each earlier feature in place of its own: the error d_j of f_j.
+   The few layers behind the feature are close to affine, so that f_j + u (f_j - f_i) + v (f_i - f_h) gives
+   d_j + u (d_j - d_i) + v (d_i - d_h): the best u and v, and what error is left, follow from inner products of the d.
+2. Runs of a cached sampler with the weight of one step moved tell how far an error there moves each sample: the
+   sensitivity.
+3. Dynamic programming over the last full steps finds the schedule with the least error. Errors of one feature are alike
+   and add up over the cached steps that use it; those of different features do not.
+4. It is run beside schedules of other kinds and the same cost. Of the best, the weights of all cached steps are fitted
+   together, so that their errors cancel: Gauss-Newton on the final images, each sample's error relative to its own.
 """
 
 import argparse
 import inspect
 import math
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from functools import cache
+from itertools import accumulate
+from typing import Any, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
 from skipdit.bench import run_flops
-from skipdit.cache import CachePlan, CacheSpec, CacheStep, Policy, SkipCache
+from skipdit.cache import CachePlan, CacheSpec, CacheStep, Policy, SkipCache, linear_weights
 from skipdit.compare import Sampler
 from skipdit.config import friendly_errors, load_config, to_dict
 from skipdit.sample import versions
@@ -39,7 +43,14 @@ from skipdit.skip import SkipTransformer, predicted_noise
 from skipdit.task import find_task
 from skipdit.weights import fingerprint
 
-MOST = 2.0  # times the linear forecast that a fitted weight may be
+RIDGE = 1e-3  # of least squares, relative to the mean of the diagonal
+DAMPING = (0.02, 0.1)  # the same, of the joint fit; what measures better is taken
+NUDGE = 0.15  # by which a weight is moved, to see what it does
+TINY = 1e-20
+PIXELS = 2**16  # of every sample, drawn at random, that the joint fit looks at
+
+T = TypeVar("T", float, Tensor)
+Weights = tuple[tuple[float, ...] | None, ...]  # as a `CachePlan` has them
 
 
 @dataclass
@@ -49,47 +60,55 @@ class Errors:
     Attributes:
         steps: T.
         reach: the largest distance of two full steps, and of a cached one from the last full one.
-        products: (i, j, k), i and j < k -> mean over the latents of the product of the errors of the noise at step k
-            with the features of steps i and j.
-        sensitivity: per step, mean squared error of the final latents over that of the noise at this step.
+        grams: of every step but the first, inner products (F, F) of the errors that it has with the features of the F
+            steps before it, times how much they move the images.
+        sensitivity: of every step, mean squared error of the images over that of the noise.
     """
 
     steps: int
     reach: int
-    products: dict[tuple[int, int, int], float] = field(default_factory=dict)
+    grams: dict[int, np.ndarray] = field(default_factory=dict)
     sensitivity: list[float] = field(default_factory=list)
 
-    def best(self, i: int | None, j: int, k: int) -> tuple[float, float]:
-        """The weight w for which f_j + w (f_j - f_i) predicts step k best, and its squared error. i None: reuse f_j."""
-        reused = self.products[j, j, k]
-        if i is None:
-            return 0.0, reused
-        slope = reused - self.products[i, j, k]  # d_j (d_j - d_i)
-        curvature = slope - self.products[i, j, k] + self.products[i, i, k]  # (d_j - d_i)^2
-        weight = min(max(-slope / curvature, 0.0), MOST * (k - j) / (j - i)) if curvature > 0 else 0.0
-        return weight, max(reused + 2 * weight * slope + weight**2 * curvature, 0.0)
+    def best(self, full: Sequence[int], k: int) -> tuple[tuple[float, ...], float]:
+        """The weights with which the features of these full steps, newest last, predict step k best, and what squared
+        error is left."""
+        known = [j - k for j in reversed(full) if k - j <= len(self.grams[k])]
+        gram = self.grams[k][np.ix_(known, known)]
+        each = np.eye(len(known))
+        changes = each[:-1] - each[1:]  # f_j - f_i, f_i - f_h, ...
+        curvature = changes @ gram @ changes.T
+        curvature += RIDGE * np.trace(curvature) / len(known) * np.eye(len(changes))
+        weights = -np.linalg.pinv(curvature) @ (changes @ gram[0])
+        error = each[0] + weights @ changes
+        return tuple(weights.tolist()), max(float(error @ gram @ error), 0.0)
 
-    def cost(self, i: int | None, j: int, end: int) -> float:
-        """Squared error of the final latents that the cached steps after the full steps i and j cause, before `end`.
+    def cost(self, full: Sequence[int], end: int) -> float:
+        """Squared error of the images that the cached steps after these full steps cause, before step `end`.
 
         The errors of one feature are alike from step to step and add up; those of different features do not.
         """
-        return sum(math.sqrt(self.sensitivity[k] * self.best(i, j, k)[1]) for k in range(j + 1, end)) ** 2
+        return sum(math.sqrt(self.best(full, k)[1]) for k in range(full[-1] + 1, end)) ** 2
 
-    def weights(self, full: Sequence[int], order: int | None = None) -> list[float | None]:
-        """Those of a `CachePlan` with these full steps. `order` 0 reuses, 1 forecasts linearly, None fits."""
-        weights: list[float | None] = []
-        for k in range(self.steps):
-            before = [j for j in full if j < k][-2:]
-            if k in full:
-                weights.append(None)
-            elif len(before) < 2 or order == 0:
-                weights.append(0.0)
-            else:
-                i, j = before
-                fitted = order is None and (i, i, k) in self.products
-                weights.append(self.best(i, j, k)[0] if fitted else (k - j) / (j - i))
-        return weights
+    def total(self, full: Sequence[int]) -> float:
+        """The expected cost of a plan; infinite if it goes beyond the reach."""
+        ends = [*full[1:], self.steps]
+        if max(end - j for j, end in zip(full, ends, strict=True)) > self.reach:
+            return math.inf
+        return sum(self.cost(full[max(n - 1, 0) : n + 1], end) for n, end in enumerate(ends))
+
+    def weights(self, full: Sequence[int], memory: int) -> Weights:
+        """The best ones for each step by itself, of the last `memory` full steps' features."""
+        return tuple(
+            None if k in full else self.best([j for j in full if j < k][-memory:], k)[0] for k in range(self.steps)
+        )
+
+
+def forecast(steps: int, full: Sequence[int], order: int) -> Weights:
+    """Weights of a plan with these full steps that reuses (order 0) or forecasts linearly (order 1)."""
+    return tuple(
+        None if k in full else linear_weights(k, [j for j in full if j < k][-1 - order :]) for k in range(steps)
+    )
 
 
 def optimal(errors: Errors, budget: int) -> list[int]:
@@ -98,18 +117,19 @@ def optimal(errors: Errors, budget: int) -> list[int]:
     Raises ValueError if so few cannot span the run within the errors' reach.
     """
     steps, reach = errors.steps, errors.reach
+    cost = cache(errors.cost)
     # (last but one, last) -> least cost so far and the full steps that have it; the first step is always full
-    states: dict[tuple[int | None, int], tuple[float, list[int]]] = {(None, 0): (0.0, [0])}
+    states: dict[tuple[int, ...], tuple[float, list[int]]] = {(0,): (0.0, [0])}
     for left in range(budget - 1, -1, -1):
-        following: dict[tuple[int | None, int], tuple[float, list[int]]] = {}
+        following: dict[tuple[int, ...], tuple[float, list[int]]] = {}
         best = (math.inf, [])
-        for (i, j), (cost, full) in states.items():
-            for k in range(j + 1, min(j + reach, steps) + 1):  # the next full step, or the end of the run
-                reached = cost + errors.cost(i, j, k), full
+        for last, (before, full) in states.items():
+            for k in range(last[-1] + 1, min(last[-1] + reach, steps) + 1):  # the next full step, or the run's end
+                reached = before + cost(last, k), full
                 if k == steps:
                     best = min(best, reached) if left == 0 else best
-                elif left > 0 and reached < following.get((j, k), (math.inf,)):
-                    following[j, k] = reached[0], [*full, k]
+                elif left > 0 and reached < following.get((last[-1], k), (math.inf,)):
+                    following[last[-1], k] = reached[0], [*full, k]
         states = following
     if not best[1]:
         raise ValueError(f"{budget} full steps cannot span {steps} steps within a reach of {reach}; raise --reach")
@@ -120,23 +140,14 @@ def greedy(errors: Errors, budget: int) -> list[int]:
     """Full steps that are left when the one that costs least is cached, again and again: a control."""
     full = list(range(errors.steps))
     while len(full) > budget:
-        rest = [[j for j in full if j != k] for k in full[1:]]
-        full = min(rest, key=lambda chosen: total(errors, chosen))
+        full = min(([j for j in full if j != k] for k in full[1:]), key=errors.total)
     return full
 
 
-def total(errors: Errors, full: Sequence[int]) -> float:
-    """The expected cost of a plan; infinite if it goes beyond the reach."""
-    try:
-        pairs = zip([None, *full], full, [*full[1:], errors.steps], strict=False)
-        return sum(errors.cost(i, j, end) for i, j, end in pairs)
-    except KeyError:
-        return math.inf
-
-
 def uniform(steps: int, budget: int) -> list[int]:
-    """Full steps at equal distances, from the first on."""
-    return sorted({round(n * steps / budget) for n in range(budget)})
+    """Full steps at equal distances, from the first on; the longer ones first, since late steps show more."""
+    short, longer = divmod(steps, budget)
+    return [n * short + min(n, longer) for n in range(budget)]
 
 
 class Watch:
@@ -145,14 +156,15 @@ class Watch:
     Args:
         model: the sampler's.
         branch: b.
-        errors: `finish` puts into it what was found.
+        steps: of a run.
+        window: how many earlier features.
     """
 
-    def __init__(self, model: SkipTransformer, branch: int, errors: Errors, progress: tqdm):
-        self.model, self.branch, self.errors, self.progress = model, branch, errors, progress
+    def __init__(self, model: SkipTransformer, branch: int, steps: int, window: int, progress: tqdm):
+        self.model, self.branch, self.steps, self.progress = model, branch, steps, progress
         self.calls = 0
-        self._features: deque[Tensor] = deque(maxlen=2 * errors.reach)  # of the steps before this one, newest last
-        self._sums: dict[int, Tensor] = {}  # step -> inner products of its errors
+        self.grams: dict[int, list[Tensor]] = {k: [] for k in range(1, steps)}  # (N, F, F), a tensor per batch
+        self._features: deque[Tensor] = deque(maxlen=window)  # of the steps before this one, newest last
         self._forward = model.forward
         self._names = list(inspect.signature(self._forward).parameters)  # the first: the latents
         model.forward = self._call  # and not a hook: those of a pipeline come later, and bring its own cache
@@ -168,26 +180,23 @@ class Watch:
 
         def error(feature: Tensor) -> Tensor:
             out = self._forward(**arguments | {"cache": CacheStep(self.branch, feature)})
-            return predicted_noise(out, latents).sub(truth).flatten()
+            return predicted_noise(out, latents).sub(truth).flatten(1)
 
-        k = self.calls % self.errors.steps
+        k = self.calls % self.steps
         self.calls += 1
         if k == 0:
             self._features.clear()
-        if self._features:
-            errors = torch.stack([error(feature) for feature in self._features]).double()
-            self._sums[k] = self._sums.get(k, 0) + errors @ errors.T / errors.shape[1]
+        else:
+            errors = torch.stack([error(feature) for feature in self._features], 1).double()  # (rows, F, ...)
+            self.grams[k].append(errors @ errors.mT / errors.shape[-1])
         self._features.append(step.output)
         self.progress.update()
         return output
 
-    def finish(self) -> None:
-        """Put the means over runs into the errors."""
-        runs = self.calls // self.errors.steps
-        for k, gram in self._sums.items():
-            for a, row in enumerate((gram / runs).tolist(), start=k - len(gram)):
-                for b, value in enumerate(row, start=k - len(gram)):
-                    self.errors.products[a, b, k] = value
+    def fold(self, samples: int) -> None:
+        """After a batch: rows of the model become samples, which guidance has twice."""
+        for grams in self.grams.values():
+            grams[-1] = grams[-1].unflatten(0, (-1, samples)).mean(0).cpu()
 
 
 @dataclass
@@ -210,43 +219,65 @@ class Bench:
         self.reference: list[Tensor] = []
         self._known: dict[str, float] = {}
 
-    def calibrate(self, reach: int, probes: int) -> Errors:
-        """All that the planning needs: one uncached run that is watched, and `probes` with a cached step each."""
-        errors = Errors(self.steps, reach)
+    def calibrate(self, reach: int, probes: int, budget: int) -> Errors:
+        """All that scheduling needs: one uncached run that is watched, and `probes` of a cached one.
+
+        The cached one has `budget` full steps, uniform and forecast linearly. How far an error at a step moves the
+        images is seen in it, since with uncached steps to come the same error moves them several times as far. Every
+        sample's error counts relative to what it has there: the few samples that any cache changes much would decide
+        alone otherwise.
+        """
         with tqdm(desc="uncached runs, every step predicted from others", unit="step") as progress:
-            watch = Watch(self.model, self.branch, errors, progress)
+            watch = Watch(self.model, self.branch, self.steps, 2 * reach, progress)
             try:
-                self.reference = list(self.sampler.latents(self.steps, CacheSpec()))
+                for images in self.sampler.images(self.steps, CacheSpec()):
+                    self.reference.append(images)
+                    watch.fold(len(images))
             finally:
                 watch.remove()
         if watch.calls != self.steps * len(self.reference):
             raise ValueError(f"{watch.calls} calls of the model in {len(self.reference)} runs of {self.steps} steps")
-        watch.finish()
-        places = torch.linspace(1, self.steps - 1, min(probes, self.steps - 1)).round().long().unique().tolist()
+        grams = {k: torch.cat(parts) for k, parts in watch.grams.items()}
+        full = uniform(self.steps, budget)
+        even = forecast(self.steps, full, 1)
+        now = self.changes(self.plan(even))
+        typical = torch.cat([change.square().flatten(1).mean(1) for change in now])
+        free = [k for k, weights in enumerate(even) if weights]
+        places = [free[n] for n in torch.linspace(0, len(free) - 1, min(probes, len(free))).round().long().unique()]
         measured = []
         for k in tqdm(places, desc="sensitivities", unit="run"):
-            weights = [None if step != k else 0.0 for step in range(self.steps)]
-            squares = self.squared_error(self.plan(weights)).mean().item()
-            measured.append(math.log(max(squares, 1e-30) / max(errors.products[k - 1, k - 1, k], 1e-30)))
-        errors.sensitivity = [math.exp(value) for value in interpolate(places, measured, self.steps)]
-        return errors
+            nudged = self.changes(self.plan([*even[:k], (even[k][0] + NUDGE,), *even[k + 1 :]]))
+            squares = torch.cat([(a - b).square().flatten(1).mean(1) for a, b in zip(nudged, now, strict=True)])
+            i, j = [step - k for step in full if step < k][-2:]
+            moved = grams[k][:, j, j] - 2 * grams[k][:, i, j] + grams[k][:, i, i]  # by weight 1
+            measured.append((squares / NUDGE**2 / moved.clamp_min(TINY)).clamp_min(TINY).log())
+        moves = [moved.exp() for moved in interpolate(places, measured, self.steps)]  # per step, (N,)
+        relative = {k: moves[k] / typical.clamp_min(TINY) for k in grams}
+        return Errors(
+            self.steps,
+            reach,
+            {k: (gram * relative[k][:, None, None]).mean(0).numpy() for k, gram in grams.items()},
+            [moved.log().mean().exp().item() for moved in moves],
+        )
 
-    def plan(self, weights: Sequence[float | None]) -> CachePlan:
+    def plan(self, weights: Weights) -> CachePlan:
         return CachePlan(self.timesteps, tuple(weights), self.branch)
 
+    def changes(self, policy: Policy, steps: int | None = None) -> list[Tensor]:
+        """Images (N, ..., 3, H, W), of a range of 1, minus those of the uncached run, of every batch."""
+        made = self.sampler.images(steps or self.steps, policy)
+        return [(a - b).div(2) for a, b in zip(made, self.reference, strict=True)]
+
     def squared_error(self, policy: Policy, steps: int | None = None) -> Tensor:
-        """Mean squared error (N,) of the final latents of every sample, against the uncached run."""
-        made = self.sampler.latents(steps or self.steps, policy)
-        return torch.cat([(a - b).square().flatten(1).mean(1) for a, b in zip(made, self.reference, strict=True)])
+        """Mean squared error (N,) of every sample's images."""
+        return torch.cat([change.square().flatten(1).mean(1) for change in self.changes(policy, steps)])
 
     def error(self, policy: Policy, steps: int | None = None) -> float:
-        """Root of the mean squared error of the final latents over that of the latents themselves: the geometric mean
-        over samples, as a mean of dB is."""
+        """Root of the mean squared error of the images, of their range: the geometric mean over samples, as a mean of
+        PSNRs is."""
         key = f"{policy} {steps}"
         if key not in self._known:
-            signal = torch.cat([a.square().flatten(1).mean(1) for a in self.reference])
-            ratio = self.squared_error(policy, steps) / signal
-            self._known[key] = ratio.clamp_min(1e-20).log().mean().div(2).exp().item()
+            self._known[key] = self.squared_error(policy, steps).clamp_min(TINY).log().mean().div(2).exp().item()
         return self._known[key]
 
     def flops(self, policy: Policy) -> float:
@@ -256,7 +287,7 @@ class Bench:
         return self.steps * self.sampler.flops["full"] / self.flops(policy)
 
 
-def interpolate(places: Sequence[int], values: Sequence[float], count: int) -> list[float]:
+def interpolate(places: Sequence[int], values: Sequence[T], count: int) -> list[T]:
     """Piecewise linear through (place, value), constant beyond the ends, at 0 .. count - 1."""
     found = []
     for x in range(count):
@@ -268,47 +299,52 @@ def interpolate(places: Sequence[int], values: Sequence[float], count: int) -> l
     return found
 
 
-def candidates(errors: Errors, budget: int) -> dict[str, list[float | None]]:
-    """Weights of plans with so many full steps, by name."""
-    even = uniform(errors.steps, budget)
-    plans = {
-        "planned": errors.weights(optimal(errors, budget)),
-        "planned, linear forecast": errors.weights(optimal(errors, budget), order=1),
-        "uniform": errors.weights(even),
-        "uniform, linear forecast": errors.weights(even, order=1),
-        "uniform, reuse": errors.weights(even, order=0),
-    }
-    return plans | {"greedy": errors.weights(greedy(errors, budget))}
+def widened(weights: Weights, memory: int) -> Weights:
+    """The same, with zeros for features that so far are not used."""
+    full = list(accumulate(several is None for several in weights))
+    return tuple(
+        None if several is None else (*several, *(0.0,) * (min(memory, have) - 1 - len(several)))
+        for several, have in zip(weights, full, strict=True)
+    )
 
 
-def improve(bench: Bench, errors: Errors, full: list[int], runs: int) -> list[int]:
-    """Move full steps by one or two as long as the measured error falls, in at most so many runs."""
-    best, least = full, bench.error(bench.plan(errors.weights(full)))
-    with tqdm(total=runs, desc="improving", unit="run") as progress:
-        seen, moved = {tuple(best)}, True
-        while moved and progress.n < runs:
-            moved = False
-            for chosen in moves(best, errors.steps):
-                if tuple(chosen) in seen or total(errors, chosen) == math.inf:
-                    continue
-                if progress.n == runs:
-                    break
-                seen.add(tuple(chosen))
+def fit(bench: Bench, weights: Weights, rounds: int) -> Weights:
+    """All weights together, so that the errors of the steps cancel in the images: Gauss-Newton.
+
+    Each round runs the plan once per weight, with that one moved. Every sample counts by its error relative to what it
+    is now, which lowers the mean of logarithms. What does not measure better is not taken.
+    """
+    places = [(k, m) for k, several in enumerate(weights) for m in range(len(several or ()))]
+    some = torch.randperm(bench.reference[0][0].numel(), generator=torch.Generator().manual_seed(0))[:PIXELS]
+
+    def changes(weights: Weights) -> Tensor:
+        return torch.cat([change.flatten(1)[:, some] for change in bench.changes(bench.plan(weights))])
+
+    def moved(by: Sequence[float]) -> Weights:
+        found = [None if several is None else list(several) for several in weights]
+        for (k, m), step in zip(places, by, strict=True):
+            found[k][m] += step
+        return tuple(None if several is None else tuple(several) for several in found)
+
+    with tqdm(total=rounds * len(places), desc="fitting all weights together", unit="run") as progress:
+        for _ in range(rounds if places else 0):
+            now, slopes = changes(weights), []
+            for row in torch.eye(len(places)).mul(NUDGE).tolist():
+                slopes.append((changes(moved(row)) - now) / NUDGE)
                 progress.update()
-                if (error := bench.error(bench.plan(errors.weights(chosen)))) < least:
-                    best, least, moved = chosen, error, True
-                    progress.set_postfix(error=f"{least:.4f}")
-                    break
-    return best
-
-
-def moves(full: list[int], steps: int) -> Iterator[list[int]]:
-    """All plans in which one full step, not the first, is one or two steps earlier or later."""
-    for distance in (1, -1, 2, -2):
-        for n in range(1, len(full)):
-            chosen = sorted({*full[:n], *full[n + 1 :], full[n] + distance})
-            if len(chosen) == len(full) and 0 < full[n] + distance < steps:
-                yield chosen
+            scale = now.norm(dim=1).clamp_min(TINY).reciprocal()
+            target, columns = (now * scale[:, None]).flatten().double(), torch.stack(slopes) * scale[:, None]
+            columns = columns.flatten(1).double()
+            curvature, slope = columns @ columns.T, columns @ target
+            tries = [weights]
+            for damping in DAMPING:
+                ridge = damping * curvature.diagonal().mean() * torch.eye(len(places), dtype=curvature.dtype)
+                tries.append(moved((-torch.linalg.solve(curvature + ridge, slope)).tolist()))
+            best = min(tries, key=lambda tried: bench.error(bench.plan(tried)))
+            if best is weights:
+                break
+            weights = best
+    return weights
 
 
 def budget_of(bench: Bench, args: argparse.Namespace) -> int | None:
@@ -330,33 +366,48 @@ def budget_of(bench: Bench, args: argparse.Namespace) -> int | None:
     return min(budget, bench.steps)
 
 
-def within(bench: Bench, errors: Errors, most: float) -> int:
-    """The fewest full steps whose plan has at most this error, found by halving; each try is a run."""
-    low, high = math.ceil(bench.steps / (errors.reach + 1)), bench.steps  # all steps full is no error
-    while low < high:
-        middle = (low + high) // 2
-        error = bench.error(bench.plan(errors.weights(optimal(errors, middle))))
-        low, high = (low, middle) if error <= most else (middle + 1, high)
-    return low
+def candidates(errors: Errors, budget: int, memory: int) -> dict[str, Weights]:
+    """Plans with so many full steps, by name."""
+    even = uniform(errors.steps, budget)
+    return {
+        "planned": errors.weights(optimal(errors, budget), memory),
+        "greedy": errors.weights(greedy(errors, budget), memory),
+        "uniform": errors.weights(even, memory),
+        "uniform, linear forecast": forecast(errors.steps, even, 1),
+        "uniform, reuse": forecast(errors.steps, even, 0),
+    }
 
 
-def make_plan(bench: Bench, errors: Errors, budget: int, runs: int) -> tuple[CachePlan, dict[str, float]]:
+def make_plan(
+    bench: Bench, errors: Errors, budget: int, memory: int, rounds: int
+) -> tuple[CachePlan, dict[str, float]]:
     """The best plan with so many full steps that could be found, and the measured errors of it and all others.
 
     Args:
-        runs: of the sampler, to improve it by.
+        memory: stored features that a cached step may use.
+        rounds: of the joint fit.
     """
-    weights = {name: tuple(w) for name, w in candidates(errors, budget).items()}
-    measured = {name: bench.error(bench.plan(w)) for name, w in tqdm(weights.items(), desc="candidates", unit="run")}
+    plans = candidates(errors, budget, memory)
+    measured = {name: bench.error(bench.plan(w)) for name, w in tqdm(plans.items(), desc="candidates", unit="run")}
     start = min(measured, key=measured.get)
-    full = [k for k, weight in enumerate(weights[start]) if weight is None]
-    weights["improved"] = tuple(errors.weights(improve(bench, errors, full, runs)))
-    measured["improved"] = bench.error(bench.plan(weights["improved"]))
+    plans[f"{start}, fitted"] = fit(bench, widened(plans[start], memory), rounds)
+    measured[f"{start}, fitted"] = bench.error(bench.plan(plans[f"{start}, fitted"]))
     best = min(measured, key=measured.get)  # never worse than a control, where it was measured
-    cost = bench.flops(bench.plan(weights[best]))
-    steps = max(1, round(cost / bench.sampler.flops["full"]))
+    plan = bench.plan(plans[best])
+    steps = max(1, round(bench.flops(plan) / bench.sampler.flops["full"]))
     measured[f"{steps} steps, uncached"] = bench.error(CacheSpec(), steps)
-    return bench.plan(weights[best]), measured
+    return plan, measured
+
+
+def within(bench: Bench, errors: Errors, most: float, memory: int, rounds: int) -> int:
+    """The fewest full steps whose plan has at most this error, found by halving; each try is a whole plan."""
+    low, high = math.ceil(bench.steps / errors.reach), bench.steps  # all steps full is no error
+    while low < high:
+        middle = (low + high) // 2
+        _, measured = make_plan(bench, errors, middle, memory, rounds)
+        fits = min(error for name, error in measured.items() if not name.endswith("uncached")) <= most
+        low, high = (low, middle) if fits else (middle + 1, high)
+    return low
 
 
 def main() -> None:
@@ -370,7 +421,7 @@ def main() -> None:
         "--max-error",
         type=float,
         metavar="E",
-        help="of the final latents, relative root mean square; finds the fewest full steps",
+        help="root mean square, of the pixels' range; 0.01 is a PSNR of 40 dB. Finds the fewest full steps",
     )
     parser.add_argument("--steps", type=int, metavar="T", help="of a run [the config's]")
     parser.add_argument("--branch", type=int, default=1, metavar="B", help="outer layers of cached steps [%(default)s]")
@@ -379,7 +430,12 @@ def main() -> None:
         "--reach", type=int, metavar="G", help="most steps between full ones [three times the mean, 12 at least]"
     )
     parser.add_argument("--probes", type=int, default=10, help="runs to measure sensitivities by [%(default)s]")
-    parser.add_argument("--improve", type=int, default=40, metavar="R", help="runs to improve a plan by [%(default)s]")
+    parser.add_argument(
+        "--memory", type=int, default=3, metavar="M", help="stored features that a cached step may use [%(default)s]"
+    )
+    parser.add_argument(
+        "--rounds", type=int, default=1, metavar="R", help="of the joint fit of all weights [%(default)s]"
+    )
     parser.add_argument("--task", help="class-to-image ... [the name of the config's folder]")
     parser.add_argument("--out", default="plan.json", metavar="FILE", help="[%(default)s]")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings that override the config's")
@@ -388,16 +444,15 @@ def main() -> None:
         plan, measured = run(args)
         plan.save(args.out)
     full = plan.weights.count(None)
-    print(f"\n{'':32s}  error     dB")
+    print(f"\n{'':32s}  error   PSNR")
     for name, error in sorted(measured.items(), key=lambda item: item[1]):
-        print(f"{name:32s}  {error:.4f}  {decibel(error):5.1f}")
+        print(f"{name:32s}  {error:.4f}  {psnr_of(error):5.1f}")
     if (best := min(measured, key=measured.get)).endswith("uncached"):
         print(f"\nNo plan of this cost comes as near as simply {best}.")
     print(f"\n{args.out}: {full} of {len(plan.weights)} steps full, {plan.about['speedup']:.2f}x fewer FLOPs")
 
 
-def decibel(error: float) -> float:
-    """Signal to error of a relative error."""
+def psnr_of(error: float) -> float:
     return -20 * math.log10(max(error, 1e-10))
 
 
@@ -412,9 +467,10 @@ def run(args: argparse.Namespace) -> tuple[CachePlan, dict[str, float]]:
     budget = budget_of(bench, args)
     spread = config.steps / (budget or config.steps / 4)
     reach = min(args.reach or max(12, math.ceil(3 * spread)), config.steps - 1)
-    errors = bench.calibrate(reach, args.probes)
-    budget = within(bench, errors, args.max_error) if budget is None else budget
-    plan, measured = make_plan(bench, errors, budget, args.improve)
+    errors = bench.calibrate(reach, args.probes, budget or math.ceil(config.steps / 4))
+    if budget is None:
+        budget = within(bench, errors, args.max_error, args.memory, args.rounds)
+    plan, measured = make_plan(bench, errors, budget, args.memory, args.rounds)
     about = {
         "format": "skipdit plan 1",
         "model": fingerprint(bench.model),

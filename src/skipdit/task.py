@@ -25,9 +25,10 @@ class Task(NamedTuple):
     window: CacheSpec
 
     @property
-    def plain(self) -> str:
-        """The override that leaves out the skips."""
-        return "model.skip=false" if any(field.name == "model" for field in fields(self.schema)) else "skip=false"
+    def plain(self) -> list[str]:
+        """The overrides that leave out the skips; none where the weights alone say whether there are some."""
+        names = {field.name for field in fields(self.schema)}
+        return ["model.skip=false"] if "model" in names else ["skip=false"] * ("skip" in names)
 
 
 def find_task(config: str, name: str | None = None) -> Task:

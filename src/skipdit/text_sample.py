@@ -24,7 +24,7 @@ from skipdit.pipeline import enable_cache
 from skipdit.prompts import slug
 from skipdit.sample import Job, StepTimer, require_finite, resolve_dtype, work_off
 from skipdit.skip import SkipTransformer
-from skipdit.vae import decode, downsampling
+from skipdit.vae import decode, downsampling, pixels
 from skipdit.weights import fingerprint, load_weights
 
 WINDOW = "N{}-700-50"  # the released code's caching window, of both tasks
@@ -187,7 +187,7 @@ class PromptSampler(ABC):
 
     def samples(self, indices: list[int], steps: int, callback: Callable[[int], None] | None = None) -> Tensor:
         """Pixels of a batch of samples, (N, ..., 3, H, W) uint8, on the CPU."""
-        return to_uint8(decode(self.pipe.vae, self.batch(indices, steps, callback))).cpu()
+        return pixels(self.pipe.vae, self.batch(indices, steps, callback))
 
     def batches(self, indices: Sequence[int]) -> Iterator[list[int]]:
         """Samples that can be made together."""
@@ -202,16 +202,15 @@ class PromptSampler(ABC):
         self.pipe.scheduler.set_timesteps(steps)
         return self.pipe.scheduler.timesteps.tolist()
 
-    def latents(self, steps: int, spec: Policy) -> Iterator[Tensor]:
-        """(N, ..., C, h, w), float32, of every batch."""
+    def images(self, steps: int, spec: Policy) -> Iterator[Tensor]:
+        """(N, ..., 3, H, W) float32 in [-1, 1], of every batch."""
         enable_cache(self.pipe, spec)
         for indices in self.batches(range(len(self.prompts) * self.copies)):
-            yield self.batch(indices, steps)
+            yield decode(self.pipe.vae, self.batch(indices, steps)).clamp(-1, 1).cpu()
 
     def make(self, steps: int, spec: Policy) -> Tensor:
         """All samples of the config, (N, ..., 3, H, W) uint8."""
-        vae = self.pipe.vae
-        return torch.cat([to_uint8(decode(vae, latents)).cpu() for latents in self.latents(steps, spec)])
+        return torch.cat([to_uint8(images) for images in self.images(steps, spec)])
 
     def _open(
         self, parts: Parts, branch: int | None, make: Callable[[PromptConfig, Parts], DiffusionPipeline], **sizes: int

@@ -9,6 +9,8 @@ import torch
 from diffusers import AutoencoderKL, AutoencoderKLTemporalDecoder
 from torch import Tensor
 
+from skipdit.data.images import to_uint8
+
 
 def load_vae(source: str, dtype: torch.dtype = torch.float32) -> AutoencoderKL:
     """An autoencoder in eval mode, without gradients, on the CPU.
@@ -28,6 +30,11 @@ def load_vae(source: str, dtype: torch.dtype = torch.float32) -> AutoencoderKL:
             "`bash scripts/download.sh class-to-image` or class-to-video fetches the one of the released models"
         ) from error
     return vae.eval().requires_grad_(False)
+
+
+def pixels(vae: AutoencoderKL, latents: Tensor) -> Tensor:
+    """Latents (N, ..., C, h, w) -> (N, ..., 3, H, W) uint8, on the CPU: what is saved."""
+    return to_uint8(decode(vae, latents)).cpu()
 
 
 def downsampling(vae: AutoencoderKL) -> int:

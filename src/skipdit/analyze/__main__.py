@@ -54,7 +54,7 @@ def open_subjects(task: Task, args: argparse.Namespace) -> dict[str, Subject]:
     """The config's model and, if asked for, the plain one; by name."""
     branches = [CacheSpec.parse(spec).branch for spec in getattr(args, "spec", [])]
     branch = max([getattr(args, "branch", 1), *branches])
-    runs = [args.overrides] + ([[*args.overrides, f"weights={args.plain}", task.plain]] if args.plain else [])
+    runs = [args.overrides] + ([[*args.overrides, f"weights={args.plain}", *task.plain]] if args.plain else [])
     subjects = {}
     for overrides in runs:
         config = load_config(task.schema, args.config, overrides)
