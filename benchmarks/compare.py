@@ -5,6 +5,7 @@
     python benchmarks/compare.py --task class-to-image --quick --out results/quick    # few samples, few settings
     python benchmarks/compare.py --task text-to-video --methods skip-cache taylorseer --out results/some num_frames=8
     python benchmarks/compare.py --task text-to-image --full-size --out results/text-to-image
+    python benchmarks/compare.py --task class-to-image --also results/demo-plan.json --also D0.2-o1 --out results/some
 
 Every method runs on the model with skips and, with plain weights (--plain), on the plain one; Skip-Cache needs skips.
 Fidelity is against the uncached samples of the same backbone. Peers and their sources are in peers.py; their settings
@@ -35,7 +36,7 @@ from tqdm import tqdm
 
 from skipdit.adaln import AdaLNTransformer
 from skipdit.bench import interleaved_seconds, run_flops, step_flops
-from skipdit.cache import CacheSpec, SkipCache
+from skipdit.cache import CachePlan, CacheSpec, DriftSpec, Policy, SkipCache
 from skipdit.compare import Sampler
 from skipdit.config import friendly_errors, load_config, to_dict
 from skipdit.device import process_state
@@ -50,10 +51,13 @@ ROOT = Path(__file__).parents[1]
 TASKS = ("class-to-image", "class-to-video", "text-to-video", "text-to-image")
 WEIGHTS = ROOT / "benchmarks/weights"  # of plain models
 UNCACHED, FEWER, REUSE, FORECAST = "uncached", "fewer steps", "Skip-Cache", "Skip-Cache forecast"
+PLANNED, DRIFT = "Skip-Cache planned", "Skip-Cache by drift"
 METHODS = {  # as --methods names them
     "fewer-steps": FEWER,
     "skip-cache": REUSE,
     "skip-cache-forecast": FORECAST,
+    "skip-cache-planned": PLANNED,
+    "skip-cache-drift": DRIFT,
     "fora": "FORA",
     "delta-dit": "Delta-DiT",
     "pab": "PAB",
@@ -64,12 +68,23 @@ METHODS = {  # as --methods names them
     "teacache-fitted": "TeaCache fitted",
     "taylorseer": "TaylorSeer",
 }
-COLOURS = ("black", "tab:blue", "tab:red", "tab:orange", "tab:green", "tab:purple", "tab:brown", "tab:pink")
+COLOURS = (
+    "black",
+    "tab:blue",
+    "tab:red",
+    "magenta",
+    "salmon",
+    "tab:orange",
+    "tab:green",
+    "tab:purple",
+    "tab:brown",
+    "tab:pink",
+)
 COLOURS += ("tab:olive", "tab:cyan", "tab:gray", "gold")
-MARKERS = "osD^vP*Xh<>p"
+MARKERS = "osDd8^vP*Xh<>p"
 STYLES = {
     method: {"color": colour, "marker": marker, "linestyle": ":" if method == FEWER else "-"}
-    | ({"linewidth": 2.5, "markersize": 8, "zorder": 3} if method in (REUSE, FORECAST) else {"linewidth": 1})
+    | ({"linewidth": 2.5, "markersize": 8, "zorder": 3} if method.startswith(REUSE) else {"linewidth": 1})
     for method, colour, marker in zip(METHODS.values(), COLOURS, MARKERS, strict=True)
 }
 IDENTICAL = 100.0  # dB that count for identical pictures, in means
@@ -90,7 +105,7 @@ class Row:
     method: str
     name: str
     steps: int
-    spec: CacheSpec = field(default_factory=CacheSpec)
+    spec: Policy = field(default_factory=CacheSpec)
     peer: Peer | None = None
 
     @property
@@ -99,8 +114,8 @@ class Row:
 
     @property
     def window(self) -> str:
-        """Timesteps between which Skip-Cache caches."""
-        return f"{self.spec.start}-{self.spec.stop}"
+        """Timesteps between which an interval caches."""
+        return f"{self.spec.start}-{self.spec.stop}" if isinstance(self.spec, CacheSpec) else ""
 
 
 @dataclass
@@ -162,11 +177,13 @@ def rows_for(
     flops: dict[str, float],
     polynomial: Sequence[float],
     quick: bool,
+    also: Sequence[Policy] = (),
 ) -> list[Row]:
     """Everything that runs on a backbone, the uncached run first.
 
     Args:
         window: of the task; Skip-Cache also runs in a window of all steps, where that makes other plans.
+        also: other policies.
         flops: of a full and a cached step; numbers of uncached steps are chosen by them, to cost what Skip-Cache does.
     """
     intervals = (2, 3) if quick else (2, 3, 4, 5, 6)
@@ -182,6 +199,9 @@ def rows_for(
             own.append(Row(backbone, REUSE, f"{REUSE} {spec}", steps, spec))
             forecast = spec.with_order(1)
             own.append(Row(backbone, FORECAST, f"{REUSE} {forecast}", steps, forecast))
+    for policy in also:
+        kind = {CachePlan: PLANNED, DriftSpec: DRIFT}.get(type(policy), FORECAST if policy.order else REUSE)
+        own.append(Row(backbone, kind, f"{REUSE} {policy}", steps, policy))
     fewer = sorted({max(1, round(cost)) for cost in costs} - {steps}, reverse=True)
     rows = [Row(backbone, UNCACHED, UNCACHED, steps)]
     rows += [Row(backbone, FEWER, f"{count} steps", count) for count in fewer]
@@ -211,7 +231,7 @@ def metered(model: SkipTransformer) -> Iterator[Meter]:
             out = original(*args, **kwargs)
         meter.flops += counter.get_total_flops()
         cache = kwargs.get("cache")
-        if cache is not None and cache.feature is not None:
+        if cache is not None and cache.output is None:  # a full call leaves its feature there
             meter.cached += 1
         else:
             meter.full += 1
@@ -233,7 +253,8 @@ def measure(backbone: Backbone, row: Row) -> tuple[dict[str, Any], Tensor]:
         samples = backbone.sampler.make(row.steps, row.spec)
     calls = meter.full + meter.cached
     full, partial = (run.full, run.partial) if run else (meter.full, meter.cached)
-    kept = run.peak_bytes if run else meter.feature_bytes * (row.spec.order + 1) * (meter.cached > 0)
+    features = row.spec.order + 1 + isinstance(row.spec, DriftSpec) if meter.cached else 0
+    kept = run.peak_bytes if run else meter.feature_bytes * features
     result = {
         "flops": meter.flops / len(samples),
         "full_steps": full * row.steps / calls,  # means over batches, which a measuring method treats differently
@@ -541,6 +562,9 @@ def main() -> None:
     parser.add_argument("--config", metavar="FILE", help="of the task's sampler [its demo.yaml]")
     parser.add_argument("--plain", metavar="PATH", help="weights or training run without skips [benchmarks/weights]")
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS), help="[all]")
+    parser.add_argument(
+        "--also", action="append", default=[], metavar="SPEC", help="a plan FILE.json, drift, any cache; may come again"
+    )
     parser.add_argument("--repeats", type=int, metavar="N", help="times to run each row [3; 1 with --quick]")
     parser.add_argument("--quick", action="store_true", help="few samples, 20 steps, one setting a method, one repeat")
     parser.add_argument("--full-size", action="store_true", help="also FLOPs of the full-size model, without weights")
@@ -573,13 +597,14 @@ def benchmark(args: argparse.Namespace) -> None:
         }.items()
     }
     store, rows = Store(out, identity | versions()), []
+    also = [CacheSpec.parse(spec) for spec in args.also]
     for backbone in backbones:
         polynomial = []
         if METHODS["teacache-fitted"] in methods:
             polynomial = fitted_polynomial(backbone, config.steps, store)
         timesteps, flops = backbone.sampler.timesteps(config.steps), backbones[0].sampler.flops
         found = rows_for(
-            backbone.name, backbone.model, config.steps, timesteps, backbone.window, flops, polynomial, args.quick
+            backbone.name, backbone.model, config.steps, timesteps, backbone.window, flops, polynomial, args.quick, also
         )
         rows += [row for row in found if row.method in methods | {UNCACHED}]
     table = run(backbones, rows, store, args.repeats or (1 if args.quick else 3))

@@ -17,6 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from skipdit import CacheSpec, SkipCache, enable_cache
 from skipdit.adaln import DiTBlock
 from skipdit.bench import step_flops
+from skipdit.cache import CachePlan
 from skipdit.class_sample import generate
 from skipdit.config import to_yaml
 from skipdit.diffusion import Diffusion
@@ -335,6 +336,23 @@ def test_benchmark_of_both_backbones(released_t2i, tmp_path, monkeypatch):
     assert all(len(row["seconds"]) == 2 for row in again["rows"])
     with pytest.raises(SystemExit):
         compare_command(monkeypatch, *command, "steps=5")
+
+
+def test_benchmark_of_other_policies(tmp_path, monkeypatch):
+    """Plans and drift, whose full steps are counted as they ran."""
+    timesteps = Diffusion(6).sampling_timesteps
+    CachePlan(tuple(map(float, timesteps)), (None, (), None, (0.5,), (0.9,), None)).save(tmp_path / "plan.json")
+    command = ["--task", "class-to-image", "--quick", "--out", str(tmp_path / "out"), "steps=6", "num_samples=2"]
+    command += ["--also", str(tmp_path / "plan.json"), "--also", "D9-m2", "--also", "D0"]
+    command += ["--methods", "skip-cache-planned", "skip-cache-drift"]
+    record = compare_command(monkeypatch, *command)
+    rows = {row["name"].split(" of ")[0]: row for row in record["rows"] if row["backbone"] == "skip"}
+    steps = {name: (row["method"], row["full_steps"], row["partial_steps"]) for name, row in rows.items()}
+    assert steps["Skip-Cache plan"] == ("Skip-Cache planned", 3, 3)
+    assert steps["Skip-Cache D9-m2"] == ("Skip-Cache by drift", 2, 4)
+    assert steps["Skip-Cache D0"] == ("Skip-Cache by drift", 6, 0) and rows["Skip-Cache D0"]["identical"]
+    assert rows["Skip-Cache D0"]["flops"] == rows["uncached"]["flops"]
+    assert rows["Skip-Cache plan"]["cache_bytes"] == rows["Skip-Cache D9-m2"]["cache_bytes"]  # both keep two tensors
 
 
 def test_full_size_flops_are_those_of_the_steps():

@@ -3,6 +3,7 @@
 from dataclasses import replace
 from itertools import combinations
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,10 +15,12 @@ from skipdit.cache import CachePlan, CacheStep
 from skipdit.class_sample import generate
 from skipdit.class_to_image.compare import open_sampler
 from skipdit.class_to_image.sample import Config
-from skipdit.config import load_config
+from skipdit.compare import rows_for
+from skipdit.config import load_config, to_yaml
 from skipdit.diffusion import Diffusion
 from skipdit.plan import Bench, Errors, Watch, fit, forecast, greedy, interpolate, main, optimal, uniform, widened
 from skipdit.sample import generators
+from skipdit.text_to_image import sample_t2i
 from skipdit.weights import fingerprint
 
 
@@ -252,6 +255,16 @@ def test_joint_fit_takes_nothing_that_is_worse(monkeypatch):
     assert fit(bench, start, rounds=1) == start
 
 
+def test_comparison_with_a_plan():
+    model = SimpleNamespace(flops={"full": 10.0, "cached": 1.0}, timesteps=lambda steps: list(range(steps, 0, -1)))
+    plan = CachePlan((4.0, 3.0, 2.0, 1.0), (None, (), None, (1.0,)))
+    rows = rows_for(4, [2], CacheSpec(2), model, [plan])
+    assert [row.name for row in rows] == ["uncached", "reuse N=2", "forecast N=2", "2 steps", str(plan)]
+    assert rows[-1].flops(model) == 22.0
+    with pytest.raises(ValueError, match=r"--also D0\.2-o1: what it costs is not known"):
+        rows_for(4, [2], CacheSpec(2), model, [CacheSpec.parse("D0.2-o1")])
+
+
 @pytest.fixture
 def command(tmp_path, monkeypatch):
     """The command line, on the embedded model with few steps; gives the plan's file."""
@@ -280,6 +293,29 @@ def test_budget(command, capsys, tmp_path):
     assert plan.about["errors"]["uniform, linear forecast"] == pytest.approx(alone[1], rel=1e-4)
     assert bench.error(replace(plan, about={})) <= min(alone.values())
     assert fingerprint(bench.model) == plan.about["model"]
+
+
+def test_pipelines_are_planned_too(released_t2i, tmp_path, monkeypatch):
+    settings = {"pipeline": str(released_t2i / "ckpts"), "prompts": ["a dog", "a cat"], "height": 64, "width": 64}
+    config = sample_t2i.Config(**settings, scheduler="ddim", steps=6, guidance_scale=2.0)
+    (tmp_path / "text-to-image").mkdir()
+    (tmp_path / "text-to-image/tiny.yaml").write_text(to_yaml(config))
+    arguments = [
+        "--config",
+        str(tmp_path / "text-to-image/tiny.yaml"),
+        "--budget",
+        "3",
+        "--out",
+        str(tmp_path / "p.json"),
+    ]
+    monkeypatch.setattr("sys.argv", ["plan", *arguments])
+    main()
+    plan = CachePlan.load(tmp_path / "p.json")
+    errors = plan.about["errors"]
+    assert plan.weights.count(None) == 3 and plan.order > 0
+    assert 0 < min(errors.values()) <= min(errors["uniform, linear forecast"], errors["uniform, reuse"]) < 0.5
+    sampler = sample_t2i.TextSampler(config, 1)
+    assert sampler.make(6, plan).shape == (2, 3, 64, 64)
 
 
 def test_speedup_and_error(command, capsys):

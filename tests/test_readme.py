@@ -1,4 +1,4 @@
-"""Every command of the README is here, and runs: small where it can, up to its first check where it cannot."""
+"""Every command of README and docs/RESULTS.md is here, and runs: small if it can, to its first check if it cannot."""
 
 import json
 import os
@@ -20,6 +20,7 @@ from skipdit.weights import to_released
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
+RESULTS = (ROOT / "docs/RESULTS.md").read_text()
 SMALL_TRAINING = "train.steps=2 train.batch_size=2 train.warmup=0 train.decay_steps=0 train.sample_every=0"
 SAMPLE = "python class-to-image/sample.py --config configs/class-to-image/"
 SAMPLE_TEXT = "python text-to-video/sample_t2v.py --config configs/text-to-video/"
@@ -62,8 +63,10 @@ RUN = {
 }
 RUN |= {
     "python -m skipdit.plan --config configs/class-to-image/demo.yaml --budget 13 --out results/demo-plan.json "
-    "num_samples=8 batch_size=8": "num_samples=1 --budget 3 --probes 2 --improve 2 --steps 6",
+    "num_samples=10 batch_size=10": "num_samples=1 --budget 3 --probes 2 --memory 2 --steps 6",
     f"{SAMPLE}demo.yaml --cache results/demo-plan.json out=samples/demo-planned": "num_samples=2 steps=6",
+    "python class-to-image/compare.py --config configs/class-to-image/demo.yaml --intervals 4 "
+    "--also N4-1000-0-o1 --also results/demo-plan.json": "num_samples=2 steps=6",
     "python -m skipdit.evaluate fidelity samples/demo-cached --reference samples/demo": "",
 } | {
     f"python -m skipdit.analyze {analysis} --config configs/class-to-image/demo.yaml": f"num_samples=1 steps=4 {small}"
@@ -101,6 +104,7 @@ ELSEWHERE = {
     "python scripts/nearest_training.py samples/captions --data data/emoji-anim": "needs all training clips",
     "python scripts/nearest_training.py samples/wordings --data data/emoji-anim "
     "--wordings configs/text-to-video/emoji_wordings.jsonl": "needs all training clips",
+    "python benchmarks/efficiency.py --data data --seeds 0 1": "test_efficiency.py, on few pictures and steps",
     "bash scripts/demo.sh text-to-video": "minutes; its last line is compare.py above",
     **{
         f"python -m skipdit.evaluate {command}": "test_evaluate.py, with small networks"
@@ -142,7 +146,7 @@ WITHOUT_CHECKPOINT = {
 
 
 def commands() -> list[str]:
-    blocks = re.findall(r"```bash\n(.*?)```", README, flags=re.S)
+    blocks = re.findall(r"```bash\n(.*?)```", README + RESULTS, flags=re.S)
     lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
     return [" ".join(line.split("#")[0].split()) for line in lines if line.split("#")[0].strip()]
 
@@ -260,7 +264,7 @@ def test_diffusers_example_with_its_own_transformer(released_t2i):
 def test_files_that_the_readme_names_exist():
     names = re.findall(
         r"\b(?:class-to-image|class-to-video|text-to-video|text-to-image|configs|scripts|visuals|benchmarks)/[\w./-]+\.\w+",
-        README,
+        README + RESULTS,
     )
     missing = [name for name in names if not (ROOT / name).exists() and "weights" not in name]
     assert not missing

@@ -18,7 +18,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from skipdit.bench import run_flops
-from skipdit.cache import CacheSpec, Policy, SkipCache
+from skipdit.cache import CacheSpec, DriftSpec, Policy, SkipCache
 from skipdit.config import friendly_errors, load_config, make_parser, to_dict
 from skipdit.media import side_by_side, write_gif
 from skipdit.metrics.fidelity import psnr, ssim
@@ -50,7 +50,7 @@ class Row:
     """One way to sample."""
 
     name: str
-    spec: CacheSpec
+    spec: Policy
     steps: int
 
     def cache(self, sampler: Sampler) -> SkipCache:
@@ -60,15 +60,22 @@ class Row:
         return run_flops(self.cache(sampler), sampler.flops)
 
 
-def rows_for(steps: int, intervals: list[int], window: CacheSpec, sampler: Sampler) -> list[Row]:
-    """Uncached, then per interval: reuse, forecast, and the number of uncached steps nearest to their FLOPs."""
+def rows_for(
+    steps: int, intervals: list[int], window: CacheSpec, sampler: Sampler, also: Sequence[Policy] = ()
+) -> list[Row]:
+    """Uncached; per interval: reuse, forecast, and the number of uncached steps nearest to their FLOPs; other policies.
+
+    Raises ValueError for a policy that decides at run time, whose cost is not known here.
+    """
     rows = [Row("uncached", CacheSpec(), steps)]
     for interval in intervals:
         reuse = Row(f"reuse N={interval}", CacheSpec(interval, window.start, window.stop, window.branch), steps)
         forecast = Row(f"forecast N={interval}", reuse.spec.with_order(1), steps)
         fewer = max(1, round(reuse.flops(sampler) / sampler.flops["full"]))
         rows += [reuse, forecast, Row(f"{fewer} steps", CacheSpec(), fewer)]
-    return rows
+    if drifts := [str(policy) for policy in also if isinstance(policy, DriftSpec)]:
+        raise ValueError(f"--also {drifts[0]}: what it costs is not known before; benchmarks/compare.py counts it")
+    return rows + [Row(str(policy), policy, steps) for policy in also]
 
 
 def compare(sampler: Sampler, rows: list[Row], repeats: int) -> tuple[list[dict], list[Tensor]]:
@@ -76,7 +83,7 @@ def compare(sampler: Sampler, rows: list[Row], repeats: int) -> tuple[list[dict]
 
     Returns one dict per row, and the samples (N, ..., 3, H, W), uint8, of each.
     """
-    for spec in (CacheSpec(), CacheSpec(2, stop=0, branch=rows[-2].spec.branch)):  # warm up
+    for spec in (CacheSpec(), CacheSpec(2, stop=0, branch=rows[1].spec.branch)):  # warm up
         sampler.make(4, spec)
     times: list[list[float]] = [[] for _ in rows]
     samples: list[Tensor] = [torch.empty(0)] * len(rows)
@@ -161,13 +168,18 @@ def run(
     parser = make_parser(schema, description)
     parser.add_argument("--intervals", type=int, nargs="+", default=[2, 3, 4], help="cache intervals [2 3 4]")
     parser.add_argument("--branch", type=int, default=window.branch, help="cache branch [%(default)s]")
+    parser.add_argument(
+        "--also", action="append", default=[], metavar="SPEC", help="another cache, or plan FILE.json; may come again"
+    )
     parser.add_argument("--repeats", type=int, default=1, help="times to run each row; medians are shown [%(default)s]")
     args = parser.parse_intermixed_args()
     with friendly_errors():
         config = load_config(schema, args.config, args.overrides)
         sampler = open_sampler(config, args.branch)
         window = CacheSpec(2, window.start, window.stop, args.branch)
-        table, samples = compare(sampler, rows_for(config.steps, args.intervals, window, sampler), args.repeats)
+        also = [CacheSpec.parse(spec) for spec in args.also]
+        rows = rows_for(config.steps, args.intervals, window, sampler, also)
+        table, samples = compare(sampler, rows, args.repeats)
     out = Path(config.out)
     out.mkdir(parents=True, exist_ok=True)
     picture(table, [tiles(made) for made in samples]).save(out / "compare.png")
