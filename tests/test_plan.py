@@ -316,6 +316,7 @@ def test_pipelines_are_planned_too(released_t2i, tmp_path, monkeypatch):
     assert 0 < min(errors.values()) <= min(errors["uniform, linear forecast"], errors["uniform, reuse"]) < 0.5
     sampler = sample_t2i.TextSampler(config, 1)
     assert sampler.make(6, plan).shape == (2, 3, 64, 64)
+    assert len(sampler.timesteps(4)) == 4  # to ask is not to sample, which the plan would refuse
 
 
 def test_speedup_and_error(command, capsys):

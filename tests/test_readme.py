@@ -104,6 +104,10 @@ ELSEWHERE = {
     "python scripts/nearest_training.py samples/captions --data data/emoji-anim": "needs all training clips",
     "python scripts/nearest_training.py samples/wordings --data data/emoji-anim "
     "--wordings configs/text-to-video/emoji_wordings.jsonl": "needs all training clips",
+    "python -m skipdit.plan --config configs/text-to-image/demo.yaml --budget 13 --out results/picture-plan.json "
+    '"prompts=[green apple, fox, hamburger, airplane]"': "minutes; test_plan.py, on a small pipeline",
+    "python text-to-image/compare.py --config configs/text-to-image/demo.yaml --intervals 4 --also N4-1000-0-o1 "
+    "--also results/picture-plan.json": "wants that plan; test_plan.py has one of a small pipeline",
     "python benchmarks/efficiency.py --data data --seeds 0 1": "test_efficiency.py, on few pictures and steps",
     "bash scripts/demo.sh text-to-video": "minutes; its last line is compare.py above",
     **{

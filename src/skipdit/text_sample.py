@@ -199,8 +199,9 @@ class PromptSampler(ABC):
         return self.config.scheduler
 
     def timesteps(self, steps: int) -> list[float]:
-        self.pipe.scheduler.set_timesteps(steps)
-        return self.pipe.scheduler.timesteps.tolist()
+        scheduler = type(self.pipe.scheduler).from_config(self.pipe.scheduler.config)  # the pipe's would begin a run
+        scheduler.set_timesteps(steps)
+        return scheduler.timesteps.tolist()
 
     def images(self, steps: int, spec: Policy) -> Iterator[Tensor]:
         """(N, ..., 3, H, W) float32 in [-1, 1], of every batch."""
