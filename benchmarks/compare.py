@@ -199,7 +199,8 @@ def rows_for(
             own.append(Row(backbone, REUSE, f"{REUSE} {spec}", steps, spec))
             forecast = spec.with_order(1)
             own.append(Row(backbone, FORECAST, f"{REUSE} {forecast}", steps, forecast))
-    for policy in also:
+    for policy in [policy for policy in also if str(policy) not in {str(row.spec) for row in own}]:
+        policy.plan(timesteps)  # a plan of other timesteps is refused now
         kind = {CachePlan: PLANNED, DriftSpec: DRIFT}.get(type(policy), FORECAST if policy.order else REUSE)
         own.append(Row(backbone, kind, f"{REUSE} {policy}", steps, policy))
     fewer = sorted({max(1, round(cost)) for cost in costs} - {steps}, reverse=True)
@@ -579,6 +580,7 @@ def main() -> None:
 
 def benchmark(args: argparse.Namespace) -> None:
     out, methods = Path(args.out), {METHODS[name] for name in args.methods}
+    also = [CacheSpec.parse(spec) for spec in args.also]
     lpips, protocol = None, {}
     if args.lpips:
         from skipdit.metrics.perceptual import load_lpips
@@ -597,7 +599,6 @@ def benchmark(args: argparse.Namespace) -> None:
         }.items()
     }
     store, rows = Store(out, identity | versions()), []
-    also = [CacheSpec.parse(spec) for spec in args.also]
     for backbone in backbones:
         polynomial = []
         if METHODS["teacache-fitted"] in methods:
@@ -606,7 +607,7 @@ def benchmark(args: argparse.Namespace) -> None:
         found = rows_for(
             backbone.name, backbone.model, config.steps, timesteps, backbone.window, flops, polynomial, args.quick, also
         )
-        rows += [row for row in found if row.method in methods | {UNCACHED}]
+        rows += [row for row in found if row.method in methods | {UNCACHED} or row.spec in also]
     table = run(backbones, rows, store, args.repeats or (1 if args.quick else 3))
     judge(table, rows, store, lpips, features, reference)
     samples = len(store.samples(rows[0].key))

@@ -1,7 +1,7 @@
 """Planned caching: the dynamic programme against brute force, the calibration against direct runs, and plan files."""
 
 from dataclasses import replace
-from itertools import combinations
+from itertools import combinations, pairwise
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -54,7 +54,7 @@ def test_optimal_is_what_brute_force_finds(budget, seed):
 def test_optimal_within_a_reach():
     errors = random_errors(steps=12, reach=4, seed=0)
     chosen = ([0, *rest] for rest in combinations(range(1, 12), 3))
-    near = [f for f in chosen if all(b - a <= 4 for a, b in zip(f, [*f[1:]], strict=False)) and 11 - f[-1] <= 4]
+    near = [f for f in chosen if all(b - a <= 4 for a, b in pairwise(f)) and 12 - f[-1] <= 4]
     assert optimal(errors, 4) == min(near, key=errors.total)
     assert optimal(errors, 12) == list(range(12))
     with pytest.raises(ValueError, match="2 full steps cannot span 12 steps within a reach of 4"):
@@ -157,6 +157,8 @@ def test_a_stream_with_other_full_steps_forecasts_linearly():
     assert plan.weights_at(2, (0, 1)) == (3.0,)
     assert plan.weights_at(3, (1, 2)) == (1.0,)
     assert plan.weights_at(3, (1,)) == ()
+    reuse = CachePlan((4, 3, 2, 1), (None, None, (3.0,), ()))
+    assert reuse.weights_at(3, (1,)) == ()  # what it uses is there
 
 
 def test_plan_files_round_trip(tmp_path):
@@ -180,6 +182,7 @@ def test_plan_files_round_trip(tmp_path):
         ('{"timesteps": [2, 1, 0], "weights": [null, null, [NaN]], "branch": 1}', "finite"),
         ('{"timesteps": [1, 0], "weights": [null, [1]], "branch": 1}', "step 1 has as many weights as"),
         ('{"timesteps": [1, 0], "weights": [null, 1], "branch": 1}', "is not a plan"),
+        ('{"timesteps": [1, 0], "weights": [null, ["x"]], "branch": 1}', "is not a plan"),
         ('{"timesteps": [1, 0], "weights": [null, []], "branch": 0}', "branch is 0"),
     ],
 )
@@ -235,7 +238,7 @@ def test_joint_fit_is_least_squares_of_relative_errors(monkeypatch):
     monkeypatch.setattr("skipdit.plan.DAMPING", (1e-9,))
     bench = Bench(Line(), 7, 1)
     bench.reference = list(bench.sampler.images(7, CacheSpec()))
-    start = widened(((None, None, (0.5,), None, (1.0,), None, (0.1,))), 3)
+    start = widened((None, None, (0.5,), None, (1.0,), None, (0.1,)), 3)
     assert start == (None, None, (0.5,), None, (1.0, 0.0), None, (0.1, 0.0))
     fitted = fit(bench, start, rounds=1)
     now = next(bench.sampler.images(7, bench.plan(start))).flatten(1)
@@ -295,6 +298,13 @@ def test_budget(command, capsys, tmp_path):
     assert fingerprint(bench.model) == plan.about["model"]
 
 
+@pytest.mark.parametrize("budget", [1, 2, 10])
+def test_extreme_budgets(command, budget):
+    plan = CachePlan.load(command("--budget", str(budget)))
+    assert plan.weights.count(None) == budget
+    assert (plan.about["errors"]["uniform, reuse"] < 1e-6) == (budget == 10)
+
+
 def test_pipelines_are_planned_too(released_t2i, tmp_path, monkeypatch):
     settings = {"pipeline": str(released_t2i / "ckpts"), "prompts": ["a dog", "a cat"], "height": 64, "width": 64}
     config = sample_t2i.Config(**settings, scheduler="ddim", steps=6, guidance_scale=2.0)
@@ -325,7 +335,21 @@ def test_speedup_and_error(command, capsys):
     near = CachePlan.load(command("--max-error", "0.05"))
     of_same_cost = [error for name, error in near.about["errors"].items() if "steps" not in name]
     assert min(of_same_cost) <= 0.05
-    for wrong in (["--budget", "11"], ["--speedup", "100"]):
+    for wrong in (["--budget", "11"], ["--speedup", "100"], ["--speedup", "0"]):
         with pytest.raises(SystemExit):
             command(*wrong)
         assert f"error: {wrong[0]} is {wrong[1]}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "complaint"),
+    [
+        (["--budget", "2", "--reach", "3"], "--reach 3 is too short for 2 full steps of 10"),
+        (["--budget", "2", "--branch", "0"], "argument --branch: 0 is no number from 1 on"),
+        (["--budget", "4", "guidance_low=300", "guidance_high=700"], "guidance that begins or ends within a run"),
+    ],
+)
+def test_what_cannot_be_planned_is_refused(command, capsys, arguments, complaint):
+    with pytest.raises(SystemExit):
+        command(*arguments)
+    assert complaint in capsys.readouterr().err

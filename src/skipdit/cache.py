@@ -146,9 +146,10 @@ class CachePlan:
             about = json.loads(Path(file).read_text(encoding="utf-8"))
             timesteps, weights, branch = (about.pop(key) for key in ("timesteps", "weights", "branch"))
             numbers = tuple(None if ws is None else tuple(map(float, ws)) for ws in weights)
-            return cls(tuple(map(float, timesteps)), numbers, int(branch), about, str(file))
-        except (AttributeError, KeyError, TypeError, json.JSONDecodeError) as error:
+            parts = tuple(map(float, timesteps)), numbers, int(branch), about, str(file)
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise ValueError(f"{file} is not a plan of `python -m skipdit.plan`: {error!r}") from error
+        return cls(*parts)
 
     def save(self, file: str | Path) -> None:
         """Write it as JSON, a line per entry."""
@@ -182,7 +183,8 @@ class CachePlan:
 
     def weights_at(self, i: int, full: tuple[int, ...]) -> Sequence[float]:
         """Those of step i; if a stream sat out one of the plan's full steps, those of a linear forecast."""
-        return self.weights[i] if self._known[i] == full else linear_weights(i, full)
+        used = 1 + len(self.weights[i])
+        return self.weights[i] if self._known[i][-used:] == full[-used:] else linear_weights(i, full)
 
     @cached_property
     def _known(self) -> list[tuple[int, ...]]:

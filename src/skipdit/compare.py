@@ -75,6 +75,12 @@ def rows_for(
         rows += [reuse, forecast, Row(f"{fewer} steps", CacheSpec(), fewer)]
     if drifts := [str(policy) for policy in also if isinstance(policy, DriftSpec)]:
         raise ValueError(f"--also {drifts[0]}: what it costs is not known before; benchmarks/compare.py counts it")
+    for policy in also:
+        policy.plan(sampler.timesteps(steps))  # a plan of other timesteps is refused now
+        if policy.caches and policy.branch != window.branch:
+            raise ValueError(
+                f"--also {policy}: its branch is {policy.branch}, of the others {window.branch}: see --branch"
+            )
     return rows + [Row(str(policy), policy, steps) for policy in also]
 
 
@@ -174,10 +180,10 @@ def run(
     parser.add_argument("--repeats", type=int, default=1, help="times to run each row; medians are shown [%(default)s]")
     args = parser.parse_intermixed_args()
     with friendly_errors():
+        also = [CacheSpec.parse(spec) for spec in args.also]
         config = load_config(schema, args.config, args.overrides)
         sampler = open_sampler(config, args.branch)
         window = CacheSpec(2, window.start, window.stop, args.branch)
-        also = [CacheSpec.parse(spec) for spec in args.also]
         rows = rows_for(config.steps, args.intervals, window, sampler, also)
         table, samples = compare(sampler, rows, args.repeats)
     out = Path(config.out)

@@ -27,6 +27,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
 from itertools import accumulate
+from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
@@ -59,7 +60,7 @@ class Errors:
 
     Attributes:
         steps: T.
-        reach: the largest distance of two full steps, and of a cached one from the last full one.
+        reach: the largest distance of two full steps, and of the last one from the end of the run.
         grams: of every step but the first, inner products (F, F) of the errors that it has with the features of the F
             steps before it, times how much they move the images.
         sensitivity: of every step, mean squared error of the images over that of the noise.
@@ -70,6 +71,9 @@ class Errors:
     grams: dict[int, np.ndarray] = field(default_factory=dict)
     sensitivity: list[float] = field(default_factory=list)
 
+    def __post_init__(self):
+        self.cost = cache(self.cost)  # the same few are asked for again and again
+
     def best(self, full: Sequence[int], k: int) -> tuple[tuple[float, ...], float]:
         """The weights with which the features of these full steps, newest last, predict step k best, and what squared
         error is left."""
@@ -78,12 +82,12 @@ class Errors:
         each = np.eye(len(known))
         changes = each[:-1] - each[1:]  # f_j - f_i, f_i - f_h, ...
         curvature = changes @ gram @ changes.T
-        curvature += RIDGE * np.trace(curvature) / len(known) * np.eye(len(changes))
+        curvature += RIDGE * np.trace(curvature) / max(len(changes), 1) * np.eye(len(changes))
         weights = -np.linalg.pinv(curvature) @ (changes @ gram[0])
         error = each[0] + weights @ changes
         return tuple(weights.tolist()), max(float(error @ gram @ error), 0.0)
 
-    def cost(self, full: Sequence[int], end: int) -> float:
+    def cost(self, full: tuple[int, ...], end: int) -> float:
         """Squared error of the images that the cached steps after these full steps cause, before step `end`.
 
         The errors of one feature are alike from step to step and add up; those of different features do not.
@@ -95,7 +99,7 @@ class Errors:
         ends = [*full[1:], self.steps]
         if max(end - j for j, end in zip(full, ends, strict=True)) > self.reach:
             return math.inf
-        return sum(self.cost(full[max(n - 1, 0) : n + 1], end) for n, end in enumerate(ends))
+        return sum(self.cost(tuple(full[max(n - 1, 0) : n + 1]), end) for n, end in enumerate(ends))
 
     def weights(self, full: Sequence[int], memory: int) -> Weights:
         """The best ones for each step by itself, of the last `memory` full steps' features."""
@@ -117,23 +121,22 @@ def optimal(errors: Errors, budget: int) -> list[int]:
     Raises ValueError if so few cannot span the run within the errors' reach.
     """
     steps, reach = errors.steps, errors.reach
-    cost = cache(errors.cost)
     # (last but one, last) -> least cost so far and the full steps that have it; the first step is always full
     states: dict[tuple[int, ...], tuple[float, list[int]]] = {(0,): (0.0, [0])}
-    for left in range(budget - 1, -1, -1):
+    for _ in range(budget - 1):
         following: dict[tuple[int, ...], tuple[float, list[int]]] = {}
-        best = (math.inf, [])
         for last, (before, full) in states.items():
-            for k in range(last[-1] + 1, min(last[-1] + reach, steps) + 1):  # the next full step, or the run's end
-                reached = before + cost(last, k), full
-                if k == steps:
-                    best = min(best, reached) if left == 0 else best
-                elif left > 0 and reached < following.get((last[-1], k), (math.inf,)):
-                    following[last[-1], k] = reached[0], [*full, k]
+            for k in range(last[-1] + 1, min(last[-1] + reach, steps - 1) + 1):  # the next full step
+                reached = before + errors.cost(last, k)
+                if reached < following.get((last[-1], k), (math.inf,))[0]:
+                    following[last[-1], k] = reached, [*full, k]
         states = following
-    if not best[1]:
+    ends = [
+        (cost + errors.cost(last, steps), full) for last, (cost, full) in states.items() if steps - last[-1] <= reach
+    ]
+    if not ends:
         raise ValueError(f"{budget} full steps cannot span {steps} steps within a reach of {reach}; raise --reach")
-    return best[1]
+    return min(ends)[1]
 
 
 def greedy(errors: Errors, budget: int) -> list[int]:
@@ -158,6 +161,9 @@ class Watch:
         branch: b.
         steps: of a run.
         window: how many earlier features.
+        progress: of steps.
+
+    A call raises ValueError if guidance begins or ends within a run.
     """
 
     def __init__(self, model: SkipTransformer, branch: int, steps: int, window: int, progress: tqdm):
@@ -186,6 +192,10 @@ class Watch:
         self.calls += 1
         if k == 0:
             self._features.clear()
+        elif len(self._features[-1]) != len(step.output):
+            raise ValueError(
+                "guidance that begins or ends within a run cannot be planned: let it be on or off throughout"
+            )
         else:
             errors = torch.stack([error(feature) for feature in self._features], 1).double()  # (rows, F, ...)
             self.grams[k].append(errors @ errors.mT / errors.shape[-1])
@@ -216,6 +226,9 @@ class Bench:
     def __post_init__(self):
         self.model = self.sampler.model
         self.timesteps = tuple(float(t) for t in self.sampler.timesteps(self.steps))
+        if len(self.timesteps) != self.steps:
+            calls = f"{len(self.timesteps)} times in {self.steps} steps"
+            raise ValueError(f"{self.sampler.method} calls the model {calls}; such runs cannot be planned")
         self.reference: list[Tensor] = []
         self._known: dict[str, float] = {}
 
@@ -249,9 +262,11 @@ class Bench:
             nudged = self.changes(self.plan([*even[:k], (even[k][0] + NUDGE,), *even[k + 1 :]]))
             squares = torch.cat([(a - b).square().flatten(1).mean(1) for a, b in zip(nudged, now, strict=True)])
             i, j = [step - k for step in full if step < k][-2:]
-            moved = grams[k][:, j, j] - 2 * grams[k][:, i, j] + grams[k][:, i, i]  # by weight 1
-            measured.append((squares / NUDGE**2 / moved.clamp_min(TINY)).clamp_min(TINY).log())
-        moves = [moved.exp() for moved in interpolate(places, measured, self.steps)]  # per step, (N,)
+            noise = NUDGE**2 * (grams[k][:, j, j] - 2 * grams[k][:, i, j] + grams[k][:, i, i])  # by which it changed
+            measured.append((squares / noise.clamp_min(TINY)).clamp_min(TINY).log())
+        if not places:  # no forecast with so few full steps, or so many: then there is little to choose
+            places, measured = [0], [torch.zeros_like(typical)]
+        moves = [each.exp() for each in interpolate(places, measured, self.steps)]  # per step, (N,)
         relative = {k: moves[k] / typical.clamp_min(TINY) for k in grams}
         return Errors(
             self.steps,
@@ -301,10 +316,10 @@ def interpolate(places: Sequence[int], values: Sequence[T], count: int) -> list[
 
 def widened(weights: Weights, memory: int) -> Weights:
     """The same, with zeros for features that so far are not used."""
-    full = list(accumulate(several is None for several in weights))
+    known = accumulate(several is None for several in weights)  # full steps so far
     return tuple(
         None if several is None else (*several, *(0.0,) * (min(memory, have) - 1 - len(several)))
-        for several, have in zip(weights, full, strict=True)
+        for several, have in zip(weights, known, strict=True)
     )
 
 
@@ -329,13 +344,14 @@ def fit(bench: Bench, weights: Weights, rounds: int) -> Weights:
     with tqdm(total=rounds * len(places), desc="fitting all weights together", unit="run") as progress:
         for _ in range(rounds if places else 0):
             now, slopes = changes(weights), []
+            scale = now.norm(dim=1, keepdim=True).clamp_min(TINY).reciprocal()
             for row in torch.eye(len(places)).mul(NUDGE).tolist():
-                slopes.append((changes(moved(row)) - now) / NUDGE)
+                slopes.append((changes(moved(row)) - now) / NUDGE * scale)
                 progress.update()
-            scale = now.norm(dim=1).clamp_min(TINY).reciprocal()
-            target, columns = (now * scale[:, None]).flatten().double(), torch.stack(slopes) * scale[:, None]
-            columns = columns.flatten(1).double()
-            curvature, slope = columns @ columns.T, columns @ target
+            samples = zip((now * scale).double(), zip(*slopes, strict=True), strict=True)
+            curvature, slope = 0, 0
+            for target, columns in ((target, torch.stack(columns).double()) for target, columns in samples):
+                curvature, slope = curvature + columns @ columns.T, slope + columns @ target
             tries = [weights]
             for damping in DAMPING:
                 ridge = damping * curvature.diagonal().mean() * torch.eye(len(places), dtype=curvature.dtype)
@@ -359,23 +375,22 @@ def budget_of(bench: Bench, args: argparse.Namespace) -> int | None:
     if args.speedup is None:
         return None
     full, cached = bench.sampler.flops["full"], bench.sampler.flops["cached"]
-    budget = math.floor((bench.steps * full / args.speedup - bench.steps * cached) / (full - cached))
-    if args.speedup < 1 or budget < 1:
-        most = bench.steps * full / (full + (bench.steps - 1) * cached)
-        raise ValueError(f"--speedup is {args.speedup}; with this model, 1 to {most:.2f} is possible")
-    return min(budget, bench.steps)
+    most = bench.steps * full / (full + (bench.steps - 1) * cached)
+    if not 1 <= args.speedup <= most or full == cached:
+        raise ValueError(f"--speedup is {args.speedup:g}; with this model and branch, 1 to {most:.2f} is possible")
+    return math.floor((bench.steps * full / args.speedup - bench.steps * cached) / (full - cached) + 1e-9)
 
 
 def candidates(errors: Errors, budget: int, memory: int) -> dict[str, Weights]:
     """Plans with so many full steps, by name."""
     even = uniform(errors.steps, budget)
-    return {
-        "planned": errors.weights(optimal(errors, budget), memory),
-        "greedy": errors.weights(greedy(errors, budget), memory),
-        "uniform": errors.weights(even, memory),
-        "uniform, linear forecast": forecast(errors.steps, even, 1),
-        "uniform, reuse": forecast(errors.steps, even, 0),
-    }
+    schedules = {"planned": optimal(errors, budget), "uniform": even}
+    if errors.total(chosen := greedy(errors, budget)) < math.inf:  # it may have left its reach
+        schedules["greedy"] = chosen
+    plans = {name: errors.weights(full, memory) for name, full in schedules.items()}
+    if memory > 1:
+        plans["uniform, linear forecast"] = forecast(errors.steps, even, 1)
+    return plans | {"uniform, reuse": forecast(errors.steps, even, 0)}
 
 
 def make_plan(
@@ -399,15 +414,19 @@ def make_plan(
     return plan, measured
 
 
-def within(bench: Bench, errors: Errors, most: float, memory: int, rounds: int) -> int:
-    """The fewest full steps whose plan has at most this error, found by halving; each try is a whole plan."""
+def within(bench: Bench, errors: Errors, most: float, memory: int, rounds: int) -> tuple[CachePlan, dict[str, float]]:
+    """As `make_plan`, with the fewest full steps whose plan has at most this error. Found by halving, as if more full
+    steps never gave a larger error; each try is a whole plan."""
     low, high = math.ceil(bench.steps / errors.reach), bench.steps  # all steps full is no error
-    while low < high:
+    found = None
+    while low < high or found is None:
         middle = (low + high) // 2
-        _, measured = make_plan(bench, errors, middle, memory, rounds)
-        fits = min(error for name, error in measured.items() if not name.endswith("uncached")) <= most
-        low, high = (low, middle) if fits else (middle + 1, high)
-    return low
+        plan, measured = make_plan(bench, errors, middle, memory, rounds)
+        if bench.error(plan) <= most or middle == bench.steps:
+            high, found = middle, (plan, measured)
+        else:
+            low = middle + 1
+    return found
 
 
 def main() -> None:
@@ -423,15 +442,23 @@ def main() -> None:
         metavar="E",
         help="root mean square, of the pixels' range; 0.01 is a PSNR of 40 dB. Finds the fewest full steps",
     )
-    parser.add_argument("--steps", type=int, metavar="T", help="of a run [the config's]")
-    parser.add_argument("--branch", type=int, default=1, metavar="B", help="outer layers of cached steps [%(default)s]")
-    parser.add_argument("--seed", type=int, default=10_000, help="of the calibration samples [%(default)s]")
+    parser.add_argument("--steps", type=positive, metavar="T", help="of a run [the config's]")
     parser.add_argument(
-        "--reach", type=int, metavar="G", help="most steps between full ones [three times the mean, 12 at least]"
+        "--branch", type=positive, default=1, metavar="B", help="outer layers of cached steps [%(default)s]"
     )
-    parser.add_argument("--probes", type=int, default=10, help="runs to measure sensitivities by [%(default)s]")
     parser.add_argument(
-        "--memory", type=int, default=3, metavar="M", help="stored features that a cached step may use [%(default)s]"
+        "--seed", type=int, default=10_000, help="of the calibration samples, in place of the config's [%(default)s]"
+    )
+    parser.add_argument(
+        "--reach", type=positive, metavar="G", help="most steps from full to full [three times the mean, 12 at least]"
+    )
+    parser.add_argument("--probes", type=positive, default=10, help="runs to measure sensitivities by [%(default)s]")
+    parser.add_argument(
+        "--memory",
+        type=positive,
+        default=3,
+        metavar="M",
+        help="stored features that a cached step may use [%(default)s]",
     )
     parser.add_argument(
         "--rounds", type=int, default=1, metavar="R", help="of the joint fit of all weights [%(default)s]"
@@ -441,6 +468,8 @@ def main() -> None:
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings that override the config's")
     args = parser.parse_intermixed_args()
     with friendly_errors():
+        if not args.out.endswith(".json") or Path(args.out).is_dir():
+            raise ValueError(f"--out {args.out}: a plan is a file that ends in .json")
         plan, measured = run(args)
         plan.save(args.out)
     full = plan.weights.count(None)
@@ -450,6 +479,13 @@ def main() -> None:
     if (best := min(measured, key=measured.get)).endswith("uncached"):
         print(f"\nNo plan of this cost comes as near as simply {best}.")
     print(f"\n{args.out}: {full} of {len(plan.weights)} steps full, {plan.about['speedup']:.2f}x fewer FLOPs")
+
+
+def positive(text: str) -> int:
+    """A number of a command line, 1 or more."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text} is no number from 1 on")
+    return int(text)
 
 
 def psnr_of(error: float) -> float:
@@ -466,11 +502,15 @@ def run(args: argparse.Namespace) -> tuple[CachePlan, dict[str, float]]:
     bench = Bench(sampler, config.steps, args.branch)
     budget = budget_of(bench, args)
     spread = config.steps / (budget or config.steps / 4)
-    reach = min(args.reach or max(12, math.ceil(3 * spread)), config.steps - 1)
-    errors = bench.calibrate(reach, args.probes, budget or math.ceil(config.steps / 4))
+    reach = min(args.reach or max(12, math.ceil(3 * spread)), config.steps)
+    typical = budget or math.ceil(config.steps / min(4, reach))
+    if typical * reach < config.steps:
+        raise ValueError(f"--reach {reach} is too short for {typical} full steps of {config.steps}")
+    errors = bench.calibrate(reach, args.probes, typical)
     if budget is None:
-        budget = within(bench, errors, args.max_error, args.memory, args.rounds)
-    plan, measured = make_plan(bench, errors, budget, args.memory, args.rounds)
+        plan, measured = within(bench, errors, args.max_error, args.memory, args.rounds)
+    else:
+        plan, measured = make_plan(bench, errors, budget, args.memory, args.rounds)
     about = {
         "format": "skipdit plan 1",
         "model": fingerprint(bench.model),
