@@ -109,6 +109,7 @@ ELSEWHERE = {
     "python text-to-image/compare.py --config configs/text-to-image/demo.yaml --intervals 4 --also N4-1000-0-o1 "
     "--also results/picture-plan.json": "wants that plan; test_plan.py has one of a small pipeline",
     "python benchmarks/efficiency.py --data data --seeds 0 1": "test_efficiency.py, on few pictures and steps",
+    "python benchmarks/efficiency.py --data data --seeds 0 --spectral": "the same",
     "bash scripts/demo.sh text-to-video": "minutes; its last line is compare.py above",
     **{
         f"python -m skipdit.evaluate {command}": "test_evaluate.py, with small networks"
