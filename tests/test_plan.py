@@ -15,6 +15,7 @@ from skipdit.cache import CachePlan, CacheStep
 from skipdit.class_sample import generate
 from skipdit.class_to_image.compare import open_sampler
 from skipdit.class_to_image.sample import Config
+from skipdit.class_to_image.sample import main as sample_classes
 from skipdit.compare import rows_for
 from skipdit.config import load_config, to_yaml
 from skipdit.diffusion import Diffusion
@@ -296,6 +297,16 @@ def test_budget(command, capsys, tmp_path):
     assert plan.about["errors"]["uniform, linear forecast"] == pytest.approx(alone[1], rel=1e-4)
     assert bench.error(replace(plan, about={})) <= min(alone.values())
     assert fingerprint(bench.model) == plan.about["model"]
+
+
+def test_a_plan_of_other_weights_is_told(tmp_path, monkeypatch):
+    (tmp_path / "tiny.yaml").write_text(TINY + f"out: {tmp_path}/out\n")
+    timesteps = tuple(map(float, Diffusion(10).sampling_timesteps))
+    CachePlan(timesteps, (None,) * 9 + ((1.0,),), about={"model": "abc"}).save(tmp_path / "plan.json")
+    arguments = ["--config", str(tmp_path / "tiny.yaml"), "--cache", str(tmp_path / "plan.json")]
+    monkeypatch.setattr("sys.argv", ["sample", *arguments])
+    with pytest.warns(UserWarning, match=r"plan\.json was made for other weights \(abc, not"):
+        sample_classes()
 
 
 @pytest.mark.parametrize("budget", [1, 2, 10])

@@ -158,6 +158,16 @@ class CachePlan:
         Path(file).parent.mkdir(parents=True, exist_ok=True)
         Path(file).write_text("{\n" + ",\n".join(lines) + "\n}\n", encoding="utf-8")
 
+    def check_model(self, fingerprint: str) -> None:
+        """Warn if it was made for other weights than those of this fingerprint."""
+        made_for = self.about.get("model", fingerprint)
+        if made_for != fingerprint:
+            warnings.warn(
+                f"{self.source} was made for other weights ({made_for}, not {fingerprint}), or for these in another "
+                "precision; make one for them with python -m skipdit.plan",
+                stacklevel=3,
+            )
+
     def __str__(self) -> str:
         own = json.dumps([self.timesteps, self.weights, self.branch])
         full = self.weights.count(None)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from skipdit.adaln import AdaLNTransformer, Conditioning
 from skipdit.bench import step_flops
-from skipdit.cache import CacheSpec, DriftSpec, Policy, SkipCache
+from skipdit.cache import CachePlan, CacheSpec, DriftSpec, Policy, SkipCache
 from skipdit.config import required, setting, to_dict
 from skipdit.data.images import to_uint8
 from skipdit.device import process_state
@@ -260,6 +260,8 @@ def run_job(
     identity = {key: value for key, value in to_dict(config).items() if key not in _FREE | free}
     identity |= {"weights": fingerprint(model), "vae": fingerprint(vae), "cache": str(spec)}
     identity |= {"dtype": str(model.dtype), "device": device.type}  # devices draw different noise from one seed
+    if isinstance(spec, CachePlan):
+        spec.check_model(identity["weights"])
     if isinstance(spec, DriftSpec):
         identity["batch_size"] = config.batch_size  # samples of a call decide together
     job = Job(config.out, identity, config.num_samples, suffix, rank=state.process_index, world=state.num_processes)

@@ -16,7 +16,7 @@ from diffusers import AutoencoderKL, DiffusionPipeline, SchedulerMixin
 from torch import Tensor, nn
 
 from skipdit.bench import step_flops
-from skipdit.cache import CacheSpec, DriftSpec, Policy, SkipCache
+from skipdit.cache import CachePlan, CacheSpec, DriftSpec, Policy, SkipCache
 from skipdit.config import setting, to_dict
 from skipdit.data.images import to_uint8
 from skipdit.device import process_state
@@ -266,6 +266,8 @@ def run_job(
     identity |= {"weights": fingerprint(model), "vae": fingerprint(pipe.vae)}
     identity |= {"model": dict(model.config), "scheduler_config": dict(pipe.scheduler.config)}
     identity |= {"dtype": str(model.dtype), "device": state.device.type}  # devices draw different noise from one seed
+    if isinstance(spec, CachePlan):
+        spec.check_model(identity["weights"])
     if isinstance(spec, DriftSpec):
         identity["batch_size"] = config.batch_size  # samples of a call decide together
     job = Job(config.out, identity, len(names), suffix, state.process_index, state.num_processes, names)
