@@ -199,7 +199,9 @@ def rows_for(
             own.append(Row(backbone, REUSE, f"{REUSE} {spec}", steps, spec))
             forecast = spec.with_order(1)
             own.append(Row(backbone, FORECAST, f"{REUSE} {forecast}", steps, forecast))
-    for policy in [policy for policy in also if str(policy) not in {str(row.spec) for row in own}]:
+    for policy in also:
+        if policy in [row.spec for row in own]:
+            continue
         policy.plan(timesteps)  # a plan of other timesteps is refused now
         kind = {CachePlan: PLANNED, DriftSpec: DRIFT}.get(type(policy), FORECAST if policy.order else REUSE)
         own.append(Row(backbone, kind, f"{REUSE} {policy}", steps, policy))

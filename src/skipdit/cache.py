@@ -13,7 +13,6 @@ import re
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -193,14 +192,9 @@ class CachePlan:
 
     def weights_at(self, i: int, full: tuple[int, ...]) -> Sequence[float]:
         """Those of step i; if a stream sat out one of the plan's full steps, those of a linear forecast."""
+        own = tuple(j for j in range(i) if self.weights[j] is None)
         used = 1 + len(self.weights[i])
-        return self.weights[i] if self._known[i][-used:] == full[-used:] else linear_weights(i, full)
-
-    @cached_property
-    def _known(self) -> list[tuple[int, ...]]:
-        """Per step, the full ones before it whose features are stored."""
-        full = [i for i, weights in enumerate(self.weights) if weights is None]
-        return [tuple([j for j in full if j < i][-1 - self.order :]) for i in range(len(self.weights))]
+        return self.weights[i] if own[-used:] == full[-used:] else linear_weights(i, full)
 
 
 @dataclass(frozen=True)

@@ -10,12 +10,22 @@ from torch import Tensor, nn
 
 from skipdit.adaln import AdaLNTransformer, Conditioning
 from skipdit.bench import step_flops
-from skipdit.cache import CachePlan, CacheSpec, DriftSpec, Policy, SkipCache
+from skipdit.cache import CacheSpec, DriftSpec, Policy, SkipCache
 from skipdit.config import required, setting, to_dict
 from skipdit.data.images import to_uint8
 from skipdit.device import process_state
 from skipdit.diffusion import Diffusion, ddim, ddpm, randn
-from skipdit.sample import Ahead, Job, StepTimer, generators, preflight, require_finite, resolve_dtype, work_off
+from skipdit.sample import (
+    Ahead,
+    Job,
+    StepTimer,
+    cache_identity,
+    generators,
+    preflight,
+    require_finite,
+    resolve_dtype,
+    work_off,
+)
 from skipdit.vae import decode, load_vae, pixels
 from skipdit.weights import fingerprint, load_weights
 
@@ -258,12 +268,9 @@ def run_job(
     model, vae, flops = models
     device, timesteps = state.device, Diffusion(config.steps).sampling_timesteps
     identity = {key: value for key, value in to_dict(config).items() if key not in _FREE | free}
-    identity |= {"weights": fingerprint(model), "vae": fingerprint(vae), "cache": str(spec)}
+    identity |= {"weights": fingerprint(model), "vae": fingerprint(vae)}
     identity |= {"dtype": str(model.dtype), "device": device.type}  # devices draw different noise from one seed
-    if isinstance(spec, CachePlan):
-        spec.check_model(identity["weights"])
-    if isinstance(spec, DriftSpec):
-        identity["batch_size"] = config.batch_size  # samples of a call decide together
+    identity |= cache_identity(spec, identity["weights"], config.batch_size)
     job = Job(config.out, identity, config.num_samples, suffix, rank=state.process_index, world=state.num_processes)
 
     def make(indices: list[int], timer: StepTimer) -> tuple[Tensor, SkipCache]:

@@ -254,13 +254,13 @@ class Bench:
         full = uniform(self.steps, budget)
         even = forecast(self.steps, full, 1)
         now = self.changes(self.plan(even))
-        typical = torch.cat([change.square().flatten(1).mean(1) for change in now])
+        typical = mean_squares(now)
         free = [k for k, weights in enumerate(even) if weights]
         places = [free[n] for n in torch.linspace(0, len(free) - 1, min(probes, len(free))).round().long().unique()]
         measured = []
         for k in tqdm(places, desc="sensitivities", unit="run"):
             nudged = self.changes(self.plan([*even[:k], (even[k][0] + NUDGE,), *even[k + 1 :]]))
-            squares = torch.cat([(a - b).square().flatten(1).mean(1) for a, b in zip(nudged, now, strict=True)])
+            squares = mean_squares([a - b for a, b in zip(nudged, now, strict=True)])
             i, j = [step - k for step in full if step < k][-2:]
             noise = NUDGE**2 * (grams[k][:, j, j] - 2 * grams[k][:, i, j] + grams[k][:, i, i])  # by which it changed
             measured.append((squares / noise.clamp_min(TINY)).clamp_min(TINY).log())
@@ -285,7 +285,7 @@ class Bench:
 
     def squared_error(self, policy: Policy, steps: int | None = None) -> Tensor:
         """Mean squared error (N,) of every sample's images."""
-        return torch.cat([change.square().flatten(1).mean(1) for change in self.changes(policy, steps)])
+        return mean_squares(self.changes(policy, steps))
 
     def error(self, policy: Policy, steps: int | None = None) -> float:
         """Root of the mean squared error of the images, of their range: the geometric mean over samples, as a mean of
@@ -300,6 +300,11 @@ class Bench:
 
     def speedup(self, policy: Policy) -> float:
         return self.steps * self.sampler.flops["full"] / self.flops(policy)
+
+
+def mean_squares(batches: Sequence[Tensor]) -> Tensor:
+    """Of every sample of batches (n, ...): (N,)."""
+    return torch.cat([batch.square().flatten(1).mean(1) for batch in batches])
 
 
 def interpolate(places: Sequence[int], values: Sequence[T], count: int) -> list[T]:
@@ -348,10 +353,10 @@ def fit(bench: Bench, weights: Weights, rounds: int) -> Weights:
             for row in torch.eye(len(places)).mul(NUDGE).tolist():
                 slopes.append((changes(moved(row)) - now) / NUDGE * scale)
                 progress.update()
-            samples = zip((now * scale).double(), zip(*slopes, strict=True), strict=True)
             curvature, slope = 0, 0
-            for target, columns in ((target, torch.stack(columns).double()) for target, columns in samples):
-                curvature, slope = curvature + columns @ columns.T, slope + columns @ target
+            for target, columns in zip(now * scale, zip(*slopes, strict=True), strict=True):  # of each sample
+                rows = torch.stack(columns).double()
+                curvature, slope = curvature + rows @ rows.T, slope + rows @ target.double()
             tries = [weights]
             for damping in DAMPING:
                 ridge = damping * curvature.diagonal().mean() * torch.eye(len(places), dtype=curvature.dtype)
@@ -405,8 +410,9 @@ def make_plan(
     plans = candidates(errors, budget, memory)
     measured = {name: bench.error(bench.plan(w)) for name, w in tqdm(plans.items(), desc="candidates", unit="run")}
     start = min(measured, key=measured.get)
-    plans[f"{start}, fitted"] = fit(bench, widened(plans[start], memory), rounds)
-    measured[f"{start}, fitted"] = bench.error(bench.plan(plans[f"{start}, fitted"]))
+    fitted = f"{start}, fitted"
+    plans[fitted] = fit(bench, widened(plans[start], memory), rounds)
+    measured[fitted] = bench.error(bench.plan(plans[fitted]))
     best = min(measured, key=measured.get)  # never worse than a control, where it was measured
     plan = bench.plan(plans[best])
     steps = max(1, round(bench.flops(plan) / bench.sampler.flops["full"]))

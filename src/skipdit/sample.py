@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 import skipdit
 from skipdit.bench import run_flops
-from skipdit.cache import SkipCache
+from skipdit.cache import CachePlan, DriftSpec, Policy, SkipCache
 from skipdit.data.stream import seed_of
 from skipdit.device import process_state
 from skipdit.download import is_hub_name
@@ -132,6 +132,19 @@ class Job:
         pending = self.pending()
         for start in range(0, len(pending), size):
             yield pending[start : start + size]
+
+
+def cache_identity(policy: Policy, weights: str, batch_size: int) -> dict[str, Any]:
+    """What of a caching policy determines the samples. Warns of a plan for other weights than these.
+
+    Args:
+        weights: fingerprint of the model's.
+        batch_size: of the run.
+    """
+    if isinstance(policy, CachePlan):
+        policy.check_model(weights)
+    together = {"batch_size": batch_size} if isinstance(policy, DriftSpec) else {}  # samples of a call decide together
+    return {"cache": str(policy), **together}
 
 
 def work_off(

@@ -16,13 +16,13 @@ from diffusers import AutoencoderKL, DiffusionPipeline, SchedulerMixin
 from torch import Tensor, nn
 
 from skipdit.bench import step_flops
-from skipdit.cache import CachePlan, CacheSpec, DriftSpec, Policy, SkipCache
+from skipdit.cache import CacheSpec, Policy, SkipCache
 from skipdit.config import setting, to_dict
 from skipdit.data.images import to_uint8
 from skipdit.device import process_state
 from skipdit.pipeline import enable_cache
 from skipdit.prompts import slug
-from skipdit.sample import Job, StepTimer, require_finite, resolve_dtype, work_off
+from skipdit.sample import Job, StepTimer, cache_identity, require_finite, resolve_dtype, work_off
 from skipdit.skip import SkipTransformer
 from skipdit.vae import decode, downsampling, pixels
 from skipdit.weights import fingerprint, load_weights
@@ -262,14 +262,11 @@ def run_job(
     spec = CacheSpec.parse(config.cache)
     cache = enable_cache(pipe, spec)
     identity = {key: value for key, value in to_dict(config).items() if key not in _FREE | free}
-    identity |= {"size": sampler.size, "prompts": sampler.prompts, "cache": str(spec), "text_encoder": sampler.encoder}
+    identity |= {"size": sampler.size, "prompts": sampler.prompts, "text_encoder": sampler.encoder}
     identity |= {"weights": fingerprint(model), "vae": fingerprint(pipe.vae)}
     identity |= {"model": dict(model.config), "scheduler_config": dict(pipe.scheduler.config)}
     identity |= {"dtype": str(model.dtype), "device": state.device.type}  # devices draw different noise from one seed
-    if isinstance(spec, CachePlan):
-        spec.check_model(identity["weights"])
-    if isinstance(spec, DriftSpec):
-        identity["batch_size"] = config.batch_size  # samples of a call decide together
+    identity |= cache_identity(spec, identity["weights"], config.batch_size)
     job = Job(config.out, identity, len(names), suffix, state.process_index, state.num_processes, names)
 
     def make(indices: list[int], timer: StepTimer) -> tuple[Tensor, SkipCache]:
