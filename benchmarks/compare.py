@@ -130,10 +130,10 @@ class Backbone:
     def model(self) -> SkipTransformer:
         return self.sampler.model
 
-    def make(self, row: Row) -> Tensor:
-        """All samples of the config, (N, ..., 3, H, W) uint8."""
+    def batch(self, row: Row) -> Tensor:
+        """The images of the first batch of the config, (N, ..., 3, H, W) float32."""
         with row.peer.on(self.model, self.sampler.timesteps(row.steps)) if row.peer else nullcontext():
-            return self.sampler.make(row.steps, row.spec)
+            return next(iter(self.sampler.images(row.steps, row.spec)))
 
 
 def depth_of(model: SkipTransformer) -> int:
@@ -332,8 +332,8 @@ def run(backbones: list[Backbone], rows: list[Row], store: Store, repeats: int) 
     for row in tqdm(rounds, desc="timing", unit="run"):
         result = store.result(row.key)
         began = time.perf_counter()
-        samples = by_name[row.backbone].make(row)  # ends on the CPU, so the device has finished
-        result["seconds"].append((time.perf_counter() - began) / len(samples))
+        images = by_name[row.backbone].batch(row)  # ends on the CPU, so the device has finished
+        result["seconds"].append((time.perf_counter() - began) / len(images))
         store.save(row.key, result)
     about = [{"backbone": row.backbone, "method": row.method, "name": row.name, "window": row.window} for row in rows]
     return [each | store.result(row.key) for each, row in zip(about, rows, strict=True)]
@@ -360,13 +360,15 @@ def judge(
         first, samples = base.setdefault(row.backbone, (result, made))
         middle = median(seconds)
         pictures = made.flatten(0, -4), samples.flatten(0, -4)
+        decibels = psnr(*pictures).clamp(max=IDENTICAL).unflatten(0, (len(made), -1)).mean(1)  # of every sample
         result |= {
             "seconds_per_sample": middle,
             "seconds_spread": (max(seconds) - min(seconds)) / middle,
             "speedup": median(first["seconds"]) / middle,
             "flops_speedup": first["flops"] / result["flops"],
             "identical": torch.equal(*pictures),
-            "psnr": psnr(*pictures).clamp(max=IDENTICAL).mean().item(),
+            "psnr": decibels.mean().item(),
+            "psnr_error": decibels.std(correction=0).item() / math.sqrt(max(len(made) - 1, 1)),
             "ssim": ssim(*pictures).mean().item(),
         }
         if lpips is not None:
@@ -383,16 +385,28 @@ def markdown(table: list[dict]) -> str:
     extra = {key: title for key, title in extra.items() if key in table[0]}
     lines = []
     for backbone in dict.fromkeys(row["backbone"] for row in table):
-        columns = ["", "full + partial steps", "GFLOP", "speedup in FLOPs", "s", "±", "speedup", "cache kB", "PSNR dB"]
+        columns = [
+            "",
+            "full + partial steps",
+            "GFLOP",
+            "speedup in FLOPs",
+            "s",
+            "±",
+            "speedup",
+            "cache kB",
+            "PSNR dB",
+            "±",
+        ]
         columns += ["SSIM", *extra.values()]
         lines += [f"### {backbone} backbone", "", f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
         for row in table:
             if row["backbone"] != backbone:
                 continue
-            psnr = "same" if row["identical"] else f"{row['psnr']:.2f}"
+            psnr = ["same", ""] if row["identical"] else [f"{row['psnr']:.2f}", f"{row['psnr_error']:.2f}"]
             cells = [row["name"], f"{row['full_steps']:g} + {row['partial_steps']:g}", f"{row['flops'] / 1e9:.2f}"]
             cells += [f"{row['flops_speedup']:.2f}", f"{row['seconds_per_sample']:.3f}", f"{row['seconds_spread']:.0%}"]
-            cells += [f"{row['speedup']:.2f}", f"{row['cache_bytes'] / 1e3:.0f}", psnr, f"{row['ssim']:.3f}"]
+            cells += [f"{row['speedup']:.2f}", f"{row['cache_bytes'] / 1e3:.0f}", *psnr]
+            cells += [f"{row['ssim']:.3f}"]
             lines.append(f"| {' | '.join([*cells, *(f'{row[key]:.3f}' for key in extra)])} |")
         lines.append("")
     return "\n".join(lines)
@@ -617,9 +631,10 @@ def benchmark(args: argparse.Namespace) -> None:
         "samples": samples,
         "repeats": min(len(row["seconds"]) for row in table),
         "threads": torch.get_num_threads(),
-        "time": "seconds per sample of a whole run with decoding, medians; the spread is (max - min) / median",
+        "time": "seconds per sample of the first batch, decoded; medians, the spread is (max - min) / median",
         "flops": "per sample, of all model calls of a run, counted while it ran; two per multiply-add, with attention",
-        "fidelity": f"mean over pictures or frames, uint8, against {UNCACHED}; identical ones count {IDENTICAL:g} dB",
+        "fidelity": f"mean over pictures or frames, uint8, against {UNCACHED}; identical ones count {IDENTICAL:g} dB; "
+        "± is the standard error over samples",
         "frechet": f"{args.network} against {args.reference}" if args.network else None,
         "settings": identity,
         "diffusers": diffusers.__version__,

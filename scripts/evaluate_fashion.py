@@ -1,6 +1,7 @@
 """Judge the embedded FashionMNIST model, without Skip-Cache and with it.
 
     python scripts/evaluate_fashion.py --data data --out results/fashion-eval
+    python scripts/evaluate_fashion.py --data data --cache results/demo-plan.json --cache 19    # and 19 steps
 
 Three questions, each answered by a number that a reader can check against a floor:
 - Is it the class that was asked for? A small classifier, trained here on the real training images, says.
@@ -16,6 +17,7 @@ import argparse
 import json
 import math
 import platform
+import re
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -26,8 +28,8 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import skipdit
-from skipdit.bench import step_flops
-from skipdit.cache import SkipCache
+from skipdit.bench import run_flops, step_flops
+from skipdit.cache import CacheSpec, DriftSpec, Policy, SkipCache
 from skipdit.class_sample import generate, generate_settings
 from skipdit.class_to_image.model import DiT
 from skipdit.class_to_image.sample import Config, build_model
@@ -36,11 +38,11 @@ from skipdit.data.images import to_float
 from skipdit.diffusion import Diffusion
 from skipdit.fashion import CLASSES, EPOCHS, IMAGE_SIZE, load_images, load_judge
 from skipdit.metrics import psnr, ssim
-from skipdit.sample import Job, generators
+from skipdit.sample import Job, cache_identity, generators
 from skipdit.vae import encode, latent_size, load_vae, pixels
 from skipdit.weights import fingerprint, load_weights
 
-SPECS = ["none", *(f"N{interval}-1000-20{order}" for order in ("", "-o1") for interval in (2, 3, 4))]
+CACHES = [f"N{interval}-1000-20{order}" for order in ("", "-o1") for interval in (2, 3, 4)]
 
 
 def balanced(labels: Tensor, count: int) -> Tensor:
@@ -50,10 +52,22 @@ def balanced(labels: Tensor, count: int) -> Tensor:
     return torch.stack([of_class[i % len(of_class)][i // len(of_class)] for i in range(count)])
 
 
-def sample(model: DiT, config: Config, spec: str, identity: dict, folder: Path) -> Tensor:
-    """Latents (N, C, h, w) under a cache spec, on the CPU. Those that `folder` already holds are not made again."""
-    job = Job(folder, identity | {"cache": spec}, config.num_samples, suffix="pt")
-    progress = tqdm(total=config.num_samples, desc=spec, unit="image")
+def parse(cache: str) -> Policy | int:
+    """A cache, or a number of uncached steps.
+
+    Raises ValueError for neither, and for a cache that decides at run time: what that costs is not known.
+    """
+    policy = int(cache) if cache.isdecimal() else CacheSpec.parse(cache)
+    if policy == 0 or isinstance(policy, DriftSpec):
+        raise ValueError(f"--cache {cache}: give an interval, a plan, or a number of uncached steps")
+    return policy
+
+
+def sample(model: DiT, config: Config, policy: Policy, identity: dict, folder: Path) -> Tensor:
+    """Latents (N, C, h, w) under a cache, on the CPU. Those that `folder` already holds are not made again."""
+    identity = identity | {"steps": config.steps} | cache_identity(policy, identity["weights"], config.batch_size)
+    job = Job(folder, identity, config.num_samples, suffix="pt")
+    progress = tqdm(total=config.num_samples, desc=folder.name, unit="image")
     progress.update(config.num_samples - len(job.pending()))
     for indices in job.batches(config.batch_size):
         latents = generate(
@@ -61,7 +75,7 @@ def sample(model: DiT, config: Config, spec: str, identity: dict, folder: Path) 
             torch.tensor(indices, device=model.device) % CLASSES,
             generators(config.seed, indices, model.device),
             **generate_settings(config),
-            cache=spec,
+            cache=SkipCache(policy, Diffusion(config.steps).sampling_timesteps),
             progress=True,
         )
         for index, latent in zip(indices, latents.cpu(), strict=True):
@@ -76,8 +90,9 @@ def fidelity(images: Tensor, reference: Tensor) -> dict[str, float]:
     return {"psnr": psnr(images, reference).mean().item(), "ssim": ssim(images, reference).mean().item()}
 
 
-def evaluate(config: Config, data: Path, out: Path) -> dict:
+def evaluate(config: Config, data: Path, out: Path, caches: list[str]) -> dict:
     """Judge a model. Returns what results.json holds: `protocol` and `rows`."""
+    policies = [CacheSpec(), *map(parse, caches)]
     device, count = PartialState().device, config.num_samples
     if (config.image_size, config.model.num_classes) != (IMAGE_SIZE, CLASSES):
         raise ValueError(
@@ -98,7 +113,7 @@ def evaluate(config: Config, data: Path, out: Path) -> dict:
     sampling = {
         "weights": fingerprint(model),  # a fingerprint of any module's weights
         "sampler": config.sampler,
-        "steps": config.steps,
+        "steps": config.steps,  # fewer in the rows that say so
         "guidance_scale": config.guidance_scale,
         "guidance_channels": config.guidance_channels,
         "guidance_interval": [config.guidance_low, config.guidance_high],
@@ -113,16 +128,17 @@ def evaluate(config: Config, data: Path, out: Path) -> dict:
         {"images": "real training images (the floor)", **judge.scores(some_train, classes)},
         {"images": "test images, autoencoded", **judge.scores(rebuilt, classes), **fidelity(rebuilt, some_test)},
     ]
-    timesteps = Diffusion(config.steps).sampling_timesteps
     uncached = None
-    for spec in SPECS:
-        plan = SkipCache(spec, timesteps)
-        flops = step_flops(model, 1 if config.guidance_scale == 1 else 2, plan.spec.branch)
-        spent = plan.full_steps * flops["full"] + plan.cached_steps * flops["cached"]
-        latents = sample(model, config, spec, sampling, out / "samples" / spec)
+    for wanted in policies:
+        steps, policy = (wanted, CacheSpec()) if isinstance(wanted, int) else (config.steps, wanted)
+        name = f"{steps} steps" if isinstance(wanted, int) else str(policy)
+        plan = SkipCache(policy, Diffusion(steps).sampling_timesteps)
+        flops = step_flops(model, 1 if config.guidance_scale == 1 else 2, policy.branch)
+        folder = out / "samples" / re.sub(r"[^\w.-]+", "-", name)
+        latents = sample(model, replace(config, steps=steps), policy, sampling, folder)
         images = _images(vae, latents.to(device).split(100))
-        row = {"images": spec, "full_steps": plan.full_steps, "cached_steps": plan.cached_steps}
-        row["flops_speedup"] = len(timesteps) * flops["full"] / spent
+        row = {"images": name, "full_steps": plan.full_steps, "cached_steps": plan.cached_steps}
+        row["flops_speedup"] = config.steps * flops["full"] / run_flops(plan, flops)
         row |= judge.scores(images, classes)
         if uncached is None:
             uncached = images
@@ -175,6 +191,12 @@ def main() -> None:
     parser.add_argument(
         "--config", default="configs/class-to-image/demo.yaml", help="the sampler's settings [%(default)s]"
     )
+    parser.add_argument(
+        "--cache",
+        action="append",
+        metavar="SPEC",
+        help=f"an interval, plan FILE.json, or number of uncached steps; may come again [{' '.join(CACHES)}]",
+    )
     parser.add_argument("--samples", dest="num_samples", type=int, default=1000, help="per cache spec [%(default)s]")
     parser.add_argument("--batch-size", type=int, default=50, help="images per model call [%(default)s]")
     flags = parser.add_argument_group("instead of the config's", argument_default=argparse.SUPPRESS)
@@ -185,10 +207,10 @@ def main() -> None:
     flags.add_argument("--guidance-scale", type=float, help="1 is none")
     flags.add_argument("--guidance-channels", type=channels, help="leading latent channels to guide, or all")
     settings = vars(parser.parse_args())
-    data, out, file = (settings.pop(key) for key in ("data", "out", "config"))
+    data, out, file, caches = (settings.pop(key) for key in ("data", "out", "config", "cache"))
     with friendly_errors():
         config = replace(load_config(Config, file), **settings)
-        results = evaluate(config, data, out)
+        results = evaluate(config, data, out, caches or CACHES)
     (out / "results.json").write_text(json.dumps(results, indent=2) + "\n")
     error = math.sqrt(0.25 / config.num_samples)
     print(f"\n{table(results['rows'])}\n")

@@ -14,6 +14,7 @@ from conftest import ROOT, tiny_dit
 from PIL import Image
 
 from skipdit import encode
+from skipdit.cache import CachePlan
 from skipdit.checkpoint import latest
 from skipdit.diffusion import Diffusion
 from skipdit.fashion import Classifier, Judge, load_judge
@@ -212,9 +213,40 @@ def test_poor_judge_is_refused_and_a_kept_one_is_used(tmp_path):
     assert scores["frechet"] == pytest.approx(0, abs=1e-6)
 
 
-def test_evaluate_fashion_starts(monkeypatch, capsys):
-    script = str(ROOT / "scripts/evaluate_fashion.py")
-    monkeypatch.setattr(sys, "argv", [script, "--help"])
-    with pytest.raises(SystemExit) as done:
-        runpy.run_path(script, run_name="__main__")
-    assert done.value.code == 0 and "--guidance-scale" in capsys.readouterr().out
+def test_evaluate_fashion(data, tmp_path, monkeypatch, capsys):
+    """Every kind of cache with its cost; the same command again samples nothing and says the same."""
+    (tmp_path / "results").mkdir()
+    torch.save(Classifier().state_dict(), tmp_path / "results/classifier.pt")
+    plan = CachePlan(tuple(map(float, Diffusion(10).sampling_timesteps)), (None, (), None, (1.0,), *[None] * 6))
+    plan.save(tmp_path / "plan.json")
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr("skipdit.fashion.LEAST_ACCURACY", 0.0)
+    command = f"evaluate --data {data / 'data'} --out {tmp_path / 'results'} --samples 3 --batch-size 2 --steps 10"
+    command += f" --cache N2-1000-20-o1 --cache {tmp_path / 'plan.json'} --cache 8"
+    monkeypatch.setattr(sys, "argv", command.split())
+    runpy.run_path("scripts/evaluate_fashion.py", run_name="__main__")
+    assert "| 8 steps | 8 + 0 | 1.25x |" in capsys.readouterr().out
+    results = json.loads((tmp_path / "results/results.json").read_text())
+    names = [
+        "real training images (the floor)",
+        "test images, autoencoded",
+        "none",
+        "N2-1000-20-o1",
+        str(plan),
+        "8 steps",
+    ]
+    assert [row["images"] for row in results["rows"]] == names
+    uncached, interval, planned, fewer = results["rows"][2:]
+    assert uncached["flops_speedup"] == 1 and "psnr" not in uncached
+    assert (interval["full_steps"], interval["cached_steps"]) == (5, 5)
+    assert (planned["full_steps"], planned["cached_steps"]) == (8, 2)
+    assert planned["flops_speedup"] > fewer["flops_speedup"] / 1.25 and 20 < fewer["psnr"] < planned["psnr"]
+
+    monkeypatch.setattr("skipdit.class_sample.generate", lambda *args, **kwargs: pytest.fail("sampled again"))
+    runpy.run_path("scripts/evaluate_fashion.py", run_name="__main__")
+    assert json.loads((tmp_path / "results/results.json").read_text()) == results
+
+    monkeypatch.setattr(sys, "argv", [*command.split(), "--cache", "D0.2"])
+    with pytest.raises(SystemExit):
+        runpy.run_path("scripts/evaluate_fashion.py", run_name="__main__")
+    assert "give an interval, a plan, or a number of uncached steps" in capsys.readouterr().err
