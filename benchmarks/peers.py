@@ -223,7 +223,7 @@ class _Reuse(Peer):
 
 @dataclass(frozen=True)
 class FORA(_Reuse):
-    """Fast-forward caching (arXiv 2407.01425, section 3.2): attention and MLP outputs of every N-th step serve N steps.
+    """Fast-forward caching (arXiv 2407.01425): attention and MLP outputs of every N-th step serve N steps.
 
     Cross-attention likewise.
     """
@@ -239,7 +239,7 @@ class FORA(_Reuse):
 
 @dataclass(frozen=True)
 class PAB(_Reuse):
-    """Pyramid attention broadcast (arXiv 2408.12588, section 3.2): each kind of attention has its own interval.
+    """Pyramid attention broadcast (arXiv 2408.12588): each kind of attention has its own interval.
 
     Attributes:
         spatial, temporal, cross: intervals.
@@ -264,7 +264,7 @@ class PAB(_Reuse):
 
 @dataclass(frozen=True)
 class TGate(_Reuse):
-    """T-GATE (arXiv 2404.02747, section 4): cross-attention is computed for the first steps only.
+    """T-GATE (arXiv 2404.02747): cross-attention is computed for the first steps only.
 
     From step `gate` on, its outputs of the step before serve to the end, averaged over the two halves of guidance, and
     there is no guidance any more: the two halves would hardly differ. So one half runs, and stands for both; the
@@ -318,7 +318,7 @@ class TGate(_Reuse):
 
 @dataclass(frozen=True)
 class TaylorSeer(Peer):
-    """TaylorSeer (arXiv 2503.06923, equation 3): modules forecast their outputs by a Taylor polynomial.
+    """TaylorSeer (arXiv 2503.06923): modules forecast their outputs by a Taylor polynomial.
 
     Derivatives are finite differences of the outputs of full steps, which are multiples of `interval`. By diffusers'
     hook, which keeps the coefficients in the dtype of the model here.
@@ -448,7 +448,7 @@ class _Ranges(Peer):
 
 @dataclass(frozen=True)
 class DeltaDiT(_Ranges):
-    """Delta-DiT (arXiv 2406.01125, section 4): early steps leave out the last layers, late ones the first.
+    """Delta-DiT (arXiv 2406.01125): early steps leave out the last layers, late ones the first.
 
     Attributes:
         interval: N; its multiples are full steps.
@@ -525,7 +525,7 @@ class _SameAgain(Exception):
 
 @dataclass(frozen=True)
 class TeaCache(_Ranges):
-    """TeaCache (arXiv 2411.19108, section 3.3): all layers are left out until the model's input has changed enough.
+    """TeaCache (arXiv 2411.19108): all layers are left out until the model's input has changed enough.
 
     The input is that of the first attention, which the timestep has modulated. Its relative changes from step to step,
     each through a polynomial, add up since the last full step; at `threshold` the next full step is due. The first and

@@ -110,6 +110,12 @@ ELSEWHERE = {
     "--also results/picture-plan.json": "wants that plan; test_plan.py has one of a small pipeline",
     "python benchmarks/efficiency.py --data data --seeds 0 1": "test_efficiency.py, on few pictures and steps",
     "python benchmarks/efficiency.py --data data --seeds 0 --spectral": "the same",
+    **{
+        f"python -m skipdit.analyze {analysis} --config configs/class-to-image/demo.yaml --plain "
+        f"results/efficiency/runs/plain-seed0 weights=results/efficiency/runs/skip-seed0 num_samples={count}": "wants "
+        "these runs; without --plain above, with it in test_analyze.py"
+        for analysis, count in {"perturb": 4, "similarity": 10, "dynamics": 10, "jacobian": 4}.items()
+    },
     "bash scripts/demo.sh text-to-video": "minutes; its last line is compare.py above",
     **{
         f"python -m skipdit.evaluate {command}": "test_evaluate.py, with small networks"

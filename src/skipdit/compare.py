@@ -18,7 +18,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from skipdit.bench import run_flops
-from skipdit.cache import CacheSpec, DriftSpec, Policy, SkipCache
+from skipdit.cache import CachePlan, CacheSpec, DriftSpec, Policy, SkipCache
 from skipdit.config import friendly_errors, load_config, make_parser, to_dict
 from skipdit.media import side_by_side, write_gif
 from skipdit.metrics.fidelity import psnr, ssim
@@ -81,7 +81,8 @@ def rows_for(
             raise ValueError(
                 f"--also {policy}: its branch is {policy.branch}, of the others {window.branch}: see --branch"
             )
-    return rows + [Row(str(policy), policy, steps) for policy in also]
+    names = [Path(policy.source).stem if isinstance(policy, CachePlan) else str(policy) for policy in also]
+    return rows + [Row(name, policy, steps) for name, policy in zip(names, also, strict=True)]
 
 
 def compare(sampler: Sampler, rows: list[Row], repeats: int) -> tuple[list[dict], list[Tensor]]:

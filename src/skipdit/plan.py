@@ -295,6 +295,11 @@ class Bench:
             self._known[key] = self.squared_error(policy, steps).clamp_min(TINY).log().mean().div(2).exp().item()
         return self._known[key]
 
+    @property
+    def cached_cost(self) -> float:
+        """Of a cached step, over that of a full one."""
+        return self.sampler.flops["cached"] / self.sampler.flops["full"]
+
     def flops(self, policy: Policy) -> float:
         return run_flops(SkipCache(policy, self.timesteps), self.sampler.flops)
 
@@ -512,6 +517,14 @@ def run(args: argparse.Namespace) -> tuple[CachePlan, dict[str, float]]:
     typical = budget or math.ceil(config.steps / min(4, reach))
     if typical * reach < config.steps:
         raise ValueError(f"--reach {reach} is too short for {typical} full steps of {config.steps}")
+    cached_runs = (
+        1 + args.probes + 5 + (config.steps - typical) * (args.memory - 1) * args.rounds + 3
+    )  # see `make_plan`
+    share = (typical + (config.steps - typical) * bench.cached_cost) / config.steps
+    work = 1 + 2 * reach * bench.cached_cost + share * cached_runs
+    print(
+        f"calibration costs what {work:.0f} uncached runs do" + ("" if budget else ", for every budget that is tried")
+    )
     errors = bench.calibrate(reach, args.probes, typical)
     if budget is None:
         plan, measured = within(bench, errors, args.max_error, args.memory, args.rounds)
