@@ -385,19 +385,8 @@ def markdown(table: list[dict]) -> str:
     extra = {key: title for key, title in extra.items() if key in table[0]}
     lines = []
     for backbone in dict.fromkeys(row["backbone"] for row in table):
-        columns = [
-            "",
-            "full + partial steps",
-            "GFLOP",
-            "speedup in FLOPs",
-            "s",
-            "±",
-            "speedup",
-            "cache kB",
-            "PSNR dB",
-            "±",
-        ]
-        columns += ["SSIM", *extra.values()]
+        columns = ["", "full + partial steps", "GFLOP", "speedup in FLOPs", "s", "spread", "speedup", "cache kB"]
+        columns += ["PSNR dB", "±", "SSIM", *extra.values()]
         lines += [f"### {backbone} backbone", "", f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
         for row in table:
             if row["backbone"] != backbone:
@@ -419,6 +408,7 @@ def plot(table: list[dict], title: str, path: Path) -> None:
     """
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
+    from matplotlib.ticker import FixedLocator, NullLocator
 
     names = list(dict.fromkeys(row["backbone"] for row in table))
     figure, panels = plt.subplots(
@@ -438,7 +428,10 @@ def plot(table: list[dict], title: str, path: Path) -> None:
                 if points:
                     (line,) = panel.plot(*zip(*sorted(points), strict=True), label=method, **style | dashed)
                     drawn.setdefault(method, line)
-        panel.set(title=f"{backbone} backbone", xlabel="speedup in FLOPs")
+        panel.set(title=f"{backbone} backbone", xlabel="speedup in FLOPs", xscale="log")
+        panel.xaxis.set_major_locator(FixedLocator((1, 1.5, 2, 3, 4, 6, 8, 10)))
+        panel.xaxis.set_major_formatter("{x:g}")
+        panel.xaxis.set_minor_locator(NullLocator())
         panel.grid(alpha=0.3)
     panels[0][0].set_ylabel("PSNR to the uncached run, dB")
     handles = [drawn[method] for method in STYLES if method in drawn]

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import tiny_dit
+from conftest import ROOT, tiny_dit
 from tqdm import tqdm
 
 from skipdit import CacheSpec, SkipCache
@@ -21,6 +21,7 @@ from skipdit.config import load_config, to_yaml
 from skipdit.diffusion import Diffusion
 from skipdit.plan import Bench, Errors, Watch, fit, forecast, greedy, interpolate, main, optimal, uniform, widened
 from skipdit.sample import generators
+from skipdit.task import find_task
 from skipdit.text_to_image import sample_t2i
 from skipdit.weights import fingerprint
 
@@ -364,3 +365,21 @@ def test_what_cannot_be_planned_is_refused(command, capsys, arguments, complaint
     with pytest.raises(SystemExit):
         command(*arguments)
     assert complaint in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["class-to-image", "class-to-video", "text-to-video", "text-to-image"])
+def test_shipped_plans_beat_even_forecasts(name):
+    """On a sample that no plan was fitted to, and by more than the aim for the average."""
+    file = ROOT / f"configs/{name}/demo.yaml"
+    task, plan = find_task(str(file)), CachePlan.load(file.with_name("demo_plan.json"))
+    config = load_config(task.schema, file, ["seed=0"])
+    if name.startswith("class"):
+        config.num_samples = 1
+    else:
+        config.prompts = config.prompts[:1]
+    bench = Bench(task.open_sampler(config, plan.branch), config.steps, plan.branch)
+    assert plan.about["model"] == fingerprint(bench.model) and plan.timesteps == bench.timesteps
+    assert (plan.about["sampler"], plan.about["guidance_scale"]) == (bench.sampler.method, config.guidance_scale)
+    bench.reference = list(bench.sampler.images(config.steps, CacheSpec()))
+    even = bench.plan(forecast(config.steps, uniform(config.steps, plan.weights.count(None)), 1))
+    assert bench.error(plan) < 10 ** (-1 / 20) * bench.error(even)
