@@ -22,6 +22,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -37,10 +38,12 @@ from tqdm import tqdm
 from skipdit.adaln import AdaLNTransformer
 from skipdit.bench import interleaved_seconds, run_flops, step_flops
 from skipdit.cache import CachePlan, CacheSpec, DriftSpec, Policy, SkipCache
-from skipdit.compare import Sampler
+from skipdit.compare import Sampler, check_plans
 from skipdit.config import friendly_errors, load_config, to_dict
 from skipdit.device import process_state
-from skipdit.metrics import frechet_distance, psnr, ssim
+from skipdit.metrics import IDENTICAL, frechet_distance, mean_psnr, psnr, ssim
+from skipdit.metrics.networks import load_image_script
+from skipdit.metrics.samples import fitted, open_samples
 from skipdit.runlog import replace_text
 from skipdit.sample import versions
 from skipdit.skip import SkipTransformer
@@ -87,7 +90,6 @@ STYLES = {
     | ({"linewidth": 2.5, "markersize": 8, "zorder": 3} if method.startswith(REUSE) else {"linewidth": 1})
     for method, colour, marker in zip(METHODS.values(), COLOURS, MARKERS, strict=True)
 }
-IDENTICAL = 100.0  # dB that count for identical pictures, in means
 
 
 @dataclass
@@ -113,6 +115,11 @@ class Row:
         return re.sub(r"[^\w.]+", "-", f"{self.backbone} {self.name}").lower()
 
     @property
+    def varies(self) -> bool:
+        """Whether what a batch costs depends on its samples."""
+        return isinstance(self.spec, DriftSpec) or (self.peer is not None and not self.peer.static)
+
+    @property
     def window(self) -> str:
         """Timesteps between which an interval caches."""
         return f"{self.spec.start}-{self.spec.stop}" if isinstance(self.spec, CacheSpec) else ""
@@ -130,10 +137,14 @@ class Backbone:
     def model(self) -> SkipTransformer:
         return self.sampler.model
 
-    def batch(self, row: Row) -> Tensor:
-        """The images of the first batch of the config, (N, ..., 3, H, W) float32."""
+    def seconds(self, row: Row) -> float:
+        """Per sample, with decoding: of the config's first batch, of all where they differ."""
+        began, count = time.perf_counter(), 0
         with row.peer.on(self.model, self.sampler.timesteps(row.steps)) if row.peer else nullcontext():
-            return next(iter(self.sampler.images(row.steps, row.spec)))
+            batches = self.sampler.images(row.steps, row.spec)
+            for images in batches if row.varies else islice(batches, 1):
+                count += len(images)  # on the CPU, so the device has finished
+        return (time.perf_counter() - began) / count
 
 
 def depth_of(model: SkipTransformer) -> int:
@@ -202,7 +213,9 @@ def rows_for(
     for policy in also:
         if policy in [row.spec for row in own]:
             continue
-        policy.plan(timesteps)  # a plan of other timesteps is refused now
+        plan = policy.plan(timesteps)  # a plan of other timesteps is refused now
+        if not isinstance(policy, DriftSpec):
+            costs.append(sum(1 if full else flops["cached"] / flops["full"] for full in plan))
         kind = {CachePlan: PLANNED, DriftSpec: DRIFT}.get(type(policy), FORECAST if policy.order else REUSE)
         own.append(Row(backbone, kind, f"{REUSE} {policy}", steps, policy))
     fewer = sorted({max(1, round(cost)) for cost in costs} - {steps}, reverse=True)
@@ -239,7 +252,7 @@ def metered(model: SkipTransformer) -> Iterator[Meter]:
         else:
             meter.full += 1
         if cache is not None and cache.output is not None:
-            meter.feature_bytes = cache.output.nbytes
+            meter.feature_bytes = max(meter.feature_bytes, cache.output.nbytes)
         return out
 
     with replaced(model, "forward", forward):
@@ -325,15 +338,20 @@ def run(backbones: list[Backbone], rows: list[Row], store: Store, repeats: int) 
     for row in tqdm(todo, desc="counting", unit="row"):
         result, samples = measure(by_name[row.backbone], row)
         store.save_samples(row.key, samples)
-        store.save(row.key, result | {"seconds": []})
+        store.save(row.key, result | {"seconds": [], "uncached_seconds": []})
     rounds = [
-        row for turn in range(repeats) for row in rows if len(store.result(row.key)["seconds"]) <= turn
+        (turn, row) for turn in range(repeats) for row in rows if len(store.result(row.key)["seconds"]) <= turn
     ]  # interleaved: a machine that slows down slows all rows
-    for row in tqdm(rounds, desc="timing", unit="run"):
-        result = store.result(row.key)
-        began = time.perf_counter()
-        images = by_name[row.backbone].batch(row)  # ends on the CPU, so the device has finished
-        result["seconds"].append((time.perf_counter() - began) / len(images))
+    uncached: dict[tuple[int, str], float] = {}  # measured in every turn, also if rows of this turn are added later
+    for turn, row in tqdm(rounds, desc="timing", unit="run"):
+        backbone, result = by_name[row.backbone], store.result(row.key)
+        first = next(each for each in rows if each.backbone == row.backbone)
+        if not uncached:
+            backbone.seconds(first)  # warm up
+        if (turn, row.backbone) not in uncached:
+            uncached[turn, row.backbone] = backbone.seconds(first)
+        result["uncached_seconds"].append(uncached[turn, row.backbone])
+        result["seconds"].append(result["uncached_seconds"][-1] if row is first else backbone.seconds(row))
         store.save(row.key, result)
     about = [{"backbone": row.backbone, "method": row.method, "name": row.name, "window": row.window} for row in rows]
     return [each | store.result(row.key) for each, row in zip(about, rows, strict=True)]
@@ -344,27 +362,26 @@ def judge(
     rows: list[Row],
     store: Store,
     lpips: Callable[[Tensor, Tensor], Tensor] | None,
-    features: Callable[[Tensor], Tensor] | None,
-    reference: Tensor | None,
+    frechet: Callable[[Tensor], float] | None,
 ) -> None:
     """Add speed and fidelity to the rows, against the uncached one of their backbone.
 
     Args:
         lpips: distance of uint8 (N, 3, H, W) and (N, 3, H, W) -> (N,).
-        features: of samples (N, ..., 3, H, W), (N, D).
-        reference: features of real samples.
+        frechet: distance of samples (N, ..., 3, H, W) to real ones.
     """
-    base: dict[str, tuple[dict, Tensor]] = {}
+    base: dict[str, tuple[dict, Tensor]] = {}  # of every backbone
     for result, row in zip(tqdm(table, desc="judging", unit="row"), rows, strict=True):
         made, seconds = store.samples(row.key), result["seconds"]
         first, samples = base.setdefault(row.backbone, (result, made))
         middle = median(seconds)
         pictures = made.flatten(0, -4), samples.flatten(0, -4)
-        decibels = psnr(*pictures).clamp(max=IDENTICAL).unflatten(0, (len(made), -1)).mean(1)  # of every sample
+        frames = psnr(*pictures).unflatten(0, (len(made), -1))
+        decibels = torch.stack([mean_psnr(sample) for sample in frames])
         result |= {
             "seconds_per_sample": middle,
             "seconds_spread": (max(seconds) - min(seconds)) / middle,
-            "speedup": median(first["seconds"]) / middle,
+            "speedup": median(a / b for a, b in zip(result["uncached_seconds"], seconds, strict=True)),
             "flops_speedup": first["flops"] / result["flops"],
             "identical": torch.equal(*pictures),
             "psnr": decibels.mean().item(),
@@ -375,8 +392,8 @@ def judge(
             pairs = zip(*(part.split(32) for part in pictures), strict=True)
             device = process_state().device
             result["lpips"] = torch.cat([lpips(a.to(device), b.to(device)).cpu() for a, b in pairs]).mean().item()
-        if features is not None:
-            result["frechet"] = frechet_distance(features(made), reference)
+        if frechet is not None:
+            result["frechet"] = frechet(made)
 
 
 def markdown(table: list[dict]) -> str:
@@ -544,25 +561,31 @@ def open_backbones(args: argparse.Namespace) -> list[Backbone]:
     return backbones
 
 
-def reference_features(args: argparse.Namespace) -> tuple[Callable[[Tensor], Tensor] | None, Tensor | None]:
-    """What turns samples into features, and those of the reference; None without --network."""
-    if bool(args.network) != bool(args.reference):
-        raise ValueError("--network and --reference go together")
-    if not args.network:
-        return None, None
-    from skipdit.metrics.networks import load_image_script
-    from skipdit.metrics.samples import open_samples
+class Frechet:
+    """Fréchet distance of samples to real ones, frame by frame."""
 
-    network, device = load_image_script(args.network, process_state().device), process_state().device
+    def __init__(self, network: str, reference: str):
+        self.network, self.real = load_image_script(network, process_state().device), open_samples(Path(reference))
+        self._reference: dict[tuple[int, int], Tensor] = {}  # by size
 
-    def features(samples: Iterable[Tensor]) -> Tensor:
-        """Of each frame one."""
-        with torch.no_grad():
-            frames = (sample.reshape(-1, 1, *sample.shape[-3:]).to(device) for sample in samples)
-            return torch.cat([network.features(some).cpu() for some in frames])
+    @torch.no_grad()
+    def features(self, samples: Iterable[Tensor], size: tuple[int, int]) -> Tensor:
+        """Of every frame one, (M, D); real ones come to the size of the samples."""
+        frames = (
+            fitted(sample.reshape(-1, *sample.shape[-3:]), size)[:, None].to(process_state().device)
+            for sample in samples
+        )
+        return torch.cat([self.network.features(some).cpu() for some in frames])
 
-    real = open_samples(Path(args.reference))
-    return features, features(real[i] for i in tqdm(range(len(real)), desc="reference", unit="sample"))
+    def __call__(self, samples: Tensor) -> float:
+        size = tuple(samples.shape[-2:])
+        if size not in self._reference:
+            real = (self.real[i] for i in tqdm(range(len(self.real)), desc="reference", unit="sample"))
+            self._reference[size] = self.features(real, size)
+        return frechet_distance(self.features(samples, size), self._reference[size])
+
+    def protocol(self) -> dict[str, Any]:
+        return {"network": self.network.protocol(), "reference": self.real.protocol()}
 
 
 def main() -> None:
@@ -595,10 +618,14 @@ def benchmark(args: argparse.Namespace) -> None:
         from skipdit.metrics.perceptual import load_lpips
 
         lpips, protocol["lpips"] = load_lpips("alex", args.lpips, process_state().device)
-    features, reference = reference_features(args)
+    if bool(args.network) != bool(args.reference):
+        raise ValueError("--network and --reference go together")
+    frechet = Frechet(args.network, args.reference) if args.network else None
     backbones = open_backbones(args)
+    check_plans(also, backbones[0].sampler)
     config = backbones[0].sampler.config
-    identity = {"task": args.task} | {
+    vae = fingerprint(backbones[0].sampler.vae)
+    identity = {"task": args.task, "vae": vae, "threads": torch.get_num_threads()} | {
         f"{backbone.name} {key}": value
         for backbone in backbones
         for key, value in {
@@ -618,17 +645,17 @@ def benchmark(args: argparse.Namespace) -> None:
         )
         rows += [row for row in found if row.method in methods | {UNCACHED} or row.spec in also]
     table = run(backbones, rows, store, args.repeats or (1 if args.quick else 3))
-    judge(table, rows, store, lpips, features, reference)
+    judge(table, rows, store, lpips, frechet)
     samples = len(store.samples(rows[0].key))
     protocol |= {
         "samples": samples,
         "repeats": min(len(row["seconds"]) for row in table),
-        "threads": torch.get_num_threads(),
-        "time": "seconds per sample of the first batch, decoded; medians, the spread is (max - min) / median",
+        "time": "seconds per sample of the first batch, decoded; of all batches for methods that decide at run time; "
+        "medians, the spread is (max - min) / median; speedups are against an uncached run of the same turn",
         "flops": "per sample, of all model calls of a run, counted while it ran; two per multiply-add, with attention",
         "fidelity": f"mean over pictures or frames, uint8, against {UNCACHED}; identical ones count {IDENTICAL:g} dB; "
-        "± is the standard error over samples",
-        "frechet": f"{args.network} against {args.reference}" if args.network else None,
+        "± is the standard error over samples; with a stochastic sampler, fewer steps make other samples",
+        "frechet": frechet.protocol() if frechet else None,
         "settings": identity,
         "diffusers": diffusers.__version__,
     }

@@ -45,7 +45,7 @@ from skipdit.data.images import to_float
 from skipdit.device import process_state
 from skipdit.diffusion import Diffusion
 from skipdit.fashion import CLASSES, EPOCHS, IMAGE_SIZE, Judge, load_images, load_judge
-from skipdit.metrics import psnr, ssim
+from skipdit.metrics import mean_psnr, psnr, ssim
 from skipdit.runlog import replace_text
 from skipdit.sample import generators, versions
 from skipdit.spectral import largest_singular, skip_linears
@@ -128,8 +128,8 @@ class Examiner:
             uncached = self.images(model, CACHED_SAMPLES, **CACHED)
             for spec in (REUSE, FORECAST):
                 cached = self.images(model, CACHED_SAMPLES, **CACHED, cache=str(spec))
-                scores = {"psnr": psnr(cached, uncached), "ssim": ssim(cached, uncached)}
-                found[str(spec)] = {name: values.mean().item() for name, values in scores.items()}
+                pair = cached, uncached
+                found[str(spec)] = {"psnr": mean_psnr(psnr(*pair)).item(), "ssim": ssim(*pair).mean().item()}
         return found
 
     @torch.no_grad()
@@ -137,9 +137,10 @@ class Examiner:
         """Per random direction: how far the output moves, over its own norm, when the weights move by `MOVED`."""
         inputs = self.noisy[:BATCH], self.t[:BATCH], self.labels[:BATCH]
         before, changes = model(*inputs), []
+        directions = [random_direction(model, torch.Generator().manual_seed(seed)) for seed in range(DIRECTIONS)]
         with moved(model) as move:
-            for seed in range(DIRECTIONS):
-                move((MOVED, random_direction(model, torch.Generator().manual_seed(seed))))
+            for direction in directions:
+                move((MOVED, direction))
                 changes.append(relative(model(*inputs), before).mean().item())
         return changes
 

@@ -37,7 +37,7 @@ from skipdit.config import friendly_errors, load_config
 from skipdit.data.images import to_float
 from skipdit.diffusion import Diffusion
 from skipdit.fashion import CLASSES, EPOCHS, IMAGE_SIZE, load_images, load_judge
-from skipdit.metrics import psnr, ssim
+from skipdit.metrics import mean_psnr, psnr, ssim
 from skipdit.sample import Job, cache_identity, generators
 from skipdit.vae import encode, latent_size, load_vae, pixels
 from skipdit.weights import fingerprint, load_weights
@@ -65,8 +65,8 @@ def parse(cache: str) -> Policy | int:
 
 def sample(model: DiT, config: Config, policy: Policy, identity: dict, folder: Path) -> Tensor:
     """Latents (N, C, h, w) under a cache, on the CPU. Those that `folder` already holds are not made again."""
-    identity = identity | {"steps": config.steps} | cache_identity(policy, identity["weights"], config.batch_size)
-    job = Job(folder, identity, config.num_samples, suffix="pt")
+    cache = cache_identity(policy, identity["weights"], config.sampler, config.guidance_scale, config.batch_size)
+    job = Job(folder, identity | {"steps": config.steps} | cache, config.num_samples, suffix="pt")
     progress = tqdm(total=config.num_samples, desc=folder.name, unit="image")
     progress.update(config.num_samples - len(job.pending()))
     for indices in job.batches(config.batch_size):
@@ -87,7 +87,7 @@ def sample(model: DiT, config: Config, policy: Policy, identity: dict, folder: P
 
 def fidelity(images: Tensor, reference: Tensor) -> dict[str, float]:
     """Means over the image pairs."""
-    return {"psnr": psnr(images, reference).mean().item(), "ssim": ssim(images, reference).mean().item()}
+    return {"psnr": mean_psnr(psnr(images, reference)).item(), "ssim": ssim(images, reference).mean().item()}
 
 
 def evaluate(config: Config, data: Path, out: Path, caches: list[str]) -> dict:

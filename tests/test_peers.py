@@ -2,15 +2,19 @@
 
 import json
 import sys
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from conftest import ROOT, tiny_dit, tiny_hunyuan, tiny_latte, tiny_latte_t2v
 from diffusers import AutoencoderKL, LattePipeline
+from PIL import Image
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -21,6 +25,7 @@ from skipdit.cache import CachePlan
 from skipdit.class_sample import generate
 from skipdit.config import to_yaml
 from skipdit.diffusion import Diffusion
+from skipdit.metrics import frechet_distance
 from skipdit.sample import generators
 from skipdit.skip import SkipTransformer
 from skipdit.text import Encoded
@@ -264,11 +269,43 @@ def test_gated_text_is_read_no_more_and_guidance_ends(case):
 
 def test_teacache_fit_finds_how_the_output_changes(case):
     it = case("image")
+    inputs, outputs = [], []  # the first attention's input has been modulated
+    handles = [it.model.blocks[0].attn.register_forward_pre_hook(lambda _, args: inputs.append(args[0]))]
+    handles += [it.model.register_forward_hook(lambda *call: outputs.append(call[-1]))]
+    it.sample()
+    for handle in handles:
+        handle.remove()
+    changes = [[float((b - a).abs().mean() / a.abs().mean()) for a, b in pairwise(kind)] for kind in (inputs, outputs)]
+    assert len(changes[0]) == STEPS - 1
     polynomial = TeaCache.fit(it.model, it.timesteps, it.sample, degree=1)
-    assert len(polynomial) == 2 and polynomial != (1.0, 0.0)
-    with TeaCache(0.05, polynomial).on(it.model, it.timesteps) as run:
-        it.sample()
-    assert run.full + run.partial == STEPS and run.full >= 2  # the first and the last
+    assert polynomial == pytest.approx(np.polyfit(*changes, 1).tolist(), rel=1e-4)
+
+
+@pytest.mark.parametrize("polynomial", [(1.0, 0.0), (0.5, 0.0, 0.01)])
+def test_teacache_sums_changes_since_the_last_full_step(case, polynomial):
+    """On given inputs, where no step depends on what was left out before it."""
+    it, seen = case("image"), []
+    calls = [it.model.random_inputs(2) for _ in range(STEPS)]
+    for i, call in enumerate(calls):
+        call |= {"x": calls[0]["x"] + 0.1 * i * call["x"], "t": calls[0]["t"], "y": calls[0]["y"]}
+    hook = it.model.blocks[0].attn.register_forward_pre_hook(lambda _, args: seen.append(args[0].detach()))
+    for call in calls:
+        it.model(**call)
+    hook.remove()
+    changes = [float((b - a).abs().mean() / a.abs().mean()) for a, b in pairwise(seen)]
+    rises = np.polyval(polynomial, changes)
+    total, expected, threshold = 0.0, [True], 0.4 * rises.sum()
+    for rise in rises:
+        total += rise
+        expected.append(total >= threshold or len(expected) == STEPS - 1)
+        total = 0.0 if expected[-1] else total
+    found = []
+    with TeaCache(threshold, polynomial).on(it.model, it.timesteps) as run:
+        for call in calls:
+            before = run.full
+            it.model(**call)
+            found.append(run.full > before)
+    assert found == expected and 2 < sum(expected) < STEPS - 1
 
 
 def test_what_cannot_be_is_refused_and_leaves_nothing_behind(case):
@@ -299,6 +336,13 @@ def test_what_cannot_be_is_refused_and_leaves_nothing_behind(case):
 def _seeded(model: SkipTransformer) -> SkipTransformer:
     torch.manual_seed(1)
     return model
+
+
+class Pooled(torch.nn.Module):
+    """Twelve features: means over quarters of a picture."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.nn.functional.adaptive_avg_pool2d(x, 2).flatten(1)
 
 
 def compare_command(monkeypatch, *arguments: str) -> dict:
@@ -339,12 +383,20 @@ def test_benchmark_of_both_backbones(released_t2i, tmp_path, monkeypatch):
 
 
 def test_benchmark_of_other_policies(tmp_path, monkeypatch):
-    """Plans and drift, whose full steps are counted as they ran."""
+    """Plans and drift, whose full steps are counted as they ran; and a distance to real pictures."""
+    (tmp_path / "real").mkdir()
+    real = torch.randint(0, 256, (5, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    for i, pixels in enumerate(real):
+        Image.fromarray(pixels.permute(1, 2, 0).numpy()).save(tmp_path / f"real/{i}.png")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.jit.script(Pooled()).save(tmp_path / "network.pt")
     timesteps = Diffusion(6).sampling_timesteps
     CachePlan(tuple(map(float, timesteps)), (None, (), None, (0.5,), (0.9,), None)).save(tmp_path / "plan.json")
     command = ["--task", "class-to-image", "--quick", "--out", str(tmp_path / "out"), "steps=6", "num_samples=2"]
     command += ["--also", str(tmp_path / "plan.json"), "--also", "D9-m2", "--also", "D0"]
     command += ["--methods", "skip-cache-planned", "skip-cache-drift"]
+    command += ["--network", str(tmp_path / "network.pt"), "--reference", str(tmp_path / "real")]
     record = compare_command(monkeypatch, *command)
     rows = {row["name"].split(" of ")[0]: row for row in record["rows"] if row["backbone"] == "skip"}
     steps = {name: (row["method"], row["full_steps"], row["partial_steps"]) for name, row in rows.items()}
@@ -352,6 +404,9 @@ def test_benchmark_of_other_policies(tmp_path, monkeypatch):
     assert steps["Skip-Cache D9-m2"] == ("Skip-Cache by drift", 2, 4)
     assert steps["Skip-Cache D0"] == ("Skip-Cache by drift", 6, 0) and rows["Skip-Cache D0"]["identical"]
     assert rows["Skip-Cache D0"]["flops"] == rows["uncached"]["flops"]
+    made = torch.load(tmp_path / "out/rows/skip-uncached.pt", weights_only=True)
+    features = [Pooled()(pixels / 127.5 - 1) for pixels in (made, real)]
+    assert rows["uncached"]["frechet"] == pytest.approx(frechet_distance(*features), rel=1e-3)
     assert rows["Skip-Cache plan"]["cache_bytes"] == rows["Skip-Cache D9-m2"]["cache_bytes"]  # both keep two tensors
 
 

@@ -44,8 +44,10 @@ def random_errors(steps: int, reach: int, seed: int) -> Errors:
 
 @pytest.mark.parametrize("budget", [2, 3, 5, 9])
 @pytest.mark.parametrize("seed", range(3))
-def test_optimal_is_what_brute_force_finds(budget, seed):
+@pytest.mark.parametrize("memory", [1, 2])
+def test_optimal_is_what_brute_force_finds(budget, seed, memory):
     errors = random_errors(steps=10, reach=9, seed=seed)
+    errors.memory = memory
     best = min(([0, *rest] for rest in combinations(range(1, 10), budget - 1)), key=errors.total)
     found = optimal(errors, budget)
     assert len(found) == budget and found[0] == 0
@@ -264,7 +266,7 @@ def test_comparison_with_a_plan():
     model = SimpleNamespace(flops={"full": 10.0, "cached": 1.0}, timesteps=lambda steps: list(range(steps, 0, -1)))
     plan = CachePlan((4.0, 3.0, 2.0, 1.0), (None, (), None, (1.0,)))
     rows = rows_for(4, [2], CacheSpec(2), model, [plan])
-    assert [row.name for row in rows] == ["uncached", "reuse N=2", "forecast N=2", "2 steps", str(plan)]
+    assert [row.name for row in rows] == ["uncached", "reuse N=2", "forecast N=2", "2 steps", "a plan"]
     assert rows[-1].flops(model) == 22.0
     with pytest.raises(ValueError, match=r"--also D0\.2-o1: what it costs is not known"):
         rows_for(4, [2], CacheSpec(2), model, [CacheSpec.parse("D0.2-o1")])
@@ -300,13 +302,15 @@ def test_budget(command, capsys, tmp_path):
     assert fingerprint(bench.model) == plan.about["model"]
 
 
-def test_a_plan_of_other_weights_is_told(tmp_path, monkeypatch):
+def test_a_plan_for_other_runs_is_told(tmp_path, monkeypatch):
     (tmp_path / "tiny.yaml").write_text(TINY + f"out: {tmp_path}/out\n")
     timesteps = tuple(map(float, Diffusion(10).sampling_timesteps))
-    CachePlan(timesteps, (None,) * 9 + ((1.0,),), about={"model": "abc"}).save(tmp_path / "plan.json")
+    CachePlan(timesteps, (None,) * 9 + ((1.0,),), about={"model": "abc", "sampler": "ddpm"}).save(
+        tmp_path / "plan.json"
+    )
     arguments = ["--config", str(tmp_path / "tiny.yaml"), "--cache", str(tmp_path / "plan.json")]
     monkeypatch.setattr("sys.argv", ["sample", *arguments])
-    with pytest.warns(UserWarning, match=r"plan\.json was made for other weights \(abc, not"):
+    with pytest.warns(UserWarning, match=r"plan\.json was made for model abc, not \w+; sampler ddpm, not ddim \("):
         sample_classes()
 
 

@@ -64,7 +64,7 @@ RUN = {
 RUN |= {
     "python -m skipdit.plan --config configs/class-to-image/demo.yaml --budget 13 --out results/demo-plan.json "
     "num_samples=10 batch_size=10": "num_samples=1 --budget 3 --probes 2 --memory 2 --steps 6",
-    f"{SAMPLE}demo.yaml --cache results/demo-plan.json out=samples/demo-planned": "num_samples=2 steps=6",
+    f"{SAMPLE}demo.yaml --cache configs/class-to-image/demo_plan.json out=samples/demo-planned": "num_samples=1",
     "python class-to-image/compare.py --config configs/class-to-image/demo.yaml --intervals 4 "
     "--also N4-1000-0-o1 --also results/demo-plan.json": "num_samples=2 steps=6",
     "python -m skipdit.evaluate fidelity samples/demo-cached --reference samples/demo": "",
@@ -116,6 +116,7 @@ ELSEWHERE = {
         "these runs; without --plain above, with it in test_analyze.py"
         for analysis, count in {"perturb": 4, "similarity": 10, "dynamics": 10, "jacobian": 4}.items()
     },
+    f"{SAMPLE_TEXT}t2v_sample_skip_cache.yaml --cache plans/t2v-20.json": "wants that plan; as the demo's plan above",
     "bash scripts/demo.sh text-to-video": "minutes; its last line is compare.py above",
     **{
         f"python -m skipdit.evaluate {command}": "test_evaluate.py, with small networks"
@@ -153,6 +154,9 @@ WITHOUT_CHECKPOINT = {
     f"{SAMPLE_VIDEO}ucf101_sample_cache.yaml": LATTE,
     f"{SAMPLE_TEXT}t2v_sample_skip.yaml": T2V,
     f"{SAMPLE_TEXT}t2v_sample_skip_cache.yaml --cache N2-700-50": T2V,
+    "python -m skipdit.plan --config configs/text-to-video/t2v_sample_skip.yaml --budget 20 --out plans/t2v-20.json "
+    '"prompts=[A sailing boat leaves a harbour., Two children build a sandcastle., Rain falls on a city street at '
+    'night.]"': T2V,
 }
 
 

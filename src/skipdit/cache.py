@@ -157,13 +157,20 @@ class CachePlan:
         Path(file).parent.mkdir(parents=True, exist_ok=True)
         Path(file).write_text("{\n" + ",\n".join(lines) + "\n}\n", encoding="utf-8")
 
-    def check_model(self, fingerprint: str) -> None:
-        """Warn if it was made for other weights than those of this fingerprint."""
-        made_for = self.about.get("model", fingerprint)
-        if made_for != fingerprint:
+    def check(self, model: str, sampler: str, guidance_scale: float) -> None:
+        """Warn if it was made for something else.
+
+        Args:
+            model: fingerprint of the weights.
+        """
+        now = {"model": model, "sampler": sampler, "guidance_scale": guidance_scale}
+        differ = [
+            f"{key} {self.about[key]}, not {now[key]}" for key in now if self.about.get(key, now[key]) != now[key]
+        ]
+        if differ:
+            hint = " (or these weights in another precision)" if differ[0].startswith("model") else ""
             warnings.warn(
-                f"{self.source} was made for other weights ({made_for}, not {fingerprint}), or for these in another "
-                "precision; make one for them with python -m skipdit.plan",
+                f"{self.source} was made for {'; '.join(differ)}{hint}; python -m skipdit.plan makes one for this run",
                 stacklevel=3,
             )
 

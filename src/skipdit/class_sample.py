@@ -229,6 +229,10 @@ class ClassSampler:
     def model(self) -> AdaLNTransformer:
         return self.models.model
 
+    @property
+    def vae(self) -> AutoencoderKL:
+        return self.models.vae
+
     def images(self, steps: int, spec: Policy) -> Iterator[Tensor]:
         """(N, ..., 3, H, W) float32 in [-1, 1], of every batch."""
         config, model = self.config, self.model
@@ -270,7 +274,7 @@ def run_job(
     identity = {key: value for key, value in to_dict(config).items() if key not in _FREE | free}
     identity |= {"weights": fingerprint(model), "vae": fingerprint(vae)}
     identity |= {"dtype": str(model.dtype), "device": device.type}  # devices draw different noise from one seed
-    identity |= cache_identity(spec, identity["weights"], config.batch_size)
+    identity |= cache_identity(spec, identity["weights"], config.sampler, config.guidance_scale, config.batch_size)
     job = Job(config.out, identity, config.num_samples, suffix, rank=state.process_index, world=state.num_processes)
 
     def make(indices: list[int], timer: StepTimer) -> tuple[Tensor, SkipCache]:

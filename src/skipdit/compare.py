@@ -1,29 +1,31 @@
 """The same samples with several caches: a table of speed and fidelity, and pictures to look at.
 
 Rows: the uncached run, reuse (order 0), forecast (order 1), and simply fewer steps at the cost of the cached run. Every
-row starts from the same noise.
+row starts from the same noise. A stochastic sampler draws more of it in every step: there fewer steps make another
+image, and their PSNR means nothing.
 """
 
 import json
-import math
 import time
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
-from typing import Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import torch
 from PIL import Image, ImageDraw, ImageFont
-from torch import Tensor
+from torch import Tensor, nn
 
 from skipdit.bench import run_flops
 from skipdit.cache import CachePlan, CacheSpec, DriftSpec, Policy, SkipCache
 from skipdit.config import friendly_errors, load_config, make_parser, to_dict
 from skipdit.media import side_by_side, write_gif
-from skipdit.metrics.fidelity import psnr, ssim
+from skipdit.metrics.fidelity import mean_psnr, psnr, ssim
 from skipdit.sample import versions
 from skipdit.skip import SkipTransformer
+from skipdit.weights import fingerprint
 
 T = TypeVar("T")
 
@@ -31,7 +33,9 @@ T = TypeVar("T")
 class Sampler(Protocol):
     """One config's model, ready to sample."""
 
+    config: Any
     model: SkipTransformer
+    vae: nn.Module
     flops: dict[str, float]  # of one full and one cached step, per sample
     method: str  # of sampling, as people call it
 
@@ -85,6 +89,17 @@ def rows_for(
     return rows + [Row(name, policy, steps) for name, policy in zip(names, also, strict=True)]
 
 
+def check_plans(policies: Sequence[Policy], sampler: Sampler) -> None:
+    """Warn of plans that were made for other runs, or from the very samples that they are to be judged by."""
+    for plan in policies:
+        if isinstance(plan, CachePlan):
+            plan.check(fingerprint(sampler.model), sampler.method, sampler.config.guidance_scale)
+            if plan.about.get("calibration", {}).get("seed") == sampler.config.seed:
+                warnings.warn(
+                    f"{plan.source} was calibrated on seed {sampler.config.seed}, too: take another", stacklevel=2
+                )
+
+
 def compare(sampler: Sampler, rows: list[Row], repeats: int) -> tuple[list[dict], list[Tensor]]:
     """Sample every row `repeats` times in turn; medians of time, fidelity to the first row.
 
@@ -112,7 +127,8 @@ def compare(sampler: Sampler, rows: list[Row], repeats: int) -> tuple[list[dict]
                 "seconds_per_sample": middle,
                 "speedup": median(times[0]) / middle,
                 "flops_speedup": rows[0].flops(sampler) / row.flops(sampler),
-                "psnr": psnr(*pictures).mean().item(),
+                "psnr": mean_psnr(psnr(*pictures)).item(),
+                "identical": torch.equal(*pictures),
                 "ssim": ssim(*pictures).mean().item(),
             }
         )
@@ -126,7 +142,7 @@ def markdown(table: list[dict], unit: str) -> str:
         "|---|---|---|---|---|---|---|",
     ]
     for row in table:
-        fidelity = "| | |" if math.isinf(row["psnr"]) else f"| {row['psnr']:.1f} | {row['ssim']:.3f} |"
+        fidelity = "| | |" if row["identical"] else f"| {row['psnr']:.1f} | {row['ssim']:.3f} |"
         lines.append(
             f"| {row['name']} | {row['full_steps']} + {row['cached_steps']} | {row['seconds_per_sample']:.3f} "
             f"| {row['speedup']:.2f} | {row['flops_speedup']:.2f} {fidelity}"
@@ -143,7 +159,7 @@ def picture(table: list[dict], tiles: Sequence[Tensor]) -> Image.Image:
     canvas = Image.new("RGB", (margin + count * (across + gap), len(table) * (side + gap)), "white")
     draw, font = ImageDraw.Draw(canvas), ImageFont.load_default(14)
     for y, (row, line) in enumerate(zip(table, tiles, strict=True)):
-        cost = "" if math.isinf(row["psnr"]) else f"\n{row['flops_speedup']:.2f}x, {row['psnr']:.1f} dB"
+        cost = "" if row["identical"] else f"\n{row['flops_speedup']:.2f}x, {row['psnr']:.1f} dB"
         draw.text((4, y * (side + gap) + side // 2 - 14), row["name"] + cost, fill="black", font=font)
         for x, tile in enumerate(line):
             shown = Image.fromarray(tile.permute(1, 2, 0).numpy()).resize((across, side), Image.Resampling.BICUBIC)
@@ -184,6 +200,7 @@ def run(
         also = [CacheSpec.parse(spec) for spec in args.also]
         config = load_config(schema, args.config, args.overrides)
         sampler = open_sampler(config, args.branch)
+        check_plans(also, sampler)
         window = CacheSpec(2, window.start, window.stop, args.branch)
         rows = rows_for(config.steps, args.intervals, window, sampler, also)
         table, samples = compare(sampler, rows, args.repeats)

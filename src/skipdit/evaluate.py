@@ -63,6 +63,7 @@ def fidelity(args: argparse.Namespace) -> dict:
         args.features,
         {
             "metric": "fidelity",
+            "source": str(ours.source.resolve()),
             "reference": str(theirs.source.resolve()),
             "networks": [about for _, about in networks.values()],
         },
@@ -203,7 +204,7 @@ def clip(args: argparse.Namespace) -> dict:
     prompts = [samples.prompts[name] for name in samples.names]
     rows = kept_rows(
         args.features,
-        {"metric": "clip", **score.protocol()},
+        {"metric": "clip", "source": str(samples.source.resolve()), **score.protocol()},
         len(samples),
         lambda i: f"{samples.stamp(i)} {prompts[i]}",
         lambda indices: score([samples[i] for i in indices], [prompts[i] for i in indices])[:, None],

@@ -64,12 +64,14 @@ class Errors:
         grams: of every step but the first, inner products (F, F) of the errors that it has with the features of the F
             steps before it, times how much they move the images.
         sensitivity: of every step, mean squared error of the images over that of the noise.
+        memory: stored features that a cached step may use; schedules are chosen as if there were two at most.
     """
 
     steps: int
     reach: int
     grams: dict[int, np.ndarray] = field(default_factory=dict)
     sensitivity: list[float] = field(default_factory=list)
+    memory: int = 2
 
     def __post_init__(self):
         self.cost = cache(self.cost)  # the same few are asked for again and again
@@ -92,7 +94,7 @@ class Errors:
 
         The errors of one feature are alike from step to step and add up; those of different features do not.
         """
-        return sum(math.sqrt(self.best(full, k)[1]) for k in range(full[-1] + 1, end)) ** 2
+        return sum(math.sqrt(self.best(full[-self.memory :], k)[1]) for k in range(full[-1] + 1, end)) ** 2
 
     def total(self, full: Sequence[int]) -> float:
         """The expected cost of a plan; infinite if it goes beyond the reach."""
@@ -101,11 +103,16 @@ class Errors:
             return math.inf
         return sum(self.cost(tuple(full[max(n - 1, 0) : n + 1]), end) for n, end in enumerate(ends))
 
-    def weights(self, full: Sequence[int], memory: int) -> Weights:
-        """The best ones for each step by itself, of the last `memory` full steps' features."""
-        return tuple(
-            None if k in full else self.best([j for j in full if j < k][-memory:], k)[0] for k in range(self.steps)
-        )
+    def weights(self, full: Sequence[int]) -> Weights:
+        """The best ones for each step by itself."""
+        return tuple(None if k in full else self._alone(full, k)[0] for k in range(self.steps))
+
+    def curve(self, full: Sequence[int]) -> list[float]:
+        """What error each step causes by itself with these weights; 0 where it is full."""
+        return [0.0 if k in full else math.sqrt(self._alone(full, k)[1]) for k in range(self.steps)]
+
+    def _alone(self, full: Sequence[int], k: int) -> tuple[tuple[float, ...], float]:
+        return self.best([j for j in full if j < k][-self.memory :], k)
 
 
 def forecast(steps: int, full: Sequence[int], order: int) -> Weights:
@@ -232,7 +239,7 @@ class Bench:
         self.reference: list[Tensor] = []
         self._known: dict[str, float] = {}
 
-    def calibrate(self, reach: int, probes: int, budget: int) -> Errors:
+    def calibrate(self, reach: int, probes: int, budget: int, memory: int = 2) -> Errors:
         """All that scheduling needs: one uncached run that is watched, and `probes` of a cached one.
 
         The cached one has `budget` full steps, uniform and forecast linearly. How far an error at a step moves the
@@ -273,6 +280,7 @@ class Bench:
             reach,
             {k: (gram * relative[k][:, None, None]).mean(0).numpy() for k, gram in grams.items()},
             [moved.log().mean().exp().item() for moved in moves],
+            memory,
         )
 
     def plan(self, weights: Weights) -> CachePlan:
@@ -391,48 +399,46 @@ def budget_of(bench: Bench, args: argparse.Namespace) -> int | None:
     return math.floor((bench.steps * full / args.speedup - bench.steps * cached) / (full - cached) + 1e-9)
 
 
-def candidates(errors: Errors, budget: int, memory: int) -> dict[str, Weights]:
+def candidates(errors: Errors, budget: int) -> dict[str, Weights]:
     """Plans with so many full steps, by name."""
     even = uniform(errors.steps, budget)
     schedules = {"planned": optimal(errors, budget), "uniform": even}
     if errors.total(chosen := greedy(errors, budget)) < math.inf:  # it may have left its reach
         schedules["greedy"] = chosen
-    plans = {name: errors.weights(full, memory) for name, full in schedules.items()}
-    if memory > 1:
+    plans = {name: errors.weights(full) for name, full in schedules.items()}
+    if errors.memory > 1:
         plans["uniform, linear forecast"] = forecast(errors.steps, even, 1)
     return plans | {"uniform, reuse": forecast(errors.steps, even, 0)}
 
 
-def make_plan(
-    bench: Bench, errors: Errors, budget: int, memory: int, rounds: int
-) -> tuple[CachePlan, dict[str, float]]:
+def make_plan(bench: Bench, errors: Errors, budget: int, rounds: int) -> tuple[CachePlan, dict[str, float]]:
     """The best plan with so many full steps that could be found, and the measured errors of it and all others.
 
     Args:
-        memory: stored features that a cached step may use.
         rounds: of the joint fit.
     """
-    plans = candidates(errors, budget, memory)
+    plans = candidates(errors, budget)
     measured = {name: bench.error(bench.plan(w)) for name, w in tqdm(plans.items(), desc="candidates", unit="run")}
     start = min(measured, key=measured.get)
     fitted = f"{start}, fitted"
-    plans[fitted] = fit(bench, widened(plans[start], memory), rounds)
+    plans[fitted] = fit(bench, widened(plans[start], errors.memory), rounds)
     measured[fitted] = bench.error(bench.plan(plans[fitted]))
     best = min(measured, key=measured.get)  # never worse than a control, where it was measured
-    plan = bench.plan(plans[best])
+    full = [k for k, weights in enumerate(plans[best]) if weights is None]
+    plan = replace(bench.plan(plans[best]), about={"chosen": best, "step_errors": errors.curve(full)})
     steps = max(1, round(bench.flops(plan) / bench.sampler.flops["full"]))
     measured[f"{steps} steps, uncached"] = bench.error(CacheSpec(), steps)
     return plan, measured
 
 
-def within(bench: Bench, errors: Errors, most: float, memory: int, rounds: int) -> tuple[CachePlan, dict[str, float]]:
+def within(bench: Bench, errors: Errors, most: float, rounds: int) -> tuple[CachePlan, dict[str, float]]:
     """As `make_plan`, with the fewest full steps whose plan has at most this error. Found by halving, as if more full
     steps never gave a larger error; each try is a whole plan."""
     low, high = math.ceil(bench.steps / errors.reach), bench.steps  # all steps full is no error
     found = None
     while low < high or found is None:
         middle = (low + high) // 2
-        plan, measured = make_plan(bench, errors, middle, memory, rounds)
+        plan, measured = make_plan(bench, errors, middle, rounds)
         if bench.error(plan) <= most or middle == bench.steps:
             high, found = middle, (plan, measured)
         else:
@@ -489,7 +495,8 @@ def main() -> None:
         print(f"{name:32s}  {error:.4f}  {psnr_of(error):5.1f}")
     if (best := min(measured, key=measured.get)).endswith("uncached"):
         print(f"\nNo plan of this cost comes as near as simply {best}.")
-    print(f"\n{args.out}: {full} of {len(plan.weights)} steps full, {plan.about['speedup']:.2f}x fewer FLOPs")
+    print(f"\n{args.out}, {plan.about['chosen']}: {full} of {len(plan.weights)} steps full,", end=" ")
+    print(f"{plan.about['speedup']:.2f}x fewer FLOPs")
 
 
 def positive(text: str) -> int:
@@ -525,11 +532,11 @@ def run(args: argparse.Namespace) -> tuple[CachePlan, dict[str, float]]:
     print(
         f"calibration costs what {work:.0f} uncached runs do" + ("" if budget else ", for every budget that is tried")
     )
-    errors = bench.calibrate(reach, args.probes, typical)
+    errors = bench.calibrate(reach, args.probes, typical, args.memory)
     if budget is None:
-        plan, measured = within(bench, errors, args.max_error, args.memory, args.rounds)
+        plan, measured = within(bench, errors, args.max_error, args.rounds)
     else:
-        plan, measured = make_plan(bench, errors, budget, args.memory, args.rounds)
+        plan, measured = make_plan(bench, errors, budget, args.rounds)
     about = {
         "format": "skipdit plan 1",
         "model": fingerprint(bench.model),
@@ -542,7 +549,7 @@ def run(args: argparse.Namespace) -> tuple[CachePlan, dict[str, float]]:
         "calibration": {"config": args.config, "samples": sum(map(len, bench.reference)), **to_dict(config)},
         **versions(),
     }
-    return replace(plan, about=about), measured
+    return replace(plan, about=about | plan.about), measured
 
 
 if __name__ == "__main__":

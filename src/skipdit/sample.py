@@ -134,15 +134,16 @@ class Job:
             yield pending[start : start + size]
 
 
-def cache_identity(policy: Policy, weights: str, batch_size: int) -> dict[str, Any]:
-    """What of a caching policy determines the samples. Warns of a plan for other weights than these.
+def cache_identity(
+    policy: Policy, weights: str, sampler: str, guidance_scale: float, batch_size: int
+) -> dict[str, Any]:
+    """What of a caching policy determines the samples of a run. Warns of a plan for other runs.
 
     Args:
         weights: fingerprint of the model's.
-        batch_size: of the run.
     """
     if isinstance(policy, CachePlan):
-        policy.check_model(weights)
+        policy.check(weights, sampler, guidance_scale)
     together = {"batch_size": batch_size} if isinstance(policy, DriftSpec) else {}  # samples of a call decide together
     return {"cache": str(policy), **together}
 

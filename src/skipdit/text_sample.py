@@ -198,6 +198,10 @@ class PromptSampler(ABC):
     def method(self) -> str:
         return self.config.scheduler
 
+    @property
+    def vae(self) -> AutoencoderKL:
+        return self.pipe.vae
+
     def timesteps(self, steps: int) -> list[float]:
         scheduler = type(self.pipe.scheduler).from_config(self.pipe.scheduler.config)  # the pipe's would begin a run
         scheduler.set_timesteps(steps)
@@ -266,7 +270,7 @@ def run_job(
     identity |= {"weights": fingerprint(model), "vae": fingerprint(pipe.vae)}
     identity |= {"model": dict(model.config), "scheduler_config": dict(pipe.scheduler.config)}
     identity |= {"dtype": str(model.dtype), "device": state.device.type}  # devices draw different noise from one seed
-    identity |= cache_identity(spec, identity["weights"], config.batch_size)
+    identity |= cache_identity(spec, identity["weights"], sampler.method, config.guidance_scale, config.batch_size)
     job = Job(config.out, identity, len(names), suffix, state.process_index, state.num_processes, names)
 
     def make(indices: list[int], timer: StepTimer) -> tuple[Tensor, SkipCache]:

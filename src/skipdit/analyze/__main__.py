@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 
 from skipdit.analyze import measure, plot
 from skipdit.analyze.trace import record, spread_out
-from skipdit.cache import CacheSpec
+from skipdit.cache import CacheSpec, DriftSpec
 from skipdit.compare import Sampler
 from skipdit.config import friendly_errors, load_config, to_dict
 from skipdit.sample import versions
@@ -193,6 +193,11 @@ def check(analysis: str, args: argparse.Namespace) -> None:
     for name, value in least.items():
         if getattr(args, name, value) < value:
             raise ValueError(f"--{name} is {getattr(args, name)}; it must be at least {value}")
+    drifts = [spec for spec in getattr(args, "spec", []) if isinstance(CacheSpec.parse(spec), DriftSpec)]
+    if drifts and args.plain:
+        raise ValueError(
+            f"--spec {drifts[0]} decides in a cached run, which a plain backbone has not: leave out --plain"
+        )
     if not getattr(args, "radius", 1) > 0:
         raise ValueError(f"--radius is {args.radius}; it must be above 0")
 

@@ -3,7 +3,7 @@
 `python -m skipdit.evaluate` computes all of it from a sampler's output folder.
 """
 
-from skipdit.metrics.fidelity import psnr, ssim
+from skipdit.metrics.fidelity import IDENTICAL, mean_psnr, psnr, ssim
 from skipdit.metrics.frechet import frechet_distance, gaussian_frechet_distance, moments
 
-__all__ = ["frechet_distance", "gaussian_frechet_distance", "moments", "psnr", "ssim"]
+__all__ = ["IDENTICAL", "frechet_distance", "gaussian_frechet_distance", "mean_psnr", "moments", "psnr", "ssim"]

@@ -12,6 +12,14 @@ WINDOW, SIGMA = 11, 1.5  # side and standard deviation of SSIM's Gaussian window
 C1, C2 = (0.01 * PEAK) ** 2, (0.03 * PEAK) ** 2  # keep SSIM's quotients finite on flat regions
 
 
+IDENTICAL = 100.0  # dB that count for identical images, in means
+
+
+def mean_psnr(values: Tensor) -> Tensor:
+    """Mean over images (N,), in dB, of which some may be identical: these count `IDENTICAL`."""
+    return values.clamp(max=IDENTICAL).mean()
+
+
 def psnr(a: Tensor, b: Tensor) -> Tensor:
     """Peak signal-to-noise ratio of image pairs in dB, over all channels together; identical images give inf.
 
