@@ -206,16 +206,16 @@ def rows_for(
             if tuple(cache.plan) in seen:
                 continue
             seen.add(tuple(cache.plan))
-            costs.append(cache.full_steps + cache.cached_steps * flops["cached"] / flops["full"])
+            costs.append(run_flops(cache, flops) / flops["full"])
             own.append(Row(backbone, REUSE, f"{REUSE} {spec}", steps, spec))
             forecast = spec.with_order(1)
             own.append(Row(backbone, FORECAST, f"{REUSE} {forecast}", steps, forecast))
     for policy in also:
         if policy in [row.spec for row in own]:
             continue
-        plan = policy.plan(timesteps)  # a plan of other timesteps is refused now
-        if not isinstance(policy, DriftSpec):
-            costs.append(sum(1 if full else flops["cached"] / flops["full"] for full in plan))
+        policy.plan(timesteps)  # a plan of other timesteps is refused now
+        if not isinstance(policy, DriftSpec) and policy.branch == window.branch:
+            costs.append(run_flops(SkipCache(policy, timesteps), flops) / flops["full"])
         kind = {CachePlan: PLANNED, DriftSpec: DRIFT}.get(type(policy), FORECAST if policy.order else REUSE)
         own.append(Row(backbone, kind, f"{REUSE} {policy}", steps, policy))
     fewer = sorted({max(1, round(cost)) for cost in costs} - {steps}, reverse=True)
@@ -292,6 +292,8 @@ class Store:
         self.folder.mkdir(parents=True, exist_ok=True)
         self._file, identity = self.folder / "settings.json", json.loads(json.dumps(identity))
         before = json.loads(self._file.read_text()) if self._file.exists() else {}
+        if before and "threads" not in before:
+            raise ValueError(f"{folder} holds results of an older version of this benchmark; use another --out")
         if differ := [key for key in before.keys() & identity.keys() if before[key] != identity[key]]:
             lines = [f"  {key}: {before[key]} there, {identity[key]} now" for key in differ]
             raise ValueError(f"{folder} holds results of other settings; use another --out:\n" + "\n".join(lines))
@@ -346,7 +348,7 @@ def run(backbones: list[Backbone], rows: list[Row], store: Store, repeats: int) 
     for turn, row in tqdm(rounds, desc="timing", unit="run"):
         backbone, result = by_name[row.backbone], store.result(row.key)
         first = next(each for each in rows if each.backbone == row.backbone)
-        if not uncached:
+        if row.backbone not in {name for _, name in uncached}:
             backbone.seconds(first)  # warm up
         if (turn, row.backbone) not in uncached:
             uncached[turn, row.backbone] = backbone.seconds(first)
@@ -385,7 +387,7 @@ def judge(
             "flops_speedup": first["flops"] / result["flops"],
             "identical": torch.equal(*pictures),
             "psnr": decibels.mean().item(),
-            "psnr_error": decibels.std(correction=0).item() / math.sqrt(max(len(made) - 1, 1)),
+            "psnr_error": decibels.std().item() / math.sqrt(len(made)) if len(made) > 1 else None,
             "ssim": ssim(*pictures).mean().item(),
         }
         if lpips is not None:
@@ -408,7 +410,8 @@ def markdown(table: list[dict]) -> str:
         for row in table:
             if row["backbone"] != backbone:
                 continue
-            psnr = ["same", ""] if row["identical"] else [f"{row['psnr']:.2f}", f"{row['psnr_error']:.2f}"]
+            error = "" if row["psnr_error"] is None else f"{row['psnr_error']:.2f}"
+            psnr = ["same", ""] if row["identical"] else [f"{row['psnr']:.2f}", error]
             cells = [row["name"], f"{row['full_steps']:g} + {row['partial_steps']:g}", f"{row['flops'] / 1e9:.2f}"]
             cells += [f"{row['flops_speedup']:.2f}", f"{row['seconds_per_sample']:.3f}", f"{row['seconds_spread']:.0%}"]
             cells += [f"{row['speedup']:.2f}", f"{row['cache_bytes'] / 1e3:.0f}", *psnr]
@@ -629,7 +632,7 @@ def benchmark(args: argparse.Namespace) -> None:
         f"{backbone.name} {key}": value
         for backbone in backbones
         for key, value in {
-            "config": to_dict(backbone.sampler.config) | {"out": None},
+            "config": to_dict(backbone.sampler.config) | {"out": None, "weights": None},  # the fingerprint counts
             "weights": fingerprint(backbone.model),
             "dtype": str(backbone.model.dtype),
         }.items()

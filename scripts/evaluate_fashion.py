@@ -10,7 +10,7 @@ Three questions, each answered by a number that a reader can check against a flo
 - How much does caching change? PSNR and SSIM of each image against the uncached one of the same seed.
 
 Writes results.json and prints a markdown table. The same command again continues an interrupted run.
-Measured on one core: three minutes for the classifier, then three seconds per sample for all seven specs together.
+Measured on one core: three minutes for the classifier, then three seconds per sample for the default caches together.
 """
 
 import argparse

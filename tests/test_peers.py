@@ -377,7 +377,10 @@ def test_benchmark_of_both_backbones(released_t2i, tmp_path, monkeypatch):
     assert [row["flops"] for row in again["rows"]] == [
         row["flops"] for row in record["rows"] if row["method"] != "T-GATE"
     ]
-    assert all(len(row["seconds"]) == 2 for row in again["rows"])
+    assert all(len(row["seconds"]) == len(row["uncached_seconds"]) == 2 for row in again["rows"])
+    assert all(row["speedup"] == 1 for row in again["rows"] if row["method"] == "uncached")
+    base = [row["uncached_seconds"] for row in again["rows"] if row["backbone"] == "plain"]
+    assert base == base[:1] * len(base)  # one uncached run for all rows of a turn
     with pytest.raises(SystemExit):
         compare_command(monkeypatch, *command, "steps=5")
 

@@ -53,6 +53,11 @@ def test_optimal_is_what_brute_force_finds(budget, seed, memory):
     assert len(found) == budget and found[0] == 0
     assert errors.total(found) == pytest.approx(errors.total(best), rel=1e-12)
     assert errors.total(found) <= errors.total(greedy(errors, budget)) * (1 + 1e-12)
+    assert (errors.cost((0, 3), 6) == errors.cost((3,), 6)) == (memory == 1)
+    alone = errors.curve(errors.weights(found))
+    assert [k for k, error in enumerate(alone) if error == 0] == found
+    if memory == 1 and (k := found[-1] + 1) < 10:  # by its only feature, that of the step before
+        assert alone[k] ** 2 == pytest.approx(errors.grams[k][-1, -1])
 
 
 def test_optimal_within_a_reach():

@@ -77,10 +77,14 @@ RUN |= {
         "jacobian": "--timesteps 1 --iterations 2",
     }.items()
 }
+PROMPTS = {
+    "clips": '"prompts=[crab, green heart, tornado, fire engine]"',
+    "pictures": '"prompts=[green apple, fox, hamburger, airplane]"',
+}
 # Commands that need a download, eight GPUs or minutes: what they do first, or why not even that.
 ELSEWHERE = {
-    "bash scripts/demo.sh": "minutes; its last line is compare.py above",
-    "bash scripts/demo.sh class-to-video": "minutes; its last line is compare.py above",
+    "bash scripts/demo.sh": "minutes; its last line is compare.py above, with a plan as in test_plan.py",
+    "bash scripts/demo.sh class-to-video": "minutes; its last line is compare.py above, with a plan as in test_plan.py",
     "bash scripts/test.sh": "runs this test",
     "bash scripts/setup.sh": "test.sh begins with it",
     "conda env create --file environment.yaml": "no conda here; test_environment below",
@@ -104,10 +108,33 @@ ELSEWHERE = {
     "python scripts/nearest_training.py samples/captions --data data/emoji-anim": "needs all training clips",
     "python scripts/nearest_training.py samples/wordings --data data/emoji-anim "
     "--wordings configs/text-to-video/emoji_wordings.jsonl": "needs all training clips",
-    "python -m skipdit.plan --config configs/text-to-image/demo.yaml --budget 13 --out results/picture-plan.json "
-    '"prompts=[green apple, fox, hamburger, airplane]"': "minutes; test_plan.py, on a small pipeline",
-    "python text-to-image/compare.py --config configs/text-to-image/demo.yaml --intervals 4 --also N4-1000-0-o1 "
-    "--also results/picture-plan.json": "wants that plan; test_plan.py has one of a small pipeline",
+    **{
+        f"python -m skipdit.plan --config configs/{task}/demo.yaml --budget {budget} --out {out} {settings}": (
+            "minutes; the first of its kind runs above, pipelines in test_plan.py"
+        )
+        for task, budget, out, settings in (
+            ("class-to-image", 13, "configs/class-to-image/demo_plan.json", "num_samples=10 batch_size=10"),
+            ("class-to-image", 13, "results/demo-plan-ddpm.json", "num_samples=10 batch_size=10 sampler=ddpm"),
+            ("class-to-image", 10, "results/demo-plan-10.json", "num_samples=10 batch_size=10"),
+            ("class-to-video", 13, "configs/class-to-video/demo_plan.json", "num_samples=4 batch_size=4"),
+            ("text-to-video", 13, "configs/text-to-video/demo_plan.json", PROMPTS["clips"]),
+            ("text-to-image", 13, "configs/text-to-image/demo_plan.json", PROMPTS["pictures"]),
+        )
+    },
+    **{
+        f"python benchmarks/compare.py --task {task} --out results/{task} --also configs/{task}/demo_plan.json {more}"
+        "--also D0.1-o1 --also D0.2-o1 --also D0.4-o1 " + settings: "an hour; test_peers.py, on tiny models"
+        for task, more, settings in (
+            ("class-to-image", "--also results/demo-plan-10.json ", "num_samples=20 batch_size=10"),
+            ("class-to-video", "", 'num_samples=4 batch_size=1 "classes=[4,5,6,7]"'),
+            ("text-to-video", "", '"prompts=[police car, octopus, red heart, snowman]"'),
+            ("text-to-image", "", '"prompts=[red apple, octopus, pizza, sailboat, rabbit face, cactus]" batch_size=2'),
+        )
+    },
+    "python class-to-image/compare.py --config configs/class-to-image/demo.yaml --intervals 2 3 4 --also N4-1000-0 "
+    "--also N4-1000-0-o1 --also results/demo-plan-ddpm.json sampler=ddpm": "minutes; with another plan above",
+    "python class-to-image/compare.py --config configs/class-to-image/demo.yaml --intervals 2 4 --repeats 1 "
+    "sampler=ddpm steps=250 num_samples=8": "minutes; with fewer steps above",
     "python benchmarks/efficiency.py --data data --seeds 0 1": "test_efficiency.py, on few pictures and steps",
     "python benchmarks/efficiency.py --data data --seeds 0 --spectral": "the same",
     **{
@@ -117,7 +144,7 @@ ELSEWHERE = {
         for analysis, count in {"perturb": 4, "similarity": 10, "dynamics": 10, "jacobian": 4}.items()
     },
     f"{SAMPLE_TEXT}t2v_sample_skip_cache.yaml --cache plans/t2v-20.json": "wants that plan; as the demo's plan above",
-    "bash scripts/demo.sh text-to-video": "minutes; its last line is compare.py above",
+    "bash scripts/demo.sh text-to-video": "minutes; its last line is compare.py above, with a plan as in test_plan.py",
     **{
         f"python -m skipdit.evaluate {command}": "test_evaluate.py, with small networks"
         for command in (
@@ -127,7 +154,7 @@ ELSEWHERE = {
             "vbench samples/t2v-vbench --prompts data/vbench/prompts_per_dimension",
         )
     },
-    "bash scripts/demo.sh text-to-image": "minutes; its last line is compare.py above",
+    "bash scripts/demo.sh text-to-image": "minutes; its last line is compare.py above, with a plan as in test_plan.py",
     f"{SAMPLE_PICTURE} --config configs/text-to-image/demo.yaml prompts=[] "
     "prompt_file=configs/text-to-image/emoji_wordings.jsonl out=samples/picture-wordings": "as with the captions above",
     "python scripts/nearest_training.py samples/picture-captions --data data/emoji-3d": "needs all training pictures",

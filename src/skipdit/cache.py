@@ -168,9 +168,9 @@ class CachePlan:
             f"{key} {self.about[key]}, not {now[key]}" for key in now if self.about.get(key, now[key]) != now[key]
         ]
         if differ:
-            hint = " (or these weights in another precision)" if differ[0].startswith("model") else ""
             warnings.warn(
-                f"{self.source} was made for {'; '.join(differ)}{hint}; python -m skipdit.plan makes one for this run",
+                f"{self.source} was made for {'; '.join(differ)} (a model in float16 counts as another one); "
+                "python -m skipdit.plan makes a plan for this run",
                 stacklevel=3,
             )
 

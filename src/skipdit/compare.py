@@ -90,7 +90,7 @@ def rows_for(
 
 
 def check_plans(policies: Sequence[Policy], sampler: Sampler) -> None:
-    """Warn of plans that were made for other runs, or from the very samples that they are to be judged by."""
+    """Warn of plans that were made for other runs, or from the seed that they are to be judged by."""
     for plan in policies:
         if isinstance(plan, CachePlan):
             plan.check(fingerprint(sampler.model), sampler.method, sampler.config.guidance_scale)

@@ -79,15 +79,23 @@ class Errors:
     def best(self, full: Sequence[int], k: int) -> tuple[tuple[float, ...], float]:
         """The weights with which the features of these full steps, newest last, predict step k best, and what squared
         error is left."""
-        known = [j - k for j in reversed(full) if k - j <= len(self.grams[k])]
-        gram = self.grams[k][np.ix_(known, known)]
-        each = np.eye(len(known))
-        changes = each[:-1] - each[1:]  # f_j - f_i, f_i - f_h, ...
+        gram, changes = self._seen(full, k)
         curvature = changes @ gram @ changes.T
         curvature += RIDGE * np.trace(curvature) / max(len(changes), 1) * np.eye(len(changes))
         weights = -np.linalg.pinv(curvature) @ (changes @ gram[0])
-        error = each[0] + weights @ changes
-        return tuple(weights.tolist()), max(float(error @ gram @ error), 0.0)
+        return tuple(weights.tolist()), self.left(full, k, weights)
+
+    def left(self, full: Sequence[int], k: int, weights: Sequence[float]) -> float:
+        """The squared error at step k that is left with these weights."""
+        gram, changes = self._seen(full, k)
+        error = np.eye(len(gram))[0] + np.asarray(weights) @ changes[: len(weights)]
+        return max(float(error @ gram @ error), 0.0)
+
+    def _seen(self, full: Sequence[int], k: int) -> tuple[np.ndarray, np.ndarray]:
+        """Inner products of the errors that step k has with features, newest first, and the features' differences."""
+        known = [j - k for j in reversed(full) if k - j <= len(self.grams[k])]
+        each = np.eye(len(known))
+        return self.grams[k][np.ix_(known, known)], each[:-1] - each[1:]
 
     def cost(self, full: tuple[int, ...], end: int) -> float:
         """Squared error of the images that the cached steps after these full steps cause, before step `end`.
@@ -105,14 +113,18 @@ class Errors:
 
     def weights(self, full: Sequence[int]) -> Weights:
         """The best ones for each step by itself."""
-        return tuple(None if k in full else self._alone(full, k)[0] for k in range(self.steps))
+        return tuple(
+            None if k in full else self.best([j for j in full if j < k][-self.memory :], k)[0]
+            for k in range(self.steps)
+        )
 
-    def curve(self, full: Sequence[int]) -> list[float]:
-        """What error each step causes by itself with these weights; 0 where it is full."""
-        return [0.0 if k in full else math.sqrt(self._alone(full, k)[1]) for k in range(self.steps)]
-
-    def _alone(self, full: Sequence[int], k: int) -> tuple[tuple[float, ...], float]:
-        return self.best([j for j in full if j < k][-self.memory :], k)
+    def curve(self, weights: Weights) -> list[float]:
+        """What each step of a plan adds by itself to the error of the images; 1 is that of the even forecast."""
+        full = [k for k, several in enumerate(weights) if several is None]
+        return [
+            0.0 if several is None else math.sqrt(self.left([j for j in full if j < k], k, several))
+            for k, several in enumerate(weights)
+        ]
 
 
 def forecast(steps: int, full: Sequence[int], order: int) -> Weights:
@@ -424,8 +436,7 @@ def make_plan(bench: Bench, errors: Errors, budget: int, rounds: int) -> tuple[C
     plans[fitted] = fit(bench, widened(plans[start], errors.memory), rounds)
     measured[fitted] = bench.error(bench.plan(plans[fitted]))
     best = min(measured, key=measured.get)  # never worse than a control, where it was measured
-    full = [k for k, weights in enumerate(plans[best]) if weights is None]
-    plan = replace(bench.plan(plans[best]), about={"chosen": best, "step_errors": errors.curve(full)})
+    plan = replace(bench.plan(plans[best]), about={"chosen": best, "step_errors": errors.curve(plans[best])})
     steps = max(1, round(bench.flops(plan) / bench.sampler.flops["full"]))
     measured[f"{steps} steps, uncached"] = bench.error(CacheSpec(), steps)
     return plan, measured
@@ -528,10 +539,9 @@ def run(args: argparse.Namespace) -> tuple[CachePlan, dict[str, float]]:
         1 + args.probes + 5 + (config.steps - typical) * (args.memory - 1) * args.rounds + 3
     )  # see `make_plan`
     share = (typical + (config.steps - typical) * bench.cached_cost) / config.steps
-    work = 1 + 2 * reach * bench.cached_cost + share * cached_runs
-    print(
-        f"calibration costs what {work:.0f} uncached runs do" + ("" if budget else ", for every budget that is tried")
-    )
+    predicted = sum(min(k, 2 * reach) for k in range(config.steps)) / config.steps  # from so many features, per step
+    work = 1 + predicted * bench.cached_cost + share * cached_runs
+    print(f"calibration costs what {work:.0f} uncached runs do" + ("" if budget else ", or several times that"))
     errors = bench.calibrate(reach, args.probes, typical, args.memory)
     if budget is None:
         plan, measured = within(bench, errors, args.max_error, args.rounds)

@@ -145,7 +145,11 @@ def similarity(sampler: Sampler, steps: int, spec: CacheSpec) -> dict[str, Any]:
     model, feature, output, cached = sampler.model, Likeness(), Likeness(), {}
 
     def see(call: Call, cache: CacheStep | None, noise: Tensor) -> None:
-        cached[call.timestep] = cache is not None and cache.output is None  # a full call leaves its feature there
+        ran = cache is not None and cache.output is None  # a full call leaves its feature there
+        if cached.setdefault(call.timestep, ran) != ran:
+            raise ValueError(
+                f"{spec} decided otherwise for another batch: let all samples be one, batch_size=num_samples"
+            )
         if not cached[call.timestep]:
             feature.same(call.timestep)
             output.same(call.timestep)
