@@ -344,16 +344,17 @@ def run(backbones: list[Backbone], rows: list[Row], store: Store, repeats: int) 
     rounds = [
         (turn, row) for turn in range(repeats) for row in rows if len(store.result(row.key)["seconds"]) <= turn
     ]  # interleaved: a machine that slows down slows all rows
+    first = {row.backbone: row for row in reversed(rows)}  # uncached
     uncached: dict[tuple[int, str], float] = {}  # measured in every turn, also if rows of this turn are added later
     for turn, row in tqdm(rounds, desc="timing", unit="run"):
         backbone, result = by_name[row.backbone], store.result(row.key)
-        first = next(each for each in rows if each.backbone == row.backbone)
         if row.backbone not in {name for _, name in uncached}:
-            backbone.seconds(first)  # warm up
+            backbone.seconds(first[row.backbone])  # warm up
         if (turn, row.backbone) not in uncached:
-            uncached[turn, row.backbone] = backbone.seconds(first)
-        result["uncached_seconds"].append(uncached[turn, row.backbone])
-        result["seconds"].append(result["uncached_seconds"][-1] if row is first else backbone.seconds(row))
+            uncached[turn, row.backbone] = backbone.seconds(first[row.backbone])
+        base = uncached[turn, row.backbone]
+        result["uncached_seconds"].append(base)
+        result["seconds"].append(base if row is first[row.backbone] else backbone.seconds(row))
         store.save(row.key, result)
     about = [{"backbone": row.backbone, "method": row.method, "name": row.name, "window": row.window} for row in rows]
     return [each | store.result(row.key) for each, row in zip(about, rows, strict=True)]

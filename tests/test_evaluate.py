@@ -14,6 +14,7 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
+from conftest import Pooled
 from PIL import Image
 from pytorch_fid import fid_score, inception
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
@@ -27,19 +28,6 @@ from skipdit.metrics.samples import Stretches
 from skipdit.metrics.sets import kid, precision_recall
 
 CPU = torch.device("cpu")
-
-
-class Pooled(torch.nn.Module):
-    """Twelve features: means over quarters of a picture, as a small trained network would give."""
-
-    def __init__(self, work: int = 0):
-        super().__init__()
-        self.work = work  # products of large matrices per picture, to take time
-
-    def forward(self, x: Tensor) -> Tensor:
-        for _ in range(self.work * len(x)):
-            torch.mm(torch.ones(500, 500), torch.ones(500, 500))
-        return torch.nn.functional.adaptive_avg_pool2d(x, 2).flatten(1)
 
 
 class MockI3D(torch.nn.Module):

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, tiny_dit, tiny_hunyuan, tiny_latte, tiny_latte_t2v
+from conftest import ROOT, Pooled, tiny_dit, tiny_hunyuan, tiny_latte, tiny_latte_t2v
 from diffusers import AutoencoderKL, LattePipeline
 from PIL import Image
 from torch import Tensor
@@ -336,13 +336,6 @@ def test_what_cannot_be_is_refused_and_leaves_nothing_behind(case):
 def _seeded(model: SkipTransformer) -> SkipTransformer:
     torch.manual_seed(1)
     return model
-
-
-class Pooled(torch.nn.Module):
-    """Twelve features: means over quarters of a picture."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return torch.nn.functional.adaptive_avg_pool2d(x, 2).flatten(1)
 
 
 def compare_command(monkeypatch, *arguments: str) -> dict:

@@ -535,9 +535,8 @@ def run(args: argparse.Namespace) -> tuple[CachePlan, dict[str, float]]:
     typical = budget or math.ceil(config.steps / min(4, reach))
     if typical * reach < config.steps:
         raise ValueError(f"--reach {reach} is too short for {typical} full steps of {config.steps}")
-    cached_runs = (
-        1 + args.probes + 5 + (config.steps - typical) * (args.memory - 1) * args.rounds + 3
-    )  # see `make_plan`
+    fitted = (config.steps - typical) * (args.memory - 1) * args.rounds
+    cached_runs = 1 + args.probes + 5 + fitted + 3  # with the candidates, and what is tried after the fit
     share = (typical + (config.steps - typical) * bench.cached_cost) / config.steps
     predicted = sum(min(k, 2 * reach) for k in range(config.steps)) / config.steps  # from so many features, per step
     work = 1 + predicted * bench.cached_cost + share * cached_runs

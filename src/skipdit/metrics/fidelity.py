@@ -10,8 +10,6 @@ from torch import Tensor
 PEAK = 255  # data range of 8-bit images
 WINDOW, SIGMA = 11, 1.5  # side and standard deviation of SSIM's Gaussian window, pixels
 C1, C2 = (0.01 * PEAK) ** 2, (0.03 * PEAK) ** 2  # keep SSIM's quotients finite on flat regions
-
-
 IDENTICAL = 100.0  # dB that count for identical images, in means
 
 
