@@ -8,8 +8,8 @@
     python benchmarks/compare.py --task class-to-image --also results/demo-plan.json --also D0.2-o1 --out results/some
 
 Every method runs on the model with skips and, with plain weights (--plain), on the plain one; Skip-Cache needs skips.
-Fidelity is against the uncached samples of the same backbone. Peers and their sources are in peers.py; their settings
-below are those of their papers or packages where these fit a model of any depth. Writes compare.md, compare.json and
+Fidelity is against the uncached samples of the same backbone. Peers and their sources are in peers.py, their settings
+in rows.py: those of their papers or packages where these fit a model of any depth. Writes compare.md, compare.json and
 compare.png into --out, and every row as soon as it is measured: the same command again continues, and with more
 --methods or --repeats adds to what is there.
 """
@@ -17,11 +17,10 @@ compare.png into --out, and every row as soon as it is measured: the same comman
 import argparse
 import json
 import math
-import re
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from statistics import median
@@ -30,14 +29,14 @@ from typing import Any
 import diffusers
 import matplotlib
 import torch
-from peers import FORA, PAB, DBCache, DeltaDiT, Peer, TaylorSeer, TeaCache, TGate, parts_of, replaced
+from full_size import full_size, full_size_markdown
+from peers import TeaCache, replaced
+from rows import FEWER, METHODS, REUSE, UNCACHED, Row, rows_for
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
-from skipdit.adaln import AdaLNTransformer
-from skipdit.bench import interleaved_seconds, run_flops, step_flops
-from skipdit.cache import CachePlan, CacheSpec, DriftSpec, Policy, SkipCache
+from skipdit.cache import CacheSpec, DriftSpec
 from skipdit.compare import Sampler, check_plans
 from skipdit.config import friendly_errors, load_config, to_dict
 from skipdit.device import process_state
@@ -53,24 +52,6 @@ from skipdit.weights import fingerprint
 ROOT = Path(__file__).parents[1]
 TASKS = ("class-to-image", "class-to-video", "text-to-video", "text-to-image")
 WEIGHTS = ROOT / "benchmarks/weights"  # of plain models
-UNCACHED, FEWER, REUSE, FORECAST = "uncached", "fewer steps", "Skip-Cache", "Skip-Cache forecast"
-PLANNED, DRIFT = "Skip-Cache planned", "Skip-Cache by drift"
-METHODS = {  # as --methods names them
-    "fewer-steps": FEWER,
-    "skip-cache": REUSE,
-    "skip-cache-forecast": FORECAST,
-    "skip-cache-planned": PLANNED,
-    "skip-cache-drift": DRIFT,
-    "fora": "FORA",
-    "delta-dit": "Delta-DiT",
-    "pab": "PAB",
-    "t-gate": "T-GATE",
-    "fbcache": "FBCache",
-    "dbcache": "DBCache",
-    "teacache": "TeaCache",
-    "teacache-fitted": "TeaCache fitted",
-    "taylorseer": "TaylorSeer",
-}
 COLOURS = (
     "black",
     "tab:blue",
@@ -93,39 +74,6 @@ STYLES = {
 
 
 @dataclass
-class Row:
-    """One way to sample.
-
-    Attributes:
-        backbone: skip or plain.
-        method: as METHODS has it.
-        name: method and settings.
-        spec, peer: at most one of them caches.
-    """
-
-    backbone: str
-    method: str
-    name: str
-    steps: int
-    spec: Policy = field(default_factory=CacheSpec)
-    peer: Peer | None = None
-
-    @property
-    def key(self) -> str:
-        return re.sub(r"[^\w.]+", "-", f"{self.backbone} {self.name}").lower()
-
-    @property
-    def varies(self) -> bool:
-        """Whether what a batch costs depends on its samples."""
-        return isinstance(self.spec, DriftSpec) or (self.peer is not None and not self.peer.static)
-
-    @property
-    def window(self) -> str:
-        """Timesteps between which an interval caches."""
-        return f"{self.spec.start}-{self.spec.stop}" if isinstance(self.spec, CacheSpec) else ""
-
-
-@dataclass
 class Backbone:
     """A model, ready to sample."""
 
@@ -145,86 +93,6 @@ class Backbone:
             for images in batches if row.varies else islice(batches, 1):
                 count += len(images)  # on the CPU, so the device has finished
         return (time.perf_counter() - began) / count
-
-
-def depth_of(model: SkipTransformer) -> int:
-    """Layers, which are pairs of blocks in the Lattes."""
-    if isinstance(model, AdaLNTransformer):
-        return len(model.blocks) // model.blocks_per_layer
-    return len(model.blocks if hasattr(model, "blocks") else model.transformer_blocks)
-
-
-def peers_for(model: SkipTransformer, steps: int, polynomial: Sequence[float] = ()) -> dict[str, list[Peer]]:
-    """Two or three settings of every peer that the model can have, fast ones last.
-
-    Args:
-        polynomial: TeaCache's for this model; without it, there is no fitted TeaCache.
-    """
-    kinds, depth = {part.kind for part in parts_of(model)}, depth_of(model)
-    outer, warmup = max(1, depth // 7), min(8, steps // 5)  # cache-dit: 8 of 57 blocks, 8 steps
-    found: dict[str, list[Peer]] = {
-        "FORA": [FORA(2), FORA(3), FORA(4)],
-        "TaylorSeer": [TaylorSeer(2, 1), TaylorSeer(3, 1), TaylorSeer(4, 2)],
-        "PAB": [PAB(2, 3, 5), PAB(4, 6, 9)],
-        "T-GATE": [TGate(round(0.6 * steps), 3), TGate(round(0.4 * steps))],
-        "Delta-DiT": [DeltaDiT(2, 0.5), DeltaDiT(2, 0.75), DeltaDiT(3, 0.75)],
-        "FBCache": [DBCache(0.05), DBCache(0.1), DBCache(0.2)],
-        "DBCache": [DBCache(threshold, outer, outer, warmup) for threshold in (0.08, 0.12, 0.24)],
-        "TeaCache": [TeaCache(0.05), TeaCache(0.1), TeaCache(0.2)],
-    }
-    if polynomial:
-        found["TeaCache fitted"] = [TeaCache(threshold, tuple(polynomial)) for threshold in (0.05, 0.1, 0.2)]
-    if "cross" not in kinds:
-        del found["T-GATE"]
-    return found
-
-
-def rows_for(
-    backbone: str,
-    model: SkipTransformer,
-    steps: int,
-    timesteps: list[float],
-    window: CacheSpec,
-    flops: dict[str, float],
-    polynomial: Sequence[float],
-    quick: bool,
-    also: Sequence[Policy] = (),
-) -> list[Row]:
-    """Everything that runs on a backbone, the uncached run first.
-
-    Args:
-        window: of the task; Skip-Cache also runs in a window of all steps, where that makes other plans.
-        also: other policies.
-        flops: of a full and a cached step; numbers of uncached steps are chosen by them, to cost what Skip-Cache does.
-    """
-    intervals = (2, 3) if quick else (2, 3, 4, 5, 6)
-    own, costs, seen = [], [], set()
-    for interval in intervals:
-        for start, stop in ((window.start, window.stop), (1000, 0)):
-            spec = CacheSpec(interval, start, stop, window.branch)
-            cache = SkipCache(spec, timesteps)
-            if tuple(cache.plan) in seen:
-                continue
-            seen.add(tuple(cache.plan))
-            costs.append(run_flops(cache, flops) / flops["full"])
-            own.append(Row(backbone, REUSE, f"{REUSE} {spec}", steps, spec))
-            forecast = spec.with_order(1)
-            own.append(Row(backbone, FORECAST, f"{REUSE} {forecast}", steps, forecast))
-    for policy in also:
-        if policy in [row.spec for row in own]:
-            continue
-        policy.plan(timesteps)  # a plan of other timesteps is refused now
-        if not isinstance(policy, DriftSpec) and policy.branch == window.branch:
-            costs.append(run_flops(SkipCache(policy, timesteps), flops) / flops["full"])
-        kind = {CachePlan: PLANNED, DriftSpec: DRIFT}.get(type(policy), FORECAST if policy.order else REUSE)
-        own.append(Row(backbone, kind, f"{REUSE} {policy}", steps, policy))
-    fewer = sorted({max(1, round(cost)) for cost in costs} - {steps}, reverse=True)
-    rows = [Row(backbone, UNCACHED, UNCACHED, steps)]
-    rows += [Row(backbone, FEWER, f"{count} steps", count) for count in fewer]
-    rows += own if model.n_skips else []
-    for method, peers in peers_for(model, steps, polynomial).items():
-        rows += [Row(backbone, method, str(peer), steps, peer=peer) for peer in (peers[1:2] if quick else peers)]
-    return rows
 
 
 class Meter:
@@ -383,7 +251,7 @@ def judge(
         decibels = torch.stack([mean_psnr(sample) for sample in frames])
         result |= {
             "seconds_per_sample": middle,
-            "seconds_spread": (max(seconds) - min(seconds)) / middle,
+            "seconds_spread": (max(seconds) - min(seconds)) / middle if len(seconds) > 1 else None,
             "speedup": median(a / b for a, b in zip(result["uncached_seconds"], seconds, strict=True)),
             "flops_speedup": first["flops"] / result["flops"],
             "identical": torch.equal(*pictures),
@@ -414,7 +282,8 @@ def markdown(table: list[dict]) -> str:
             error = "" if row["psnr_error"] is None else f"{row['psnr_error']:.2f}"
             psnr = ["same", ""] if row["identical"] else [f"{row['psnr']:.2f}", error]
             cells = [row["name"], f"{row['full_steps']:g} + {row['partial_steps']:g}", f"{row['flops'] / 1e9:.2f}"]
-            cells += [f"{row['flops_speedup']:.2f}", f"{row['seconds_per_sample']:.3f}", f"{row['seconds_spread']:.0%}"]
+            spread = "" if row["seconds_spread"] is None else f"{row['seconds_spread']:.0%}"
+            cells += [f"{row['flops_speedup']:.2f}", f"{row['seconds_per_sample']:.3f}", spread]
             cells += [f"{row['speedup']:.2f}", f"{row['cache_bytes'] / 1e3:.0f}", *psnr]
             cells += [f"{row['ssim']:.3f}"]
             lines.append(f"| {' | '.join([*cells, *(f'{row[key]:.3f}' for key in extra)])} |")
@@ -460,79 +329,6 @@ def plot(table: list[dict], title: str, path: Path) -> None:
     figure.suptitle(title)
     figure.savefig(path, dpi=120)
     plt.close(figure)
-
-
-def full_size(kind: type[SkipTransformer], steps: int, timesteps: list[float], window: CacheSpec, keep: set) -> list:
-    """FLOPs of the model calls of a run of the full-size model, for every row that is known before it runs.
-
-    Counted on the meta device, guidance in one batch of two; with a GPU also seconds of these calls, in bfloat16.
-    """
-    table = []
-    for backbone in ("skip", "plain"):
-        with torch.device("meta"):
-            model = kind(skip=backbone == "skip").eval()
-        with torch.no_grad():
-            inputs = _halves_alike(model.random_inputs(2))
-        flops = step_flops(model, 2, window.branch)
-
-        def calls(row: Row, model: SkipTransformer = model, inputs: dict = inputs) -> None:
-            cache = SkipCache(row.spec, timesteps)
-            with torch.no_grad(), row.peer.on(model, timesteps) if row.peer else nullcontext():
-                for i in range(row.steps):
-                    model(**inputs, cache=cache.at(i))
-
-        def count(row: Row, calls: Callable = calls, flops: dict = flops) -> float:
-            if row.peer is None:
-                return run_flops(SkipCache(row.spec, timesteps[: row.steps]), flops)
-            with FlopCounterMode(display=False) as counter:
-                calls(row)
-            return float(counter.get_total_flops())
-
-        rows = rows_for(backbone, model, steps, timesteps, window, flops, (), quick=False)
-        rows = [row for row in rows if (row.peer is None or row.peer.static) and row.method in keep | {UNCACHED}]
-        if backbone == "plain":
-            rows = [row for row in rows if row.method != FEWER]
-        counted = {}
-        for row in tqdm(rows, desc=f"full size, {backbone}", unit="row"):
-            counted[row.key] = count(row)
-        seconds = _seconds(kind, backbone, rows, calls) if torch.cuda.is_available() else {}
-        for row in rows:
-            result = {"backbone": backbone, "method": row.method, "name": row.name, "flops": counted[row.key]}
-            result["flops_speedup"] = counted[rows[0].key] / counted[row.key]
-            if seconds:
-                result |= {"seconds": seconds[row.key], "speedup": seconds[rows[0].key] / seconds[row.key]}
-            table.append(result)
-    return table
-
-
-def _halves_alike(inputs: dict[str, Any]) -> dict[str, Any]:
-    """Guidance gives the model the same latents twice."""
-    latents = next(iter(inputs))
-    return inputs | {latents: torch.cat([inputs[latents][:1]] * 2)}
-
-
-def _seconds(kind: type[SkipTransformer], backbone: str, rows: list[Row], calls: Callable) -> dict[str, float]:
-    """Seconds of the model calls of one run, on the GPU, medians of three."""
-    device = torch.device("cuda")
-    with device:
-        model = kind(skip=backbone == "skip").eval()
-    for parameter in model.parameters():  # zeros, as which some begin, can be fast
-        torch.nn.init.normal_(parameter, std=0.02)
-    torch.nn.Module.to(model, torch.bfloat16)
-    with torch.no_grad():
-        inputs = _halves_alike(model.random_inputs(2))
-    functions = {row.key: lambda row=row: calls(row, model, inputs) for row in rows}
-    return {key: median(times) for key, times in interleaved_seconds(functions, 3, device).items()}
-
-
-def full_size_markdown(table: list[dict]) -> str:
-    timed = "seconds" in table[0]
-    lines = ["| backbone | | TFLOP | speedup in FLOPs |" + (" s | speedup |" if timed else "")]
-    lines.append("|---|---|---|---|" + ("---|---|" if timed else ""))
-    for row in table:
-        line = f"| {row['backbone']} | {row['name']} | {row['flops'] / 1e12:.1f} | {row['flops_speedup']:.2f} |"
-        lines.append(line + (f" {row['seconds']:.3f} | {row['speedup']:.2f} |" if timed else ""))
-    return "\n".join(lines)
 
 
 def open_backbones(args: argparse.Namespace) -> list[Backbone]:

@@ -21,8 +21,8 @@ from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 from torch import Tensor
 
 from skipdit import evaluate
-from skipdit.media import write_mp4
-from skipdit.metrics import frechet_distance, gaussian_frechet_distance
+from skipdit.media import read_mp4, write_mp4
+from skipdit.metrics import frechet_distance, gaussian_frechet_distance, psnr
 from skipdit.metrics.networks import load_inception
 from skipdit.metrics.samples import Stretches
 from skipdit.metrics.sets import kid, precision_recall
@@ -129,6 +129,21 @@ def test_fidelity_of_a_cached_run(tmp_path, capsys):
 
     whole = run("fidelity", reference, "--reference", reference, out=tmp_path / "same")
     assert whole["results"]["psnr"] is None and whole["results"]["identical_pairs"] == 5
+
+
+def test_fidelity_of_clips_with_identical_frames(tmp_path):
+    """They count, as in the benchmarks, and do not take their clip out of the mean."""
+    films = torch.full((3, 4, 3, 32, 32), 128, dtype=torch.uint8)
+    other = films.clone()
+    other[0, 2:] = 60
+    other[1] = 100
+    ours, theirs = save_clips(tmp_path / "ours", other), save_clips(tmp_path / "theirs", films)
+    frames = [psnr(read_mp4(ours / name), read_mp4(theirs / name)) for name in ("000000.mp4", "000001.mp4")]
+    assert frames[0].isinf().tolist() == [True, True, False, False] and frames[1].isfinite().all()
+    results = run("fidelity", ours, "--reference", theirs)["results"]
+    expected = [(2 * 100 + frames[0][2:].sum()) / 4, frames[1].mean()]
+    assert results["psnr"] == pytest.approx(sum(expected).item() / 2, rel=1e-6)
+    assert (results["pairs"], results["identical_pairs"]) == (3, 1)
 
 
 def test_fidelity_states_differences(tmp_path, capsys):

@@ -36,6 +36,7 @@ from skipdit.weights import to_released
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 import compare
+from full_size import full_size
 from peers import FORA, PAB, DBCache, DeltaDiT, Peer, TaylorSeer, TeaCache, TGate
 
 STEPS = 6
@@ -409,7 +410,7 @@ def test_benchmark_of_other_policies(tmp_path, monkeypatch):
 def test_full_size_flops_are_those_of_the_steps():
     """Counted over a run, and by `step_flops` of a full and a cached step."""
     timesteps = Diffusion(4).sampling_timesteps
-    table = compare.full_size(tiny_dit, 4, timesteps, CacheSpec(2, 1000, 20), {"Skip-Cache", "FORA"})
+    table = full_size(tiny_dit, 4, timesteps, CacheSpec(2, 1000, 20), {"Skip-Cache", "FORA"})
     rows = {(row["backbone"], row["name"]): row for row in table}
     steps = step_flops(tiny_dit(), 2)
     assert rows["skip", "uncached"]["flops"] == 4 * steps["full"]

@@ -16,7 +16,7 @@ from skipdit.class_sample import generate
 from skipdit.class_to_image.compare import open_sampler
 from skipdit.class_to_image.sample import Config
 from skipdit.class_to_image.sample import main as sample_classes
-from skipdit.compare import rows_for
+from skipdit.compare import check_plans, rows_for
 from skipdit.config import load_config, to_yaml
 from skipdit.diffusion import Diffusion
 from skipdit.plan import Bench, Errors, Watch, fit, forecast, greedy, interpolate, main, optimal, uniform, widened
@@ -277,6 +277,23 @@ def test_comparison_with_a_plan():
         rows_for(4, [2], CacheSpec(2), model, [CacheSpec.parse("D0.2-o1")])
 
 
+def test_comparisons_check_their_plans():
+    model = tiny_dit()
+    about = {"model": fingerprint(model), "calibration": {"seed": 3}}
+    plan = CachePlan((2.0, 1.0), (None, ()), about=about)
+    sampler = SimpleNamespace(
+        model=model,
+        method="DDIM",
+        config=SimpleNamespace(steps=2, seed=3, guidance_scale=1.0),
+        timesteps=lambda steps: [float(t) for t in range(steps, 0, -1)],
+    )
+    with pytest.warns(UserWarning, match="a plan was calibrated on seed 3, too"):
+        check_plans([plan], sampler)
+    sampler.config.steps = 3
+    with pytest.raises(ValueError, match="a plan is for 2 steps from 2 to 1; this run has 3 steps"):
+        check_plans([plan], sampler)
+
+
 @pytest.fixture
 def command(tmp_path, monkeypatch):
     """The command line, on the embedded model with few steps; gives the plan's file."""
@@ -354,8 +371,9 @@ def test_speedup_and_error(command, capsys):
     fast = CachePlan.load(command("--speedup", "2"))
     assert fast.about["speedup"] >= 2
     near = CachePlan.load(command("--max-error", "0.05"))
-    of_same_cost = [error for name, error in near.about["errors"].items() if "steps" not in name]
-    assert min(of_same_cost) <= 0.05
+    assert near.about["errors"][near.about["chosen"]] <= 0.05
+    fewer = CachePlan.load(command("--budget", str(near.weights.count(None) - 1)))
+    assert fewer.about["errors"][fewer.about["chosen"]] > 0.05
     for wrong in (["--budget", "11"], ["--speedup", "100"], ["--speedup", "0"]):
         with pytest.raises(SystemExit):
             command(*wrong)
@@ -388,6 +406,8 @@ def test_shipped_plans_beat_even_forecasts(name):
         config.prompts = config.prompts[:1]
     bench = Bench(task.open_sampler(config, plan.branch), config.steps, plan.branch)
     assert plan.about["model"] == fingerprint(bench.model) and plan.timesteps == bench.timesteps
+    assert plan.about["chosen"] == min(plan.about["errors"], key=plan.about["errors"].get)
+    assert [error > 0 for error in plan.about["step_errors"]] == [weights is not None for weights in plan.weights]
     assert (plan.about["sampler"], plan.about["guidance_scale"]) == (bench.sampler.method, config.guidance_scale)
     bench.reference = list(bench.sampler.images(config.steps, CacheSpec()))
     even = bench.plan(forecast(config.steps, uniform(config.steps, plan.weights.count(None)), 1))

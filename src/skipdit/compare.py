@@ -80,7 +80,6 @@ def rows_for(
     if drifts := [str(policy) for policy in also if isinstance(policy, DriftSpec)]:
         raise ValueError(f"--also {drifts[0]}: what it costs is not known before; benchmarks/compare.py counts it")
     for policy in also:
-        policy.plan(sampler.timesteps(steps))  # a plan of other timesteps is refused now
         if policy.caches and policy.branch != window.branch:
             raise ValueError(
                 f"--also {policy}: its branch is {policy.branch}, of the others {window.branch}: see --branch"
@@ -90,9 +89,13 @@ def rows_for(
 
 
 def check_plans(policies: Sequence[Policy], sampler: Sampler) -> None:
-    """Warn of plans that were made for other runs, or from the seed that they are to be judged by."""
+    """Warn of plans that were made for other runs, or from the seed that they are to be judged by.
+
+    Raises ValueError for a plan of other timesteps.
+    """
     for plan in policies:
         if isinstance(plan, CachePlan):
+            plan.plan(sampler.timesteps(sampler.config.steps))
             plan.check(fingerprint(sampler.model), sampler.method, sampler.config.guidance_scale)
             if plan.about.get("calibration", {}).get("seed") == sampler.config.seed:
                 warnings.warn(

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from skipdit.config import friendly_errors
 from skipdit.device import process_state
-from skipdit.metrics import frechet_distance, gaussian_frechet_distance, moments, psnr, ssim
+from skipdit.metrics import frechet_distance, gaussian_frechet_distance, mean_psnr, moments, psnr, ssim
 from skipdit.metrics.kept import kept_rows
 from skipdit.metrics.networks import Network, load_i3d, load_image_script, load_inception, sha256
 from skipdit.metrics.perceptual import BACKBONES, ClipScore, load_lpips
@@ -39,7 +39,10 @@ _PACKAGES = ("lpips", "numpy", "pytorch-fid", "torchvision", "transformers")
 
 
 def fidelity(args: argparse.Namespace) -> dict:
-    """PSNR, SSIM and LPIPS of every sample against its namesake; of clips the means over frames."""
+    """PSNR, SSIM and LPIPS of every sample against its namesake; of clips the means over frames.
+
+    Identical samples are counted and left out of the mean PSNR; an identical frame of another clip is `IDENTICAL` dB.
+    """
     ours, theirs = open_samples(args.run), open_samples(args.reference)
     differences = compare_runs(ours, theirs)
     if missing := sorted(set(ours.names) - set(theirs.names)):
@@ -53,7 +56,8 @@ def fidelity(args: argparse.Namespace) -> dict:
         if a.shape != b.shape:
             raise ValueError(f"{name} is {tuple(a.shape)} in {ours.source}, and {tuple(b.shape)} in {theirs.source}")
         pair = a.to(process_state().device), b.to(process_state().device)
-        values = [psnr(*pair).mean(), ssim(*pair).mean()]
+        decibels = psnr(*pair)
+        values = [mean_psnr(decibels) if decibels.isfinite().any() else decibels[0], ssim(*pair).mean()]
         for distance, _ in networks.values():
             frames = zip(*(part.split(args.batch_size) for part in pair), strict=True)
             values.append(torch.cat([distance(*some) for some in frames]).mean())
