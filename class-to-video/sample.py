@@ -18,7 +18,7 @@ from skipdit.class_sample import Models, SamplingConfig, open_models, run_job
 from skipdit.class_to_video.model import Latte
 from skipdit.config import friendly_errors, load_config, make_parser, setting
 from skipdit.device import process_state
-from skipdit.media import contact_sheet, read_mp4, side_by_side, write_gif, write_mp4
+from skipdit.media import add_gifs, contact_sheet, read_mp4, side_by_side, write_gif, write_mp4
 from skipdit.sample import Job, add_cache_arguments, cache_override
 from skipdit.vae import latent_size
 
@@ -79,10 +79,8 @@ def sample(config: Config) -> dict:
         job.save(index, lambda path: write_mp4(path, pixels, config.fps))
 
     job, report = run_job(config, models, save, "mp4", "clip", free={"gif"})
-    for index in range(job.rank, job.total, job.world) if config.gif else ():
-        gif = job.path(index).with_suffix(".gif")
-        if not gif.exists():
-            write_gif(gif, read_mp4(job.path(index)), config.fps)
+    if config.gif:
+        add_gifs(map(job.path, job.own()), config.fps)
     if process_state().is_main_process:
         clips = [read_mp4(job.path(i)) for i in range(min(config.num_samples, SHOWN))]
         write_png(contact_sheet(clips), str(job.folder / "sheet.png"))

@@ -307,6 +307,7 @@ def test_clip_score_equals_its_definition(clip_folder):
         alone = torch.cat([score([clip], [prompt]) for clip, prompt in zip(frames, prompts, strict=True)])
         assert alone.tolist() == pytest.approx(expected, abs=1e-3)
     assert score.too_long(prompts) == ["two birds fly"]  # eleven letters, and two marks
+    assert len(score.protocol()["fingerprint"]) == 16  # CLIP has a parameter without dimensions
 
 
 def test_clip_score_refuses(clip_folder, tmp_path):

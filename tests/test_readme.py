@@ -61,6 +61,10 @@ RUN = {
     f"{ORIGINAL} --cache --cache-step 2": "--infer-steps 6 --image-size 64 64",
     f"{SAMPLE_PICTURE} --config configs/text-to-image/t2i_sample_cache.yaml": "steps=6 height=64 width=64",
 }
+AGAIN = [
+    f'{SAMPLE_TEXT}demo.yaml --prompt "a police car"',
+    f'{SAMPLE_PICTURE} --config configs/text-to-image/demo.yaml --prompt "red apple"',
+]
 RUN |= {
     "python -m skipdit.plan --config configs/class-to-image/demo.yaml --budget 13 --out results/demo-plan.json "
     "num_samples=10 batch_size=10": "num_samples=1 --budget 3 --probes 2 --memory 2 --steps 6",
@@ -227,6 +231,9 @@ def test_commands_run(checkout):
     for command, small in RUN.items():
         result = run(f"{command} {small}", checkout)
         assert result.returncode == 0, f"{command}\n{result.stderr[-3000:]}"
+    for command in AGAIN:  # in a process with other hashes
+        result = run(f"{command} {RUN[command]}", checkout)
+        assert result.returncode == 0, f"{command}, again\n{result.stderr[-3000:]}"
     assert (checkout / "samples/demo/grid.png").exists()
     assert (checkout / "samples/demo/compare.png").exists()
     assert (checkout / "results/fashion-stage2/checkpoints/0000002.pt").exists()

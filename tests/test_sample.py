@@ -6,6 +6,7 @@ import pickle
 import subprocess
 import sys
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -21,6 +22,7 @@ from skipdit.config import to_yaml
 from skipdit.data.images import ImageData
 from skipdit.data.latents import Latents
 from skipdit.diffusion import Diffusion
+from skipdit.metrics.samples import open_samples
 from skipdit.sample import Ahead, Job, generators, resolve_dtype
 from skipdit.vae import decode, load_vae
 from skipdit.weights import to_released
@@ -116,6 +118,43 @@ def test_finished_run_keeps_its_report(config):
     first = sample(config)
     assert sample(config) == json.loads(json.dumps(first))
     assert json.loads((Path(config.out) / "report.json").read_text()) == json.loads(json.dumps(first))
+
+
+def test_report_of_fewer_samples_is_made_anew(config, tmp_path):
+    """A run that was killed before its report, and was then asked for fewer."""
+    sample(config)
+    (Path(config.out) / "report.json").unlink()
+    many, config.num_samples = config.num_samples, 2
+    sample(config)
+    with pytest.raises(ValueError, match=f"holds {many} samples, and its report.json says 2; the sampling command"):
+        open_samples(Path(config.out))
+    config.num_samples = many
+    assert sample(config)["num_samples"] == many == len(open_samples(Path(config.out)))
+    config.num_samples = 2
+    assert sample(config)["num_samples"] == many  # a look at the first ones
+
+
+def test_report_of_drift(config, capsys):
+    """Batches decide each by itself; the report has their mean, and nothing if none of them ran now."""
+    config.cache, config.batch_size, caches = "D0.3", 1, []
+
+    def first_differs(*args, cache, **settings):
+        latents = generate(*args, cache=cache, **settings)
+        cache.ran[cache.ran.index(False)] |= not caches  # as if it had drifted once more
+        caches.append(cache)
+        return latents
+
+    with mock.patch("skipdit.class_sample.generate", first_differs):
+        report = sample(config)
+    ran = [cache.full_steps for cache in caches]
+    assert len(ran) == config.num_samples and min(ran) < max(ran)
+    assert report["steps"]["full"] == pytest.approx(sum(ran) / len(ran))
+    assert sum(report["steps"].values()) == pytest.approx(config.steps)
+    assert f"{report['steps']['full']:g} full and" in capsys.readouterr().out
+    (Path(config.out) / "report.json").unlink()
+    report = sample(config)
+    assert report["steps"] == {"full": None, "cached": None} and report["flops_speedup"] is None
+    assert "full and" not in capsys.readouterr().out
 
 
 def test_more_images_of_the_same_run(config):

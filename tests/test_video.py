@@ -246,6 +246,19 @@ def test_clip_does_not_depend_on_batch_size_or_interruption(sampling, tmp_path):
     assert len(list(Path(sampling.out).glob("0*.gif"))) == 5
 
 
+def test_gif_shows_its_clip(sampling):
+    """Also if it was there before the clip: without its clips, a folder is free for other settings."""
+    sampling.num_samples, gif = 1, Path(sampling.out) / "000000.gif"
+    sample(sampling)
+    first, written = gif.read_bytes(), gif.stat().st_mtime_ns
+    sample(sampling)
+    assert gif.stat().st_mtime_ns == written
+    (Path(sampling.out) / "000000.mp4").unlink()
+    sampling.seed = 1
+    sample(sampling)
+    assert gif.read_bytes() != first
+
+
 def test_clip_does_not_depend_on_the_number_of_processes(sampling, tmp_path):
     sample(sampling)
     whole, sampling.out = clips(sampling.out), str(tmp_path / "two")

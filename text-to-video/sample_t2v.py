@@ -24,7 +24,7 @@ from skipdit import text_sample
 from skipdit.cache import CacheSpec
 from skipdit.config import friendly_errors, load_config, make_parser, required, setting
 from skipdit.device import process_state
-from skipdit.media import contact_sheet, read_mp4, side_by_side, write_gif, write_mp4
+from skipdit.media import add_gifs, contact_sheet, read_mp4, side_by_side, write_gif, write_mp4
 from skipdit.prompts import file_names, read_prompts
 from skipdit.sample import Job, add_cache_arguments, cache_override, generators, preflight
 from skipdit.text import TextEncoder, load_text_encoder, missing_text_files
@@ -251,10 +251,8 @@ def sample(config: Config) -> dict:
 def write_look(config: Config, job: Job) -> None:
     """GIFs, shared out over the processes; the contact sheet, and its clips in motion."""
     pictures = job.suffix == "png"
-    for index in range(job.rank, job.total, job.world) if config.gif and not pictures else ():
-        gif = job.path(index).with_suffix(".gif")
-        if not gif.exists():
-            write_gif(gif, read_mp4(job.path(index)), config.fps)
+    if config.gif and not pictures:
+        add_gifs(map(job.path, job.own()), config.fps)
     if process_state().is_main_process:
         paths = [job.path(i) for i in range(min(job.total, SHOWN))]
         shown = [read_image(str(p), ImageReadMode.RGB)[None] if pictures else read_mp4(p) for p in paths]

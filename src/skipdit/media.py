@@ -1,6 +1,6 @@
 """Writing clips for people to look at: mp4, GIF, and contact sheets."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import imageio.v3 as imageio
@@ -29,6 +29,16 @@ def write_gif(path: Path, frames: Tensor, fps: float) -> None:
     """Frames uint8 (F, 3, H, W) -> a GIF that repeats for ever, each frame with its own 256 colours."""
     first, *rest = [Image.fromarray(frame).quantize(dither=Image.Dither.NONE) for frame in _pixels(frames)]
     first.save(path, format="gif", save_all=True, append_images=rest, duration=round(1000 / fps), loop=0)
+
+
+def add_gifs(clips: Iterable[Path], fps: float) -> None:
+    """Beside every video file a GIF of the same name. One that is newer than its video is kept."""
+    for clip in clips:
+        gif = clip.with_suffix(".gif")
+        if not gif.exists() or gif.stat().st_mtime_ns < clip.stat().st_mtime_ns:
+            partial = gif.with_name(f"partial-{gif.name}")
+            write_gif(partial, read_mp4(clip), fps)
+            partial.replace(gif)
 
 
 def contact_sheet(clips: Sequence[Tensor], columns: int = 8) -> Tensor:

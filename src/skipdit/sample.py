@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 import torch
+from accelerate.utils import gather_object
 from torch import Tensor
 from tqdm import tqdm
 
 import skipdit
-from skipdit.bench import run_flops
 from skipdit.cache import CachePlan, DriftSpec, Policy, SkipCache
 from skipdit.data.stream import seed_of
 from skipdit.device import process_state
@@ -114,6 +114,10 @@ class Job:
         name = f"{index:06d}" if self._names is None else self._names[index]
         return self.folder / f"{name}.{self.suffix}"
 
+    def own(self) -> range:
+        """This process's samples."""
+        return range(self.rank, self.total, self.world)
+
     def save(self, index: int, write: Callable[[Path], None]) -> None:
         """Write a sample under a temporary name, then give it its own: a file that exists is complete."""
         partial = self.folder / f"partial-{self.path(index).name}"  # keeps the suffix: encoders go by it
@@ -122,7 +126,7 @@ class Job:
 
     def pending(self) -> list[int]:
         """This process's samples that do not exist yet."""
-        return [i for i in range(self.rank, self.total, self.world) if not self.path(i).exists()]
+        return [i for i in self.own() if not self.path(i).exists()]
 
     def is_complete(self) -> bool:
         """Whether all samples exist, of every process."""
@@ -166,16 +170,16 @@ def work_off(
         make: `make(indices, timer)` gives the pixels of some samples, and the cache that their run had; it starts the
             timer, and ticks after every step.
         save: `save(index, pixels)` writes a sample.
-        idle: a cache of the run's spec and timesteps, to report where there is nothing left to make.
+        idle: a cache of the run's spec and timesteps, for the report.
         flops: of one full and one cached step, per sample.
         unit: what a sample is, for people.
         more: further entries of the report.
 
     Returns:
-        The report. All samples exist then, those of other processes too. If all of them existed before, it is the one
-        of then.
+        The report, of what all processes made now. All samples exist then. If all of them existed before, it is the
+        one of then.
     """
-    state, cache, cache_bytes, made = process_state(), idle, 0, 0
+    state, cache_bytes, made, full = process_state(), 0, 0, 0
     timer, began, complete = StepTimer(state.device), time.perf_counter(), job.is_complete()
     state.wait_for_everyone()
     progress = tqdm(total=len(job.pending()), desc=f"{unit}s", unit=unit, disable=not state.is_main_process)
@@ -183,16 +187,21 @@ def work_off(
         samples, cache = make(indices, timer)
         for index, pixels in zip(indices, samples, strict=True):
             save(index, pixels)
-        made, cache_bytes = made + len(indices), max(cache_bytes, cache.peak_bytes)
+        made, full = made + len(indices), full + len(indices) * cache.full_steps
+        cache_bytes = max(cache_bytes, cache.peak_bytes)
         progress.update(len(indices))
     progress.close()
     seconds = time.perf_counter() - began
     state.wait_for_everyone()
     file = job.folder / "report.json"
-    if complete and file.exists():
-        return json.loads(file.read_text())
+    if complete and file.exists() and (before := json.loads(file.read_text()))["num_samples"] >= job.total:
+        return before
+    of_all, full_of_all = map(sum, zip(*gather_object([(made, full)]), strict=True))
+    known = None if isinstance(idle.spec, DriftSpec) else idle.full_steps
+    full_steps = full_of_all / of_all if of_all else known
     summary = report(
-        cache,
+        idle,
+        full_steps,
         timer.seconds(),
         flops,
         cache_bytes=cache_bytes,
@@ -203,12 +212,12 @@ def work_off(
     )
     if state.is_main_process:
         file.write_text(json.dumps(summary, indent=2) + "\n")
-        steps, times = summary["steps"], summary["seconds_per_step"]
-        print(
-            f"{job.total} {unit}s in {job.folder}: {steps['full']} full and {steps['cached']} cached steps, "
-            f"{summary['flops_speedup']:.2f}x fewer FLOPs"
-            + "".join(f", {kind} step {value * 1e3:.1f} ms" for kind, value in times.items() if value)
-        )
+        told = f"{job.total} {unit}s in {job.folder}"
+        if full_steps is not None:
+            full, cached = summary["steps"].values()
+            told += f": {full:g} full and {cached:g} cached steps, {summary['flops_speedup']:.2f}x fewer FLOPs"
+        times = summary["seconds_per_step"].items()
+        print(told + "".join(f", {kind} step {value * 1e3:.1f} ms" for kind, value in times if value))
     return summary
 
 
@@ -283,16 +292,31 @@ class StepTimer:
         return times
 
 
-def report(cache: SkipCache, seconds: dict[str, list[float]], flops: dict[str, float], **more: Any) -> dict[str, Any]:
-    """The common part of a sampler's report.json. Times are medians in seconds, FLOPs count two per multiply-add."""
+def report(
+    cache: SkipCache,
+    full_steps: float | None,
+    seconds: dict[str, list[float]],
+    flops: dict[str, float],
+    **more: Any,
+) -> dict[str, Any]:
+    """The common part of a sampler's report.json. Times are medians in seconds, FLOPs count two per multiply-add.
+
+    Args:
+        cache: of the runs.
+        full_steps: their mean number; None where it is unknown.
+    """
     median = {kind: float(torch.tensor(values).median()) if values else None for kind, values in seconds.items()}
-    steps = {"full": cache.full_steps, "cached": cache.cached_steps}
+    total, cached_steps, speedup = len(cache.plan), None, None
+    if full_steps is not None:
+        full_steps = int(full_steps) if full_steps == int(full_steps) else full_steps
+        cached_steps = total - full_steps
+        speedup = total * flops["full"] / (full_steps * flops["full"] + cached_steps * flops["cached"])
     return {
         "cache": str(cache.spec),
-        "steps": steps,
+        "steps": {"full": full_steps, "cached": cached_steps},
         "seconds_per_step": median,
         "flops_per_step": flops,
-        "flops_speedup": len(cache.plan) * flops["full"] / run_flops(cache, flops),
+        "flops_speedup": speedup,
         "peak_memory_bytes": torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None,
         **versions(),
         **more,

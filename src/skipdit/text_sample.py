@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import diffusers
 import torch
-from diffusers import AutoencoderKL, DiffusionPipeline, SchedulerMixin
+from diffusers import AutoencoderKL, ConfigMixin, DiffusionPipeline, SchedulerMixin
 from torch import Tensor, nn
 
 from skipdit.bench import step_flops
@@ -268,7 +268,7 @@ def run_job(
     identity = {key: value for key, value in to_dict(config).items() if key not in _FREE | free}
     identity |= {"size": sampler.size, "prompts": sampler.prompts, "text_encoder": sampler.encoder}
     identity |= {"weights": fingerprint(model), "vae": fingerprint(pipe.vae)}
-    identity |= {"model": dict(model.config), "scheduler_config": dict(pipe.scheduler.config)}
+    identity |= {"model": _settings(model), "scheduler_config": _settings(pipe.scheduler)}
     identity |= {"dtype": str(model.dtype), "device": state.device.type}  # devices draw different noise from one seed
     identity |= cache_identity(spec, identity["weights"], sampler.method, config.guidance_scale, config.batch_size)
     job = Job(config.out, identity, len(names), suffix, state.process_index, state.num_processes, names)
@@ -293,6 +293,11 @@ def run_job(
         text = json.dumps(table, indent=2, ensure_ascii=False) + "\n"
         (job.folder / "prompts.json").write_text(text, encoding="utf-8")
     return job, summary
+
+
+def _settings(part: ConfigMixin) -> dict[str, Any]:
+    """A part's config. Which of its entries are defaults diffusers lists in an order of chance, and is left out."""
+    return {key: value for key, value in part.config.items() if key != "_use_default_values"}
 
 
 def add_prompt_argument(parser: argparse.ArgumentParser) -> None:

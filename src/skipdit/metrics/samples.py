@@ -105,7 +105,10 @@ class Files(Samples):
         if self.report:
             paths = [path for path in paths if path.stem not in _EXTRAS and not path.name.startswith("partial-")]
             if len(paths) != (wanted := self.report["num_samples"]):
-                raise ValueError(f"{source} holds {len(paths)} samples, and its report.json says {wanted}")
+                raise ValueError(
+                    f"{source} holds {len(paths)} samples, and its report.json says {wanted}; "
+                    "the sampling command again, for as many as are to be judged, completes it"
+                )
         if not paths:
             raise ValueError(f"{source} holds neither pictures nor video files")
         self.names = sorted(path.relative_to(source).as_posix() for path in paths)
