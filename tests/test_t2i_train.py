@@ -319,7 +319,12 @@ def test_another_text_encoder_is_refused(config, hunyuan_folder, tmp_path):
         ("data", {"captions": None}, "data.captions is not set"),
         ("data", {"buckets": ["8by8"]}, "data.buckets has '8by8'"),
         ("data", {"buckets": ["9x8"]}, "9x8: 9 is not a multiple of the autoencoder's factor 2"),
-        ("data", {"buckets": ["16x18"]}, "latents are 8 x 9, which patches of 2 do not tile"),
+        ("data", {"buckets": ["16x16", "16x18"]}, "16x18: 18 is not a multiple of the autoencoder's factor 2 times 2"),
+        (
+            "data",
+            {"image_size": 18, "buckets": []},
+            "image_size 18 is not a multiple of the autoencoder's factor 2 times 2",
+        ),
         ("model", {"text_states_dim": 12}, "clip: they have 16 channels, the model takes 12"),
         ("clip", {"encoder": None}, r"set clip\.encoder, a text encoder, or clip\.files"),
         ("t5", {"encoder": "nowhere/else/t5"}, "missing: nowhere/else/t5/config.json"),

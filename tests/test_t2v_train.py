@@ -11,6 +11,7 @@ from conftest import FSDP, assert_equal, kill_at, run_script, short_training, st
 from torch import nn
 from transformers import T5EncoderModel
 
+from skipdit import convert
 from skipdit.data.clips import ClipData
 from skipdit.data.texts import LiveTexts
 from skipdit.encode import main as encode
@@ -238,7 +239,7 @@ def change(config: Config, **settings) -> None:
         ({"data__captions": None}, "the clips have no captions; set data.captions"),
         ({"model__caption_channels": 12}, "they have 16 channels, the model takes 12"),
         ({"data__image_size": 9}, "image_size 9 is not a multiple of the autoencoder's factor 2"),
-        ({"data__image_size": 10}, "latents are 5 x 5, which patches of 2 do not tile"),
+        ({"data__image_size": 10}, "image_size makes latents of 5 pixels a side, which patches of 2"),
         (
             {"data__captions": "nowhere.jsonl", "text_encoder": "nowhere/else/t5"},
             r"missing: data.captions=nowhere.jsonl, nowhere/else/t5/config.json",
@@ -258,3 +259,15 @@ def test_stage_1_weights_load_as_released(config, tmp_path):
     again = LatteT2V.from_config(trained.config)
     load_weights(again, config.out)
     assert_equal(dict(again.state_dict()), dict(trained.state_dict()))
+
+
+def test_what_the_weights_do_not_tell_is_recorded(config, tmp_path):
+    """Heads, side of the latents and frames of a run, which `convert` has to write down; of bare weights it warns."""
+    trained, latte = train(config), ["--model-class", "skipdit.text_to_video.LatteT2V"]
+    convert.main(["convert", config.out, str(tmp_path / "folder"), *latte])
+    again = LatteT2V.from_pretrained(tmp_path / "folder")
+    names = ("num_attention_heads", "sample_size", "video_length")
+    assert [again.config[name] for name in names] == [2, 4, 4] == [trained.config[name] for name in names]
+    convert.main(["export", config.out, str(tmp_path / "bare.pt")])
+    with pytest.warns(UserWarning, match=r"nothing in .*bare\.pt tells sample_size 64, video_length 16, as released"):
+        convert.main(["convert", str(tmp_path / "bare.pt"), str(tmp_path / "guess"), "--num-heads", "2", *latte])

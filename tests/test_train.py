@@ -13,7 +13,7 @@ from skipdit.class_to_image.train import Config, train
 from skipdit.data.images import ImageData
 from skipdit.data.stream import rows_of
 from skipdit.train import Draw, TrainConfig, describe, fit, learning_rate, set_trainable
-from skipdit.weights import load_weights, to_released
+from skipdit.weights import WeightsError, load_weights, to_released
 
 
 @pytest.fixture
@@ -68,6 +68,28 @@ def test_damaged_checkpoint_is_passed_over(config):
     with pytest.warns(UserWarning, match=r"0000004\.pt is damaged"):
         path, _ = latest(folder)
     assert path.name == "0000002.pt"
+    for file in folder.iterdir():
+        file.write_bytes(b"")
+    with pytest.warns(UserWarning), pytest.raises(WeightsError, match=r"none of the 2 checkpoints in .* can be read"):
+        train(config)  # and not from the beginning, with the weights that `init` would have given it
+
+
+def test_checkpoints_of_other_names_are_left_alone(config):
+    config.train.keep = 1
+    folder = Path(config.out) / "checkpoints"
+    folder.mkdir(parents=True)
+    (folder / "best.pt").write_bytes(b"mine")
+    train(config)
+    assert sorted(file.name for file in folder.iterdir()) == ["0000004.pt", "best.pt"]
+    path, _ = latest(folder)
+    assert path.name == "0000004.pt"
+
+
+def test_only_the_end_is_saved(config):
+    config.train.save_every = config.train.log_every = 0
+    train(config)
+    assert [file.name for file in (Path(config.out) / "checkpoints").iterdir()] == ["0000004.pt"]
+    assert [line["step"] for line in stats(config)] == [4]
 
 
 @pytest.mark.parametrize("parallel", ["ddp", FSDP])

@@ -18,7 +18,7 @@ from torchvision.utils import make_grid
 
 from skipdit.config import setting
 from skipdit.data.latents import clean_latents
-from skipdit.data.pictures import PictureData
+from skipdit.data.pictures import PictureData, bucket_sizes
 from skipdit.data.texts import Texts
 from skipdit.device import process_state
 from skipdit.diffusion import Diffusion
@@ -140,6 +140,10 @@ def train(config: Config, dry_run: bool = False) -> HunyuanDiT:
         FETCH,
         absent=absent,
     )
+    for size in bucket_sizes(config.data.image_size, config.data.buckets):
+        name = f"data.buckets, {size[0]}x{size[1]}:" if config.data.buckets else "data.image_size"
+        for side in size:  # now, and not when one is drawn, hours from here
+            latent_size(side, vae, name, model.config.patch_size)
     if config.lora_rank:
         add_lora(model, config.lora_rank)
     dataset, sizes = make_dataset(config.data, vae), model.config

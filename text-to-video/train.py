@@ -78,7 +78,12 @@ def build_model(config: ModelConfig, latents: int, num_frames: int) -> LatteT2V:
     given = {f.name: getattr(config, f.name) for f in fields(config) if f.name != "folder"}
     given = {name: value for name, value in given.items() if value is not None}
     width = given.get("num_attention_heads", 16) * given.get("attention_head_dim", 72)
-    return LatteT2V(**given, cross_attention_dim=width, sample_size=latents, video_length=num_frames)
+    model = LatteT2V(**given, cross_attention_dim=width, sample_size=latents, video_length=num_frames)
+    if latents % (patch := model.config.patch_size):
+        raise ValueError(
+            f"data.image_size makes latents of {latents} pixels a side, which patches of {patch} do not tile"
+        )
+    return model
 
 
 def make_loss(config: Config, vae: AutoencoderKL, texts: Texts) -> Loss:

@@ -1,7 +1,7 @@
 """Training checkpoints that survive being killed at any moment.
 
-One file per checkpoint in the layout of the released ones, {model, ema, opt, args}, plus the step: any tool that reads
-those reads these. A file gets its name only when it is complete on disk.
+One file per checkpoint in the layout of the released ones, {model, ema, opt, args}, plus the step and the model's own
+config: any tool that reads those reads these. A file gets its name only when it is complete on disk.
 """
 
 import os
@@ -34,7 +34,8 @@ def save(
     keep: int,
     writer: bool,
 ) -> None:
-    """Write `<folder>/<step>.pt`, then delete all but the newest `keep`. Every process calls it; `writer` writes.
+    """Write `<folder>/<step>.pt`, then delete all but the newest `keep`, unless that is 0. Every process calls it, and
+    `writer` writes.
 
     Raises RuntimeError, and leaves the older checkpoints as they are, if weights are not finite or the disk is full.
     """
@@ -43,6 +44,7 @@ def save(
         "ema": to_released(get_model_state_dict(ema, options=_FULL)),
         "opt": get_optimizer_state_dict(model, optimizer, options=_FULL),
         "args": args,
+        "config": {key: value for key, value in getattr(ema, "config", {}).items() if not key.startswith("_")},
         "step": step,
     }
     if not writer:
@@ -62,22 +64,33 @@ def save(
     except (OSError, RuntimeError) as error:
         partial.unlink(missing_ok=True)
         raise RuntimeError(f"could not save {target}: {error}; {_kept(folder)}") from error
-    for old in sorted(folder.glob("*.pt"))[:-keep]:
+    for old in saved(folder)[:-keep]:
         old.unlink()
 
 
+def saved(folder: Path) -> list[Path]:
+    """The checkpoints in a folder, oldest first. Files without a step for a name are somebody else's."""
+    return sorted((file for file in folder.glob("*.pt") if file.stem.isdigit()), key=lambda file: int(file.stem))
+
+
 def _kept(folder: Path) -> str:
-    files = sorted(folder.glob("*.pt"))
+    files = saved(folder)
     return f"the last good checkpoint is {files[-1]}" if files else "there is no earlier checkpoint"
 
 
 def latest(folder: Path) -> tuple[Path, dict] | None:
-    """The newest readable checkpoint and its content; a damaged one is named in a warning and passed over."""
-    for path in sorted(folder.glob("*.pt"), reverse=True):
+    """The newest readable checkpoint and its content; a damaged one is named in a warning and passed over.
+
+    None if there are none. Raises WeightsError if there are some, and none can be read.
+    """
+    files = saved(folder)
+    for path in reversed(files):
         try:
             return path, load_checkpoint(path)
         except WeightsError as error:
             warnings.warn(str(error), stacklevel=2)
+    if files:
+        raise WeightsError(f"none of the {len(files)} checkpoints in {folder} can be read; remove them to start anew")
     return None
 
 

@@ -10,11 +10,14 @@ IN is anything that `load_weights` reads; of a training checkpoint the EMA is ta
 
 import argparse
 import importlib
+import inspect
 import json
 import os
 import shutil
+import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import HunyuanDiT2DModel
@@ -45,7 +48,7 @@ def convert(
         state = to_diffusers(to_released(state))
         config = diffusers_config(state)
     else:
-        config = model_class.config_from_state(state, num_heads or _recorded_heads(source))
+        config = _config(source, state, model_class, num_heads)
     with torch.device("meta"):
         model = model_class(**config)
     model = nn.Module.to(model, dtype=dtype).to_empty(device="cpu")  # not diffusers' own, which warns
@@ -67,13 +70,28 @@ def export(source: Path, out: Path, dtype: torch.dtype) -> None:
     _write(out, lambda path: torch.save({"ema": to_released(state)}, path))
 
 
-def _recorded_heads(source: Path) -> int | None:
-    """Attention heads, as the config.json beside safetensors or the settings in our trainer's checkpoints have them."""
-    config = (source.parent if source.suffix == ".safetensors" else source) / "config.json"
-    settings = json.loads(config.read_text()) if config.is_file() else read(source).get("args")
+def _config(source: Path, state: State, model_class: type[nn.Module], num_heads: int | None) -> dict[str, Any]:
+    """Constructor arguments: by the shapes of the weights, and, of those that leave no trace there, as recorded."""
+    recorded, known = _recorded(source), inspect.signature(model_class).parameters
+    heads = num_heads or recorded.get("num_heads") or recorded.get("num_attention_heads")
+    config = model_class.config_from_state(state, heads)
+    config |= {key: value for key, value in recorded.items() if key in known and key not in config}
+    if untold := [key for key in ("sample_size", "video_length") if key in known and key not in config]:
+        told = ", ".join(f"{key} {known[key].default}" for key in untold)
+        warnings.warn(f"nothing in {source} tells {told}, as released: mend config.json if that is wrong", stacklevel=3)
+    return config
+
+
+def _recorded(source: Path) -> Mapping[str, Any]:
+    """A model's settings, as the config.json beside safetensors or our trainer's checkpoints have them, if they do."""
+    file = (source.parent if source.suffix == ".safetensors" else source) / "config.json"
+    if file.is_file():
+        return json.loads(file.read_text())
+    content = read(source)
+    settings = content.get("config") or content.get("args")
     if isinstance(settings, Mapping):
         settings = settings.get("model", settings)
-    return settings.get("num_heads") if isinstance(settings, Mapping) else None
+    return settings if isinstance(settings, Mapping) else {}
 
 
 def _require_finite(state: State, dtype: torch.dtype) -> None:

@@ -7,6 +7,7 @@ from typing import Any, TypeVar
 import torch
 from diffusers import AutoencoderKL
 
+from skipdit.checkpoint import saved
 from skipdit.config import friendly_errors, load_config, make_parser
 from skipdit.data.texts import LiveTexts, Texts, TextTable
 from skipdit.device import process_state
@@ -58,7 +59,7 @@ def open_training(
 
     Raises FileNotFoundError that lists every missing file, before anything is loaded; WeightsError.
     """
-    begun = any(Path(out).glob("checkpoints/*.pt"))
+    begun = bool(saved(Path(out, "checkpoints")))
     needed = {"vae": vae} | ({"init": init} if init and not begun else {}) | data
     preflight(needed, fetch, absent)
     autoencoder = load_vae(vae)

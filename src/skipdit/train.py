@@ -58,9 +58,9 @@ class TrainConfig:
     parallel: str = setting("ddp", "ddp, or fsdp to shard weights, gradients and optimizer over the processes")
     seed: int = setting(0, "seed of everything")
     workers: int = setting(4, "data loading processes per training process")
-    log_every: int = setting(50, "steps between lines of stats.jsonl and tensorboard")
-    save_every: int = setting(5_000, "steps between checkpoints")
-    keep: int = setting(3, "checkpoints to keep")
+    log_every: int = setting(50, "steps between lines of stats.jsonl and tensorboard; 0: the last only")
+    save_every: int = setting(5_000, "steps between checkpoints; 0: the last only")
+    keep: int = setting(3, "checkpoints to keep; 0 for all")
     sample_every: int = setting(10_000, "steps between sample grids; 0 for none")
     max_bad_steps: int = setting(10, "abort after this many steps in a row with a non-finite loss")
 
@@ -214,7 +214,7 @@ def fit(
         done = step + 1
         last = done == config.steps
         broken.add(gradients.broken)
-        if done % config.log_every == 0 or last:
+        if last or (config.log_every and done % config.log_every == 0):
             loss_sum, count = accelerator.reduce(totals).tolist()
             stats = {
                 "step": done,
@@ -231,7 +231,7 @@ def fit(
             progress.set_postfix(shown)
             if log:
                 log.write(stats)
-        if done % config.save_every == 0 or last:
+        if last or (config.save_every and done % config.save_every == 0):
             folder, args, writer = out / "checkpoints", to_dict(run_config), accelerator.is_main_process
             checkpoint.save(folder, done, model, ema.model, optimizer.optimizer, args, config.keep, writer)
         if sample is not None and config.sample_every and (done % config.sample_every == 0 or last):

@@ -42,11 +42,12 @@ def downsampling(vae: AutoencoderKL) -> int:
     return 2 ** (len(vae.config.block_out_channels) - 1)
 
 
-def latent_size(image_size: int, vae: AutoencoderKL, name: str = "image_size") -> int:
-    """A side of the latents of an image. Raises ValueError if the autoencoder's factor does not divide it."""
+def latent_size(image_size: int, vae: AutoencoderKL, name: str = "image_size", patch_size: int = 1) -> int:
+    """A side of the latents of an image. Raises ValueError if the autoencoder or patches do not divide it."""
     factor = downsampling(vae)
-    if image_size % factor:
-        raise ValueError(f"{name} {image_size} is not a multiple of the autoencoder's factor {factor}")
+    if image_size % (factor * patch_size):
+        patches = f" times {patch_size}, the side of a patch" if patch_size > 1 else ""
+        raise ValueError(f"{name} {image_size} is not a multiple of the autoencoder's factor {factor}{patches}")
     return image_size // factor
 
 
