@@ -518,8 +518,26 @@ def test_one_readable_clip(config, copied):
     alone = Stream(ClipFolder(config("classes", path=root)), 0)
     assert sorted((alone[p]["index"], alone[p]["weight"]) for p in range(4)) == [(0, 1), (1, 0), (2, 0), (3, 0)]
     joint = Stream(ClipFolder(config("classes", path=root, images=1)), 0)
-    with pytest.raises(RuntimeError, match=r"no sample could be read:(.|\n)*apple/v1\.avi(.|\n)*plum/v3\.mp4"):
+    with pytest.raises(ValueError, match=r"none of 4 samples can be read:(.|\n)*apple/v1\.avi(.|\n)*plum/v3\.mp4"):
         joint[0]
+
+
+def test_a_broken_folder_ahead_of_good_ones():
+    """However many samples it has: any readable one tells what is to stand in for them."""
+
+    class Folders:
+        def __len__(self) -> int:
+            return 3000
+
+        def __getitem__(self, index: int) -> dict:
+            if index < 1000:
+                raise BrokenSample(f"clip {index} is cut short")
+            return {"image": torch.ones(2, 3)}
+
+    stream = Stream(Folders(), 0)
+    samples = [stream[position] for position in range(12)]
+    assert {sample["weight"] for sample in samples} == {0.0, 1.0}
+    assert all(torch.equal(sample["image"], torch.full((2, 3), sample["weight"])) for sample in samples)
 
 
 def test_short_folders_of_frames_are_left_out_and_named(config, copied):

@@ -4,6 +4,7 @@ KID, inception score, precision and recall with closed forms and explicit loops.
 import json
 import math
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from PIL import Image
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcessor, CLIPTokenizer
 
+from skipdit.device import double
 from skipdit.metrics import frechet_distance, gaussian_frechet_distance, moments, psnr, ssim
 from skipdit.metrics.perceptual import BACKBONES, ClipScore, load_lpips
 from skipdit.metrics.sets import inception_score, kid, precision_recall
@@ -282,6 +284,13 @@ def clip_folder(tmp_path_factory) -> Path:
     crop = {"size": {"shortest_edge": 8}, "crop_size": {"height": 8, "width": 8}}
     CLIPProcessor(CLIPImageProcessor(**crop), tokenizer).save_pretrained(folder)
     return folder
+
+
+def test_double_precision_of_a_device_without():
+    """An Apple GPU raises a TypeError, as the mock does that has no such method."""
+    x = mock.Mock(spec=["device", "cpu"], cpu=lambda: torch.ones(2))
+    x.device.type = "mps"
+    assert double(x).dtype == double(torch.ones(2)).dtype == torch.float64
 
 
 def test_clip_score_equals_its_definition(clip_folder):

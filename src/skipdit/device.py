@@ -5,11 +5,17 @@ from datetime import timedelta
 
 import torch
 from accelerate import PartialState
+from torch import Tensor
 
 
 def cpu_only() -> bool:
     """Whether several processes were launched on a machine without a GPU; accelerate has to be told."""
     return int(os.environ.get("WORLD_SIZE", 1)) > 1 and not torch.cuda.is_available()
+
+
+def double(x: Tensor) -> Tensor:
+    """In float64; of an Apple GPU, which has none, on the CPU."""
+    return (x.cpu() if x.device.type == "mps" else x).double()
 
 
 def process_state() -> PartialState:

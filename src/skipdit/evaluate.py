@@ -61,7 +61,7 @@ def fidelity(args: argparse.Namespace) -> dict:
         for distance, _ in networks.values():
             frames = zip(*(part.split(args.batch_size) for part in pair), strict=True)
             values.append(torch.cat([distance(*some) for some in frames]).mean())
-        return torch.stack([value.float() for value in values])
+        return torch.stack([value.float().cpu() for value in values])
 
     rows = kept_rows(
         args.features,

@@ -39,6 +39,7 @@ from skipdit.bench import run_flops
 from skipdit.cache import CachePlan, CacheSpec, CacheStep, Policy, SkipCache, linear_weights
 from skipdit.compare import Sampler
 from skipdit.config import friendly_errors, load_config, to_dict
+from skipdit.device import double
 from skipdit.sample import versions
 from skipdit.skip import SkipTransformer, predicted_noise
 from skipdit.task import find_task
@@ -216,7 +217,7 @@ class Watch:
                 "guidance that begins or ends within a run cannot be planned: let it be on or off throughout"
             )
         else:
-            errors = torch.stack([error(feature) for feature in self._features], 1).double()  # (rows, F, ...)
+            errors = double(torch.stack([error(feature) for feature in self._features], 1))  # (rows, F, ...)
             self.grams[k].append(errors @ errors.mT / errors.shape[-1])
         self._features.append(step.output)
         self.progress.update()

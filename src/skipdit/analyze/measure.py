@@ -14,6 +14,7 @@ from tqdm import tqdm
 from skipdit.analyze.trace import Call, Trace, predict, record, trace
 from skipdit.cache import CacheSpec, CacheStep, SkipCache
 from skipdit.compare import Sampler
+from skipdit.device import double
 from skipdit.skip import SkipTransformer
 
 Direction = dict[str, Tensor]
@@ -111,7 +112,7 @@ class Likeness:
 
     def add(self, timestep: float, used: Tensor, true: Tensor, tokens: bool) -> None:
         """`tokens`: (N, ..., D), a cosine per token; else one per row."""
-        a, b = (part.double() if tokens else part.double().flatten(1) for part in (used, true))
+        a, b = (double(part) if tokens else double(part).flatten(1) for part in (used, true))
         self._cosines[timestep].append(F.cosine_similarity(a, b, dim=-1).flatten())
         self._errors[timestep].append(relative(used, true))
 
@@ -202,7 +203,7 @@ def change(new: list[Tensor], old: list[Tensor]) -> Tensor:
     L2, and the cosine, a mean over tokens.
     """
     cosines = [
-        F.cosine_similarity(a.double(), b.double(), dim=-1).flatten(1).mean(1).float()
+        F.cosine_similarity(double(a), double(b), dim=-1).flatten(1).mean(1).to(a)
         for a, b in zip(new, old, strict=True)
     ]
     norms = [[relative(a, b, order) for a, b in zip(new, old, strict=True)] for order in (1, 2)]

@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+TRIES = 100  # samples that are read to learn what one looks like, if the first are broken
+
 
 class BrokenSample(Exception):
     """Raised by a dataset whose files cannot be read; every message, one line, names a file and the reason."""
@@ -82,7 +84,7 @@ class Stream(Dataset):
         return self.dataset[index]
 
     def blank(self, index: int) -> dict[str, Tensor]:
-        """Zeros of the shapes and types of a sample. Raises RuntimeError if none of the first hundred can be read."""
+        """Zeros of the shapes and types of a sample. Raises ValueError if none of `TRIES` can be read."""
         other, blank = self._readable()
         if len(self._buckets) < 2:
             return blank
@@ -99,8 +101,8 @@ class Stream(Dataset):
     def _readable(self) -> tuple[int, dict[str, Tensor]]:
         """The index of a sample that can be read, and zeros like it."""
         if self._blank is None:
-            reasons = []
-            for index in range(min(len(self.dataset), 100)):
+            reasons, spread = [], torch.linspace(0, len(self.dataset) - 1, min(len(self.dataset), TRIES))
+            for index in spread.long().tolist():  # of many folders, the first may be broken as a whole
                 try:
                     sample = self.take(index, 0)
                 except BrokenSample as error:
@@ -109,7 +111,7 @@ class Stream(Dataset):
                 values = {key: torch.as_tensor(value) for key, value in sample.items() if key != "broken"}
                 self._blank = index, {key: torch.zeros_like(value) for key, value in values.items()}
                 return self._blank
-            raise RuntimeError("no sample could be read:\n  " + "\n  ".join(reasons))
+            raise ValueError(f"none of {len(reasons)} samples can be read:\n  " + "\n  ".join(reasons))
         return self._blank
 
 

@@ -7,6 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from skipdit.device import double
+
 PEAK = 255  # data range of 8-bit images
 WINDOW, SIGMA = 11, 1.5  # side and standard deviation of SSIM's Gaussian window, pixels
 C1, C2 = (0.01 * PEAK) ** 2, (0.03 * PEAK) ** 2  # keep SSIM's quotients finite on flat regions
@@ -29,7 +31,7 @@ def psnr(a: Tensor, b: Tensor) -> Tensor:
     """
     _check(a, b)
     squares = (a.float() - b.float()).square()  # exact: integers below 2^24
-    return 10 * torch.log10(PEAK**2 / squares.flatten(1).mean(1, dtype=torch.float64))
+    return 10 * torch.log10(PEAK**2 / double(squares).flatten(1).mean(1))
 
 
 def ssim(a: Tensor, b: Tensor) -> Tensor:
@@ -48,7 +50,7 @@ def ssim(a: Tensor, b: Tensor) -> Tensor:
     if min(a.shape[-2:]) < WINDOW:
         raise ValueError(f"SSIM's window is {WINDOW} pixels; images of {a.shape[-2]}x{a.shape[-1]} are too small")
     # One pair at a time: five float64 maps per channel of a large batch would not fit in memory.
-    return torch.stack([_ssim_of_pair(x.double(), y.double()) for x, y in zip(a, b, strict=True)])
+    return torch.stack([_ssim_of_pair(double(x), double(y)) for x, y in zip(a, b, strict=True)])
 
 
 def _ssim_of_pair(a: Tensor, b: Tensor) -> Tensor:

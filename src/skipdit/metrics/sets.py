@@ -6,6 +6,8 @@ The Fréchet distance is in `skipdit.metrics.frechet`.
 import torch
 from torch import Tensor
 
+from skipdit.device import double
+
 ROWS = 1024  # of a matrix of distances at once
 
 
@@ -59,7 +61,7 @@ def inception_score(logits: Tensor, split: int = 5000) -> tuple[float, float]:
     Args:
         logits: (N, classes), any float type.
     """
-    log_p = torch.as_tensor(logits).double().log_softmax(1)
+    log_p = double(torch.as_tensor(logits)).log_softmax(1)
     scores = []
     for part in log_p.split(split):
         marginal = part.logsumexp(0) - torch.tensor(float(len(part)), dtype=part.dtype).log()
@@ -100,7 +102,7 @@ def _distances(a: Tensor, b: Tensor) -> Tensor:
 
 def _pair(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     """Both sets in float64."""
-    a, b = (torch.as_tensor(x).double() for x in (a, b))
+    a, b = (double(torch.as_tensor(x)) for x in (a, b))
     if a.ndim != 2 or b.ndim != 2 or a.shape[1] != b.shape[1]:
         raise ValueError(f"features are {tuple(a.shape)} and {tuple(b.shape)}; they must be (N, D) and (M, D)")
     return a, b
