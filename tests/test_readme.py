@@ -139,6 +139,8 @@ ELSEWHERE = {
     "--also N4-1000-0-o1 --also results/demo-plan-ddpm.json sampler=ddpm": "minutes; with another plan above",
     "python class-to-image/compare.py --config configs/class-to-image/demo.yaml --intervals 2 4 --repeats 1 "
     "sampler=ddpm steps=250 num_samples=8": "minutes; with fewer steps above",
+    "python scripts/evaluate_fashion.py --data data --cache configs/class-to-image/demo_plan.json --cache N4-1000-0-o1 "
+    "--cache N4-1000-0 --cache 19": "test_efficiency.py, on few pictures and steps, with another plan",
     "python benchmarks/efficiency.py --data data --seeds 0 1": "test_efficiency.py, on few pictures and steps",
     "python benchmarks/efficiency.py --data data --seeds 0 --spectral": "the same",
     **{
