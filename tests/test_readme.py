@@ -141,7 +141,7 @@ ELSEWHERE = {
     "sampler=ddpm steps=250 num_samples=8": "minutes; with fewer steps above",
     "python scripts/evaluate_fashion.py --data data --cache configs/class-to-image/demo_plan.json --cache N4-1000-0-o1 "
     "--cache N4-1000-0 --cache 19": "test_efficiency.py, on few pictures and steps, with another plan",
-    "python benchmarks/efficiency.py --data data --seeds 0 1": "test_efficiency.py, on few pictures and steps",
+    "python benchmarks/efficiency.py --data data --seeds 0 1 2": "test_efficiency.py, on few pictures and steps",
     "python benchmarks/efficiency.py --data data --seeds 0 --spectral": "the same",
     **{
         f"python -m skipdit.analyze {analysis} --config configs/class-to-image/demo.yaml --plain "
