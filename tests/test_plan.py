@@ -336,10 +336,10 @@ def test_a_plan_for_other_runs_is_told(tmp_path, monkeypatch):
         sample_classes()
 
 
-@pytest.mark.parametrize("budget", [1, 2, 10])
-def test_extreme_budgets(command, budget):
-    plan = CachePlan.load(command("--budget", str(budget)))
-    assert plan.weights.count(None) == budget
+@pytest.mark.parametrize(("budget", "branch"), [(1, 1), (2, 2), (10, 1)])
+def test_extreme_budgets(command, budget, branch):
+    plan = CachePlan.load(command("--budget", str(budget), "--branch", str(branch)))
+    assert (plan.weights.count(None), plan.branch) == (budget, branch)
     assert (plan.about["errors"]["uniform, reuse"] < 1e-6) == (budget == 10)
 
 

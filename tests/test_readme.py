@@ -85,6 +85,10 @@ PROMPTS = {
     "clips": '"prompts=[crab, green heart, tornado, fire engine]"',
     "pictures": '"prompts=[green apple, fox, hamburger, airplane]"',
 }
+OTHERS = {  # that no plan has seen
+    "clips": '"prompts=[police car, octopus, red heart, snowman]"',
+    "pictures": '"prompts=[red apple, octopus, pizza, sailboat, rabbit face, cactus]"',
+}
 # Commands that need a download, eight GPUs or minutes: what they do first, or why not even that.
 ELSEWHERE = {
     "bash scripts/demo.sh": "minutes; its last line is compare.py above, with a plan as in test_plan.py",
@@ -123,16 +127,39 @@ ELSEWHERE = {
             ("class-to-video", 13, "configs/class-to-video/demo_plan.json", "num_samples=4 batch_size=4"),
             ("text-to-video", 13, "configs/text-to-video/demo_plan.json", PROMPTS["clips"]),
             ("text-to-image", 13, "configs/text-to-image/demo_plan.json", PROMPTS["pictures"]),
+            (
+                "class-to-video",
+                "13 --memory 2",
+                "results/video-plan-ddpm.json",
+                "num_samples=4 batch_size=4 sampler=ddpm",
+            ),
+            ("text-to-video", "13 --memory 2", "results/text-plan-ddpm.json", f"{PROMPTS['clips']} scheduler=ddpm"),
+            ("text-to-image", 13, "results/picture-plan-ddpm.json", f"{PROMPTS['pictures']} scheduler=ddpm"),
         )
     },
+    "python -m skipdit.plan --config configs/class-to-image/demo.yaml --speedup 2.6 --branch 2 "
+    "--out results/demo-plan-b2.json num_samples=10 batch_size=10": "minutes; test_plan.py has other branches",
+    **{
+        f"python {task}/compare.py --config configs/{task}/demo.yaml --intervals 4 --also N4-1000-0 "
+        f"--also N4-1000-0-o1 --also results/{plan}-plan-ddpm.json {settings}": "minutes; with another plan above"
+        for task, plan, settings in (
+            ("class-to-video", "video", 'num_samples=4 batch_size=1 "classes=[4,5,6,7]" sampler=ddpm'),
+            ("text-to-video", "text", f"{OTHERS['clips']} scheduler=ddpm"),
+            ("text-to-image", "picture", f"{OTHERS['pictures']} batch_size=2 scheduler=ddpm"),
+        )
+    },
+    "python class-to-video/compare.py --config configs/class-to-video/demo.yaml --intervals 2 --repeats 1 "
+    "sampler=ddpm steps=250 num_samples=2": "minutes; with fewer steps above",
+    "python text-to-image/compare.py --config configs/text-to-image/demo.yaml --intervals 2 3 --repeats 1 "
+    f"scheduler=ddpm steps=100 {OTHERS['pictures']} batch_size=2": "minutes; with fewer steps above",
     **{
         f"python benchmarks/compare.py --task {task} --out results/{task} --also configs/{task}/demo_plan.json {more}"
         "--also D0.1-o1 --also D0.2-o1 --also D0.4-o1 " + settings: "an hour; test_peers.py, on tiny models"
         for task, more, settings in (
             ("class-to-image", "--also results/demo-plan-10.json ", "num_samples=20 batch_size=10"),
             ("class-to-video", "", 'num_samples=4 batch_size=1 "classes=[4,5,6,7]"'),
-            ("text-to-video", "", '"prompts=[police car, octopus, red heart, snowman]"'),
-            ("text-to-image", "", '"prompts=[red apple, octopus, pizza, sailboat, rabbit face, cactus]" batch_size=2'),
+            ("text-to-video", "", OTHERS["clips"]),
+            ("text-to-image", "", f"{OTHERS['pictures']} batch_size=2"),
         )
     },
     "python class-to-image/compare.py --config configs/class-to-image/demo.yaml --intervals 2 3 4 --also N4-1000-0 "
