@@ -148,6 +148,15 @@ ELSEWHERE = {
             ("text-to-image", "picture", f"{OTHERS['pictures']} batch_size=2 scheduler=ddpm"),
         )
     },
+    **{
+        f"python {task}/compare.py --config configs/{task}/demo.yaml --intervals 4 --repeats {repeats} "
+        f"--also configs/{task}/demo_plan.json{more}": "minutes; fewer samples and another plan above"
+        for task, repeats, more in (
+            ("class-to-video", 3, " num_samples=8"),
+            ("text-to-video", 2, ""),
+            ("text-to-image", 3, ""),
+        )
+    },
     "python class-to-video/compare.py --config configs/class-to-video/demo.yaml --intervals 2 --repeats 1 "
     "sampler=ddpm steps=250 num_samples=2": "minutes; with fewer steps above",
     "python text-to-image/compare.py --config configs/text-to-image/demo.yaml --intervals 2 3 --repeats 1 "
