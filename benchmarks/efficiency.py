@@ -50,7 +50,7 @@ from skipdit.runlog import replace_text
 from skipdit.sample import generators, versions
 from skipdit.spectral import largest_singular, skip_linears
 from skipdit.vae import encode, latent_size, load_vae, pixels
-from skipdit.weights import fingerprint
+from skipdit.weights import fingerprint, saved
 
 CONFIG = "configs/class-to-image/fashion_plain.yaml"
 SETTINGS = [  # over the config's
@@ -190,7 +190,7 @@ def follow(config: Config, every: int, examiner: Examiner, protocol: dict) -> di
 
 def train_to(config: Config, step: int) -> DiT:
     """The averaged model of a run after a step; the run goes on from where it was."""
-    done = max((int(file.stem) for file in Path(config.out).glob("checkpoints/*.pt")), default=0)
+    done = max((int(file.stem) for file in saved(Path(config.out, "checkpoints"))), default=0)
     if done > step:
         raise ValueError(
             f"{config.out} was trained to step {done}, and is to be measured at step {step}: "

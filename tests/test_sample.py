@@ -120,7 +120,7 @@ def test_finished_run_keeps_its_report(config):
     assert json.loads((Path(config.out) / "report.json").read_text()) == json.loads(json.dumps(first))
 
 
-def test_report_of_fewer_samples_is_made_anew(config, tmp_path):
+def test_report_of_fewer_samples_is_made_anew(config):
     """A run that was killed before its report, and was then asked for fewer."""
     sample(config)
     (Path(config.out) / "report.json").unlink()

@@ -18,7 +18,7 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 
-from skipdit.weights import WeightsError, from_released, load_checkpoint, to_released
+from skipdit.weights import WeightsError, from_released, load_checkpoint, saved, to_released
 
 _FULL = StateDictOptions(full_state_dict=True, cpu_offload=True)  # gathered on rank 0 where parameters are sharded
 _LOAD = StateDictOptions(full_state_dict=True)
@@ -66,11 +66,6 @@ def save(
         raise RuntimeError(f"could not save {target}: {error}; {_kept(folder)}") from error
     for old in saved(folder)[:-keep]:
         old.unlink()
-
-
-def saved(folder: Path) -> list[Path]:
-    """The checkpoints in a folder, oldest first. Files without a step for a name are somebody else's."""
-    return sorted((file for file in folder.glob("*.pt") if file.stem.isdigit()), key=lambda file: int(file.stem))
 
 
 def _kept(folder: Path) -> str:

@@ -7,7 +7,6 @@ from typing import Any, TypeVar
 import torch
 from diffusers import AutoencoderKL
 
-from skipdit.checkpoint import saved
 from skipdit.config import friendly_errors, load_config, make_parser
 from skipdit.data.texts import LiveTexts, Texts, TextTable
 from skipdit.device import process_state
@@ -16,7 +15,7 @@ from skipdit.skip import SkipTransformer
 from skipdit.text import LATTE, Reading, load_text_encoder
 from skipdit.train import TrainConfig
 from skipdit.vae import load_vae
-from skipdit.weights import load_weights
+from skipdit.weights import load_weights, saved
 
 T = TypeVar("T")
 

@@ -212,10 +212,10 @@ def work_off(
     )
     if state.is_main_process:
         file.write_text(json.dumps(summary, indent=2) + "\n")
-        told = f"{job.total} {unit}s in {job.folder}"
+        told, steps = f"{job.total} {unit}s in {job.folder}", summary["steps"]
         if full_steps is not None:
-            full, cached = summary["steps"].values()
-            told += f": {full:g} full and {cached:g} cached steps, {summary['flops_speedup']:.2f}x fewer FLOPs"
+            told += f": {steps['full']:g} full and {steps['cached']:g} cached steps"
+            told += f", {summary['flops_speedup']:.2f}x fewer FLOPs"
         times = summary["seconds_per_step"].items()
         print(told + "".join(f", {kind} step {value * 1e3:.1f} ms" for kind, value in times if value))
     return summary

@@ -188,6 +188,15 @@ def holds_weights(path: str | Path) -> bool:
     return path.is_file() or any(file.suffix in (*_PICKLED, ".safetensors") for file in path.rglob("*"))
 
 
+def saved(folder: Path) -> list[Path]:
+    """A trainer's checkpoints in a folder, oldest first. Files without a step for a name are somebody else's."""
+    return sorted((file for file in folder.glob("*.pt") if file.stem.isdigit()), key=_step)
+
+
+def _step(checkpoint: Path) -> int:
+    return int(checkpoint.stem)
+
+
 def _weights_files(path: Path) -> list[Path]:
     """The file itself; in a folder its weights file, the shards of that, or the newest training checkpoint."""
     if not path.is_dir():
@@ -197,10 +206,9 @@ def _weights_files(path: Path) -> list[Path]:
             return sorted({path / shard for shard in json.loads(index.read_text())["weight_map"].values()})
         except (ValueError, KeyError) as error:
             raise WeightsError(f"{index} is damaged; download or copy it again") from error
-    numbered = [file for file in [*path.glob("*.pt"), *path.glob("checkpoints/*.pt")] if file.stem.isdigit()]
     files = (
         sorted(path.glob("*.safetensors"))
-        or sorted(numbered, key=lambda file: int(file.stem))[-1:]
+        or sorted(saved(path) + saved(path / "checkpoints"), key=_step)[-1:]
         or sorted(file for file in path.iterdir() if file.suffix in _PICKLED)
     )
     if len(files) != 1:
