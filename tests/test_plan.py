@@ -19,7 +19,21 @@ from skipdit.class_to_image.sample import main as sample_classes
 from skipdit.compare import check_plans, rows_for
 from skipdit.config import load_config, to_yaml
 from skipdit.diffusion import Diffusion
-from skipdit.plan import Bench, Errors, Watch, fit, forecast, greedy, interpolate, main, optimal, uniform, widened
+from skipdit.plan import (
+    NUDGE,
+    Bench,
+    Errors,
+    Watch,
+    fit,
+    forecast,
+    greedy,
+    interpolate,
+    main,
+    moved,
+    optimal,
+    uniform,
+    widened,
+)
 from skipdit.sample import generators
 from skipdit.task import find_task
 from skipdit.text_to_image import sample_t2i
@@ -228,9 +242,8 @@ model: {{patch_size: 1, hidden_size: 128, depth: 12, num_heads: 2, num_classes: 
 class Line:
     """Stands for a sampler: images that are a linear function of all weights of a plan, one of the samples far off."""
 
-    model = None
-
     def __init__(self):
+        self.model = torch.nn.Identity()
         draw = torch.Generator().manual_seed(0)
         self.base = 1e-3 * torch.randn(3, 3, 4, 4, generator=draw) * torch.tensor([1.0, 1.0, 30.0])[:, None, None, None]
         self.columns = 1e-3 * torch.randn(5, 3, 3, 4, 4, generator=draw)
@@ -257,6 +270,24 @@ def test_joint_fit_is_least_squares_of_relative_errors(monkeypatch):
     moved = torch.tensor([w for several in fitted for w in several or ()]) - torch.tensor([0.5, 1.0, 0.0, 0.1, 0.0])
     torch.testing.assert_close(moved.double(), exact, rtol=1e-3, atol=1e-3)
     assert bench.error(bench.plan(fitted)) < bench.error(bench.plan(start))
+
+
+@pytest.mark.parametrize("batch_size", [1, 2])
+def test_moved_weights_recompute_only_what_follows(batch_size, tmp_path):
+    """Runs that begin like another one are what they are without a record of it, to the last bit."""
+    (tmp_path / "tiny.yaml").write_text(TINY)
+    config = load_config(Config, tmp_path / "tiny.yaml", ["steps=6", f"batch_size={batch_size}", "sampler=ddpm"])
+    bench = Bench(open_sampler(config, 1), 6, 1)
+    bench.reference = list(bench.sampler.images(6, CacheSpec()))
+    start, places, calls = (None, None, (1.0,), (0.5,), None, (1.0,)), [(2, 0), (5, 0), (3, 0)], []
+    handle = next(bench.model.children()).register_forward_hook(lambda *_: calls.append(1))
+    runs = list(bench.nudged(start, places))
+    handle.remove()
+    assert len(calls) == (6 + 4 + 1 + 3) * 2 // batch_size and "forward" not in vars(bench.model)
+    for run, (k, by) in zip(runs, [(2, 0.0), (2, NUDGE), (5, NUDGE), (3, NUDGE)], strict=True):
+        direct = bench.changes(bench.plan(moved(start, [(k, 0)], [by])))
+        assert all(torch.equal(a, b) for a, b in zip(run, direct, strict=True))
+    assert len(runs[0]) == 2 // batch_size and not torch.equal(runs[1][0], runs[3][0])
 
 
 def test_joint_fit_takes_nothing_that_is_worse(monkeypatch):

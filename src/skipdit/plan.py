@@ -23,7 +23,7 @@ import argparse
 import inspect
 import math
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
 from itertools import accumulate
@@ -229,6 +229,43 @@ class Watch:
             grams[-1] = grams[-1].unflatten(0, (-1, samples)).mean(0).cpu()
 
 
+class Replay:
+    """Takes the place of a model's `forward` in runs that begin alike, to compute what they share only once.
+
+    The first run is recorded: what the model gave, and, on the CPU, the features that full steps left. After
+    `rewind(k)`, the next one takes the first k steps of every batch from there.
+    """
+
+    def __init__(self, model: SkipTransformer, steps: int):
+        self.model, self.steps = model, steps
+        self.calls, self.alike = 0, 0
+        self._record: list[tuple[Any, Tensor | None]] = []
+        self._forward = model.forward
+
+    def __enter__(self) -> "Replay":
+        self.model.forward = self._call
+        return self
+
+    def __exit__(self, *error) -> None:
+        del self.model.forward
+
+    def rewind(self, alike: int) -> None:
+        self.calls, self.alike = 0, alike
+
+    def _call(self, *args, cache: CacheStep | None = None, **kwargs) -> Any:
+        n, self.calls = self.calls, self.calls + 1
+        if n < len(self._record) and n % self.steps < self.alike:
+            output, feature = self._record[n]
+            if feature is not None:
+                cache.output = feature.to(self.model.device)
+            return output
+        output = self._forward(*args, cache=cache, **kwargs)
+        if n == len(self._record):
+            left = None if cache is None or cache.output is None else cache.output.cpu()
+            self._record.append((output, left))
+        return output
+
+
 @dataclass
 class Bench:
     """Runs of one sampler, against the uncached one.
@@ -273,14 +310,13 @@ class Bench:
         grams = {k: torch.cat(parts) for k, parts in watch.grams.items()}
         full = uniform(self.steps, budget)
         even = forecast(self.steps, full, 1)
-        now = self.changes(self.plan(even))
-        typical = mean_squares(now)
         free = [k for k, weights in enumerate(even) if weights]
         places = [free[n] for n in torch.linspace(0, len(free) - 1, min(probes, len(free))).round().long().unique()]
-        measured = []
-        for k in tqdm(places, desc="sensitivities", unit="run"):
-            nudged = self.changes(self.plan([*even[:k], (even[k][0] + NUDGE,), *even[k + 1 :]]))
-            squares = mean_squares([a - b for a, b in zip(nudged, now, strict=True)])
+        runs = iter(tqdm(self.nudged(even, [(k, 0) for k in places]), "sensitivities", 1 + len(places), unit="run"))
+        now = next(runs)
+        typical, measured = mean_squares(now), []
+        for k, changes in zip(places, runs, strict=True):
+            squares = mean_squares([a - b for a, b in zip(changes, now, strict=True)])
             i, j = [step - k for step in full if step < k][-2:]
             noise = NUDGE**2 * (grams[k][:, j, j] - 2 * grams[k][:, i, j] + grams[k][:, i, i])  # by which it changed
             measured.append((squares / noise.clamp_min(TINY)).clamp_min(TINY).log())
@@ -303,6 +339,17 @@ class Bench:
         """Images (N, ..., 3, H, W), of a range of 1, minus those of the uncached run, of every batch."""
         made = self.sampler.images(steps or self.steps, policy)
         return [(a - b).div(2) for a, b in zip(made, self.reference, strict=True)]
+
+    def nudged(self, weights: Weights, places: Sequence[tuple[int, int]]) -> Iterator[list[Tensor]]:
+        """The changes by a plan, then those by plans that have one of its weights, (step, number), moved by NUDGE.
+
+        These compute only the steps from that one on.
+        """
+        with Replay(self.model, self.steps) as replay:
+            yield self.changes(self.plan(weights))
+            for place in places:
+                replay.rewind(place[0])
+                yield self.changes(self.plan(moved(weights, [place], [NUDGE])))
 
     def squared_error(self, policy: Policy, steps: int | None = None) -> Tensor:
         """Mean squared error (N,) of every sample's images."""
@@ -345,6 +392,14 @@ def interpolate(places: Sequence[int], values: Sequence[T], count: int) -> list[
     return found
 
 
+def moved(weights: Weights, places: Sequence[tuple[int, int]], by: Sequence[float]) -> Weights:
+    """The weights, those at places (step, number) changed by so much."""
+    found = [None if several is None else list(several) for several in weights]
+    for (k, m), change in zip(places, by, strict=True):
+        found[k][m] += change
+    return tuple(None if several is None else tuple(several) for several in found)
+
+
 def widened(weights: Weights, memory: int) -> Weights:
     """The same, with zeros for features that so far are not used."""
     known = accumulate(several is None for several in weights)  # full steps so far
@@ -363,22 +418,15 @@ def fit(bench: Bench, weights: Weights, rounds: int) -> Weights:
     places = [(k, m) for k, several in enumerate(weights) for m in range(len(several or ()))]
     some = torch.randperm(bench.reference[0][0].numel(), generator=torch.Generator().manual_seed(0))[:PIXELS]
 
-    def changes(weights: Weights) -> Tensor:
-        return torch.cat([change.flatten(1)[:, some] for change in bench.changes(bench.plan(weights))])
-
-    def moved(by: Sequence[float]) -> Weights:
-        found = [None if several is None else list(several) for several in weights]
-        for (k, m), step in zip(places, by, strict=True):
-            found[k][m] += step
-        return tuple(None if several is None else tuple(several) for several in found)
-
-    with tqdm(total=rounds * len(places), desc="fitting all weights together", unit="run") as progress:
+    with tqdm(total=rounds * (1 + len(places)), desc="fitting all weights together", unit="run") as progress:
         for _ in range(rounds if places else 0):
-            now, slopes = changes(weights), []
-            scale = now.norm(dim=1, keepdim=True).clamp_min(TINY).reciprocal()
-            for row in torch.eye(len(places)).mul(NUDGE).tolist():
-                slopes.append((changes(moved(row)) - now) / NUDGE * scale)
+            runs = []
+            for changes in bench.nudged(weights, places):
+                runs.append(torch.cat([change.flatten(1)[:, some] for change in changes]))
                 progress.update()
+            now, *others = runs
+            scale = now.norm(dim=1, keepdim=True).clamp_min(TINY).reciprocal()
+            slopes = [(other - now) / NUDGE * scale for other in others]
             curvature, slope = 0, 0
             for target, columns in zip(now * scale, zip(*slopes, strict=True), strict=True):  # of each sample
                 rows = torch.stack(columns).double()
@@ -386,7 +434,7 @@ def fit(bench: Bench, weights: Weights, rounds: int) -> Weights:
             tries = [weights]
             for damping in DAMPING:
                 ridge = damping * curvature.diagonal().mean() * torch.eye(len(places), dtype=curvature.dtype)
-                tries.append(moved((-torch.linalg.solve(curvature + ridge, slope)).tolist()))
+                tries.append(moved(weights, places, (-torch.linalg.solve(curvature + ridge, slope)).tolist()))
             best = min(tries, key=lambda tried: bench.error(bench.plan(tried)))
             if best is weights:
                 break
@@ -537,7 +585,8 @@ def run(args: argparse.Namespace) -> tuple[CachePlan, dict[str, float]]:
     if typical * reach < config.steps:
         raise ValueError(f"--reach {reach} is too short for {typical} full steps of {config.steps}")
     fitted = (config.steps - typical) * (args.memory - 1) * args.rounds
-    cached_runs = 1 + args.probes + 5 + fitted + 3  # with the candidates, and what is tried after the fit
+    whole = 1 + 5 + args.rounds * (1 + len(DAMPING)) + 1  # with the candidates, and fewer steps
+    cached_runs = whole + (args.probes + fitted) / 2  # a moved weight leaves half a run to compute, on average
     share = (typical + (config.steps - typical) * bench.cached_cost) / config.steps
     predicted = sum(min(k, 2 * reach) for k in range(config.steps)) / config.steps  # from so many features, per step
     work = 1 + predicted * bench.cached_cost + share * cached_runs

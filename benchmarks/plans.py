@@ -1,0 +1,174 @@
+"""Plans and the other ways to spend the same FLOPs, over numbers of full steps: fidelity on several noises.
+
+    python benchmarks/plans.py --task class-to-image --out results/plans num_samples=20 batch_size=10
+    python benchmarks/plans.py --task text-to-video --plan results/plan-8.json --seeds 0 1 --out results/some
+
+Plans: the task's demo_plan.json and those in benchmarks/plans, or --plan. Beside each, with as many full steps at even
+distances, forecast and reuse, and uncached runs with fewer steps. What a plan was calibrated on should not be among the
+samples. Writes plans.md and plans.png of all tasks in --out, and every figure as soon as it is measured: the same
+command again continues.
+"""
+
+import argparse
+import json
+import math
+from contextlib import suppress
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+
+import matplotlib
+import torch
+from compare import ROOT, TASKS, Store
+from torch import Tensor
+from tqdm import tqdm
+
+from skipdit.bench import run_flops
+from skipdit.cache import CachePlan, CacheSpec, SkipCache
+from skipdit.compare import Row, Sampler, check_plans
+from skipdit.config import friendly_errors, load_config, to_dict
+from skipdit.metrics import mean_psnr, psnr
+from skipdit.plan import forecast, uniform
+from skipdit.runlog import replace_text
+from skipdit.sample import versions
+from skipdit.task import find_task
+from skipdit.weights import fingerprint
+
+PLAN, FORECAST, REUSE, FEWER = "plan", "even, forecast", "even, reuse", "fewer steps"
+STYLES = {PLAN: "o-", FORECAST: "s-", REUSE: "v-", FEWER: "d:"}
+
+
+def rows_for(sampler: Sampler, plan: CachePlan) -> list[Row]:
+    """A plan, and what costs the same: of uncached runs that whose FLOPs come nearest."""
+    steps, full = len(plan.weights), plan.weights.count(None)
+    even = [CachePlan(plan.timesteps, forecast(steps, uniform(steps, full), order), plan.branch) for order in (1, 0)]
+    fewer = max(1, round(run_flops(SkipCache(plan, plan.timesteps), sampler.flops) / sampler.flops["full"]))
+    rows = [Row(name, policy, steps) for name, policy in zip((PLAN, FORECAST, REUSE), (plan, *even), strict=True)]
+    return [*rows, Row(FEWER, CacheSpec(), fewer)]
+
+
+def measure(sampler: Sampler, plans: list[CachePlan], seeds: list[int], store: Store) -> list[dict[str, Any]]:
+    """PSNR to the uncached run (mean over samples), of every plan, row and seed: one dict per plan and row."""
+    rows = [(plan.weights.count(None), row) for plan in plans for row in rows_for(sampler, plan)]
+    table = [
+        {"full_steps": full, "name": row.name, "steps": row.steps, "flops": row.flops(sampler), "psnr": []}
+        for full, row in rows
+    ]
+    with tqdm(total=len(rows) * len(seeds), desc="measuring", unit="run") as progress:
+        for seed in seeds:
+            sampler.config.seed = seed
+            reference: Tensor | None = None
+            for result, (_, row) in zip(table, rows, strict=True):
+                key = f"seed {seed}, {row.steps} steps, {row.spec}".replace("/", " of ")
+                if (known := store.result(key)) is None:
+                    if reference is None:
+                        reference = sampler.make(sampler.config.steps, CacheSpec())
+                    made = sampler.make(row.steps, row.spec)
+                    frames = psnr(made.flatten(0, -4), reference.flatten(0, -4)).unflatten(0, (len(made), -1))
+                    each = [mean_psnr(sample).item() for sample in frames]
+                    known = {"psnr": mean(each), "samples": each}
+                    store.save(key, known)
+                result["psnr"].append(known["psnr"])
+                progress.update()
+    for result in table:
+        result["speedup"] = sampler.config.steps * sampler.flops["full"] / result["flops"]
+    return table
+
+
+def spread(values: list[float]) -> str:
+    return f"{mean(values):.1f}" + (f" ± {stdev(values):.1f}" if len(values) > 1 else "")
+
+
+def markdown(task: str, table: list[dict[str, Any]]) -> str:
+    """A line per plan: mean and deviation over seeds, and how far it is ahead in the same noise."""
+    columns = ["full steps", "speedup in FLOPs", PLAN, FORECAST, REUSE, FEWER]
+    columns += ["plan over forecast", "plan over fewer steps"]
+    lines = [f"| {task}, PSNR dB | {' | '.join(columns)} |", "|---" * (len(columns) + 1) + "|"]
+    for first in range(0, len(table), len(STYLES)):
+        rows = {row["name"]: row for row in table[first : first + len(STYLES)]}
+        plan, fewer = rows[PLAN], rows[FEWER]
+        leads = [
+            spread([a - b for a, b in zip(plan["psnr"], rows[name]["psnr"], strict=True)]) for name in (FORECAST, FEWER)
+        ]
+        cells = [str(plan["full_steps"]), f"{plan['speedup']:.2f}"]
+        cells += [spread(rows[name]["psnr"]) for name in (PLAN, FORECAST, REUSE)]
+        cells += [f"{spread(fewer['psnr'])} ({fewer['steps']} steps)"]
+        lines.append(f"| | {' | '.join([*cells, *leads])} |")
+    return "\n".join(lines) + "\n"
+
+
+def plot(tables: dict[str, list[dict[str, Any]]], path: Path) -> None:
+    """Fidelity over speedup in FLOPs: a panel per task, bars are the deviation over seeds."""
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    across = min(2, len(tables))
+    down = math.ceil(len(tables) / across)
+    figure, panels = plt.subplots(
+        down, across, figsize=(4.5 * across, 0.6 + 3.4 * down), squeeze=False, layout="constrained"
+    )
+    for panel, (task, table) in zip(panels.flat, tables.items(), strict=False):
+        for name, style in STYLES.items():
+            mine = sorted((row for row in table if row["name"] == name), key=lambda row: row["speedup"])
+            panel.errorbar(
+                [row["speedup"] for row in mine],
+                [mean(row["psnr"]) for row in mine],
+                [stdev(row["psnr"]) if len(row["psnr"]) > 1 else 0 for row in mine],
+                fmt=style,
+                capsize=3,
+                label=name,
+            )
+        panel.set(title=task, xlabel="speedup in FLOPs", ylabel="PSNR to the uncached run, dB")
+        panel.grid(alpha=0.3)
+    for panel in panels.flat[len(tables) :]:
+        panel.axis("off")
+    figure.legend(*panels[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=len(STYLES))
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--task", choices=TASKS, required=True)
+    parser.add_argument("--config", metavar="FILE", help="of the task's sampler [its demo.yaml]")
+    parser.add_argument("--plan", action="append", metavar="FILE", help="one of this model and run; may come again")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], metavar="SEED", help="[0 1 2]")
+    parser.add_argument("--out", required=True, metavar="FOLDER")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings that override the config's")
+    args = parser.parse_intermixed_args()
+    with friendly_errors():
+        benchmark(args)
+
+
+def benchmark(args: argparse.Namespace) -> None:
+    file = args.config or str(ROOT / f"configs/{args.task}/demo.yaml")
+    own = [ROOT / f"configs/{args.task}/demo_plan.json", *(ROOT / "benchmarks/plans").glob(f"{args.task}-*.json")]
+    plans = sorted(map(CachePlan.load, args.plan or own), key=lambda plan: plan.weights.count(None))
+    if len(branches := {plan.branch for plan in plans}) != 1:
+        raise ValueError(f"plans of branches {sorted(branches)}: compare those of one branch at a time, with --plan")
+    task = find_task(file, args.task)
+    config = load_config(task.schema, file, args.overrides)
+    sampler = task.open_sampler(config, plans[0].branch)
+    for config.seed in args.seeds:
+        check_plans(plans, sampler)
+    identity = {
+        "config": to_dict(config) | {"out": None, "weights": None, "seed": None},
+        "weights": fingerprint(sampler.model),
+        "vae": fingerprint(sampler.vae),
+        "threads": torch.get_num_threads(),
+    }
+    out = Path(args.out)
+    table = measure(sampler, plans, args.seeds, Store(out / args.task, identity | versions()))
+    record = {"seeds": args.seeds, "rows": table, "settings": identity, **versions()}
+    replace_text(out / f"{args.task}.json", json.dumps(record, indent=2) + "\n")
+    files = {name: out / f"{name}.json" for name in TASKS}
+    tables = {name: json.loads(file.read_text())["rows"] for name, file in files.items() if file.exists()}
+    text = "\n".join(markdown(name, rows) for name, rows in tables.items())
+    replace_text(out / "plans.md", text)
+    plot(tables, out / "plans.png")
+    print(f"\n{text}\nplot: {out / 'plans.png'}")
+
+
+if __name__ == "__main__":
+    with suppress(KeyboardInterrupt):
+        main()
