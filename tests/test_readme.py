@@ -1,8 +1,10 @@
 """Every command of README and docs/RESULTS.md is here, and runs: small if it can, to its first check if it cannot."""
 
 import json
+import multiprocessing
 import os
 import re
+import runpy
 import shlex
 import shutil
 import struct
@@ -61,6 +63,10 @@ RUN = {
     f"{ORIGINAL} --cache --cache-step 2": "--infer-steps 6 --image-size 64 64",
     f"{SAMPLE_PICTURE} --config configs/text-to-image/t2i_sample_cache.yaml": "steps=6 height=64 width=64",
 }
+PRELOADED = ["skipdit.train", "skipdit.plan", "skipdit.evaluate", "skipdit.encode", "skipdit.analyze"]
+PRELOADED += [
+    f"skipdit.{task}.compare" for task in ("class_to_image", "class_to_video", "text_to_video", "text_to_image")
+]
 AGAIN = [
     f'{SAMPLE_TEXT}demo.yaml --prompt "a police car"',
     f'{SAMPLE_PICTURE} --config configs/text-to-image/demo.yaml --prompt "red apple"',
@@ -235,6 +241,31 @@ def commands() -> list[str]:
     return [" ".join(line.split("#")[0].split()) for line in lines if line.split("#")[0].strip()]
 
 
+def forked(command: str, folder: Path) -> tuple[int, str]:
+    """Exit status and output of a command, in a copy of a process that has imported the libraries already."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(PRELOADED)  # of the first call
+    process = context.Process(target=become, args=(shlex.split(command), folder, folder / "told.txt"))
+    process.start()
+    process.join(timeout=300)
+    process.kill()
+    return process.exitcode, (folder / "told.txt").read_text()
+
+
+def become(command: list[str], folder: Path, told: Path) -> None:
+    """What `python ...` does, in this process."""
+    os.chdir(folder)
+    with told.open("w") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    if command[1] == "-m":
+        sys.path[0], sys.argv = str(folder), command[2:]
+        runpy.run_module(command[2], run_name="__main__", alter_sys=True)
+    else:
+        sys.path[0], sys.argv = str((folder / command[1]).resolve().parent), command[1:]
+        runpy.run_path(command[1], run_name="__main__")
+
+
 def run(command: str, folder: Path) -> subprocess.CompletedProcess:
     command = command.replace("python ", f"{sys.executable} ", 1)
     env = os.environ | {"OMP_NUM_THREADS": "1"}
@@ -267,8 +298,8 @@ def test_every_command_is_accounted_for():
 
 def test_commands_run(checkout):
     for command, small in RUN.items():
-        result = run(f"{command} {small}", checkout)
-        assert result.returncode == 0, f"{command}\n{result.stderr[-3000:]}"
+        status, told = forked(f"{command} {small}", checkout)
+        assert status == 0, f"{command}\n{told[-3000:]}"
     for command in AGAIN:  # in a process with other hashes
         result = run(f"{command} {RUN[command]}", checkout)
         assert result.returncode == 0, f"{command}, again\n{result.stderr[-3000:]}"
@@ -279,6 +310,14 @@ def test_commands_run(checkout):
     assert (checkout / "results/emoji/checkpoints/0000002.pt").exists()
     assert (checkout / "samples/text-demo/compare.gif").exists()
     assert len(list(checkout.glob("samples/text-to-image/渔舟唱晚-*/000000-渔舟唱晚.png"))) == 2
+
+
+def test_commands_that_fail_are_seen(tmp_path):
+    """By the test above."""
+    (tmp_path / "fails.py").write_text("import sys\nprint(sys.argv, flush=True)\nraise OSError('as it should')\n")
+    status, told = forked("python fails.py -x 1", tmp_path)
+    assert status == 1 and "['fails.py', '-x', '1']" in told and "OSError: as it should" in told
+    assert forked("python -m skipdit.plan --config no/such.yaml --budget 3", tmp_path)[0] == 2
 
 
 @pytest.mark.parametrize(("command", "wanted"), WITHOUT_CHECKPOINT.items())
