@@ -191,8 +191,8 @@ ELSEWHERE = {
         "these runs; without --plain above, with it in test_analyze.py"
         for analysis, count in {"perturb": 4, "similarity": 10, "dynamics": 10, "jacobian": 4}.items()
     },
-    f"{SAMPLE_TEXT}t2v_sample_skip_cache.yaml --cache plans/t2v-20.json out=samples/t2v-plan": "wants that plan; as the "
-    "demo's plan above",
+    f"{SAMPLE_TEXT}t2v_sample_skip_cache.yaml --cache plans/t2v-20.json out=samples/t2v-plan": "wants that plan; as "
+    "the demo's plan above",
     "bash scripts/demo.sh text-to-video": "minutes; its last line is compare.py above, with a plan as in test_plan.py",
     **{
         f"python -m skipdit.evaluate {command}": "test_evaluate.py, with small networks"
