@@ -30,12 +30,13 @@ import diffusers
 import matplotlib
 import torch
 from full_size import full_size, full_size_markdown
-from peers import TeaCache, replaced
+from peers import TeaCache
 from rows import FEWER, METHODS, REUSE, UNCACHED, Row, rows_for
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
+from skipdit.bench import replaced
 from skipdit.cache import CacheSpec, DriftSpec
 from skipdit.compare import Sampler, check_plans
 from skipdit.config import friendly_errors, load_config, to_dict

@@ -40,6 +40,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
+from skipdit.bench import replaced
 from skipdit.class_to_video import Latte
 from skipdit.skip import SkipTransformer, skip_stack
 
@@ -121,19 +122,6 @@ class Run:
         """A call broke off: the next one begins a new run."""
         self.step, self._left_out = -1, False
         self._forget()
-
-
-@contextmanager
-def replaced(owner: nn.Module, name: str, function: Callable) -> Iterator[None]:
-    """A method of an object is another function for a while."""
-    before = vars(owner).get(name)
-    vars(owner)[name] = function
-    try:
-        yield
-    finally:
-        del vars(owner)[name]
-        if before is not None:
-            vars(owner)[name] = before
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ import argparse
 import json
 import math
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
@@ -23,8 +24,8 @@ from compare import ROOT, TASKS, Store
 from torch import Tensor
 from tqdm import tqdm
 
-from skipdit.bench import run_flops
-from skipdit.cache import CachePlan, CacheSpec, SkipCache
+from skipdit.bench import uncached_steps
+from skipdit.cache import CachePlan, CacheSpec
 from skipdit.compare import Row, Sampler, check_plans
 from skipdit.config import friendly_errors, load_config, to_dict
 from skipdit.metrics import mean_psnr, psnr
@@ -38,27 +39,33 @@ PLAN, FORECAST, REUSE, FEWER = "plan", "even, forecast", "even, reuse", "fewer s
 STYLES = {PLAN: "o-", FORECAST: "s-", REUSE: "v-", FEWER: "d:"}
 
 
-def rows_for(sampler: Sampler, plan: CachePlan) -> list[Row]:
+def rows_beside(plan: CachePlan, sampler: Sampler) -> list[Row]:
     """A plan, and what costs the same: of uncached runs that whose FLOPs come nearest."""
     steps, full = len(plan.weights), plan.weights.count(None)
-    even = [CachePlan(plan.timesteps, forecast(steps, uniform(steps, full), order), plan.branch) for order in (1, 0)]
-    fewer = max(1, round(run_flops(SkipCache(plan, plan.timesteps), sampler.flops) / sampler.flops["full"]))
+    even = [replace(plan, weights=forecast(steps, uniform(steps, full), order)) for order in (1, 0)]
     rows = [Row(name, policy, steps) for name, policy in zip((PLAN, FORECAST, REUSE), (plan, *even), strict=True)]
-    return [*rows, Row(FEWER, CacheSpec(), fewer)]
+    return [*rows, Row(FEWER, CacheSpec(), uncached_steps(rows[0].flops(sampler), sampler.flops))]
 
 
 def measure(sampler: Sampler, plans: list[CachePlan], seeds: list[int], store: Store) -> list[dict[str, Any]]:
-    """PSNR to the uncached run (mean over samples), of every plan, row and seed: one dict per plan and row."""
-    rows = [(plan.weights.count(None), row) for plan in plans for row in rows_for(sampler, plan)]
+    """PSNR to the uncached run of every plan and what stands beside it: one dict per plan, seeds in order."""
+    groups = [rows_beside(plan, sampler) for plan in plans]
+    uncached = sampler.config.steps * sampler.flops["full"]
     table = [
-        {"full_steps": full, "name": row.name, "steps": row.steps, "flops": row.flops(sampler), "psnr": []}
-        for full, row in rows
+        {
+            "full_steps": plan.weights.count(None),
+            "uncached_steps": rows[-1].steps,
+            "speedup": {row.name: uncached / row.flops(sampler) for row in rows},
+            "psnr": {row.name: [] for row in rows},
+        }
+        for plan, rows in zip(plans, groups, strict=True)
     ]
-    with tqdm(total=len(rows) * len(seeds), desc="measuring", unit="run") as progress:
+    work = [(result["psnr"][row.name], row) for result, rows in zip(table, groups, strict=True) for row in rows]
+    with tqdm(total=len(work) * len(seeds), desc="measuring", unit="run") as progress:
         for seed in seeds:
             sampler.config.seed = seed
             reference: Tensor | None = None
-            for result, (_, row) in zip(table, rows, strict=True):
+            for found, row in work:
                 key = f"seed {seed}, {row.steps} steps, {row.spec}".replace("/", " of ")
                 if (known := store.result(key)) is None:
                     if reference is None:
@@ -68,10 +75,8 @@ def measure(sampler: Sampler, plans: list[CachePlan], seeds: list[int], store: S
                     each = [mean_psnr(sample).item() for sample in frames]
                     known = {"psnr": mean(each), "samples": each}
                     store.save(key, known)
-                result["psnr"].append(known["psnr"])
+                found.append(known["psnr"])
                 progress.update()
-    for result in table:
-        result["speedup"] = sampler.config.steps * sampler.flops["full"] / result["flops"]
     return table
 
 
@@ -84,16 +89,12 @@ def markdown(task: str, table: list[dict[str, Any]]) -> str:
     columns = ["full steps", "speedup in FLOPs", PLAN, FORECAST, REUSE, FEWER]
     columns += ["plan over forecast", "plan over fewer steps"]
     lines = [f"| {task}, PSNR dB | {' | '.join(columns)} |", "|---" * (len(columns) + 1) + "|"]
-    for first in range(0, len(table), len(STYLES)):
-        rows = {row["name"]: row for row in table[first : first + len(STYLES)]}
-        plan, fewer = rows[PLAN], rows[FEWER]
-        leads = [
-            spread([a - b for a, b in zip(plan["psnr"], rows[name]["psnr"], strict=True)]) for name in (FORECAST, FEWER)
-        ]
-        cells = [str(plan["full_steps"]), f"{plan['speedup']:.2f}"]
-        cells += [spread(rows[name]["psnr"]) for name in (PLAN, FORECAST, REUSE)]
-        cells += [f"{spread(fewer['psnr'])} ({fewer['steps']} steps)"]
-        lines.append(f"| | {' | '.join([*cells, *leads])} |")
+    for result in table:
+        psnr = result["psnr"]
+        leads = [[a - b for a, b in zip(psnr[PLAN], psnr[name], strict=True)] for name in (FORECAST, FEWER)]
+        cells = [str(result["full_steps"]), f"{result['speedup'][PLAN]:.2f}", *map(spread, psnr.values())]
+        cells[-1] += f" ({result['uncached_steps']} steps)"
+        lines.append(f"| | {' | '.join([*cells, *map(spread, leads)])} |")
     return "\n".join(lines) + "\n"
 
 
@@ -109,15 +110,10 @@ def plot(tables: dict[str, list[dict[str, Any]]], path: Path) -> None:
     )
     for panel, (task, table) in zip(panels.flat, tables.items(), strict=False):
         for name, style in STYLES.items():
-            mine = sorted((row for row in table if row["name"] == name), key=lambda row: row["speedup"])
-            panel.errorbar(
-                [row["speedup"] for row in mine],
-                [mean(row["psnr"]) for row in mine],
-                [stdev(row["psnr"]) if len(row["psnr"]) > 1 else 0 for row in mine],
-                fmt=style,
-                capsize=3,
-                label=name,
-            )
+            values = [result["psnr"][name] for result in table]
+            bars = [stdev(each) if len(each) > 1 else 0 for each in values]
+            speedups = [result["speedup"][name] for result in table]
+            panel.errorbar(speedups, list(map(mean, values)), bars, fmt=style, capsize=3, label=name)
         panel.set(title=task, xlabel="speedup in FLOPs", ylabel="PSNR to the uncached run, dB")
         panel.grid(alpha=0.3)
     for panel in panels.flat[len(tables) :]:
@@ -149,8 +145,7 @@ def benchmark(args: argparse.Namespace) -> None:
     task = find_task(file, args.task)
     config = load_config(task.schema, file, args.overrides)
     sampler = task.open_sampler(config, plans[0].branch)
-    for config.seed in args.seeds:
-        check_plans(plans, sampler)
+    check_plans(plans, sampler, args.seeds)
     identity = {
         "config": to_dict(config) | {"out": None, "weights": None, "seed": None},
         "weights": fingerprint(sampler.model),
@@ -159,10 +154,10 @@ def benchmark(args: argparse.Namespace) -> None:
     }
     out = Path(args.out)
     table = measure(sampler, plans, args.seeds, Store(out / args.task, identity | versions()))
-    record = {"seeds": args.seeds, "rows": table, "settings": identity, **versions()}
+    record = {"seeds": args.seeds, "plans": table, "settings": identity, **versions()}
     replace_text(out / f"{args.task}.json", json.dumps(record, indent=2) + "\n")
     files = {name: out / f"{name}.json" for name in TASKS}
-    tables = {name: json.loads(file.read_text())["rows"] for name, file in files.items() if file.exists()}
+    tables = {name: json.loads(file.read_text())["plans"] for name, file in files.items() if file.exists()}
     text = "\n".join(markdown(name, rows) for name, rows in tables.items())
     replace_text(out / "plans.md", text)
     plot(tables, out / "plans.png")

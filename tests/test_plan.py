@@ -11,6 +11,7 @@ from conftest import ROOT, tiny_dit
 from tqdm import tqdm
 
 from skipdit import CacheSpec, SkipCache
+from skipdit.bench import replaced
 from skipdit.cache import CachePlan, CacheStep
 from skipdit.class_sample import generate
 from skipdit.class_to_image.compare import open_sampler
@@ -118,8 +119,8 @@ def test_calibration_measures_what_cached_steps_do():
     handle = model.register_forward_hook(keep, with_kwargs=True)
     with tqdm(disable=True) as progress:
         watch = Watch(model, 1, steps, 3, progress)
-        watched = sample(model, steps=steps, guidance_scale=2.0)
-        watch.remove()
+        with replaced(model, "forward", watch):
+            watched = sample(model, steps=steps, guidance_scale=2.0)
         handle.remove()
     watch.fold(2)
     assert torch.equal(watched, sample(model, steps=steps, guidance_scale=2.0))  # watching changes nothing

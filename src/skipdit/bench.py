@@ -1,9 +1,11 @@
 """Counting and timing model calls."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
+from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from skipdit.cache import CacheStep, SkipCache
@@ -33,6 +35,24 @@ def step_flops(model: SkipTransformer, batch: int, branch: int = 1, **sizes: int
 def run_flops(cache: SkipCache, per_step: dict[str, float]) -> float:
     """FLOPs of a whole run, from those of one full and one cached step."""
     return cache.full_steps * per_step["full"] + cache.cached_steps * per_step["cached"]
+
+
+def uncached_steps(flops: float, per_step: dict[str, float]) -> int:
+    """How many full steps come nearest to these FLOPs: what else they could be spent on."""
+    return max(1, round(flops / per_step["full"]))
+
+
+@contextmanager
+def replaced(owner: nn.Module, name: str, function: Callable) -> Iterator[None]:
+    """A method of an object is another function for a while."""
+    before = vars(owner).get(name)
+    vars(owner)[name] = function
+    try:
+        yield
+    finally:
+        del vars(owner)[name]
+        if before is not None:
+            vars(owner)[name] = before
 
 
 def interleaved_seconds(

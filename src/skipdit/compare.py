@@ -18,7 +18,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor, nn
 
-from skipdit.bench import run_flops
+from skipdit.bench import run_flops, uncached_steps
 from skipdit.cache import CachePlan, CacheSpec, DriftSpec, Policy, SkipCache
 from skipdit.config import friendly_errors, load_config, make_parser, to_dict
 from skipdit.media import side_by_side, write_gif
@@ -75,7 +75,7 @@ def rows_for(
     for interval in intervals:
         reuse = Row(f"reuse N={interval}", CacheSpec(interval, window.start, window.stop, window.branch), steps)
         forecast = Row(f"forecast N={interval}", reuse.spec.with_order(1), steps)
-        fewer = max(1, round(reuse.flops(sampler) / sampler.flops["full"]))
+        fewer = uncached_steps(reuse.flops(sampler), sampler.flops)
         rows += [reuse, forecast, Row(f"{fewer} steps", CacheSpec(), fewer)]
     if drifts := [str(policy) for policy in also if isinstance(policy, DriftSpec)]:
         raise ValueError(f"--also {drifts[0]}: what it costs is not known before; benchmarks/compare.py counts it")
@@ -88,8 +88,11 @@ def rows_for(
     return rows + [Row(name, policy, steps) for name, policy in zip(names, also, strict=True)]
 
 
-def check_plans(policies: Sequence[Policy], sampler: Sampler) -> None:
-    """Warn of plans that were made for other runs, or from the seed that they are to be judged by.
+def check_plans(policies: Sequence[Policy], sampler: Sampler, seeds: Sequence[int] = ()) -> None:
+    """Warn of plans that were made for other runs, or from a seed that they are to be judged by.
+
+    Args:
+        seeds: those of the samples, if not the config's alone.
 
     Raises ValueError for a plan of other timesteps.
     """
@@ -97,10 +100,9 @@ def check_plans(policies: Sequence[Policy], sampler: Sampler) -> None:
         if isinstance(plan, CachePlan):
             plan.plan(sampler.timesteps(sampler.config.steps))
             plan.check(fingerprint(sampler.model), sampler.method, sampler.config.guidance_scale)
-            if plan.about.get("calibration", {}).get("seed") == sampler.config.seed:
-                warnings.warn(
-                    f"{plan.source} was calibrated on seed {sampler.config.seed}, too: take another", stacklevel=2
-                )
+            seed = plan.about.get("calibration", {}).get("seed")
+            if seed in (seeds or [sampler.config.seed]):
+                warnings.warn(f"{plan.source} was calibrated on seed {seed}, too: take another", stacklevel=2)
 
 
 def compare(sampler: Sampler, rows: list[Row], repeats: int) -> tuple[list[dict], list[Tensor]]:

@@ -4,7 +4,7 @@
     python -m skipdit.plan --config configs/text-to-video/demo.yaml --speedup 1.5 --out plan.json steps=50
     python -m skipdit.plan --config configs/class-to-image/demo.yaml --max-error 0.01 --out plan.json
 
-Take samples for it that are judged nowhere else: --seed is not that of the config, and prompts should be others, too.
+Take samples for it that are judged nowhere else: the seed is not that of the config, and prompts should be others, too.
 The plan is for this model, sampler, number of steps and guidance, and is refused on other timesteps.
 
 How, for a run of T steps whose full steps ... h < i < j ... leave the features ... f_h, f_i, f_j:
@@ -35,7 +35,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from skipdit.bench import run_flops
+from skipdit.bench import replaced, run_flops, uncached_steps
 from skipdit.cache import CachePlan, CacheSpec, CacheStep, Policy, SkipCache, linear_weights
 from skipdit.compare import Sampler
 from skipdit.config import friendly_errors, load_config, to_dict
@@ -49,6 +49,7 @@ RIDGE = 1e-3  # of least squares, relative to the mean of the diagonal
 DAMPING = (0.02, 0.1)  # the same, of the joint fit; what measures better is taken
 NUDGE = 0.15  # by which a weight is moved, to see what it does
 TINY = 1e-20
+SEED = 10_000  # of calibration samples; no config has it
 PIXELS = 2**16  # of every sample, drawn at random, that the joint fit looks at
 
 T = TypeVar("T", float, Tensor)
@@ -63,8 +64,10 @@ class Errors:
         steps: T.
         reach: the largest distance of two full steps, and of the last one from the end of the run.
         grams: of every step but the first, inner products (F, F) of the errors that it has with the features of the F
-            steps before it, times how much they move the images.
-        sensitivity: of every step, mean squared error of the images over that of the noise.
+            steps before it, times how much they move the images: a sample's squared error counts in units of its own
+            under the even linear forecast, and their mean is taken.
+        sensitivity: of every step, mean squared error of the images over that of the noise, the geometric mean over
+            samples.
         memory: stored features that a cached step may use; schedules are chosen as if there were two at most.
     """
 
@@ -99,7 +102,7 @@ class Errors:
         return self.grams[k][np.ix_(known, known)], each[:-1] - each[1:]
 
     def cost(self, full: tuple[int, ...], end: int) -> float:
-        """Squared error of the images that the cached steps after these full steps cause, before step `end`.
+        """Squared error of the images, in units as of `grams`, by the cached steps after these full ones, up to `end`.
 
         The errors of one feature are alike from step to step and add up; those of different features do not.
         """
@@ -160,7 +163,7 @@ def optimal(errors: Errors, budget: int) -> list[int]:
 
 
 def greedy(errors: Errors, budget: int) -> list[int]:
-    """Full steps that are left when the one that costs least is cached, again and again: a control."""
+    """Full steps that are left when the one that costs least is cached, again and again."""
     full = list(range(errors.steps))
     while len(full) > budget:
         full = min(([j for j in full if j != k] for k in full[1:]), key=errors.total)
@@ -168,13 +171,15 @@ def greedy(errors: Errors, budget: int) -> list[int]:
 
 
 def uniform(steps: int, budget: int) -> list[int]:
-    """Full steps at equal distances, from the first on; the longer ones first, since late steps show more."""
+    """Full steps at equal distances, from the first on; the longer gaps first, since late steps show more."""
     short, longer = divmod(steps, budget)
     return [n * short + min(n, longer) for n in range(budget)]
 
 
 class Watch:
-    """Takes the place of a model's `forward` in uncached runs, to predict every step with earlier features, too.
+    """Stands in for a model's `forward` in uncached runs, to predict every step with earlier features, too.
+
+    (A hook would not do: those of a pipeline come later, and bring its own cache.)
 
     Args:
         model: the sampler's.
@@ -187,18 +192,14 @@ class Watch:
     """
 
     def __init__(self, model: SkipTransformer, branch: int, steps: int, window: int, progress: tqdm):
-        self.model, self.branch, self.steps, self.progress = model, branch, steps, progress
+        self.branch, self.steps, self.progress = branch, steps, progress
         self.calls = 0
         self.grams: dict[int, list[Tensor]] = {k: [] for k in range(1, steps)}  # (N, F, F), a tensor per batch
         self._features: deque[Tensor] = deque(maxlen=window)  # of the steps before this one, newest last
         self._forward = model.forward
         self._names = list(inspect.signature(self._forward).parameters)  # the first: the latents
-        model.forward = self._call  # and not a hook: those of a pipeline come later, and bring its own cache
 
-    def remove(self) -> None:
-        del self.model.forward  # the class's own comes back
-
-    def _call(self, *args, **kwargs) -> Any:
+    def __call__(self, *args, **kwargs) -> Any:
         arguments = dict(zip(self._names, args, strict=False)) | kwargs
         latents, step = arguments[self._names[0]], CacheStep(self.branch, None)
         output = self._forward(**arguments | {"cache": step})
@@ -230,7 +231,7 @@ class Watch:
 
 
 class Replay:
-    """Takes the place of a model's `forward` in runs that begin alike, to compute what they share only once.
+    """Stands in for a model's `forward` in runs that begin alike, to compute what they share only once.
 
     The first run is recorded: what the model gave, and, on the CPU, the features that full steps left. After
     `rewind(k)`, the next one takes the first k steps of every batch from there.
@@ -242,17 +243,10 @@ class Replay:
         self._record: list[tuple[Any, Tensor | None]] = []
         self._forward = model.forward
 
-    def __enter__(self) -> "Replay":
-        self.model.forward = self._call
-        return self
-
-    def __exit__(self, *error) -> None:
-        del self.model.forward
-
     def rewind(self, alike: int) -> None:
         self.calls, self.alike = 0, alike
 
-    def _call(self, *args, cache: CacheStep | None = None, **kwargs) -> Any:
+    def __call__(self, *args, cache: CacheStep | None = None, **kwargs) -> Any:
         n, self.calls = self.calls, self.calls + 1
         if n < len(self._record) and n % self.steps < self.alike:
             output, feature = self._record[n]
@@ -299,12 +293,10 @@ class Bench:
         """
         with tqdm(desc="uncached runs, every step predicted from others", unit="step") as progress:
             watch = Watch(self.model, self.branch, self.steps, 2 * reach, progress)
-            try:
+            with replaced(self.model, "forward", watch):
                 for images in self.sampler.images(self.steps, CacheSpec()):
                     self.reference.append(images)
                     watch.fold(len(images))
-            finally:
-                watch.remove()
         if watch.calls != self.steps * len(self.reference):
             raise ValueError(f"{watch.calls} calls of the model in {len(self.reference)} runs of {self.steps} steps")
         grams = {k: torch.cat(parts) for k, parts in watch.grams.items()}
@@ -314,16 +306,16 @@ class Bench:
         places = [free[n] for n in torch.linspace(0, len(free) - 1, min(probes, len(free))).round().long().unique()]
         runs = iter(tqdm(self.nudged(even, [(k, 0) for k in places]), "sensitivities", 1 + len(places), unit="run"))
         now = next(runs)
-        typical, measured = mean_squares(now), []
+        even_error, measured = mean_squares(now), []
         for k, changes in zip(places, runs, strict=True):
             squares = mean_squares([a - b for a, b in zip(changes, now, strict=True)])
             i, j = [step - k for step in full if step < k][-2:]
             noise = NUDGE**2 * (grams[k][:, j, j] - 2 * grams[k][:, i, j] + grams[k][:, i, i])  # by which it changed
             measured.append((squares / noise.clamp_min(TINY)).clamp_min(TINY).log())
         if not places:  # no forecast with so few full steps, or so many: then there is little to choose
-            places, measured = [0], [torch.zeros_like(typical)]
+            places, measured = [0], [torch.zeros_like(even_error)]
         moves = [each.exp() for each in interpolate(places, measured, self.steps)]  # per step, (N,)
-        relative = {k: moves[k] / typical.clamp_min(TINY) for k in grams}
+        relative = {k: moves[k] / even_error.clamp_min(TINY) for k in grams}
         return Errors(
             self.steps,
             reach,
@@ -345,22 +337,20 @@ class Bench:
 
         These compute only the steps from that one on.
         """
-        with Replay(self.model, self.steps) as replay:
+        replay = Replay(self.model, self.steps)
+        with replaced(self.model, "forward", replay):
             yield self.changes(self.plan(weights))
             for place in places:
                 replay.rewind(place[0])
                 yield self.changes(self.plan(moved(weights, [place], [NUDGE])))
-
-    def squared_error(self, policy: Policy, steps: int | None = None) -> Tensor:
-        """Mean squared error (N,) of every sample's images."""
-        return mean_squares(self.changes(policy, steps))
 
     def error(self, policy: Policy, steps: int | None = None) -> float:
         """Root of the mean squared error of the images, of their range: the geometric mean over samples, as a mean of
         PSNRs is."""
         key = f"{policy} {steps}"
         if key not in self._known:
-            self._known[key] = self.squared_error(policy, steps).clamp_min(TINY).log().mean().div(2).exp().item()
+            squares = mean_squares(self.changes(policy, steps))
+            self._known[key] = squares.clamp_min(TINY).log().mean().div(2).exp().item()
         return self._known[key]
 
     @property
@@ -486,7 +476,7 @@ def make_plan(bench: Bench, errors: Errors, budget: int, rounds: int) -> tuple[C
     measured[fitted] = bench.error(bench.plan(plans[fitted]))
     best = min(measured, key=measured.get)  # never worse than a control, where it was measured
     plan = replace(bench.plan(plans[best]), about={"chosen": best, "step_errors": errors.curve(plans[best])})
-    steps = max(1, round(bench.flops(plan) / bench.sampler.flops["full"]))
+    steps = uncached_steps(bench.flops(plan), bench.sampler.flops)
     measured[f"{steps} steps, uncached"] = bench.error(CacheSpec(), steps)
     return plan, measured
 
@@ -517,14 +507,12 @@ def main() -> None:
         "--max-error",
         type=float,
         metavar="E",
-        help="root mean square, of the pixels' range; 0.01 is a PSNR of 40 dB. Finds the fewest full steps",
+        help="root mean square of the pixels' range, on the calibration samples: others may have some dB more; 0.01 is "
+        "a PSNR of 40 dB. Finds the fewest full steps",
     )
     parser.add_argument("--steps", type=positive, metavar="T", help="of a run [the config's]")
     parser.add_argument(
         "--branch", type=positive, default=1, metavar="B", help="outer layers of cached steps [%(default)s]"
-    )
-    parser.add_argument(
-        "--seed", type=int, default=10_000, help="of the calibration samples, in place of the config's [%(default)s]"
     )
     parser.add_argument(
         "--reach", type=positive, metavar="G", help="most steps from full to full [three times the mean, 12 at least]"
@@ -542,7 +530,12 @@ def main() -> None:
     )
     parser.add_argument("--task", help="class-to-image ... [the name of the config's folder]")
     parser.add_argument("--out", default="plan.json", metavar="FILE", help="[%(default)s]")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings that override the config's")
+    parser.add_argument(
+        "overrides",
+        nargs="*",
+        metavar="key=value",
+        help=f"settings that override the config's, whose seed {SEED} does unless you say another",
+    )
     args = parser.parse_intermixed_args()
     with friendly_errors():
         if not args.out.endswith(".json") or Path(args.out).is_dir():
@@ -559,6 +552,16 @@ def main() -> None:
     print(f"{plan.about['speedup']:.2f}x fewer FLOPs")
 
 
+def calibration_cost(bench: Bench, full: int, reach: int, args: argparse.Namespace) -> float:
+    """Roughly, in uncached runs, for a plan with so many full steps."""
+    steps = bench.steps
+    predictions = sum(min(k, 2 * reach) for k in range(steps)) / steps  # of a watched step
+    moved = args.probes + (steps - full) * (args.memory - 1) * args.rounds  # half of which are run
+    tried = 1 + 5 + args.rounds * (1 + len(DAMPING))  # the even forecast, candidates, the fit's before and after
+    share = (full + (steps - full) * bench.cached_cost) / steps
+    return 1 + predictions * bench.cached_cost + share * (tried + moved / 2 + 1)  # and fewer steps
+
+
 def positive(text: str) -> int:
     """A number of a command line, 1 or more."""
     if not text.isdecimal() or int(text) < 1:
@@ -573,25 +576,20 @@ def psnr_of(error: float) -> float:
 def run(args: argparse.Namespace) -> tuple[CachePlan, dict[str, float]]:
     """Calibrate and plan as a command line says."""
     task = find_task(args.config, args.task)
-    config = load_config(task.schema, args.config, args.overrides)
-    config.seed, config.cache, config.compile = args.seed, "none", False
+    config = load_config(task.schema, args.config, [f"seed={SEED}", *args.overrides])
+    config.cache, config.compile = "none", False
     config.steps = args.steps or config.steps
     sampler = task.open_sampler(config, args.branch)
     bench = Bench(sampler, config.steps, args.branch)
     budget = budget_of(bench, args)
     spread = config.steps / (budget or config.steps / 4)
     reach = min(args.reach or max(12, math.ceil(3 * spread)), config.steps)
-    typical = budget or math.ceil(config.steps / min(4, reach))
-    if typical * reach < config.steps:
-        raise ValueError(f"--reach {reach} is too short for {typical} full steps of {config.steps}")
-    fitted = (config.steps - typical) * (args.memory - 1) * args.rounds
-    whole = 1 + 5 + args.rounds * (1 + len(DAMPING)) + 1  # with the candidates, and fewer steps
-    cached_runs = whole + (args.probes + fitted) / 2  # a moved weight leaves half a run to compute, on average
-    share = (typical + (config.steps - typical) * bench.cached_cost) / config.steps
-    predicted = sum(min(k, 2 * reach) for k in range(config.steps)) / config.steps  # from so many features, per step
-    work = 1 + predicted * bench.cached_cost + share * cached_runs
-    print(f"calibration costs what {work:.0f} uncached runs do" + ("" if budget else ", or several times that"))
-    errors = bench.calibrate(reach, args.probes, typical, args.memory)
+    full = budget or math.ceil(config.steps / min(4, reach))
+    if full * reach < config.steps:
+        raise ValueError(f"--reach {reach} is too short for {full} full steps of {config.steps}")
+    cost = calibration_cost(bench, full, reach, args)
+    print(f"calibration costs what {cost:.0f} uncached runs do" + ("" if budget else ", or several times that"))
+    errors = bench.calibrate(reach, args.probes, full, args.memory)
     if budget is None:
         plan, measured = within(bench, errors, args.max_error, args.rounds)
     else:
