@@ -102,7 +102,7 @@ def _pixels(job: Job, index: int) -> np.ndarray:
 
 def main() -> None:
     parser = make_parser(Config, __doc__)
-    add_cache_arguments(parser)
+    add_cache_arguments(parser, WINDOW)
     parser.add_argument(
         "--model", metavar="NAME", help="model name, as model.name; the original's DiT-cache-N also sets the cache"
     )

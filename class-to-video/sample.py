@@ -90,7 +90,7 @@ def sample(config: Config) -> dict:
 
 def main() -> None:
     parser = make_parser(Config, __doc__)
-    add_cache_arguments(parser)
+    add_cache_arguments(parser, WINDOW)
     args = parser.parse_intermixed_args()
     with friendly_errors():
         spec = cache_override(args, WINDOW)

@@ -338,7 +338,7 @@ def original_settings(args: argparse.Namespace) -> dict[str, str | int | float]:
 
 def main() -> None:
     parser = make_parser(Config, __doc__, default="the released model in ckpts/")
-    add_cache_arguments(parser)
+    add_cache_arguments(parser, WINDOW)
     add_prompt_argument(parser)
     add_original_arguments(parser)
     args = parser.parse_intermixed_args()

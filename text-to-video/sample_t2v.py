@@ -263,7 +263,7 @@ def write_look(config: Config, job: Job) -> None:
 
 def main() -> None:
     parser = make_parser(Config, __doc__)
-    add_cache_arguments(parser)
+    add_cache_arguments(parser, WINDOW)
     add_prompt_argument(parser)
     args = parser.parse_intermixed_args()
     with friendly_errors():

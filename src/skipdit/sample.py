@@ -331,19 +331,21 @@ def versions() -> dict[str, Any]:
     }
 
 
-def add_cache_arguments(parser: argparse.ArgumentParser) -> None:
-    """`--cache SPEC`, and the original commands' ways to say it."""
+def add_cache_arguments(parser: argparse.ArgumentParser, window: str) -> None:
+    """`--cache SPEC`, and the original commands' ways to say it.
+
+    Args:
+        window: the task's default spec, with `{}` for the interval.
+    """
     parser.add_argument(
         "--cache",
         nargs="?",
         const="default",
         metavar="SPEC",
         help="N<interval>-<start>-<stop>[-b<branch>][-o<order>], a plan's FILE.json, D<threshold>[-m<most>][-b<branch>]"
-        "[-o<order>], or none; alone: the task's default window",
+        f"[-o<order>], or none; alone: {window.format(2)}",
     )
-    parser.add_argument(
-        "--cache-step", "--deepcache", type=int, metavar="N", help="the task's default window with interval N"
-    )
+    parser.add_argument("--cache-step", "--deepcache", type=int, metavar="N", help=f"as --cache {window.format('<N>')}")
 
 
 def cache_override(args: argparse.Namespace, window: str) -> list[str]:
@@ -351,7 +353,7 @@ def cache_override(args: argparse.Namespace, window: str) -> list[str]:
 
     Args:
         args: parsed arguments of `add_cache_arguments`.
-        window: the task's default spec, with `{}` for the interval.
+        window: the same as there.
     """
     if args.cache and "=" in args.cache:  # `--cache key=value`: argparse gives the switch what follows it
         args.overrides.append(args.cache)
