@@ -1,13 +1,16 @@
 """HunyuanDiT gives the released code's numbers, and those of diffusers' own class."""
 
 import json
+from functools import partial
 
 import pytest
 import torch
+from accelerate.hooks import ModelHook, add_hook_to_module, remove_hook_from_module
 from conftest import GOLDEN, assert_close
 from diffusers import DDIMScheduler, HunyuanDiT2DModel
 
 from skipdit import SkipCache, convert, disable_cache, enable_cache
+from skipdit.cache import CacheStep
 from skipdit.hunyuan2d import cached_forward
 from skipdit.layouts import to_diffusers
 from skipdit.text_to_image import HunyuanDiT
@@ -205,6 +208,51 @@ def test_unmodified_diffusers_model_caches_like_ours(theirs, tmp_path, spec):
     assert "forward" not in vars(theirs) and not theirs._forward_pre_hooks
     pipe = Pipe(theirs)
     assert torch.equal(loop(pipe, x, arguments), latents["theirs", "none"])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("first", ["offload", "cache"])
+def test_offloading_stays_whichever_comes_first(theirs, first):
+    """accelerate moves weights around the model's own `forward`; that inside of it is what the cache replaces."""
+    pipe, given, moved = Pipe(theirs), inputs(), []
+    expected = theirs(**given).sample
+
+    class Move(ModelHook):
+        def pre_forward(self, module, *args, **kwargs):
+            moved.append(1)
+            return args, kwargs
+
+    if first == "cache":
+        enable_cache(pipe, "N2-700-50")
+    add_hook_to_module(theirs, Move())
+    enable_cache(pipe, "N3-700-50")
+    step = CacheStep(1, None)
+    assert torch.equal(theirs(**given, cache=step).sample, expected) and step.output is not None
+    disable_cache(pipe)
+    assert torch.equal(theirs(**given).sample, expected)
+    with pytest.raises(TypeError, match="cache"):
+        theirs(**given, cache=step)
+    assert len(moved) == 3
+    remove_hook_from_module(theirs)
+    assert torch.equal(theirs(**given).sample, expected) and len(moved) == 3
+
+
+@torch.no_grad()
+def test_other_wrappers_come_after_the_cache(theirs):
+    pipe, given = Pipe(theirs), inputs()
+    expected = theirs(**given).sample
+    enable_cache(pipe, "N2-700-50")
+    theirs.forward = partial(theirs.forward)
+    disable_cache(pipe)
+    assert torch.equal(theirs(**given).sample, expected)  # of the wrapper, and inside of it what computes the same
+    enable_cache(pipe, "N2-700-50")
+    theirs(**given, cache=CacheStep(1, None))
+
+
+def test_what_wraps_a_forward_in_an_unknown_way_is_refused(theirs):
+    theirs.forward = partial(theirs.forward)
+    with pytest.raises(ValueError, match="forward is wrapped, by group offloading perhaps: call enable_cache before"):
+        enable_cache(Pipe(theirs), "N2-700-50")
 
 
 def loop(pipe, x: torch.Tensor, arguments: dict) -> torch.Tensor:

@@ -328,6 +328,15 @@ def test_model_by_itself_after_a_run_that_broke_off(pipe):
     assert not cache._texts and not cache.run._stored and not cache.run._open
 
 
+def test_timesteps_of_a_loop_come_to_the_latents(pipe):
+    """Once a cache is on, schedulers have them on the CPU, and not every loop moves them."""
+    cache = enable_cache(pipe, "N2-900-50")
+    pipe.scheduler.set_timesteps(10)
+    given = {"hidden_states": torch.empty(1, 4, 4, 4, 4, device="meta"), "timestep": pipe.scheduler.timesteps[:1]}
+    cache.before_model(given)
+    assert given["timestep"].device.type == "meta" and given["cache"] is not None
+
+
 def test_offloaded_weights(pipe):
     """Sequential offload puts weights on the device only while their own module runs."""
     inputs = {"hidden_states": torch.randn(1, 4, 4, 4, 4), "timestep": torch.tensor([500])}

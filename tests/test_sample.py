@@ -340,6 +340,19 @@ def test_job_shares_out_every_index(tmp_path):
     assert sorted(i for job in jobs for i in job.pending()) == list(range(7))
 
 
+def test_jobs_of_other_suffixes_do_not_mix(tmp_path):
+    """Clips, and with one frame pictures, in one folder."""
+    clips = Job(tmp_path, {"num_frames": 16}, 2, suffix="mp4")
+    clips.save(0, lambda path: path.write_text("a clip"))
+    with pytest.raises(ValueError, match="other settings; use another folder:\n  num_frames: 16 there, 1 now"):
+        Job(tmp_path, {"num_frames": 1}, 2, suffix="png")
+    assert Job(tmp_path, {"num_frames": 16}, 2, suffix="mp4").pending() == [1]
+    old = json.loads((tmp_path / "job.json").read_text())
+    del old["suffix"]  # as before it was kept
+    (tmp_path / "job.json").write_text(json.dumps(old))
+    assert Job(tmp_path, {"num_frames": 16}, 2, suffix="mp4").pending() == [1]
+
+
 def test_encoding_and_training_on_latents(tmp_path, vae_folder, image_folder):
     """`python -m skipdit.encode`: flipped copies, broken images left out and listed, a mismatch refused."""
     out = tmp_path / "latents"

@@ -322,8 +322,9 @@ class DriftStep(CacheStep):
     def is_full(self, shallow: Tensor) -> bool:
         full = self.feature is None
         if not full:
-            drift = torch.linalg.vector_norm(shallow - self.before) / torch.linalg.vector_norm(self.before)
-            full = drift.item() > self.threshold
+            dtype = torch.promote_types(shallow.dtype, torch.float32)  # float16 overflows in a norm
+            moved, norm = (torch.linalg.vector_norm(x, dtype=dtype) for x in (shallow - self.before, self.before))
+            full = (moved / norm).item() > self.threshold
         if full:
             self.shallow = shallow
             self.tell()
@@ -377,6 +378,8 @@ class SkipCache:
         if self._last_cached < 0:
             return None
         self._collect(stream)
+        if i == len(self.plan) - 1 and all(self.ran[:i]) and not all(self.plan[:i]):
+            warnings.warn(f"cache {self.spec} cached none of the {i} steps before the last", stacklevel=2)
         stored, spec = self._stored.get(stream), self.spec
         drifts = isinstance(spec, DriftSpec)
         oldest = i - spec.most if drifts else max(j for j in range(i + 1) if self.plan[j])

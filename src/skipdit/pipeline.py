@@ -80,6 +80,29 @@ def _cacheable(transformer: nn.Module, spec: Policy) -> nn.Module:
     return model
 
 
+def _replace_forward(model: HunyuanDiT2DModel) -> None:
+    """Let diffusers' model compute with a cache. Raises ValueError if its `forward` is wrapped in an unknown way."""
+    if "_cached_forward" in model.__dict__:  # since before somebody wrapped it
+        return
+    slot = "_old_forward" if "_old_forward" in model.__dict__ else "forward"  # accelerate's offloading calls that
+    if slot == "forward" and slot in model.__dict__:
+        raise ValueError(
+            "the transformer's forward is wrapped, by group offloading perhaps: call enable_cache before that"
+        )
+    model.__dict__[slot] = model.__dict__["_cached_forward"] = types.MethodType(hunyuan2d.cached_forward, model)
+
+
+def _restore_forward(model: HunyuanDiT2DModel) -> None:
+    """Undo `_replace_forward`. What has been wrapped since stays: without a cache it computes the same."""
+    if model.__dict__.get("_old_forward") is model._cached_forward:
+        model._old_forward = types.MethodType(type(model).forward, model)
+    elif model.__dict__.get("forward") is model._cached_forward:
+        del model.__dict__["forward"]  # the class's own comes back
+    else:
+        return
+    del model.__dict__["_cached_forward"]
+
+
 class PipelineCache:
     """What `enable_cache` puts between a pipeline, its scheduler and its transformer.
 
@@ -109,7 +132,7 @@ class PipelineCache:
         model = _cacheable(transformer, self._spec)
         self._detach()
         if isinstance(model, HunyuanDiT2DModel):
-            model.forward = types.MethodType(hunyuan2d.cached_forward, model)
+            _replace_forward(model)
         self._hooked, self._model = weakref.ref(transformer), model
         self._hook = transformer.register_forward_pre_hook(_Hook(self), with_kwargs=True)
         model.__dict__["_skip_cache"] = self
@@ -117,9 +140,10 @@ class PipelineCache:
     def _detach(self) -> None:
         if self._hook is not None:
             self._hook.remove()
+            self._hook = None
             self._model.__dict__.pop("_skip_cache", None)
             if isinstance(self._model, HunyuanDiT2DModel):
-                self._model.__dict__.pop("forward", None)  # the class's own comes back
+                _restore_forward(self._model)
 
     def _watch(self, scheduler: SchedulerMixin | None) -> None:
         """Follow this scheduler's calls, and no longer those of the one before."""
@@ -132,14 +156,19 @@ class PipelineCache:
             scheduler.set_timesteps = _Then(scheduler, "set_timesteps", self._begin)
             scheduler.step = _Then(scheduler, "step", self._after_step)
 
-    def _begin(self) -> None:
-        """A run begins. The pipeline may have got another transformer since the last, or a compiled one."""
+    def _begin(self, aware: bool = True) -> None:
+        """A run begins. The pipeline may have got another transformer since the last, or a compiled one.
+
+        Args:
+            aware: whether the pipeline has yet to read the timesteps.
+        """
         self._end()
         pipe = self._pipe()
         if pipe is not None and pipe.transformer is not self._hooked():
             self._attach(pipe.transformer)
         # On the CPU: schedulers look up their tables by them, and would read every timestep back from the device.
-        self._scheduler.timesteps = self._scheduler.timesteps.cpu()
+        if aware:
+            self._scheduler.timesteps = self._scheduler.timesteps.cpu()
         self.run = SkipCache(self._spec, self._scheduler.timesteps)
         self._active, self._step, self._calls = True, 0, 0
         self._texts: dict[int, tuple[tuple, Any]] = {}  # call of a step -> its text, and that encoded
@@ -163,17 +192,20 @@ class PipelineCache:
         pipe = self._pipe()
         if pipe is not None and pipe.scheduler is not self._scheduler:  # replaced: this is the first step of its run
             self._watch(pipe.scheduler)
-            self._begin()
+            self._begin(aware=False)
         if self._active and self._calls == MAX_CALLS:  # a run that broke off, and the model is used by itself
             self._end()
         if not self._active:
             return
+        latents, t = kwargs.get("hidden_states"), kwargs.get("timestep")
+        if isinstance(latents, Tensor) and isinstance(t, Tensor):
+            kwargs["timestep"] = t.to(latents.device)  # of a loop that, other than pipelines, leaves it on the CPU
         call, self._calls = self._calls, self._calls + 1  # guidance may run its two halves one after the other
         kwargs["cache"] = self.run.at(self._step, stream=str(call))
         names = getattr(self._model, "text_arguments", ())
         texts = tuple(kwargs.get(name) for name in names)
         # A module that is offloaded has its weights elsewhere until its forward begins: it encodes the text there.
-        if texts and isinstance(texts[0], Tensor) and texts[0].device == self._model.device:
+        if texts and isinstance(texts[0], Tensor) and texts[0].device == next(self._model.parameters()).device:
             known, encoded = self._texts.get(call, ((), None))
             if len(known) != len(texts) or any(old is not new for old, new in zip(known, texts, strict=True)):
                 encoded = self._model.encode_text(*texts)

@@ -94,11 +94,12 @@ class Job:
         self._names = names
         self.folder.mkdir(parents=True, exist_ok=True)
         path = self.folder / "job.json"
-        files = (file for file in self.folder.glob(f"*.{suffix}") if not file.name.startswith("partial-"))
+        text = json.dumps(identity | {"suffix": suffix}, indent=2, sort_keys=True, default=str) + "\n"
+        before, now = json.loads(path.read_text()) if path.exists() else {}, json.loads(text)
+        before.setdefault("suffix", suffix)  # jobs of older versions do not have it
+        files = (file for file in self.folder.glob(f"*.{before['suffix']}") if not file.name.startswith("partial-"))
         begun = any(file.stem not in ("grid", "sheet", "compare") for file in files)  # without samples it is free
-        text = json.dumps(identity, indent=2, sort_keys=True, default=str) + "\n"
         if begun and path.exists():
-            before, now = json.loads(path.read_text()), json.loads(text)
             differ = [k for k in before | now if before.get(k) != now.get(k)]
             if differ:
                 lines = [f"  {k}: {before.get(k)} there, {now.get(k)} now" for k in differ]
