@@ -35,6 +35,7 @@ class Config:
     out: str = setting("results/class-to-image", "run folder")
     init: str | None = setting(None, "checkpoint to start from; a plain DiT may start a skip model (stage 1)")
     vae: str = setting("stabilityai/sd-vae-ft-ema", "autoencoder, folder or Hub name")
+    vae_fingerprint: str | None = setting(None, "of the autoencoder; the trainer fills it in and refuses another")
     label_dropout: float = setting(0.1, "share of labels replaced by the null class, for guidance")
     grid_guidance: float = setting(4.0, "guidance scale of the sample grids")
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -45,11 +46,8 @@ class Config:
 def train(config: Config, dry_run: bool = False) -> DiT:
     """Run a config. Returns the averaged model."""
     model, vae = open_training(
-        config.out,
-        config.init,
-        config.vae,
+        config,
         config.data.files(),
-        config.train,
         lambda vae: build_model(config.model, latent_size(config.data.image_size, vae)),
         "bash scripts/download.sh class-to-image",
     )

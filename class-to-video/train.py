@@ -34,6 +34,7 @@ class Config:
     out: str = setting("results/class-to-video", "run folder")
     init: str | None = setting(None, "checkpoint to start from; a plain Latte may start a skip model (stage 1)")
     vae: str = setting("stabilityai/sd-vae-ft-ema", "autoencoder, folder or Hub name")
+    vae_fingerprint: str | None = setting(None, "of the autoencoder; the trainer fills it in and refuses another")
     label_dropout: float = setting(0.1, "share of labels replaced by the null class, for guidance")
     grid_guidance: float = setting(1.0, "guidance scale of the sample clips")
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -62,11 +63,8 @@ def make_loss(config: Config, vae: AutoencoderKL) -> Loss:
 def train(config: Config, dry_run: bool = False) -> Latte:
     """Run a config. Returns the averaged model."""
     model, vae = open_training(
-        config.out,
-        config.init,
-        config.vae,
+        config,
         config.data.files(),
-        config.train,
         lambda vae: build_model(config.model, latent_size(config.data.image_size, vae), config.data.num_frames),
         "bash scripts/download.sh class-to-video",
     )

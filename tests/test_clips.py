@@ -665,7 +665,8 @@ def test_encoding_goes_on_only_with_the_same_clips(layouts, tmp_path, encode_cli
         ({"image_size": 16}, r"latents-00000\.safetensors do not fit: image_size is 8 there, 16 wanted"),
         ({"latents": "mean"}, "kind is 'sample' there, 'mean' wanted"),
         ({"latents": "median"}, r"data\.latents is 'median'; it is 'mean' or 'sample'"),
-        ({"classes": ["pear"]}, r"leave out data\.classes, data\.clip_list and data"),
+        ({"classes": ["pear"]}, r"latents hold the clips of their encoding, .* unset data\.classes$"),
+        ({"image_list": "a.txt", "image_path": "pictures"}, r"unset data\.image_list, data\.image_path$"),
         ({"kind": "films"}, r"data\.kind is 'films'; it is videos, frames or latents"),
     ],
 )

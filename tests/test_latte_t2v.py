@@ -131,6 +131,18 @@ def test_cached_pass_on_a_fresh_feature_is_the_full_pass():
 
 
 @torch.no_grad()
+@torch.no_grad()
+def test_stream_is_float32_where_weights_are_not():
+    """As FSDP has them in its forward passes: bf16, under autocast, with float32 latents."""
+    model, seen = tiny_latte_t2v().bfloat16(), []
+    run = model._run
+    model._run = lambda block, x, *args: seen.append(x.dtype) or run(block, x, *args)
+    x, text = torch.randn(1, 4, 4, 4, 4), torch.randn(1, 6, 12)
+    with torch.autocast("cpu", torch.bfloat16):
+        model(x, torch.tensor([500]), text)
+    assert seen and set(seen) == {torch.float32}
+
+
 def test_residual_skips_start_at_the_plain_model():
     plain, model = tiny_latte_t2v(skip=False), LatteT2V(**tiny_latte_t2v(fuse="residual").config)
     new = load_weights(model, plain.state_dict(), allow_missing="skips.*")

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import FSDP, assert_equal, kill_at, run_script, short_training, state, stats
+from diffusers import AutoencoderKL
 from PIL import Image
 from torch import nn
 from torchvision.io import read_image
@@ -283,7 +284,7 @@ def test_lora_trains_adapters_and_merges_them(config, tmp_path, hunyuan_folder):
     assert len(learning) == 6 * 5  # Wqkv, out_proj; q_proj, kv_proj, out_proj, of every block
     merged = load_state(tmp_path / "lora/merged.pt")
     model = HunyuanDiT((4, 4), **given(config)).eval()
-    load_weights(model, tmp_path / "lora/merged.pt")
+    load_weights(model, tmp_path / "lora")  # of all that lies there, what has everything
     untouched = {name for name, tensor in load_state(config.init).items() if torch.equal(tensor, merged[name])}
     assert len(merged) == len(base) and len(merged) - len(untouched) == 6 * 5
     inputs = model.random_inputs(2)
@@ -297,6 +298,20 @@ def test_lora_trains_adapters_and_merges_them(config, tmp_path, hunyuan_folder):
         file.unlink()
     train(config)  # from step 2
     assert_equal(load_state(tmp_path / "lora/merged.pt"), merged)
+
+
+def test_another_autoencoder_is_refused(config, tmp_path):
+    """By a run that goes on; but the same one may have moved."""
+    train(config)
+    vae = AutoencoderKL.from_pretrained(config.vae)
+    vae.save_pretrained(tmp_path / "vae")
+    config.vae, config.train.steps = str(tmp_path / "vae"), 5
+    train(config)
+    torch.nn.init.normal_(vae.decoder.conv_out.weight)
+    vae.save_pretrained(tmp_path / "vae")
+    config.train.steps = 6
+    with pytest.raises(ValueError, match="vae_fingerprint: "):
+        train(config)
 
 
 def test_another_text_encoder_is_refused(config, hunyuan_folder, tmp_path):

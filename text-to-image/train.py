@@ -23,7 +23,7 @@ from skipdit.data.texts import Texts
 from skipdit.device import process_state
 from skipdit.diffusion import Diffusion
 from skipdit.lora import add_lora, save_lora
-from skipdit.pipeline import enable_cache
+from skipdit.pipeline import disable_cache, enable_cache
 from skipdit.prepare import open_texts, open_training, run_trainer
 from skipdit.sample import generators
 from skipdit.text import CLIP, T5, missing_text_files
@@ -71,6 +71,7 @@ class Config:
     out: str = setting("results/text-to-image", "run folder")
     init: str | None = setting(None, "checkpoint to start from; one without skips may start a model with (stage 1)")
     vae: str = setting("ckpts/t2i/sdxl-vae-fp16-fix", "autoencoder, folder or Hub name")
+    vae_fingerprint: str | None = setting(None, "of the autoencoder; the trainer fills it in and refuses another")
     clip: TextConfig = field(default_factory=TextConfig)
     t5: TextConfig = field(default_factory=TextConfig)
     text_dtype: str = setting("bfloat16", "of the text encoders: auto, float32, bfloat16 or float16")
@@ -130,20 +131,16 @@ def train(config: Config, dry_run: bool = False) -> HunyuanDiT:
         if not part.files and not part.encoder:
             raise ValueError(f"set {name}.encoder, a text encoder, or {name}.files, what it gave of the captions")
         absent += [] if part.files else missing_text_files(part.encoder, part.tokenizer)
-    model, vae = open_training(
-        config.out,
-        config.init,
-        config.vae,
-        config.files(),
-        config.train,
-        lambda vae: build_model(config.model, latent_size(config.data.image_size, vae)),
-        FETCH,
-        absent=absent,
-    )
-    for size in bucket_sizes(config.data.image_size, config.data.buckets):
-        name = f"data.buckets, {size[0]}x{size[1]}:" if config.data.buckets else "data.image_size"
-        for side in size:  # now, and not when one is drawn, hours from here
-            latent_size(side, vae, name, model.config.patch_size)
+
+    def build(vae: AutoencoderKL) -> HunyuanDiT:
+        model = build_model(config.model, latent_size(config.data.image_size, vae))
+        for size in bucket_sizes(config.data.image_size, config.data.buckets):
+            name = f"data.buckets, {size[0]}x{size[1]}:" if config.data.buckets else "data.image_size"
+            for side in size:  # now, and not when one is drawn, hours from here
+                latent_size(side, vae, name, model.config.patch_size)
+        return model
+
+    model, vae = open_training(config, config.files(), build, FETCH, absent)
     if config.lora_rank:
         add_lora(model, config.lora_rank)
     dataset, sizes = make_dataset(config.data, vae), model.config
@@ -171,12 +168,11 @@ def train(config: Config, dry_run: bool = False) -> HunyuanDiT:
             text, negative = (pair.rows([0], device, model.dtype) for pair in both)
             noise = generators(config.train.seed, label.tolist(), device)
             try:
-                with torch.autocast(device.type, torch.bfloat16, enabled=config.train.precision == "bf16"):
-                    latents = generate(pipe, text, negative, noise, **settings)
+                pictures.append(pixels(vae, generate(pipe, text, negative, noise, **settings)))
             except FloatingPointError as error:  # of the average only; the training goes on
                 print(f"no sample grid at step {step}: {error}")
                 return
-            pictures.append(pixels(vae, latents))
+        disable_cache(pipe)  # which lets go of the model
         folder = Path(config.out) / "samples"
         folder.mkdir(exist_ok=True)
         write_png(make_grid(torch.cat(pictures), nrow=4), str(folder / f"{step:07d}.png"))

@@ -263,8 +263,9 @@ class LatteT2V(SkipTransformer):
         modulation, embedded = self.adaln_single(timestep.expand(count), hidden_dtype=dtype)
         modulation = modulation.unflatten(-1, (6, -1))[:, None, None]  # (N, 1, 1, 6, D)
         x = self.pos_embed(hidden_states.transpose(1, 2).flatten(0, 1)).unflatten(0, (count, pictures))  # (N, F, T, D)
-        x = x + self._grid(height // patch, width // patch, x.device)  # under autocast too, the stream is float32
-        temporal = sincos_1d(torch.arange(frames, dtype=torch.float32, device=x.device), x.shape[-1]).to(dtype)
+        x = x.to(hidden_states.dtype)  # the stream stays float32 under autocast, and where FSDP computes in bf16
+        x = x + self._grid(height // patch, width // patch, x.device).to(x.dtype)
+        temporal = sincos_1d(torch.arange(frames, dtype=torch.float32, device=x.device), x.shape[-1]).to(x.dtype)
 
         def pair(i: int, x: Tensor) -> Tensor:
             x = self._run(self.transformer_blocks[i], x, modulation, texts[i])
@@ -283,11 +284,11 @@ class LatteT2V(SkipTransformer):
         return Transformer2DModelOutput(sample=sample) if return_dict else (sample,)
 
     def _grid(self, rows: int, columns: int, device: torch.device) -> Tensor:
-        """Positions of a grid of patches (T, D). Grids of other sizes cover the range of the one it was trained on."""
+        """Positions of a grid of patches (T, D), float32. Grids of other sizes cover the range of that of training."""
         config = self.config
         base = config.sample_size // config.patch_size / max(config.sample_size // 64, 1)
         axes = [torch.arange(n, dtype=torch.float32, device=device) * (base / n) for n in (rows, columns)]
-        return sincos_2d(*axes, self.scale_shift_table.shape[1]).to(self.scale_shift_table.dtype)
+        return sincos_2d(*axes, self.scale_shift_table.shape[1])
 
     def random_inputs(
         self,

@@ -53,6 +53,7 @@ class Config:
     out: str = setting("results/text-to-video", "run folder")
     init: str | None = setting(None, "checkpoint to start from; a plain Latte may start a skip model (stage 1)")
     vae: str = setting("checkpoints/Latte-0/vae", "autoencoder, folder or Hub name")
+    vae_fingerprint: str | None = setting(None, "of the autoencoder; the trainer fills it in and refuses another")
     text_encoder: str = setting("checkpoints/Latte-0/text_encoder", "folder or Hub name; frozen")
     tokenizer: str | None = setting(None, "folder or Hub name; unset: beside the text encoder")
     text_dtype: str = setting("bfloat16", "of the text encoder: auto, float32, bfloat16 or float16")
@@ -106,11 +107,8 @@ def train(config: Config, dry_run: bool = False) -> LatteT2V:
     """Run a config. Returns the averaged model."""
     files = config.data.files() | ({"texts": config.texts} if config.texts else {})
     model, vae = open_training(
-        config.out,
-        config.init,
-        config.vae,
+        config,
         files | ({"model.folder": config.model.folder} if config.model.folder else {}),
-        config.train,
         lambda vae: build_model(config.model, latent_size(config.data.image_size, vae), config.data.num_frames),
         "bash scripts/download.sh text-to-video --only plain pipeline tokenizer",
         absent=[] if config.texts else missing_text_files(config.text_encoder, config.tokenizer),

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import torch
 from diffusers import AutoencoderKL
@@ -15,7 +15,7 @@ from skipdit.skip import SkipTransformer
 from skipdit.text import LATTE, Reading, load_text_encoder
 from skipdit.train import TrainConfig
 from skipdit.vae import load_vae
-from skipdit.weights import load_weights, saved
+from skipdit.weights import fingerprint, load_weights, saved
 
 T = TypeVar("T")
 
@@ -35,40 +35,47 @@ def run_trainer(schema: type[T], description: str, train: Callable[[T, bool], An
         train(load_config(schema, args.config, args.overrides), args.dry_run)
 
 
+class TrainerConfig(Protocol):
+    """What all trainers' settings have."""
+
+    out: str  # run folder; a run that goes on has its own weights and needs no `init`
+    init: str | None  # checkpoint to start from; it may lack the long skips (stage 1)
+    vae: str  # folder or Hub name
+    vae_fingerprint: str | None
+    train: TrainConfig
+
+
 def open_training(
-    out: str,
-    init: str | None,
-    vae: str,
-    data: dict[str, str],
-    train: TrainConfig,
+    config: TrainerConfig,
+    files: dict[str, str],
     build: Callable[[AutoencoderKL], SkipTransformer],
     fetch: str,
     absent: Sequence[str] = (),
 ) -> tuple[SkipTransformer, AutoencoderKL]:
     """Check that all files are there, then make the model of a training run and load its autoencoder.
 
+    The autoencoder's fingerprint is kept in the config, and so with the run, which goes on with no other.
+
     Args:
-        out: run folder; a run that goes on has its own weights and needs no `init`.
-        init: checkpoint to start from; it may lack the long skips (stage 1).
-        vae: folder or Hub name.
-        data: setting name -> path of the data.
+        files: setting name -> path of the data, and whatever else has to be there.
         build: makes the model, for latents of this autoencoder.
         fetch: the command that fetches the released weights.
         absent: files that are known to be missing besides.
 
     Raises FileNotFoundError that lists every missing file, before anything is loaded; WeightsError.
     """
-    begun = bool(saved(Path(out, "checkpoints")))
-    needed = {"vae": vae} | ({"init": init} if init and not begun else {}) | data
+    begun = bool(saved(Path(config.out, "checkpoints")))
+    needed = {"vae": config.vae} | ({"init": config.init} if config.init and not begun else {}) | files
     preflight(needed, fetch, absent)
-    autoencoder = load_vae(vae)
-    torch.manual_seed(train.seed)
-    model = build(autoencoder)
+    vae = load_vae(config.vae)
+    config.vae_fingerprint = fingerprint(vae)
+    torch.manual_seed(config.train.seed)
+    model = build(vae)
     if "init" in needed:
-        new = load_weights(model, init, allow_missing="skips.*")
+        new = load_weights(model, config.init, allow_missing="skips.*")
         if new and process_state().is_main_process:
-            print(f"{len(new)} skip parameters are not in {init} and start anew:\n  " + "\n  ".join(new))
-    return model, autoencoder
+            print(f"{len(new)} skip parameters are not in {config.init} and start anew:\n  " + "\n  ".join(new))
+    return model, vae
 
 
 def open_texts(

@@ -198,7 +198,7 @@ def _step(checkpoint: Path) -> int:
 
 
 def _weights_files(path: Path) -> list[Path]:
-    """The file itself; in a folder its weights file, the shards of that, or the newest training checkpoint."""
+    """The file itself; in a folder merged weights, its weights file, the shards of that, or the newest checkpoint."""
     if not path.is_dir():
         return [path]
     for index in path.glob("*.safetensors.index.json"):
@@ -207,7 +207,8 @@ def _weights_files(path: Path) -> list[Path]:
         except (ValueError, KeyError) as error:
             raise WeightsError(f"{index} is damaged; download or copy it again") from error
     files = (
-        sorted(path.glob("*.safetensors"))
+        list(path.glob("merged.pt"))  # of a run that trained adapters, which lie beside it
+        or sorted(path.glob("*.safetensors"))
         or sorted(saved(path) + saved(path / "checkpoints"), key=_step)[-1:]
         or sorted(file for file in path.iterdir() if file.suffix in _PICKLED)
     )

@@ -249,10 +249,10 @@ def open_clips(config: ClipData, vae: AutoencoderKL) -> ClipDataset:
         return ClipFolder(config)
     if config.kind != "latents":
         raise ValueError(f"data.kind is {config.kind!r}; it is {', '.join(CLIPS)} or latents")
-    if config.classes or config.clip_list or config.captions:
-        raise ValueError(
-            "latents hold the clips of their encoding: leave out data.classes, data.clip_list and data.captions"
-        )
+    ignored = ("classes", "clip_list", "captions", "image_list", "image_path")
+    if given := [f"data.{name}" for name in ignored if getattr(config, name)]:
+        names = ", ".join(given)
+        raise ValueError(f"latents hold the clips of their encoding, and images are their frames: unset {names}")
     drawn = (config.num_frames, config.frame_interval, config.images)
     return ClipLatents(config.path, *drawn, expected, config.images_from)
 
