@@ -33,6 +33,7 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map_only
 from tqdm import tqdm
 
 from skipdit.bench import replaced, run_flops, uncached_steps
@@ -233,8 +234,9 @@ class Watch:
 class Replay:
     """Stands in for a model's `forward` in runs that begin alike, to compute what they share only once.
 
-    The first run is recorded: what the model gave, and, on the CPU, the features that full steps left. After
-    `rewind(k)`, the next one takes the first k steps of every batch from there.
+    The first run is recorded: what the model gave, and the features that full steps left. After `rewind(k)`, the next
+    one takes the first k steps of every batch from there. The record is on the CPU: per batch and full step it is as
+    large as what a cache stores.
     """
 
     def __init__(self, model: SkipTransformer, steps: int):
@@ -249,14 +251,14 @@ class Replay:
     def __call__(self, *args, cache: CacheStep | None = None, **kwargs) -> Any:
         n, self.calls = self.calls, self.calls + 1
         if n < len(self._record) and n % self.steps < self.alike:
-            output, feature = self._record[n]
+            output, feature = tree_map_only(Tensor, lambda x: x.to(self.model.device), self._record[n])
             if feature is not None:
-                cache.output = feature.to(self.model.device)
+                cache.output = feature
             return output
         output = self._forward(*args, cache=cache, **kwargs)
         if n == len(self._record):
-            left = None if cache is None or cache.output is None else cache.output.cpu()
-            self._record.append((output, left))
+            left = None if cache is None else cache.output
+            self._record.append(tree_map_only(Tensor, Tensor.cpu, (output, left)))
         return output
 
 
@@ -291,15 +293,7 @@ class Bench:
         sample's error counts relative to what it has there: the few samples that any cache changes much would decide
         alone otherwise.
         """
-        with tqdm(desc="uncached runs, every step predicted from others", unit="step") as progress:
-            watch = Watch(self.model, self.branch, self.steps, 2 * reach, progress)
-            with replaced(self.model, "forward", watch):
-                for images in self.sampler.images(self.steps, CacheSpec()):
-                    self.reference.append(images)
-                    watch.fold(len(images))
-        if watch.calls != self.steps * len(self.reference):
-            raise ValueError(f"{watch.calls} calls of the model in {len(self.reference)} runs of {self.steps} steps")
-        grams = {k: torch.cat(parts) for k, parts in watch.grams.items()}
+        grams = self._watched(2 * reach)
         full = uniform(self.steps, budget)
         even = forecast(self.steps, full, 1)
         free = [k for k, weights in enumerate(even) if weights]
@@ -323,6 +317,18 @@ class Bench:
             [moved.log().mean().exp().item() for moved in moves],
             memory,
         )
+
+    def _watched(self, window: int) -> dict[int, Tensor]:
+        """Make the uncached images. Returns, of every step but the first, products as `Errors.grams` of each sample."""
+        with tqdm(desc="uncached runs, every step predicted from others", unit="step") as progress:
+            watch = Watch(self.model, self.branch, self.steps, window, progress)
+            with replaced(self.model, "forward", watch):
+                for images in self.sampler.images(self.steps, CacheSpec()):
+                    self.reference.append(images)
+                    watch.fold(len(images))
+        if watch.calls != self.steps * len(self.reference):
+            raise ValueError(f"{watch.calls} calls of the model in {len(self.reference)} runs of {self.steps} steps")
+        return {k: torch.cat(parts) for k, parts in watch.grams.items()}
 
     def plan(self, weights: Weights) -> CachePlan:
         return CachePlan(self.timesteps, tuple(weights), self.branch)
