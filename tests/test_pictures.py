@@ -5,6 +5,7 @@ A picture is of one colour, which tells which it is.
 
 import csv
 import json
+import math
 import pickle
 import re
 import sys
@@ -157,7 +158,7 @@ def cut(path: Path) -> None:
 
 
 def test_a_broken_picture_is_named_and_keeps_its_place_in_a_batch(root, captions):
-    """The only other one of its bucket is broken, too."""
+    """The only other one of its bucket is broken, too. The tall picture is alone in its own, and fills up its batch."""
     cut(root / NAMES[0])
     cut(root / NAMES[4])
     dataset = PictureFolder(pictures_at(root, captions))
@@ -167,9 +168,9 @@ def test_a_broken_picture_is_named_and_keeps_its_place_in_a_batch(root, captions
     batches = [collate([stream[2 * step], stream[2 * step + 1]]) for step in range(3)]
     assert sorted(batch["image"].shape for batch in batches) == [(2, 3, 8, 8), (2, 3, 8, 16), (2, 3, 16, 8)]
     for batch in batches:
-        broken = batch["image"].shape[-1] == 16
-        assert batch["weight"].tolist() == [0, 0] if broken else [1, 1]
-        assert len(batch["broken"]) == 2 * broken
+        shape = tuple(batch["image"].shape[-2:])
+        assert batch["weight"].tolist() == {(8, 8): [1, 1], (8, 16): [0, 0], (16, 8): [1, 0]}[shape]
+        assert len(batch["broken"]) == 2 * (shape == (8, 16))
         assert batch["image"].dtype == torch.uint8
 
 
@@ -279,6 +280,7 @@ class Numbers(Dataset):
 
     def __init__(self, *counts: int):
         self.count, numbers = sum(counts), np.repeat(np.arange(len(counts)), counts)
+        self.sizes = [(8, 8 * (number + 1)) for number in range(len(counts))]
         self.buckets = np.random.default_rng(0).permutation(numbers).tolist()
 
     def __len__(self) -> int:
@@ -309,6 +311,33 @@ def test_an_epoch_is_of_batches_of_one_bucket():
     assert len({str([dataset.buckets[batch[0]] for batch in epoch]) for epoch in epochs}) > 3
 
 
+@pytest.mark.parametrize("counts", [(25, 1), (7, 4, 1, 0), (9,)])
+def test_every_sample_counts_once_per_epoch(counts):
+    """However few there are of its shape: what fills up a batch has no weight."""
+    stream, epochs = Stream(Numbers(*counts), 0, batch_size=4), []
+    length = sum(math.ceil(count / 4) * 4 for count in counts) if len(counts) > 1 else counts[0]
+    for epoch in range(3):
+        weights = Counter()
+        for position in range(epoch * length, (epoch + 1) * length):
+            sample = stream[position]
+            weights[sample["number"]] += sample["weight"]
+        epochs.append(weights)
+    assert epochs == [dict.fromkeys(range(sum(counts)), 1)] * 3
+
+
+@pytest.mark.parametrize("counts", [(7, 40, 2, 0), (40, 7, 1)])
+@pytest.mark.parametrize("seed", range(4))
+def test_the_largest_shape_is_found(counts, seed):
+    """The first batch of the last bucket that has pictures."""
+    dataset = Numbers(*counts)
+    stream = Stream(dataset, seed, batch_size=4)
+    step, size = stream.largest()
+    assert size == (8, 24)
+    kinds = [dataset.buckets[batch[0]] for batch in batches_of(stream, range(step + 1))]
+    assert kinds.index(2) == step
+    assert Stream(Numbers(7), seed, 4).largest() == (0, None)
+
+
 def test_a_batch_may_be_entered_anywhere():
     dataset = Numbers(7, 4, 1)
     whole = batches_of(Stream(dataset, 3, 4), range(12))
@@ -336,7 +365,8 @@ def test_batches_do_not_depend_on_the_number_of_processes(root, captions, worker
     whole = list(make_loader(stream, rows_of(4, 4, 0, 1), 4, 0, 6, 0))
     halves = [list(make_loader(stream, rows_of(4, 2, rank, 2), 4, 2, 6, workers)) for rank in range(2)]
     for step, parts in zip(range(2, 6), zip(*halves, strict=True), strict=True):
-        assert torch.equal(whole[step]["image"], torch.cat([part["image"] for part in parts]))
+        for key in ("image", "weight"):
+            assert torch.equal(whole[step][key], torch.cat([part[key] for part in parts]))
         assert whole[step]["label"].tolist() == [label for part in parts for label in part["label"].tolist()]
     assert {batch["image"].shape for batch in whole} == {(4, 3, 8, 8), (4, 3, 8, 16), (4, 3, 16, 8)}
 
@@ -354,6 +384,22 @@ def test_the_trainer_gives_batches_of_one_bucket(root, tmp_path, captions):
     fit(torch.nn.Conv2d(3, 3, 1), loss, dataset, config, tmp_path / "run", pictures_at(root, captions))
     assert shapes[::2] == shapes[1::2]
     assert sorted(shapes[::2]) == [(2, 3, 8, 8), (2, 3, 8, 16), (2, 3, 16, 8)]
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_a_dry_run_measures_the_largest_shape(root, tmp_path, captions, capsys, seed):
+    """Of those that have pictures; also if the first epoch is longer than the run."""
+    shapes = []
+
+    def loss(model: torch.nn.Module, batch: dict, draw: Draw) -> torch.Tensor:
+        shapes.append(batch["image"].shape)
+        return model(to_float(batch["image"])).square().mean((1, 2, 3))
+
+    data = pictures_at(root, captions, buckets=["8x8", "8x16", "24x12", "64x8"])
+    config = TrainConfig(steps=1, batch_size=1, precision="fp32", workers=0, seed=seed)
+    fit(torch.nn.Conv2d(3, 3, 1), loss, PictureFolder(data), config, tmp_path / "run", data, dry_run=True)
+    assert shapes == [(1, 3, 24, 12)]
+    assert "one step of 1 samples of 24x12: peak memory" in capsys.readouterr().out
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -143,8 +143,9 @@ def fit(
         dataset: finite, indexable.
         out: run folder: config.yaml, checkpoints/, stats.jsonl, tensorboard/, broken_files.txt.
         run_config: the task's whole config, saved with the run; another one in the same folder is refused.
-        sample: called with the averaged model and the step every `config.sample_every` steps, in the main process.
-        dry_run: take one step, print its peak memory, write nothing.
+        sample: called with the averaged model and the step every `config.sample_every` steps, in the main process and
+            in the precision of the training. It keeps no reference to the model.
+        dry_run: take one step, on samples of the largest shape, print its peak memory, write nothing.
 
     Returns:
         The averaged model.
@@ -173,7 +174,9 @@ def fit(
     trained, ema, optimizer, blueprint = _prepare(model, config, accelerator)
     start = 0 if dry_run else _resume(out, model, ema, optimizer, accelerator)
     stream = Stream(dataset, config.seed, config.batch_size)
-    loader = iter(make_loader(stream, rows, config.batch_size, start, config.steps, config.workers))
+    first, shape = stream.largest() if dry_run else (start, None)  # where that fits, all others do
+    stop = first + 1 if dry_run else config.steps
+    loader = iter(make_loader(stream, rows, config.batch_size, first, stop, config.workers))
     accelerator.print(describe(model, config, len(rows), micro, world, len(dataset)))
     log = Log(out, start) if accelerator.is_main_process and not dry_run else None
     broken = BrokenFiles(out / "broken_files.txt")
@@ -207,8 +210,8 @@ def fit(
         progress.update()
         if dry_run:
             progress.close()
-            peak = f"peak memory {peak_memory() / 2**30:.2f} GiB per process"
-            accelerator.print(f"one step of {config.batch_size} samples: {peak}")
+            samples = f"{config.batch_size} samples" + (" of {}x{}".format(*shape) if shape else "")
+            accelerator.print(f"one step of {samples}: peak memory {peak_memory() / 2**30:.2f} GiB per process")
             return ema.model
 
         done = step + 1

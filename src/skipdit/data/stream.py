@@ -4,7 +4,8 @@ Position p of the stream is a fixed sample: number `p mod len` of epoch `p div l
 knows its step number therefore knows its data, on any number of processes and after any interruption.
 
 Pictures of several shapes lie in buckets. A batch is of one bucket: an epoch is then the batches of all buckets, each
-bucket shuffled and its last batch filled up from its beginning, and these batches shuffled.
+bucket shuffled and its last batch filled up from its beginning, and these batches shuffled. What fills up a batch has
+no weight: every sample counts once per epoch, however rare its shape.
 """
 
 import math
@@ -35,6 +36,7 @@ class Stream(Dataset):
 
     A sample is what the dataset gives, with its `index`, `weight` 1 and `broken` "". Where a file cannot be read, it is
     zeros of the usual shapes, `weight` 0 and the message: batches keep their shape, and no neighbour is repeated.
+    Where a sample comes again to fill up the last batch of its bucket, `weight` is 0, too.
 
     A dataset whose samples are random crops has `draw(index, rng)` besides `[index]`; its randomness follows from the
     seed and the position. One whose samples differ in shape has `buckets`, for every sample the index of its shape in
@@ -48,32 +50,53 @@ class Stream(Dataset):
         self._buckets = _members(getattr(dataset, "buckets", None) or [])
         batches = sum(math.ceil(len(members) / batch_size) for members in self._buckets)
         self._length = batches * batch_size if len(self._buckets) > 1 else len(dataset)
-        self._epoch, self._order, self._blank = -1, None, None
+        self._epoch, self._order, self._weights, self._blank = -1, None, None, None
 
     def index(self, position: int) -> int:
         """Dataset index at a stream position."""
+        return self._at(position)[0]
+
+    def weight(self, position: int) -> float:
+        """0 where the sample at a stream position comes again, to fill up the last batch of its bucket; else 1."""
+        return self._at(position)[1]
+
+    def largest(self) -> tuple[int, tuple[int, int] | None]:
+        """The first step whose batch is of the largest shape of all, and that (height, width); 0 and None where all
+        samples are of one shape.
+        """
+        if len(self._buckets) < 2:
+            return 0, None
+        sizes, buckets = self.dataset.sizes, self.dataset.buckets
+        shapes = [sizes[buckets[self.index(start)]] for start in range(0, self._length, self.batch_size)]
+        step = max(range(len(shapes)), key=lambda step: math.prod(shapes[step]))
+        return step, shapes[step]
+
+    def _at(self, position: int) -> tuple[int, float]:
+        """Dataset index at a stream position, and its weight."""
         epoch, offset = divmod(position, self._length)
         if epoch != self._epoch:
             generator = torch.Generator().manual_seed(seed_of(self.seed, epoch))
-            self._epoch, self._order = epoch, self._shuffle(generator)
-        return int(self._order[offset])
+            self._epoch, (self._order, self._weights) = epoch, self._shuffle(generator)
+        return int(self._order[offset]), float(self._weights[offset])
 
-    def _shuffle(self, generator: torch.Generator) -> Tensor:
-        """The dataset indices of an epoch, in order."""
+    def _shuffle(self, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """The dataset indices of an epoch, in order, and their weights."""
         if len(self._buckets) < 2:
-            return torch.randperm(len(self.dataset), generator=generator)
-        batches = []
+            return torch.randperm(len(self.dataset), generator=generator), torch.ones(len(self.dataset))
+        indices, weights = [], []
         for members in self._buckets:
             shuffled = members[torch.randperm(len(members), generator=generator)]
             places = torch.arange(math.ceil(len(members) / self.batch_size) * self.batch_size)
-            batches.append(shuffled[places % len(members)].unflatten(0, (-1, self.batch_size)))
-        batches = torch.cat(batches)
-        return batches[torch.randperm(len(batches), generator=generator)].flatten()
+            indices.append(shuffled[places % len(members)])
+            weights.append((places < len(members)).float())
+        indices, weights = (torch.cat(parts).unflatten(0, (-1, self.batch_size)) for parts in (indices, weights))
+        order = torch.randperm(len(indices), generator=generator)
+        return indices[order].flatten(), weights[order].flatten()
 
     def __getitem__(self, position: int) -> dict:
-        index = self.index(position)
+        index, weight = self.index(position), self.weight(position)
         try:
-            return {"broken": "", **self.take(index, position), "index": index, "weight": 1.0}
+            return {"broken": "", **self.take(index, position), "index": index, "weight": weight}
         except BrokenSample as error:
             return {**self.blank(index), "index": index, "weight": 0.0, "broken": str(error)}
 
