@@ -1,6 +1,9 @@
 """Training: resume, processes, freezing, broken data, bad numbers. Small models of the real classes, a real folder."""
 
 import math
+import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -72,6 +75,25 @@ def test_damaged_checkpoint_is_passed_over(config):
         file.write_bytes(b"")
     with pytest.warns(UserWarning), pytest.raises(WeightsError, match=r"none of the 2 checkpoints in .* can be read"):
         train(config)  # and not from the beginning, with the weights that `init` would have given it
+
+
+def test_the_main_process_chooses_the_checkpoint(config, tmp_path):
+    """Another one has a newer file, on a machine that does not share the run folder."""
+    for process, steps in enumerate((2, 4)):
+        config.out, config.train.steps = str(tmp_path / f"run-{process}"), steps
+        train(config)
+    config.out = str(tmp_path / "run-0")
+    result = run_script(config, f"out={tmp_path}/run-${{oc.env:LOCAL_RANK}}", processes=2)
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert [line["step"] for line in stats(config)] == [1, 2, 3, 4]
+
+
+def test_a_process_that_cannot_see_the_checkpoint_does_not_start_anew(config, tmp_path):
+    config.out, config.train.steps = str(tmp_path / "run-0"), 2
+    train(config)
+    result = run_script(config, f"out={tmp_path}/run-${{oc.env:LOCAL_RANK}}", "train.steps=4", processes=2)
+    assert result.returncode
+    assert re.search(r"run-1/checkpoints/0000002\.pt.* all machines must see the same folder", result.stderr)
 
 
 def test_checkpoints_of_other_names_are_left_alone(config):

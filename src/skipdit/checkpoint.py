@@ -89,6 +89,20 @@ def latest(folder: Path) -> tuple[Path, dict] | None:
     return None
 
 
+def load_chosen(path: Path) -> dict:
+    """The checkpoint that the main process goes on from, in another process.
+
+    Raises WeightsError if it cannot be read here.
+    """
+    try:
+        return load_checkpoint(path)
+    except (FileNotFoundError, WeightsError) as error:
+        raise WeightsError(
+            f"the run goes on from {path}, which one of its processes cannot read: all machines must see the same "
+            f"folder ({error})"
+        ) from error
+
+
 def restore(state: dict, model: nn.Module, ema: nn.Module, optimizer: torch.optim.Optimizer) -> int:
     """Put a checkpoint back, whatever the parallelism it was saved under. Returns its step.
 

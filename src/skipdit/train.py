@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import tqdm
+from accelerate.utils import broadcast_object_list, tqdm
 from omegaconf import OmegaConf
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
@@ -280,12 +280,17 @@ def _prepare(model: nn.Module, config: TrainConfig, accelerator: Accelerator):
 
 
 def _resume(out: Path, model: nn.Module, ema: EMA, optimizer, accelerator: Accelerator) -> int:
-    """Put the newest checkpoint back. Returns the step to go on from, 0 without one."""
-    found = checkpoint.latest(out / "checkpoints")
-    if found is None:
+    """Put the newest checkpoint back. Returns the step to go on from, 0 without one.
+
+    The main process chooses it for all: processes that went on from different steps would mix their gradients.
+    """
+    folder = out / "checkpoints"
+    found = checkpoint.latest(folder) if accelerator.is_main_process else None
+    (name,) = broadcast_object_list([found[0].name if found else None])
+    if name is None:
         return 0
-    path, state = found
-    accelerator.print(f"resuming from {path}")
+    state = found[1] if found else checkpoint.load_chosen(folder / name)
+    accelerator.print(f"resuming from {folder / name}")
     return checkpoint.restore(state, model, ema.model, optimizer.optimizer)
 
 
