@@ -262,6 +262,8 @@ def _prepare(model: nn.Module, config: TrainConfig, accelerator: Accelerator):
     model.to(accelerator.device).train()
     ema, blueprint = EMA(model, config.ema_decay), None
     if config.compile:
+        if config.gradient_checkpointing:  # older torch cannot split a graph with checkpoints, as DDP wants it to
+            torch._dynamo.config.optimize_ddp = False
         model.compile()
     if config.parallel == "fsdp" and accelerator.num_processes > 1:
         blueprint = copy.deepcopy(ema.model).to("meta")
