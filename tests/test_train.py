@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import FSDP, assert_equal, kill_at, run_script, short_training, state, stats, tiny_dit
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from skipdit.checkpoint import latest
 from skipdit.class_to_image.sample import ModelConfig
@@ -49,6 +50,17 @@ def test_resume_is_bit_equal(config, tmp_path):
     train(config)
     assert_equal(whole | {"args": None}, state(config) | {"args": None})
     assert [line["step"] for line in stats(config)] == [1, 2, 3, 4]
+
+
+def test_tensorboard_has_every_step_of_a_resumed_run_once(config):
+    """The point at the checkpoint too; step 3 is done twice."""
+    config.train.steps = 3
+    train(config)
+    (Path(config.out) / "checkpoints/0000003.pt").unlink()
+    config.train.steps = 4
+    train(config)
+    board = EventAccumulator(str(Path(config.out) / "tensorboard")).Reload()
+    assert [event.step for event in board.Scalars("train/loss")] == [1, 2, 3, 4]
 
 
 def test_killed_run_continues_bit_equal(config, tmp_path):

@@ -7,7 +7,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 
 class Log:
-    """stats.jsonl and tensorboard of a run. A resumed run drops the lines that it will write again."""
+    """stats.jsonl and tensorboard of a run. A resumed run drops the steps after `start`: it will write them again."""
 
     def __init__(self, out: Path, start: int):
         self.path = out / "stats.jsonl"
@@ -15,7 +15,7 @@ class Log:
             lines = [line for line in self.path.read_text().splitlines() if line.endswith("}")]
             kept = [line for line in lines if json.loads(line)["step"] <= start]
             replace_text(self.path, "".join(f"{line}\n" for line in kept))
-        self.board = SummaryWriter(out / "tensorboard", purge_step=start)
+        self.board = SummaryWriter(out / "tensorboard", purge_step=start + 1)
 
     def write(self, stats: dict) -> None:
         with open(self.path, "a") as file:
