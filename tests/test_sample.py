@@ -290,6 +290,13 @@ def test_guidance_channels():
     assert not torch.equal(some, every)
 
 
+def test_autocast_does_not_change_pictures(vae_folder):
+    vae, latents = load_vae(str(vae_folder)), torch.randn(2, 4, 4, 4)
+    expected = decode(vae, latents)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(decode(vae, latents), expected)
+
+
 def test_latents_that_are_not_finite_raise(vae_folder):
     """Story 14: the stage is named, no black picture is saved."""
     with pytest.raises(FloatingPointError, match="latents are not finite before decoding"):

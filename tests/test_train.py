@@ -14,7 +14,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from skipdit.checkpoint import latest
 from skipdit.class_to_image.sample import ModelConfig
 from skipdit.class_to_image.train import Config, train
-from skipdit.data.images import ImageData
+from skipdit.data.images import ImageData, ImageFolder
 from skipdit.data.stream import rows_of
 from skipdit.train import Draw, TrainConfig, describe, fit, learning_rate, set_trainable
 from skipdit.weights import WeightsError, load_weights, to_released
@@ -144,6 +144,52 @@ def test_two_processes_equal_one(config, tmp_path, parallel):
         torch.testing.assert_close(tensor, whole[name], atol=2e-4, rtol=1e-3)
 
 
+COUNT_MODELS = """
+import gc, sys
+import torch
+from skipdit.class_to_image import DiT
+from skipdit.train import TrainConfig, fit
+
+def count():
+    return sum(isinstance(thing, DiT) and not next(thing.parameters()).is_meta for thing in gc.get_objects())
+
+def loss(model, batch, draw):
+    counts.append(count())
+    return model(batch["x"], draw.randint(1000), draw.randint(2)).square().flatten(1).mean(1)
+
+counts, sampled, data = [], [], [{"x": torch.randn(4, 4, 4)} for _ in range(4)]
+model = DiT(input_size=4, hidden_size=32, depth=4, num_heads=2, num_classes=2, skip=True)
+config = TrainConfig(steps=3, batch_size=4, precision="fp32", parallel="fsdp", workers=0, sample_every=1)
+fit(model, loss, data, config, sys.argv[1], config, lambda model, step: sampled.append(count()))
+assert counts == [2, 2, 2], f"trained, averaged, and others: {counts}"
+assert sampled in ([], [3, 3, 3]), sampled
+"""
+
+
+@pytest.mark.parametrize("parallel", [FSDP])
+def test_the_model_of_a_sample_grid_is_dropped(tmp_path, parallel):
+    """Sharded weights are gathered for it: in the main process, and not for the rest of the run."""
+    (tmp_path / "count.py").write_text(COUNT_MODELS)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    done = subprocess.run([*command, "count.py", "run"], cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+def test_sampling_runs_in_the_precision_of_training(config, monkeypatch):
+    monkeypatch.setattr("skipdit.train.Accelerator.autocast", lambda self: torch.autocast("cpu", torch.bfloat16))
+    config.train.sample_every, sampled = 2, []
+
+    def loss(model, batch, draw):
+        return model(draw.randn(4, 4, 4), draw.randint(1000), batch["label"]).flatten(1).mean(1)
+
+    def sample(model, step):
+        sampled.append((step, torch.is_autocast_enabled("cpu")))
+
+    data = ImageFolder(config.data.path, 8)
+    fit(tiny_dit(num_classes=3), loss, data, config.train, config.out, config, sample)
+    assert sampled == [(2, True), (4, True)]
+
+
 def test_every_process_lists_its_broken_images(config, image_folder):
     """Both broken files are found, whichever process met them."""
     config.train.steps = 12
@@ -227,8 +273,6 @@ def test_nan_aborts_naming_step_and_batch(config):
 
     model = tiny_dit(num_classes=3)
     with pytest.raises(RuntimeError, match=r"3 steps in a row .* step 6, dataset samples \[\d+, \d+, \d+, \d+\]"):
-        from skipdit.data.images import ImageFolder
-
         fit(model, loss, ImageFolder(config.data.path, 8), config.train, config.out, config)
     for part in ("model", "ema", "opt"):
         assert_equal(state(config)[part], good[part], part)

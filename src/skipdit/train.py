@@ -240,7 +240,9 @@ def fit(
         if sample is not None and config.sample_every and (done % config.sample_every == 0 or last):
             averaged = ema.model if blueprint is None else _gather(ema.model, blueprint, device)
             if accelerator.is_main_process:
-                sample(averaged, done)
+                with accelerator.autocast():
+                    sample(averaged, done)
+            del averaged  # an unsharded copy would stay for the rest of the run
             accelerator.wait_for_everyone()
     progress.close()
     accelerator.wait_for_everyone()
@@ -370,12 +372,13 @@ def _shard(model: nn.Module, precision: str) -> nn.Module:
     return fully_shard(model, mp_policy=policy)
 
 
-def _gather(sharded: nn.Module, blueprint: nn.Module, device: torch.device) -> nn.Module:
-    """An unsharded copy of a sharded model. Every process calls it; the main one gets the weights."""
+def _gather(sharded: nn.Module, blueprint: nn.Module, device: torch.device) -> nn.Module | None:
+    """An unsharded copy of a sharded model. Every process calls it; the main one gets the copy, the others None."""
     state = get_model_state_dict(sharded, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    if not state:
+        return None
     model = copy.deepcopy(blueprint).to_empty(device=device)
-    if state:
-        model.load_state_dict(state)
+    model.load_state_dict(state)
     return model
 
 

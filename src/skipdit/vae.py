@@ -79,17 +79,20 @@ def decode(vae: AutoencoderKL, latents: Tensor) -> Tensor:
     """Scaled latents (..., C, h, w) -> images (..., 3, H, W), about [-1, 1], float32. Of clips (N, F, C, h, w) a
     temporal decoder sees several frames at once.
 
+    In the autoencoder's own dtype, as `encode`.
+
     Raises FloatingPointError if latents or images are not finite (an fp16 autoencoder may overflow: use bf16).
     """
     if not torch.isfinite(latents).all():
         raise FloatingPointError("latents are not finite before decoding")
     scaled = (latents / vae.config.scaling_factor).to(vae.dtype)
-    if isinstance(vae, AutoencoderKLTemporalDecoder):
-        chunks = [chunk for clip in scaled for chunk in clip.split(TEMPORAL_CHUNK)]
-        parts = [vae.decode(chunk, num_frames=len(chunk)).sample for chunk in chunks]
-    else:
-        height, width = (side * downsampling(vae) for side in latents.shape[-2:])
-        parts = [vae.decode(chunk).sample for chunk in scaled.flatten(0, -4).split(_chunk(height, width))]
+    with torch.autocast(latents.device.type, enabled=False):
+        if isinstance(vae, AutoencoderKLTemporalDecoder):
+            chunks = [chunk for clip in scaled for chunk in clip.split(TEMPORAL_CHUNK)]
+            parts = [vae.decode(chunk, num_frames=len(chunk)).sample for chunk in chunks]
+        else:
+            height, width = (side * downsampling(vae) for side in latents.shape[-2:])
+            parts = [vae.decode(chunk).sample for chunk in scaled.flatten(0, -4).split(_chunk(height, width))]
     images = torch.cat(parts).float().unflatten(0, latents.shape[:-3])
     if not torch.isfinite(images).all():
         raise FloatingPointError(f"images are not finite after decoding in {vae.dtype}: decode in bf16 or float32")
