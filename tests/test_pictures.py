@@ -398,8 +398,8 @@ def test_a_dry_run_measures_the_largest_shape(root, tmp_path, captions, capsys, 
     data = pictures_at(root, captions, buckets=["8x8", "8x16", "24x12", "64x8"])
     config = TrainConfig(steps=1, batch_size=1, precision="fp32", workers=0, seed=seed)
     fit(torch.nn.Conv2d(3, 3, 1), loss, PictureFolder(data), config, tmp_path / "run", data, dry_run=True)
-    assert shapes == [(1, 3, 24, 12)]
-    assert "one step of 1 samples of 24x12: peak memory" in capsys.readouterr().out
+    assert shapes == [(1, 3, 24, 12)] * 2
+    assert "two steps of 1 samples of 24x12: peak memory" in capsys.readouterr().out
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -29,7 +29,7 @@ def run_trainer(schema: type[T], description: str, train: Callable[[T, bool], An
         train: `train(config, dry_run)` runs a config.
     """
     parser = make_parser(schema, description)
-    parser.add_argument("--dry-run", action="store_true", help="take one step, print its peak memory, write nothing")
+    parser.add_argument("--dry-run", action="store_true", help="take two steps, print their peak memory, write nothing")
     args = parser.parse_intermixed_args()
     with friendly_errors():
         train(load_config(schema, args.config, args.overrides), args.dry_run)

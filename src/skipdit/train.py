@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -145,7 +146,7 @@ def fit(
         run_config: the task's whole config, saved with the run; another one in the same folder is refused.
         sample: called with the averaged model and the step every `config.sample_every` steps, in the main process and
             in the precision of the training. It keeps no reference to the model.
-        dry_run: take one step, on samples of the largest shape, print its peak memory, write nothing.
+        dry_run: take two steps on samples of the largest shape, print their peak memory, write nothing.
 
     Returns:
         The averaged model.
@@ -176,7 +177,8 @@ def fit(
     stream = Stream(dataset, config.seed, config.batch_size)
     first, shape = stream.largest() if dry_run else (start, None)  # where that fits, all others do
     stop = first + 1 if dry_run else config.steps
-    loader = iter(make_loader(stream, rows, config.batch_size, first, stop, config.workers))
+    batches = make_loader(stream, rows, config.batch_size, first, stop, config.workers)
+    loader = chain(batches, batches) if dry_run else iter(batches)  # the first step makes the optimizer's moments
     accelerator.print(describe(model, config, len(rows), micro, world, len(dataset)))
     log = Log(out, start) if accelerator.is_main_process and not dry_run else None
     broken = BrokenFiles(out / "broken_files.txt")
@@ -185,7 +187,7 @@ def fit(
 
     progress = tqdm(initial=start, total=config.steps, desc="training", unit="step", dynamic_ncols=True)
     totals, bad, skipped, began = torch.zeros(2, device=device), 0, 0, time.perf_counter()
-    for step in range(start, config.steps):
+    for step in range(start, 2 if dry_run else config.steps):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(config, step)
         gradients = _backward(trained, loss, loader, rows, step, config, accelerator, limit)
@@ -209,10 +211,7 @@ def fit(
         optimizer.zero_grad(set_to_none=True)
         progress.update()
         if dry_run:
-            progress.close()
-            samples = f"{config.batch_size} samples" + (" of {}x{}".format(*shape) if shape else "")
-            accelerator.print(f"one step of {samples}: peak memory {peak_memory() / 2**30:.2f} GiB per process")
-            return ema.model
+            continue
 
         done = step + 1
         last = done == config.steps
@@ -246,6 +245,10 @@ def fit(
             accelerator.wait_for_everyone()
     progress.close()
     accelerator.wait_for_everyone()
+    if dry_run:
+        samples = f"{config.batch_size} samples" + (" of {}x{}".format(*shape) if shape else "")
+        accelerator.print(f"two steps of {samples}: peak memory {peak_memory() / 2**30:.2f} GiB per process")
+        return ema.model
     if log:
         log.close()
         broken.summarise()
