@@ -127,20 +127,39 @@ ELSEWHERE = {
             "minutes; the first of its kind runs above, pipelines in test_plan.py"
         )
         for task, budget, out, settings in (
-            ("class-to-image", 13, "configs/class-to-image/demo_plan.json", "num_samples=10 batch_size=10"),
-            ("class-to-image", 13, "results/demo-plan-ddpm.json", "num_samples=10 batch_size=10 sampler=ddpm"),
-            ("class-to-image", 10, "results/demo-plan-10.json", "num_samples=10 batch_size=10"),
-            ("class-to-video", 13, "configs/class-to-video/demo_plan.json", "num_samples=4 batch_size=4"),
-            ("text-to-video", 13, "configs/text-to-video/demo_plan.json", PROMPTS["clips"]),
-            ("text-to-image", 13, "configs/text-to-image/demo_plan.json", PROMPTS["pictures"]),
+            (
+                "class-to-image",
+                "13 --reach 12",
+                "configs/class-to-image/demo_plan.json",
+                "num_samples=10 batch_size=10",
+            ),
+            (
+                "class-to-image",
+                "13 --reach 12",
+                "results/demo-plan-ddpm.json",
+                "num_samples=10 batch_size=10 sampler=ddpm",
+            ),
+            ("class-to-video", "13 --reach 12", "configs/class-to-video/demo_plan.json", "num_samples=4 batch_size=4"),
+            ("text-to-video", "13 --reach 12", "configs/text-to-video/demo_plan.json", PROMPTS["clips"]),
+            ("text-to-image", "13 --reach 12", "configs/text-to-image/demo_plan.json", PROMPTS["pictures"]),
             (
                 "class-to-video",
-                "13 --memory 2",
+                "13 --reach 12 --memory 2",
                 "results/video-plan-ddpm.json",
                 "num_samples=4 batch_size=4 sampler=ddpm",
             ),
-            ("text-to-video", "13 --memory 2", "results/text-plan-ddpm.json", f"{PROMPTS['clips']} scheduler=ddpm"),
-            ("text-to-image", 13, "results/picture-plan-ddpm.json", f"{PROMPTS['pictures']} scheduler=ddpm"),
+            (
+                "text-to-video",
+                "13 --reach 12 --memory 2",
+                "results/text-plan-ddpm.json",
+                f"{PROMPTS['clips']} scheduler=ddpm",
+            ),
+            (
+                "text-to-image",
+                "13 --reach 12",
+                "results/picture-plan-ddpm.json",
+                f"{PROMPTS['pictures']} scheduler=ddpm",
+            ),
         )
     },
     "python -m skipdit.plan --config configs/class-to-image/demo.yaml --speedup 2.6 --branch 2 "
@@ -171,10 +190,19 @@ ELSEWHERE = {
         f"python benchmarks/compare.py --task {task} --out results/{task} --also configs/{task}/demo_plan.json {more}"
         "--also D0.1-o1 --also D0.2-o1 --also D0.4-o1 " + settings: "an hour; test_peers.py, on tiny models"
         for task, more, settings in (
-            ("class-to-image", "--also results/demo-plan-10.json ", "num_samples=20 batch_size=10"),
+            ("class-to-image", "--also benchmarks/plans/class-to-image-10.json ", "num_samples=20 batch_size=10"),
             ("class-to-video", "", 'num_samples=4 batch_size=1 "classes=[4,5,6,7]"'),
             ("text-to-video", "", OTHERS["clips"]),
             ("text-to-image", "", f"{OTHERS['pictures']} batch_size=2"),
+        )
+    },
+    **{
+        f"python benchmarks/plans.py --task {task} --out results/plans {settings}": "test_plan_curves.py"
+        for task, settings in (
+            ("class-to-image", "num_samples=20 batch_size=10"),
+            ("class-to-video", 'num_samples=4 batch_size=1 "classes=[4,5,6,7]"'),
+            ("text-to-video", OTHERS["clips"]),
+            ("text-to-image", f"{OTHERS['pictures']} batch_size=2"),
         )
     },
     "python class-to-image/compare.py --config configs/class-to-image/demo.yaml --intervals 2 3 4 --also N4-1000-0 "

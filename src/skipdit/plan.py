@@ -521,7 +521,7 @@ def main() -> None:
         "--branch", type=positive, default=1, metavar="B", help="outer layers of cached steps [%(default)s]"
     )
     parser.add_argument(
-        "--reach", type=positive, metavar="G", help="most steps from full to full [three times the mean, 12 at least]"
+        "--reach", type=positive, metavar="G", help="most steps from full to full [three times the mean, 24 at least]"
     )
     parser.add_argument("--probes", type=positive, default=10, help="runs to measure sensitivities by [%(default)s]")
     parser.add_argument(
@@ -589,7 +589,7 @@ def run(args: argparse.Namespace) -> tuple[CachePlan, dict[str, float]]:
     bench = Bench(sampler, config.steps, args.branch)
     budget = budget_of(bench, args)
     spread = config.steps / (budget or config.steps / 4)
-    reach = min(args.reach or max(12, math.ceil(3 * spread)), config.steps)
+    reach = min(args.reach or max(24, math.ceil(3 * spread)), config.steps)
     full = budget or math.ceil(config.steps / min(4, reach))
     if full * reach < config.steps:
         raise ValueError(f"--reach {reach} is too short for {full} full steps of {config.steps}")
