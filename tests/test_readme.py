@@ -98,6 +98,7 @@ OTHERS = {  # that no plan has seen
 # Commands that need a download, eight GPUs or minutes: what they do first, or why not even that.
 ELSEWHERE = {
     "bash scripts/demo.sh": "minutes; its last line is compare.py above, with a plan as in test_plan.py",
+    "bash scripts/demo.sh class-to-image": "the default",
     "bash scripts/demo.sh class-to-video": "minutes; its last line is compare.py above, with a plan as in test_plan.py",
     "bash scripts/test.sh": "runs this test",
     "bash scripts/setup.sh": "test.sh begins with it",
@@ -173,15 +174,6 @@ ELSEWHERE = {
             ("text-to-image", "picture", f"{OTHERS['pictures']} batch_size=2 scheduler=ddpm"),
         )
     },
-    **{
-        f"python {task}/compare.py --config configs/{task}/demo.yaml --intervals 4 --repeats {repeats} "
-        f"--also configs/{task}/demo_plan.json{more}": "minutes; fewer samples and another plan above"
-        for task, repeats, more in (
-            ("class-to-video", 3, " num_samples=8"),
-            ("text-to-video", 2, ""),
-            ("text-to-image", 3, ""),
-        )
-    },
     "python class-to-video/compare.py --config configs/class-to-video/demo.yaml --intervals 2 --repeats 1 "
     "sampler=ddpm steps=250 num_samples=2": "minutes; with fewer steps above",
     "python text-to-image/compare.py --config configs/text-to-image/demo.yaml --intervals 2 3 --repeats 1 "
@@ -210,7 +202,8 @@ ELSEWHERE = {
     "python class-to-image/compare.py --config configs/class-to-image/demo.yaml --intervals 2 4 --repeats 1 "
     "sampler=ddpm steps=250 num_samples=8": "minutes; with fewer steps above",
     "python scripts/evaluate_fashion.py --data data --cache configs/class-to-image/demo_plan.json --cache N4-1000-0-o1 "
-    "--cache N4-1000-0 --cache 19": "test_efficiency.py, on few pictures and steps, with another plan",
+    "--cache N4-1000-0 --cache 19 --cache benchmarks/plans/class-to-image-10.json --cache N5-1000-0-o1 "
+    "--cache 17": "test_efficiency.py, on few pictures and steps, with another plan",
     "python benchmarks/efficiency.py --data data --seeds 0 1 2": "test_efficiency.py, on few pictures and steps",
     "python benchmarks/efficiency.py --data data --seeds 0 --spectral": "the same",
     **{
