@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 import torch
+from accelerate.utils import broadcast_object_list
 from diffusers import AutoencoderKL
 
 from skipdit.config import friendly_errors, load_config, make_parser
@@ -64,7 +65,8 @@ def open_training(
 
     Raises FileNotFoundError that lists every missing file, before anything is loaded; WeightsError.
     """
-    begun = bool(saved(Path(config.out, "checkpoints")))
+    process_state()  # the main process decides for all, as it does which checkpoint they go on from
+    (begun,) = broadcast_object_list([bool(saved(Path(config.out, "checkpoints")))])
     needed = {"vae": config.vae} | ({"init": config.init} if config.init and not begun else {}) | files
     preflight(needed, fetch, absent)
     vae = load_vae(config.vae)
