@@ -156,18 +156,18 @@ class PipelineCache:
             scheduler.set_timesteps = _Then(scheduler, "set_timesteps", self._begin)
             scheduler.step = _Then(scheduler, "step", self._after_step)
 
-    def _begin(self, aware: bool = True) -> None:
+    def _begin(self, unread: bool = True) -> None:
         """A run begins. The pipeline may have got another transformer since the last, or a compiled one.
 
         Args:
-            aware: whether the pipeline has yet to read the timesteps.
+            unread: whether the pipeline has yet to read the timesteps.
         """
         self._end()
         pipe = self._pipe()
         if pipe is not None and pipe.transformer is not self._hooked():
             self._attach(pipe.transformer)
         # On the CPU: schedulers look up their tables by them, and would read every timestep back from the device.
-        if aware:
+        if unread:
             self._scheduler.timesteps = self._scheduler.timesteps.cpu()
         self.run = SkipCache(self._spec, self._scheduler.timesteps)
         self._active, self._step, self._calls = True, 0, 0
@@ -192,7 +192,7 @@ class PipelineCache:
         pipe = self._pipe()
         if pipe is not None and pipe.scheduler is not self._scheduler:  # replaced: this is the first step of its run
             self._watch(pipe.scheduler)
-            self._begin(aware=False)
+            self._begin(unread=False)
         if self._active and self._calls == MAX_CALLS:  # a run that broke off, and the model is used by itself
             self._end()
         if not self._active:
