@@ -23,7 +23,6 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from accelerate import PartialState
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -35,6 +34,7 @@ from skipdit.class_to_image.model import DiT
 from skipdit.class_to_image.sample import Config, build_model
 from skipdit.config import friendly_errors, load_config
 from skipdit.data.images import to_float
+from skipdit.device import process_state
 from skipdit.diffusion import Diffusion
 from skipdit.fashion import CLASSES, EPOCHS, IMAGE_SIZE, load_images, load_judge
 from skipdit.metrics import mean_psnr, psnr, ssim
@@ -93,7 +93,7 @@ def fidelity(images: Tensor, reference: Tensor) -> dict[str, float]:
 def evaluate(config: Config, data: Path, out: Path, caches: list[str]) -> dict:
     """Judge a model. Returns what results.json holds: `protocol` and `rows`."""
     policies = [CacheSpec(), *map(parse, caches)]
-    device, count = PartialState().device, config.num_samples
+    device, count = process_state().device, config.num_samples
     if (config.image_size, config.model.num_classes) != (IMAGE_SIZE, CLASSES):
         raise ValueError(
             f"FashionMNIST has {CLASSES} classes at image_size {IMAGE_SIZE}; this model has "

@@ -1,13 +1,16 @@
 """Training: resume, processes, freezing, broken data, bad numbers. Small models of the real classes, a real folder."""
 
 import math
+import os
 import re
 import subprocess
 import sys
 from pathlib import Path
 
+import accelerate
 import pytest
 import torch
+from accelerate.state import AcceleratorState, GradientState
 from conftest import FSDP, assert_equal, kill_at, run_script, short_training, state, stats, tiny_dit
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -217,6 +220,70 @@ def test_saving_memory_or_time_changes_no_gradient(config, tmp_path, change):
     for name, moments in state(config)["opt"]["state"].items():
         expected = reference["opt"]["state"][name]["exp_avg"]
         torch.testing.assert_close(moments["exp_avg"], expected, rtol=1e-3, atol=1e-3 * expected.abs().max().item())
+
+
+@pytest.fixture
+def launched(monkeypatch):
+    """Sets variables as a launcher does, before the process knows what it is."""
+
+    def reset():
+        AcceleratorState._reset_state(True)
+        GradientState._reset_state()
+
+    def set_variables(**variables):
+        reset()
+        for name, value in variables.items():
+            monkeypatch.setenv(name, value)
+
+    yield set_variables
+    reset()
+
+
+def accelerate_variables() -> set[str]:
+    """All that the installed accelerate reads of a training, as its source has them."""
+    sources = [path.read_text(encoding="utf-8") for path in Path(accelerate.__file__).parent.rglob("*.py")]
+    whole = re.compile(r"[\"']((?:ACCELERATE|FSDP|MEGATRON_LM|PARALLELISM_CONFIG)_[A-Z0-9_]+[A-Z0-9])[\"']")
+    parts = re.compile(r"""prefix ?\+ ?["']([A-Z0-9_]+)["']""")
+    names = {name for source in sources for name in whole.findall(source)}
+    ends = {name for source in sources for name in parts.findall(source)}
+    prefixes = ("ACCELERATE_DYNAMO_", "ACCELERATE_FP8_", "FSDP_", "MEGATRON_LM_")
+    return names | {prefix + end for prefix in prefixes for end in ends}
+
+
+@pytest.mark.parametrize("value", ["4", "true", "fp16", "TE", "inductor"])
+def test_accelerates_variables_change_no_bit(config, tmp_path, launched, capsys, value):
+    """Accumulation, precision, compilation, clipping and whatever else a launcher or accelerate's config file sets."""
+    config.train.micro_batch_size, config.train.grad_clip = 2, 0.5
+    train(config)
+    expected = state(config)
+    names = {name for name in accelerate_variables() - FOREIGN.keys() if not name.endswith(PLACES)}
+    assert len(names) > 80 and {"ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "FSDP_OFFLOAD_PARAMS"} < names
+    launched(**dict.fromkeys(names, value))
+    config.out = str(tmp_path / "launched")
+    train(config)
+    assert_equal(expected | {"args": None}, state(config) | {"args": None})
+    assert os.environ["ACCELERATE_GRADIENT_ACCUMULATION_STEPS"] == value  # it is other programs', too
+    assert f"ACCELERATE_GRADIENT_CLIPPING={value} is not used: train.grad_clip decides" in capsys.readouterr().out
+
+
+PLACES = ("_USE_CPU", "_TORCH_DEVICE", "_CPU_AFFINITY", "_DEBUG_MODE", "_LOG_LEVEL")  # where to run; no number changes
+FOREIGN = {
+    "ACCELERATE_USE_DEEPSPEED": "DeepSpeed",
+    "ACCELERATE_USE_FSDP": "accelerate's own sharding",
+    "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM",
+    "ACCELERATE_USE_PARALLELISM_CONFIG": "accelerate's device meshes",
+    "ACCELERATE_SAGEMAKER_DISTRIBUTED_TYPE": "SageMaker's own parallelism",
+}
+
+
+@pytest.mark.parametrize("name", FOREIGN)
+def test_launches_that_cannot_be_honoured_are_refused(config, launched, name):
+    launched(**{name: "DATA_PARALLEL" if "SAGEMAKER" in name else "true"})
+    with pytest.raises(ValueError, match=rf"sets {name} \({FOREIGN[name]}\), which is not supported: .*torchrun"):
+        train(config)
+    assert not Path(config.out).exists()
+    launched(**{name: "NO" if "SAGEMAKER" in name else "false"})
+    train(config)
 
 
 def test_stage_one_trains_the_skips_only(config, tmp_path):

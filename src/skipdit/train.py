@@ -29,7 +29,7 @@ from torch.utils.data import Dataset
 from skipdit import checkpoint
 from skipdit.config import flatten, setting, to_dict, to_yaml
 from skipdit.data.stream import Stream, make_loader, rows_of, seed_of
-from skipdit.device import cpu_only, process_state
+from skipdit.device import make_accelerator, own_settings
 from skipdit.ema import EMA
 from skipdit.runlog import BrokenFiles, Log, replace_text
 from skipdit.spectral import SpectralLimit
@@ -164,8 +164,7 @@ def fit(
         limit = SpectralLimit(model, config.spectral, config.spectral_weight, config.spectral_cap)
         limit.project()
     out = Path(out)
-    process_state()  # first: its processes wait for each other as long as it takes
-    accelerator = Accelerator(cpu=cpu_only(), mixed_precision=config.precision.replace("fp32", "no"))
+    accelerator = make_accelerator(config.precision)
     device, world = accelerator.device, accelerator.num_processes
     if not dry_run:
         claim_folder(out, run_config, accelerator)
@@ -235,7 +234,7 @@ def fit(
                 log.write(stats)
         if last or (config.save_every and done % config.save_every == 0):
             folder, args, writer = out / "checkpoints", to_dict(run_config), accelerator.is_main_process
-            checkpoint.save(folder, done, model, ema.model, optimizer.optimizer, args, config.keep, writer)
+            checkpoint.save(folder, done, model, ema.model, optimizer, args, config.keep, writer)
         if sample is not None and config.sample_every and (done % config.sample_every == 0 or last):
             averaged = ema.model if blueprint is None else _gather(ema.model, blueprint, device)
             if accelerator.is_main_process:
@@ -275,7 +274,8 @@ def _prepare(model: nn.Module, config: TrainConfig, accelerator: Accelerator):
         trained = _shard(model, config.precision)
         _shard(ema.model, "fp32")
     else:
-        trained = accelerator.prepare_model(model)
+        with own_settings():
+            trained = accelerator.prepare_model(model)
     optimizer = torch.optim.AdamW(
         [p for p in model.parameters() if p.requires_grad],
         lr=config.lr,
@@ -283,7 +283,7 @@ def _prepare(model: nn.Module, config: TrainConfig, accelerator: Accelerator):
         weight_decay=config.weight_decay,
         fused=accelerator.device.type == "cuda",
     )
-    return trained, ema, accelerator.prepare_optimizer(optimizer), blueprint
+    return trained, ema, optimizer, blueprint
 
 
 def _resume(out: Path, model: nn.Module, ema: EMA, optimizer, accelerator: Accelerator) -> int:
@@ -298,7 +298,7 @@ def _resume(out: Path, model: nn.Module, ema: EMA, optimizer, accelerator: Accel
         return 0
     state = found[1] if found else checkpoint.load_chosen(folder / name)
     accelerator.print(f"resuming from {folder / name}")
-    return checkpoint.restore(state, model, ema.model, optimizer.optimizer)
+    return checkpoint.restore(state, model, ema.model, optimizer)
 
 
 class Gradients(NamedTuple):
@@ -333,7 +333,7 @@ def _backward(
             with accelerator.autocast():
                 losses = loss(model, batch, draw).float() * batch["weight"]
             # DDP and FSDP average over processes; times their number, it is the mean over the global batch
-            accelerator.backward(losses.sum() * accelerator.num_processes / config.batch_size)
+            (losses.sum() * accelerator.num_processes / config.batch_size).backward()
         sums += torch.stack([losses.detach().sum(), batch["weight"].sum()])
     if limit:
         limit.add_gradients()
