@@ -19,7 +19,7 @@ from skipdit.class_to_image.sample import ModelConfig
 from skipdit.class_to_image.train import Config, train
 from skipdit.data.images import ImageData, ImageFolder
 from skipdit.data.stream import rows_of
-from skipdit.train import Draw, TrainConfig, describe, fit, learning_rate, set_trainable
+from skipdit.train import Draw, TrainConfig, describe, fit, learning_rate, peak_memory, set_trainable
 from skipdit.weights import WeightsError, load_weights, to_released
 
 
@@ -395,6 +395,13 @@ def test_dry_run_measures_and_writes_nothing(config, capsys):
     train(config, dry_run=True)
     assert "peak memory" in capsys.readouterr().out
     assert not Path(config.out).exists()
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="compares with what Windows lacks")
+def test_memory_is_measured_without_a_module_that_windows_lacks(monkeypatch):
+    usual = peak_memory()
+    monkeypatch.setitem(sys.modules, "resource", None)
+    assert usual / 10 < peak_memory() <= 1.1 * usual
 
 
 def test_description_counts(config):
