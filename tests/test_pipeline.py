@@ -1,5 +1,6 @@
 """`enable_cache` on diffusers' LattePipeline: right on every call, and nothing left behind."""
 
+import contextlib
 import copy
 import gc
 import weakref
@@ -314,18 +315,121 @@ def test_pipelines_die(vae_folder):
     assert len(model._forward_pre_hooks) == 1
 
 
-def test_model_by_itself_after_a_run_that_broke_off(pipe):
-    """It is used as it is after a few calls at the latest, and keeps nothing of them."""
-    inputs = {"hidden_states": torch.randn(1, 4, 4, 4, 4), "timestep": torch.tensor([500])}
-    inputs |= {"encoder_hidden_states": torch.randn(1, 6, 12)}
+class Stop(Exception):
+    pass
+
+
+def breaks(pipe, i, t, tensors):
+    """A callback that ends a call before its sixth step, a cached one."""
+    if i == 4:
+        raise Stop
+    return {}
+
+
+def interrupts(pipe, i, t, tensors):
+    pipe._interrupt = i == 4
+    return {}
+
+
+@pytest.mark.parametrize("callback", [breaks, interrupts])
+def test_model_by_itself_after_a_call_that_broke_off(pipe, callback):
+    """The run ends with the call: at the timestep of its next step, too, the model computes as without a cache."""
+    inputs = {"hidden_states": torch.randn(1, 4, 4, 4, 4), "encoder_hidden_states": torch.randn(1, 6, 12)}
     with torch.no_grad():
-        expected = pipe.transformer(**inputs).sample
-        cache = enable_cache(pipe, "N2-900-50")
-        pipe.scheduler.set_timesteps(5)
-        for _ in range(6):
-            out = pipe.transformer(**inputs).sample
-    assert torch.equal(out, expected)
-    assert not cache._texts and not cache.run._stored and not cache.run._open
+        expected = [pipe.transformer(**inputs, timestep=torch.tensor([t])).sample for t in (400, 77)]
+        cache = enable_cache(pipe, "N2-1000-0")
+        with contextlib.suppress(Stop):
+            run(pipe, callback_on_step_end=callback)
+        assert cache.run.full_steps < 10 and not cache.run._stored and not cache._streams
+        for t, wanted in zip((400, 77), expected, strict=True):
+            assert torch.equal(pipe.transformer(**inputs, timestep=torch.tensor([t])).sample, wanted)
+
+
+def test_model_by_itself_after_a_loop_that_broke_off(pipe):
+    """A loop of one's own has no call that ends; a timestep that is not its next one shows that it has."""
+    inputs = {"hidden_states": torch.randn(1, 4, 4, 4, 4), "encoder_hidden_states": torch.randn(1, 6, 12)}
+    with torch.no_grad():
+        expected = pipe.transformer(**inputs, timestep=torch.tensor([500])).sample
+        cache = enable_cache(pipe, "N2-1000-0")
+        pipe.scheduler.set_timesteps(10)
+        for t in pipe.scheduler.timesteps[:3]:
+            noise = pipe.transformer(**inputs, timestep=t.expand(1)).sample[:, :4]
+            pipe.scheduler.step(noise, t, inputs["hidden_states"])
+        assert torch.equal(pipe.transformer(**inputs, timestep=torch.tensor([500])).sample, expected)
+    assert not cache.run._stored and not cache.run._open and not cache._streams
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("begin", [0, 9])
+@pytest.mark.parametrize("anew", [False, True])
+def test_streams_are_told_apart_by_their_text(pipe, begin, anew):
+    """Guidance in an interval, its halves one after the other: the conditional half alone, before or after, reads what
+    it has stored itself. Loops may make the tensors of their texts anew at every step.
+    """
+    text, null, start = 5 * torch.randn(1, 6, 12), 5 * torch.randn(1, 6, 12), torch.randn(1, 4, 4, 4, 4)
+    model, scheduler = pipe.transformer, pipe.scheduler
+
+    def sample(call):
+        x = start
+        scheduler.set_timesteps(12)
+        for i, t in enumerate(scheduler.timesteps):
+            guided = abs(i - begin) < 5
+            uncond = call(i, "uncond", x, t, null.clone() if anew else null) if guided else None
+            cond = call(i, "cond", x, t, text.clone() if anew else text)
+            x = scheduler.step(uncond + 3 * (cond - uncond) if guided else cond, t, x)[0]
+        return x
+
+    scheduler.set_timesteps(12)
+    by_hand = SkipCache("N2-1000-0", scheduler.timesteps)
+    expected = sample(lambda i, who, x, t, y: model(x, t[None], y, cache=by_hand.at(i, who)).sample[:, :4])
+    cache = enable_cache(pipe, "N2-1000-0")
+    found = sample(lambda i, who, x, t, y: model(x, timestep=t[None], encoder_hidden_states=y).sample[:, :4])
+    torch.testing.assert_close(found, expected)
+    assert cache.run.ran == by_hand.ran and cache.run.cached_steps > 3
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("rounded", [False, True])
+def test_loops_that_begin_in_the_middle(pipe, rounded):
+    """The plan is that of the steps that run, as in image-to-image."""
+    cache, x, text = enable_cache(pipe, "N2-1000-0"), torch.randn(1, 4, 4, 4, 4), torch.randn(1, 6, 12)
+    pipe.scheduler.set_timesteps(20)
+    for t in pipe.scheduler.timesteps[9:]:
+        given = torch.tensor([t]).to(torch.bfloat16) if rounded else t.expand(1)
+        noise = pipe.transformer(hidden_states=x, timestep=given, encoder_hidden_states=text).sample[:, :4]
+        x = pipe.scheduler.step(noise, t, x)[0]
+    assert cache.run.ran == [True, False] * 5 + [True]
+
+
+@torch.no_grad()
+def test_a_compiled_model_may_write_into_its_outputs_again(pipe):
+    """As CUDA graphs do: the next call of the model writes into the memory of what the last one returned."""
+    text, start = torch.randn(1, 6, 12), torch.randn(1, 4, 4, 4, 4)
+    model, scheduler, memory = pipe.transformer, pipe.scheduler, {}
+
+    def reuse(name, tensor):
+        place = memory.setdefault(name, torch.empty_like(tensor))
+        return place.copy_(tensor)
+
+    def sample(forward):
+        scheduler.set_timesteps(10)
+        cache, x, last = SkipCache("N3-1000-0-o1", scheduler.timesteps), start, 0
+        for i, t in enumerate(scheduler.timesteps):
+            for stream, given in (("uncond", -text), ("cond", text)):
+                step = cache.at(i, stream)
+                noise = forward(x, t[None], given, step).clone()
+                last = noise - 0.5 * last
+            x = scheduler.step(last, t, x)[0]
+        return x
+
+    def graphed(x, t, text, step):
+        noise = model(x, t, text, cache=step).sample[:, :4]
+        if step.output is not None:
+            step.output = reuse("feature", step.output)
+        return reuse("noise", noise)
+
+    expected = sample(lambda x, t, text, step: model(x, t, text, cache=step).sample[:, :4])
+    assert torch.equal(sample(graphed), expected)
 
 
 def test_timesteps_of_a_loop_come_to_the_latents(pipe):
@@ -333,7 +437,7 @@ def test_timesteps_of_a_loop_come_to_the_latents(pipe):
     cache = enable_cache(pipe, "N2-900-50")
     pipe.scheduler.set_timesteps(10)
     given = {"hidden_states": torch.empty(1, 4, 4, 4, 4, device="meta"), "timestep": pipe.scheduler.timesteps[:1]}
-    cache.before_model(given)
+    _, given = cache.before_model((), given)
     assert given["timestep"].device.type == "meta" and given["cache"] is not None
 
 

@@ -377,7 +377,7 @@ class SkipCache:
         """
         if self._last_cached < 0:
             return None
-        self._collect(stream)
+        self._collect()
         if i == len(self.plan) - 1 and all(self.ran[:i]) and not all(self.plan[:i]):
             warnings.warn(f"cache {self.spec} cached none of the {i} steps before the last", stacklevel=2)
         stored, spec = self._stored.get(stream), self.spec
@@ -404,16 +404,22 @@ class SkipCache:
         self._shallow.clear()
         self._open.clear()
 
-    def _collect(self, stream: str) -> None:
-        """Take over what the last full call of this stream left in its mailbox."""
-        i, step = self._open.pop(stream, (0, None))
-        if step is None or step.output is None:
-            return
-        stored = self._stored.setdefault(stream, [])
-        stored.append((i, step.output.detach()))
-        del stored[: -1 - self.spec.order]
-        if isinstance(step, DriftStep):
-            self._shallow[stream] = step.shallow.detach()
+    def _collect(self) -> None:
+        """Copy what full calls left in their mailboxes, before the next call of the model.
+
+        A copy, since a compiled model may hand out memory that its next call writes into again (CUDA graphs,
+        `mode="reduce-overhead"`); one costs as much as an addition to the residual stream.
+        """
+        for stream, (i, step) in self._open.items():
+            if step.output is None:
+                continue
+            stored = self._stored.setdefault(stream, [])
+            stored.append((i, step.output.detach().clone()))
+            del stored[: -1 - self.spec.order]
+            if isinstance(step, DriftStep):
+                self._shallow[stream] = step.shallow.detach()
+            step.output = None
+        self._open.clear()
         kept = [f for s in self._stored.values() for _, f in s] + list(self._shallow.values())
         self.peak_bytes = max(self.peak_bytes, sum(f.nbytes for f in kept))
 
