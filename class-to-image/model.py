@@ -6,6 +6,7 @@ Shapes: N samples, C latent channels, H x W latents, p patch size, T = (H/p)(W/p
 from collections.abc import Mapping
 
 from diffusers.configuration_utils import register_to_config
+from diffusers.models.modeling_utils import ModelMixin  # noqa: F401 (diffusers loads a pipeline's model by it)
 from torch import Tensor
 
 from skipdit.adaln import AdaLNTransformer, Conditioning

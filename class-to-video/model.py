@@ -9,6 +9,7 @@ from collections.abc import Mapping
 
 import torch
 from diffusers.configuration_utils import register_to_config
+from diffusers.models.modeling_utils import ModelMixin  # noqa: F401 (diffusers loads a pipeline's model by it)
 from torch import Tensor
 
 from skipdit.adaln import AdaLNTransformer, Conditioning

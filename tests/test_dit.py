@@ -4,10 +4,12 @@ import json
 
 import pytest
 import torch
-from conftest import GOLDEN, assert_close
+from conftest import GOLDEN, assert_close, tiny_dit, tiny_hunyuan, tiny_latte, tiny_latte_t2v
 
 from skipdit import CacheSpec, SkipCache
+from skipdit.adaln import AdaLNTransformer
 from skipdit.class_to_image import DiT
+from skipdit.nn import GELU
 from skipdit.weights import load_weights, to_released
 
 
@@ -68,3 +70,29 @@ def test_spec_of_golden_text_t2v_windows():
     timesteps = list(range(980, -1, -20))
     counts = {n: sum(CacheSpec.parse(f"N{n}-700-50").plan(timesteps)) for n in (2, 3, 4)}
     assert counts == {2: 33, 3: 28, 4: 25}  # as the paper's FLOPs imply
+
+
+@pytest.mark.parametrize("make", [tiny_dit, tiny_latte, tiny_latte_t2v, tiny_hunyuan])
+def test_layerwise_casting(make):
+    """Weights of 3 bits of mantissa are off by up to 6 %, and nothing is computed in float8."""
+    model = make().requires_grad_(False)
+    inputs = model.random_inputs(2)
+    with torch.no_grad():
+        expected = model(**inputs, **({} if isinstance(model, AdaLNTransformer) else {"return_dict": False}))
+        model.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=torch.float32)
+        found = model(**inputs, **({} if isinstance(model, AdaLNTransformer) else {"return_dict": False}))
+    expected, found = (x if isinstance(x, torch.Tensor) else x[0] for x in (expected, found))
+    assert found.dtype == torch.float32
+    assert 0 < (found - expected).norm() < 0.1 * expected.norm()
+    stored = sum(p.numel() for p in model.parameters() if p.dtype == torch.float8_e4m3fn)
+    assert stored > 0.5 * sum(p.numel() for p in model.parameters())
+
+
+def test_gelu_overwrites_its_input_only_where_no_gradient_flows():
+    x = torch.randn(8)
+    expected = torch.nn.functional.gelu(x, approximate="tanh")
+    given, leaf = x.clone(), x.clone().requires_grad_()
+    with torch.no_grad():
+        out = GELU()(given)
+    assert torch.equal(out, expected) and out is given
+    assert torch.equal(GELU()(leaf), expected) and torch.equal(leaf, x)

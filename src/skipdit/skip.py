@@ -120,6 +120,8 @@ class SkipTransformer(ModelMixin, ConfigMixin):
     """
 
     _supports_gradient_checkpointing = True
+    # What diffusers' layerwise casting leaves in the dtype that the model computes in.
+    _skip_layerwise_casting_patterns = ("pos_embed", "x_embedder", "t_embedder", "adaln_single", "norm")
     gradient_checkpointing = False
     skips: nn.ModuleList
     text_arguments: tuple[str, ...] = ()

@@ -15,7 +15,8 @@ from skipdit.data.images import to_uint8
 def load_vae(source: str, dtype: torch.dtype = torch.float32) -> AutoencoderKL:
     """An autoencoder in eval mode, without gradients, on the CPU.
 
-    Raises FileNotFoundError, naming the source, if it is neither a folder nor to be had from the Hub.
+    Raises FileNotFoundError, naming the source, if it is neither a folder nor to be had from the Hub; ValueError if it
+    normalises every latent channel by itself.
     """
     path = Path(source)
     if path.exists() and not (path / "config.json").is_file():
@@ -29,7 +30,17 @@ def load_vae(source: str, dtype: torch.dtype = torch.float32) -> AutoencoderKL:
             f"no autoencoder {source}: neither a folder here nor fetched from the Hub ({str(error).splitlines()[0]}); "
             "`bash scripts/download.sh class-to-image` or class-to-video fetches the one of the released models"
         ) from error
+    if any(vae.config.get(name) is not None for name in ("latents_mean", "latents_std")):
+        raise ValueError(
+            f"the autoencoder {source} normalises latents per channel (latents_mean, latents_std), which is not "
+            "supported: take one with a scaling_factor and, perhaps, a shift_factor"
+        )
     return vae.eval().requires_grad_(False)
+
+
+def shift_factor(vae: AutoencoderKL) -> float:
+    """What is taken off latents before they are scaled; 0 for most autoencoders."""
+    return vae.config.get("shift_factor") or 0.0
 
 
 def pixels(vae: AutoencoderKL, latents: Tensor) -> Tensor:
@@ -62,7 +73,7 @@ def _chunk(height: int, width: int) -> int:
 
 @torch.no_grad()
 def encode(vae: AutoencoderKL, images: Tensor) -> tuple[Tensor, Tensor]:
-    """Images (..., 3, H, W) in [-1, 1] -> mean and standard deviation of the scaled latents, each (..., C, h, w).
+    """Images (..., 3, H, W) in [-1, 1] -> mean and standard deviation of the shifted and scaled latents (..., C, h, w).
 
     In the autoencoder's own dtype, whatever autocast is on around it: latents on disk and in training are the same.
     """
@@ -71,7 +82,7 @@ def encode(vae: AutoencoderKL, images: Tensor) -> tuple[Tensor, Tensor]:
         posteriors = [vae.encode(chunk).latent_dist for chunk in chunks]
     scale, leading = vae.config.scaling_factor, images.shape[:-3]
     mean, std = (torch.cat([getattr(p, name).float() for p in posteriors]) for name in ("mean", "std"))
-    return (mean * scale).unflatten(0, leading), (std * scale).unflatten(0, leading)
+    return ((mean - shift_factor(vae)) * scale).unflatten(0, leading), (std * scale).unflatten(0, leading)
 
 
 @torch.no_grad()
@@ -85,7 +96,7 @@ def decode(vae: AutoencoderKL, latents: Tensor) -> Tensor:
     """
     if not torch.isfinite(latents).all():
         raise FloatingPointError("latents are not finite before decoding")
-    scaled = (latents / vae.config.scaling_factor).to(vae.dtype)
+    scaled = (latents / vae.config.scaling_factor + shift_factor(vae)).to(vae.dtype)
     with torch.autocast(latents.device.type, enabled=False):
         if isinstance(vae, AutoencoderKLTemporalDecoder):
             chunks = [chunk for clip in scaled for chunk in clip.split(TEMPORAL_CHUNK)]

@@ -27,7 +27,7 @@ from skipdit.data.clips import CLIPS, Clip, ClipData, ClipDataset
 from skipdit.data.images import to_float
 from skipdit.data.pictures import PictureData, PictureFolder, bucket_sizes
 from skipdit.data.stream import BrokenSample
-from skipdit.vae import encode, latent_size
+from skipdit.vae import encode, latent_size, shift_factor
 from skipdit.weights import fingerprint
 
 if TYPE_CHECKING:
@@ -46,6 +46,7 @@ class LatentInfo:
     dtype: str
     image_size: int
     buckets: tuple[str, ...] = ()
+    shift_factor: float = 0.0
 
     def metadata(self) -> dict[str, str]:
         return {"latents": json.dumps(asdict(self))}
@@ -282,7 +283,8 @@ def expected_latents(kind: str, image_size: int, vae: AutoencoderKL, buckets: Se
     for bucket in buckets:
         for side in bucket_sizes(image_size, [bucket])[0]:
             latent_size(side, vae, f"data.buckets, {bucket}:")
-    return LatentInfo(fingerprint(vae), vae.config.scaling_factor, kind, "float16", image_size, tuple(buckets))
+    scaling = {"scaling_factor": vae.config.scaling_factor, "shift_factor": shift_factor(vae)}
+    return LatentInfo(fingerprint(vae), kind=kind, dtype="float16", image_size=image_size, buckets=tuple(buckets), **scaling)
 
 
 def clean_latents(batch: dict, flipped: Tensor, kind: str, vae: AutoencoderKL, draw: Callable[..., Tensor]) -> Tensor:
