@@ -1,15 +1,17 @@
 """Every layout of a checkpoint loads, strictly, lazily and without running code; ours convert both ways."""
 
 import argparse
+import copy
 import os
 import re
 import subprocess
 import sys
 import textwrap
 
+import numpy as np
 import pytest
 import torch
-from conftest import assert_close
+from conftest import assert_close, assert_equal
 from safetensors.torch import save_file
 
 import skipdit
@@ -23,6 +25,7 @@ from skipdit.weights import (
     load_state,
     load_weights,
     to_released,
+    verify,
 )
 
 TINY = {"input_size": 4, "hidden_size": 24, "depth": 4, "num_heads": 2, "num_classes": 3}
@@ -207,7 +210,159 @@ def test_all_absent_shards_are_named_at_once(model, tmp_path):
     assert first.name in str(caught.value) and last.name in str(caught.value)
 
 
+# Files that are damaged
+
+
+def flipped(content: bytes, bit: int) -> bytes:
+    changed = bytearray(content)
+    changed[bit // 8] ^= 1 << bit % 8
+    return bytes(changed)
+
+
+def test_no_flipped_bit_goes_unnoticed(tmp_path):
+    """Of the bits of a file's framework, and of its tensors: either the file is refused, or nothing has changed."""
+    path, model = tmp_path / "0000001.pt", tiny(hidden_size=8, depth=2, num_heads=1)
+    optimizer = torch.optim.AdamW(model.parameters())
+    checkpoint.save(tmp_path, 1, model, model, optimizer, {"seed": 0}, keep=0, writer=True)
+    whole, content = path.read_bytes(), copy.deepcopy(load_checkpoint(path))  # away from the file
+    generator, refusals = np.random.default_rng(0), 0
+    edges = [*range(0, 8 * 400, 72), *range(8 * len(whole) - 8 * 1200, 8 * len(whole), 136)]
+    for bit in [*edges, *generator.integers(0, 8 * len(whole), 80).tolist()]:
+        path.write_bytes(flipped(whole, bit))
+        try:
+            verify(path)
+        except WeightsError as error:
+            assert "0000001.pt" in str(error)
+            refusals += 1
+        else:
+            assert_equal(load_checkpoint(path), content, f"bit {bit}")
+    assert refusals > 80
+
+
+def test_a_flipped_bit_in_the_weights_is_named(model, tmp_path, capsys):
+    path = tmp_path / "weights.pt"
+    state = released(model)
+    torch.save({"model": {"other": torch.ones(9)}, "ema": state}, path)
+    place = path.read_bytes().index(state["skip_linears.1.linear.bias"].numpy().tobytes())
+    path.write_bytes(flipped(path.read_bytes(), 8 * place + 3))
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    complaint = r"weights\.pt is damaged: skips\.1\.linear\.bias are not as they were saved"
+    with pytest.raises(WeightsError, match=complaint):
+        load_weights(model, path)
+    assert_same(model.state_dict(), before)
+    for command in (["export", path, tmp_path / "out.pt"], ["convert", path, tmp_path / "out", "--num-heads", 2]):
+        assert re.search(complaint, refused(capsys, *command))
+    assert "ema.skip_linears.1.linear.bias are not" in refused(capsys, "verify", path)
+    assert [file.name for file in tmp_path.iterdir()] == ["weights.pt"]
+
+
+def test_damage_to_what_is_not_used_is_for_verify_to_find(model, tmp_path, capsys):
+    """A sampler reads the average only, and not 11 GB to use a quarter of them."""
+    path, other = tmp_path / "weights.pt", torch.rand(99)
+    torch.save({"model": {"other": other}, "ema": released(model)}, path)
+    path.write_bytes(flipped(path.read_bytes(), 8 * path.read_bytes().index(other.numpy().tobytes())))
+    load_weights(tiny(), path)
+    assert "model.other are not as they were saved" in refused(capsys, "verify", path)
+
+
+def test_resuming_passes_over_flipped_bits_of_the_optimizer(model, tmp_path):
+    optimizer = torch.optim.AdamW(model.parameters())
+    sum(parameter.square().sum() for parameter in model.parameters()).backward()
+    optimizer.step()
+    for step in (1, 2):
+        checkpoint.save(tmp_path, step, model, model, optimizer, {}, keep=0, writer=True)
+    path = tmp_path / "0000002.pt"
+    moments = checkpoint.latest(tmp_path)[1]["opt"]["state"]["x_embedder.proj.bias"]
+    place = path.read_bytes().index(moments["exp_avg"].numpy().tobytes())
+    path.write_bytes(flipped(path.read_bytes(), 8 * place))
+    with pytest.warns(UserWarning, match=r"0000002\.pt is damaged: opt\.state\.\S+\.exp_avg are not as they were"):
+        assert checkpoint.latest(tmp_path)[0].name == "0000001.pt"
+
+
+@pytest.mark.parametrize("number", [float("nan"), float("inf")])
+@pytest.mark.parametrize("suffix", ["pt", "safetensors"])
+def test_weights_that_are_not_finite_are_named(model, tmp_path, capsys, number, suffix):
+    state, path = released(model), tmp_path / f"weights.{suffix}"
+    state["blocks.2.mlp.fc1.weight"][3, 1] = number
+    save_file(state, path) if suffix == "safetensors" else torch.save({"ema": state}, path)
+    with pytest.raises(WeightsError, match=rf"weights\.{suffix}: not finite are blocks\.2\.mlp\.fc1\.weight$"):
+        load_weights(model, path)
+    with pytest.raises(WeightsError, match=r"the state dict: not finite are blocks\.2\.mlp\.fc1\.weight$"):
+        load_weights(model, state)
+    assert "blocks.2.mlp.fc1.weight" in refused(capsys, "verify", path)
+
+
+def test_verify_says_what_it_could_compare_with(model, tmp_path, capsys):
+    state = released(model)
+    torch.save(state, tmp_path / "sums.pt")
+    torch.save(state, tmp_path / "old.pt", _use_new_zipfile_serialization=False)
+    torch.serialization.set_crc32_options(False)
+    torch.save(state, tmp_path / "none.pt")
+    torch.serialization.set_crc32_options(True)
+    save_file(state, tmp_path / "plain.safetensors")
+    for name in ("sums.pt", "old.pt", "none.pt", "plain.safetensors"):
+        run_cli("verify", tmp_path / name)
+        told = "as they were saved" if name == "sums.pt" else "there are no checksums to compare with"
+        line = capsys.readouterr().out
+        assert f"{len(state)} tensors" in line and told in line
+        load_weights(tiny(), tmp_path / name)
+
+
+def test_converted_safetensors_have_checksums(model, tmp_path, capsys):
+    model.save_pretrained(tmp_path / "saved", max_shard_size="50KB")
+    run_cli("verify", tmp_path / "saved")
+    assert "no checksums" in capsys.readouterr().out
+    run_cli("convert", tmp_path / "saved", tmp_path / "out")
+    run_cli("verify", tmp_path / "out")
+    assert "as they were saved" in capsys.readouterr().out
+    path = tmp_path / "out/diffusion_pytorch_model.safetensors"
+    path.write_bytes(flipped(path.read_bytes(), 8 * path.stat().st_size - 30))
+    assert "diffusion_pytorch_model.safetensors: not as saved" in refused(capsys, "verify", tmp_path / "out")
+
+
 # Weights of another model
+
+
+ODD_STATES = {
+    "0 is no parameter's name": lambda state: {0: state["pos_embed"], **state},
+    "None is no parameter's name": lambda state: {None: state["pos_embed"]},
+    r"('pos_embed', 1) is no parameter's name": lambda state: {**state, ("pos_embed", 1): state["pos_embed"]},
+    "pos_embed is not a dense tensor": lambda state: state | {"pos_embed": state["pos_embed"].to_sparse()},
+    "pos_embed has a shape but no numbers": lambda state: state | {"pos_embed": state["pos_embed"].to("meta")},
+    "pos_embed are not tensors": lambda state: state | {"pos_embed": 3},
+    "pos_embed is torch.int8": lambda state: state | {"pos_embed": state["pos_embed"].to(torch.int8)},
+    "pos_embed is torch.complex64": lambda state: state | {"pos_embed": state["pos_embed"].to(torch.complex64)},
+    "pos_embed is ()": lambda state: state | {"pos_embed": torch.zeros(())},
+}
+
+
+@pytest.mark.parametrize("complaint", ODD_STATES)
+def test_odd_state_dicts_are_named(model, tmp_path, capsys, complaint):
+    """In one error that says the file and the key; from a file, from memory, and when converted."""
+    odd, path = ODD_STATES[complaint](released(model)), tmp_path / "odd.pt"
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    torch.save({"ema": odd}, path)
+    for source, name in ((path, "odd.pt"), (odd, "the state dict"), ({"model": odd}, "the state dict")):
+        with pytest.raises(WeightsError, match=re.escape(complaint)) as caught:
+            load_weights(model, source)
+        assert name in str(caught.value)
+    assert_same(model.state_dict(), before)
+    assert "odd.pt" in refused(capsys, "convert", path, tmp_path / "out", "--num-heads", 2)
+
+
+@pytest.mark.parametrize("name", ["pos_embed", "x_embedder.proj.weight", "blocks.0.mlp.fc1.weight"])
+@pytest.mark.parametrize("shape", [(), (0,), (3,), (2, 3), (1, 1, 1, 1, 1)])
+def test_shapes_that_fit_no_model_are_an_error_of_the_file(model, tmp_path, capsys, name, shape):
+    _plain(released(model) | {name: torch.zeros(shape)}, tmp_path / "in.pt")
+    assert "in.pt" in refused(capsys, "convert", tmp_path / "in.pt", tmp_path / "out", "--num-heads", 2)
+
+
+def test_damaged_settings_beside_weights_are_named(model, tmp_path, capsys):
+    model.save_pretrained(tmp_path / "in")
+    (tmp_path / "in/config.json").write_text("{")
+    assert "config.json is damaged" in refused(capsys, "convert", tmp_path / "in", tmp_path / "out", "--num-heads", 2)
+    (tmp_path / "in/other.safetensors.index.json").write_text("[1]")
+    assert "index.json is damaged" in refused(capsys, "convert", tmp_path / "in", tmp_path / "out")
 
 
 def test_other_backbone_is_named_and_every_name_listed(model, tmp_path):

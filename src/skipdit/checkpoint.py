@@ -18,7 +18,7 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 
-from skipdit.weights import WeightsError, from_released, load_checkpoint, saved, to_released
+from skipdit.weights import WeightsError, from_released, load_checkpoint, require_sound, saved, to_released
 
 _FULL = StateDictOptions(full_state_dict=True, cpu_offload=True)  # gathered on rank 0 where parameters are sharded
 _LOAD = StateDictOptions(full_state_dict=True)
@@ -74,14 +74,16 @@ def _kept(folder: Path) -> str:
 
 
 def latest(folder: Path) -> tuple[Path, dict] | None:
-    """The newest readable checkpoint and its content; a damaged one is named in a warning and passed over.
+    """The newest sound checkpoint and its content; a damaged one is named in a warning and passed over.
 
     None if there are none. Raises WeightsError if there are some, and none can be read.
     """
     files = saved(folder)
     for path in reversed(files):
         try:
-            return path, load_checkpoint(path)
+            state = load_checkpoint(path)
+            require_sound(path, state)
+            return path, state
         except WeightsError as error:
             warnings.warn(str(error), stacklevel=2)
     if files:

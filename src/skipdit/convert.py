@@ -1,11 +1,13 @@
 """Checkpoints from one layout to another; the commands of `python -m skipdit.weights`.
 
+    python -m skipdit.weights verify IN            # whether every byte is as it was saved, and every weight finite
     python -m skipdit.weights convert IN OUT       # a safetensors folder for `DiT.from_pretrained(OUT)`
     python -m skipdit.weights convert checkpoints/ffs-skip.pt latte-ffs --model-class skipdit.class_to_video.Latte
     python -m skipdit.weights convert results/t2i transformer --model-class diffusers.HunyuanDiT2DModel
     python -m skipdit.weights export IN OUT.pt     # the released layout {"ema": ...}, to ship
 
-IN is anything that `load_weights` reads; of a training checkpoint the EMA is taken. OUT must not exist yet.
+IN is anything that `load_weights` reads. Of a training checkpoint the EMA is taken, and all of it is verified. OUT must
+not exist yet.
 """
 
 import argparse
@@ -24,24 +26,66 @@ from diffusers import HunyuanDiT2DModel
 from safetensors import SafetensorError
 from torch import nn
 
+from skipdit.config import friendly_errors
 from skipdit.layouts import diffusers_config, to_diffusers
-from skipdit.weights import State, WeightsError, load_state, load_weights, read, to_released
+from skipdit.weights import (
+    ORDERS,
+    SUMS,
+    State,
+    WeightsError,
+    is_partial,
+    load_checkpoint,
+    load_state,
+    load_weights,
+    model_settings,
+    read,
+    require_sound,
+    sha256,
+    to_released,
+    verify,
+)
 
 
 def convert(
-    source: Path, out: Path, model_class: type[nn.Module], dtype: torch.dtype, num_heads: int | None = None
+    source: Path,
+    out: Path,
+    model_class: type[nn.Module],
+    dtype: torch.dtype,
+    num_heads: int | None = None,
+    skips: str | None = None,
 ) -> None:
-    """Write a checkpoint as a diffusers folder (config.json, safetensors) that `model_class.from_pretrained` opens.
+    """Write a checkpoint as a diffusers folder (config.json, safetensors) that `model_class.from_pretrained` opens, and
+    the checksums of its files.
 
     Args:
         model_class: has `config_from_state`, which reads the constructor arguments off the shapes; or diffusers' own
             `HunyuanDiT2DModel`.
         num_heads: attention heads, where neither the checkpoint nor a published size of its width tells them.
+        skips: see `load_state`.
 
-    Raises ValueError for weights of another class, or that are not finite in `dtype`; OSError if `out` exists or
-    cannot be written.
+    Raises ValueError for weights of another class, damaged ones, or some that are not finite in `dtype`; OSError if
+    `out` exists or cannot be written.
     """
-    state = load_state(source)
+    state = load_state(source, skips)
+    require_sound(source, state)
+    try:
+        model = _load(source, state, model_class, dtype, num_heads)
+    except (ValueError, LookupError, TypeError, ArithmeticError, RuntimeError) as error:  # no such model has the shapes
+        raise WeightsError(f"{source}, as {model_class.__name__}: {error}") from error
+    _require_finite(model.state_dict(), dtype)
+
+    def save(folder: Path) -> None:
+        model.save_pretrained(folder)
+        sums = "".join(f"{sha256(file)}  {file.name}\n" for file in sorted(folder.glob("*.safetensors")))
+        (folder / SUMS).write_text(sums, encoding="utf-8")
+
+    _write(out, save)
+
+
+def _load(
+    source: Path, state: State, model_class: type[nn.Module], dtype: torch.dtype, num_heads: int | None
+) -> nn.Module:
+    """The model that the shapes of its weights tell, with them."""
     if model_class is HunyuanDiT2DModel:
         if missing := {"mlp_t5.0.weight", "skips.0.linear.weight"} - state.keys():
             raise ValueError(f"not the weights of a HunyuanDiT with skips as released: they lack {', '.join(missing)}")
@@ -56,18 +100,27 @@ def convert(
         model.load_state_dict(state)
     else:
         load_weights(model, state)
-    _require_finite(model.state_dict(), dtype)
-    _write(out, model.save_pretrained)
+    return model
 
 
-def export(source: Path, out: Path, dtype: torch.dtype) -> None:
+def export(source: Path, out: Path, dtype: torch.dtype, skips: str | None = None) -> None:
     """Write the weights of a checkpoint as a file of the released layout {"ema": ...}.
 
-    Raises WeightsError if they are not finite in `dtype`; OSError if `out` exists or cannot be written.
+    Skips between some pairs only keep our names, which say how they are numbered; see `load_state` for `skips`.
+
+    Raises WeightsError if they are damaged, or not finite in `dtype`; OSError if `out` exists or cannot be written.
     """
-    state = {name: tensor.to(dtype, copy=True) for name, tensor in load_state(source).items()}
+    state = load_state(source, skips)
+    require_sound(source, state)
+    state = {name: tensor.to(dtype, copy=True) for name, tensor in state.items()}
     _require_finite(state, dtype)
-    _write(out, lambda path: torch.save({"ema": to_released(state)}, path))
+    state = state if is_partial(state) else to_released(state)
+
+    def save(path: Path) -> None:
+        torch.save({"ema": state}, path)
+        require_sound(path, load_checkpoint(path))
+
+    _write(out, save)
 
 
 def _config(source: Path, state: State, model_class: type[nn.Module], num_heads: int | None) -> dict[str, Any]:
@@ -86,12 +139,12 @@ def _recorded(source: Path) -> Mapping[str, Any]:
     """A model's settings, as the config.json beside safetensors or our trainer's checkpoints have them, if they do."""
     file = (source.parent if source.suffix == ".safetensors" else source) / "config.json"
     if file.is_file():
-        return json.loads(file.read_text())
+        try:
+            return model_settings(json.loads(file.read_text(encoding="utf-8")))
+        except ValueError as error:
+            raise WeightsError(f"{file} is damaged ({error}); download or copy it again") from error
     content = read(source)
-    settings = content.get("config") or content.get("args")
-    if isinstance(settings, Mapping):
-        settings = settings.get("model", settings)
-    return settings if isinstance(settings, Mapping) else {}
+    return model_settings(content.get("config") or content.get("args"))
 
 
 def _require_finite(state: State, dtype: torch.dtype) -> None:
@@ -129,25 +182,30 @@ def main(argv: list[str] | None = None) -> None:
         "python -m skipdit.weights", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     commands = parser.add_subparsers(dest="command", required=True)
-    for name, help in {"convert": "make a folder for from_pretrained", "export": "make a file to ship"}.items():
+    titles = {"convert": "make a folder for from_pretrained", "export": "make a file to ship"}
+    for name, help in {"verify": "read all of it, compare with its checksums", **titles}.items():
         command = commands.add_parser(name, help=help)
         command.add_argument("source", type=Path, metavar="IN", help="a .pt or .safetensors file, or a folder")
+        if name == "verify":
+            continue
         command.add_argument("out", type=Path, metavar="OUT", help="must not exist yet")
         command.add_argument(
             "--dtype", choices=["float32", "float16", "bfloat16"], default="float32", help="on disk [%(default)s]"
         )
+        command.add_argument("--skips", choices=ORDERS, help="how IN numbers its skips, if it does not say so")
     command = commands.choices["convert"]
     command.add_argument("--model-class", default="skipdit.class_to_image.DiT", metavar="CLASS", help="[%(default)s]")
     command.add_argument("--num-heads", type=int, metavar="H", help="attention heads, if the width is no published one")
     args = parser.parse_args(argv)
-    dtype = getattr(torch, args.dtype)
-    try:
+    with friendly_errors():
+        if args.command == "verify":
+            print(verify(args.source))
+            return
+        dtype = getattr(torch, args.dtype)
         if args.command == "convert":
-            convert(args.source, args.out, _model_class(args.model_class), dtype, args.num_heads)
+            convert(args.source, args.out, _model_class(args.model_class), dtype, args.num_heads, args.skips)
         else:
-            export(args.source, args.out, dtype)
-    except (ValueError, OSError) as error:
-        parser.exit(2, f"error: {error}\n")
+            export(args.source, args.out, dtype, args.skips)
     print(args.out)
 
 

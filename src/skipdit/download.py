@@ -9,7 +9,6 @@ The same command again continues where an interrupted one stopped, and skips wha
 """
 
 import argparse
-import hashlib
 import os
 import re
 from collections.abc import Callable, Sequence
@@ -22,7 +21,7 @@ from huggingface_hub import get_hf_file_metadata, hf_hub_url, list_repo_files
 from huggingface_hub.file_download import http_get
 from huggingface_hub.utils import build_hf_headers
 
-from skipdit.weights import WeightsError, identify, load_state
+from skipdit.weights import WeightsError, identify, load_state, require_sound, sha256
 
 T = TypeVar("T")
 
@@ -202,19 +201,11 @@ def fetch(repo: str, name: str, target: Path, repo_type: str = "model") -> Path:
             file.truncate(0)
         done = partial.stat().st_size
         http_get(url, file, resume_size=done, headers=build_hf_headers(), expected_size=remote.size)
-    if len(remote.etag) == 64 and _sha256(partial) != remote.etag:  # small files have no such checksum
+    if len(remote.etag) == 64 and sha256(partial) != remote.etag:  # small files have no such checksum
         partial.unlink()
         raise OSError("what arrived is damaged and was removed")
     os.replace(partial, target)
     return target
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(2**24):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def _either(files: Sequence[str]) -> str:
@@ -235,8 +226,10 @@ def _resolve(item: Item, published: list[str]) -> tuple[list[str], list[str]]:
 
 
 def _check(path: Path, item: Item) -> None:
-    """Raise WeightsError unless a checkpoint holds the model that it should. Reads names and shapes only."""
-    found = identify(load_state(path))
+    """Raise WeightsError unless a checkpoint is whole, and holds the model that it should."""
+    state = load_state(path)
+    require_sound(path, state)
+    found = identify(state)
     if found != item.holds:
         raise WeightsError(
             f"{path} from {item.repo} holds {found}, but should hold {item.holds}. Some published links lead to the "

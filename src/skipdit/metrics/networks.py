@@ -3,7 +3,6 @@
 Files that are given with a command count; else those in torch's download cache, fetched into it if absent.
 """
 
-import hashlib
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -14,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from skipdit.data.images import to_float
-from skipdit.weights import WeightsError, load_checkpoint
+from skipdit.weights import WeightsError, load_checkpoint, require_sound, sha256
 
 I3D_SHAPE = "clips uint8 (N, 3, F, H, W), rescale=True, resize=True, return_features=True"
 
@@ -40,20 +39,6 @@ class Network:
 
     def protocol(self) -> dict:
         return {"name": self.name, "file": str(self.file), "sha256": self.sha256, "released": self.released}
-
-
-def sha256(file: str | Path) -> str:
-    """Of a file's content. Raises FileNotFoundError."""
-    with open(file, "rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _digest(stream)
-
-
-def _digest(stream) -> str:
-    """What `hashlib.file_digest` does, which Python 3.10 does not have."""
-    digest = hashlib.sha256()
-    while block := stream.read(2**20):
-        digest.update(block)
-    return digest.hexdigest()
 
 
 def weights_file(given: str | None, url: str, option: str) -> tuple[Path, str, bool]:
@@ -98,6 +83,7 @@ def load_inception(given: str | None, device: torch.device) -> Network:
 
     path, digest, released = weights_file(given, inception.FID_WEIGHTS_URL, "--inception")
     state = load_checkpoint(path)
+    require_sound(path, state)
     try:
         with mock.patch.object(inception, "load_state_dict_from_url", lambda *_, **__: state):
             model = inception.InceptionV3().eval().to(device)

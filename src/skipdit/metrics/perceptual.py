@@ -9,7 +9,7 @@ from torch import Tensor
 
 from skipdit.data.images import to_float
 from skipdit.metrics.networks import weights_file
-from skipdit.weights import WeightsError, fingerprint, load_checkpoint
+from skipdit.weights import WeightsError, fingerprint, load_checkpoint, require_sound
 
 BACKBONES = {  # as --lpips names them: torchvision's ImageNet weights, and the least side of a picture
     "alex": ("https://download.pytorch.org/models/alexnet-owt-7be5be79.pth", 31),
@@ -40,6 +40,7 @@ def load_lpips(
     url, least = BACKBONES[name]
     path, digest, released = weights_file(given, url, f"--{name}-weights")
     state = load_checkpoint(path)
+    require_sound(path, state)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # it calls torchvision in an old way
         model = lpips.LPIPS(net=name, pnet_rand=True, spatial=True, verbose=False)
