@@ -40,7 +40,7 @@ from skipdit.bench import replaced
 from skipdit.cache import CacheSpec, DriftSpec
 from skipdit.compare import Sampler, check_plans
 from skipdit.config import friendly_errors, load_config, to_dict
-from skipdit.device import process_state
+from skipdit.device import compile_mode, process_state
 from skipdit.metrics import IDENTICAL, frechet_distance, mean_psnr, psnr, ssim
 from skipdit.metrics.networks import load_image_script
 from skipdit.metrics.samples import fitted, open_samples
@@ -343,8 +343,8 @@ def open_backbones(args: argparse.Namespace) -> list[Backbone]:
     config = load_config(task.schema, file, quick + args.overrides)
     if args.quick and not args.task.startswith("class"):
         config.prompts = config.prompts[:2]
-    if config.compile:
-        raise ValueError("peers replace parts of the model, so it cannot be compiled: set compile=false")
+    if compile_mode(config.compile):
+        raise ValueError("peers replace parts of the model, so it cannot be compiled: set compile=none")
     backbones = [Backbone("skip", task.open_sampler(config, window.branch), window)]
     plain = Path(args.plain or WEIGHTS / f"{args.task}-plain.pt")
     if args.plain and not plain.exists():

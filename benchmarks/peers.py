@@ -145,7 +145,7 @@ class Peer(ABC):
         Raises ValueError if the model is compiled or does not fit the settings; in its calls, if Skip-Cache is on, too.
         """
         if model._compiled_call_impl is not None:
-            raise ValueError("peers replace parts of the model, and this one is compiled: set compile=false")
+            raise ValueError("peers replace parts of the model, and this one is compiled: set compile=none")
         run, original = Run(timesteps), model.forward
 
         @wraps(original)

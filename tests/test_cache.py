@@ -6,7 +6,7 @@ import warnings
 
 import pytest
 import torch
-from conftest import tiny_dit
+from conftest import assert_rounding, tiny_dit
 
 from skipdit import CacheSpec, SkipCache
 from skipdit.class_sample import generate
@@ -105,7 +105,7 @@ def test_guidance_in_one_call_or_two_is_the_same(spec):
             both = model(torch.cat([x, x]), torch.cat([t, t]), torch.cat([y, null]), cache=together.at(i))
             cond = model(x, t, y, cache=apart.at(i, stream="cond"))
             uncond = model(x, t, null, cache=apart.at(i, stream="uncond"))
-            torch.testing.assert_close(both, torch.cat([cond, uncond]), atol=1e-5, rtol=1e-5)
+            assert_rounding(both, torch.cat([cond, uncond]))
 
 
 def test_two_runs_on_one_model_never_meet():
@@ -237,10 +237,13 @@ def test_drift_of_no_tolerance_is_bit_equal_to_uncached(scale):
 
 
 def test_drift_without_limit_is_an_interval():
-    """A threshold that is never reached caches `most` steps after every full one."""
+    """A threshold that is never reached caches `most` steps after every full one.
+
+    To rounding: modulations of steps whose kind is known are computed together, here those of every step by itself.
+    """
     model = tiny_dit()
     drift = SkipCache("D1000-m2-b2-o1", Diffusion(12).sampling_timesteps)
-    assert torch.equal(sample(model, drift), sample(model, "N3-1000-0-b2-o1"))
+    assert_rounding(sample(model, drift), sample(model, "N3-1000-0-b2-o1"))
     assert drift.ran == CacheSpec.parse("N3-1000-0").plan(drift.timesteps)
     assert not drift._stored and not drift._shallow  # nothing survives the run
 
@@ -248,5 +251,5 @@ def test_drift_without_limit_is_an_interval():
 def test_drift_cannot_be_compiled():
     model = tiny_dit()
     model.compile()
-    with pytest.raises(ValueError, match="set compile=false"):
+    with pytest.raises(ValueError, match="set compile=none"):
         sample(model, "D0.1")

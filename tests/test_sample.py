@@ -1,30 +1,32 @@
 """The sampler as users run it: seeds, interruption, processes, refusals, reports."""
 
 import json
-import os
 import pickle
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from unittest import mock
 
 import numpy as np
 import pytest
 import torch
-from conftest import tiny_dit
+from conftest import assert_rounding, tiny_dit
+from diffusers import AutoencoderKL
 from PIL import Image
 from safetensors.torch import load_file
 
 from skipdit.bench import step_flops
 from skipdit.class_sample import generate
+from skipdit.class_to_image.model import DiT
 from skipdit.class_to_image.sample import Config, ModelConfig, build_model, main, sample
-from skipdit.config import to_yaml
+from skipdit.config import load_config, to_yaml
 from skipdit.data.images import ImageData
-from skipdit.data.latents import Latents
+from skipdit.data.latents import Latents, expected_latents
 from skipdit.diffusion import Diffusion
 from skipdit.metrics.samples import open_samples
 from skipdit.sample import Ahead, Job, generators, resolve_dtype
-from skipdit.vae import decode, load_vae
+from skipdit.vae import decode, encode, load_vae
 from skipdit.weights import to_released
 
 ROOT = Path(__file__).parent.parent
@@ -51,11 +53,11 @@ def images(folder) -> list[np.ndarray]:
     return [np.array(Image.open(path)).astype(int) for path in sorted(Path(folder).glob("0*.png"))]
 
 
-def assert_same_images(a, b) -> None:
+def assert_same_images(a, b, levels: int = 1) -> None:
     """Batch size may change the last bit of a float32 sum, and so, rarely, the rounding of a pixel."""
     assert len(images(a)) == len(images(b)) > 0
     for x, y in zip(images(a), images(b), strict=True):
-        assert np.abs(x - y).max() <= 1
+        assert np.abs(x - y).max() <= levels
 
 
 def test_outputs_and_report(config):
@@ -85,22 +87,26 @@ def test_image_does_not_depend_on_batch_size(config, tmp_path, sampler):
     assert_same_images(first, config.out)
 
 
-def test_image_does_not_depend_on_the_number_of_processes(config, tmp_path):
+@pytest.mark.parametrize(("batch_size", "levels"), [(1, 0), (2, 1)])
+def test_image_does_not_depend_on_the_number_of_processes(config, tmp_path, batch_size, levels):
+    """To the bit where every image has calls of its own; two processes put others together than one does."""
+    config.batch_size = batch_size
     sample(config)
     first, config.out = config.out, str(tmp_path / "two")
     file = tmp_path / "two.yaml"
     file.write_text(to_yaml(config))
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     command += [str(ROOT / "class-to-image/sample.py"), "--config", str(file)]
-    env = os.environ | {"OMP_NUM_THREADS": "1"}
-    result = subprocess.run(command, capture_output=True, text=True, env=env, timeout=300)
+    result = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert result.returncode == 0, result.stderr[-2000:]
-    assert_same_images(first, config.out)
+    assert_same_images(first, config.out, levels)
     assert json.loads((Path(config.out) / "report.json").read_text())["processes"] == 2
 
 
-def test_interrupted_run_continues(config, tmp_path):
+@pytest.mark.parametrize(("batch_size", "levels"), [(1, 0), (2, 1)])
+def test_interrupted_run_continues(config, tmp_path, batch_size, levels):
     """Story 11: what is there stays, what is missing is made, and is what it would have been."""
+    config.batch_size = batch_size
     sample(config)
     folder = Path(config.out)
     whole, kept = images(folder), (folder / "000000.png").stat().st_mtime_ns
@@ -110,7 +116,7 @@ def test_interrupted_run_continues(config, tmp_path):
     sample(config)
     assert (folder / "000000.png").stat().st_mtime_ns == kept
     for a, b in zip(whole, images(folder), strict=True):
-        assert np.abs(a - b).max() <= 1
+        assert np.abs(a - b).max() <= levels
 
 
 def test_finished_run_keeps_its_report(config):
@@ -262,10 +268,10 @@ def test_values_computed_ahead_change_nothing():
 
     for number, t in enumerate((10, 500)):
         times, full = torch.full((2,), t), CacheStep(1, None)
-        torch.testing.assert_close(model(x, times, labels, full), model(x, times, labels, None, c_all[number]))
+        assert_rounding(model(x, times, labels, full), model(x, times, labels, None, c_all[number]))
         cached = CacheStep(1, full.output)
         expected = model(x, times, labels, cached)
-        torch.testing.assert_close(expected, model(x, times, labels, cached, c_outer[number]))
+        assert_rounding(expected, model(x, times, labels, cached, c_outer[number]))
 
 
 def test_ahead_computes_in_chunks_of_one_kind():
@@ -317,6 +323,35 @@ def test_bfloat16_sampling_runs(config):
     sample(config)
     assert len(images(config.out)) == 5
     assert resolve_dtype("auto", torch.device("cpu")) == torch.float32
+    assert resolve_dtype("auto", torch.device("cpu"), torch.float16) == torch.float32
+    assert resolve_dtype("auto", torch.device("cuda"), torch.float16) == torch.float16  # of a released model
+
+
+@pytest.mark.parametrize("setting", ["true", "reduce-overhead", "max-autotune", "False"])
+def test_compile_modes(config, tmp_path, monkeypatch, setting):
+    """The setting reaches torch.compile, and version 0.1's true and false are understood."""
+    asked = []
+    monkeypatch.setattr(DiT, "compile", lambda model, **kwargs: asked.append(kwargs))
+    text = to_yaml(replace(config, compile="none")).replace("compile: none", f"compile: {setting}")
+    (tmp_path / "run.yaml").write_text(text)
+    sample(load_config(Config, tmp_path / "run.yaml"))
+    mode = {"true": "default", "False": None}.get(setting, setting)
+    assert asked == ([{"fullgraph": True, "mode": mode}] if mode else [])
+    with pytest.raises(ValueError, match="compile is 'fast'; known: none, default, reduce-overhead, max-autotune"):
+        sample(replace(config, compile="fast"))
+
+
+def test_tf32_is_what_the_setting_says(config, tmp_path):
+    before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
+    try:
+        for tf32 in (True, False):
+            report = sample(replace(config, tf32=tf32, out=str(tmp_path / str(tf32))))
+            assert torch.backends.cuda.matmul.allow_tf32 is torch.backends.cudnn.allow_tf32 is tf32
+            assert report["tf32"] is (tf32 and torch.cuda.is_available())
+        job = json.loads((tmp_path / "False/job.json").read_text())
+        assert "tf32" not in job  # folders of version 0.1 go on
+    finally:
+        torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = before
 
 
 def test_flops_are_counted_right():
@@ -358,6 +393,26 @@ def test_jobs_of_other_suffixes_do_not_mix(tmp_path):
     del old["suffix"]  # as before it was kept
     (tmp_path / "job.json").write_text(json.dumps(old))
     assert Job(tmp_path, {"num_frames": 16}, 2, suffix="mp4").pending() == [1]
+
+
+def test_autoencoder_with_a_shift(tmp_path, vae_folder):
+    """Latents are (z - shift) * scale, as in the training of SD3 and FLUX, and come back so."""
+    vae = AutoencoderKL.from_pretrained(vae_folder)
+    vae.register_to_config(scaling_factor=1.5, shift_factor=0.25)
+    vae.save_pretrained(tmp_path / "shifted")
+    shifted, images = load_vae(str(tmp_path / "shifted")), torch.rand(2, 3, 8, 8) * 2 - 1
+    with torch.no_grad():
+        posterior = vae.encode(images).latent_dist
+        expected = vae.decode(posterior.mean).sample
+    mean, std = encode(shifted, images)
+    torch.testing.assert_close(mean, (posterior.mean - 0.25) * 1.5)
+    torch.testing.assert_close(std, posterior.std * 1.5)
+    torch.testing.assert_close(decode(shifted, mean), expected)
+    assert expected_latents("mean", 8, shifted) != expected_latents("mean", 8, load_vae(str(vae_folder)))
+    vae.register_to_config(shift_factor=None, latents_mean=[0.0] * 4, latents_std=[1.0] * 4)
+    vae.save_pretrained(tmp_path / "per-channel")
+    with pytest.raises(ValueError, match=r"per-channel normalises latents per channel \(latents_mean, latents_std\)"):
+        load_vae(str(tmp_path / "per-channel"))
 
 
 def test_encoding_and_training_on_latents(tmp_path, vae_folder, image_folder):

@@ -91,6 +91,32 @@ def test_clip_is_what_diffusers_makes(config, released_t2v, monkeypatch):
     assert torch.equal(made["partial-000001-the-cat.mp4"], frames)
 
 
+@pytest.mark.parametrize("offload", ["model", "group"])
+@pytest.mark.parametrize("compiled", [False, True])
+def test_offloaded_clips_are_the_same(config, tmp_path, monkeypatch, offload, compiled):
+    """With a cache, too, and compiled where that is possible; twice, since hooks come anew after every call."""
+    config.cache, config.dtype = "N2-900-49-o1", "float32"
+    sample(config)
+    expected = contents(config)
+    config.out, config.offload = str(tmp_path / offload), offload
+    if compiled:
+        graph, config.compile = torch.compile, "default"
+        monkeypatch.setattr(torch, "compile", lambda model, mode, **kwargs: graph(model, backend="eager", **kwargs))
+        torch._dynamo.reset()
+        if offload == "group":
+            with pytest.raises(ValueError, match="offload=group moves weights within the model"):
+                sample(config)
+            return
+    report = sample(config)
+    assert contents(config) == expected and report["steps"]["cached"] > 1
+
+
+def test_offload_is_one_of_three(config):
+    config.offload = "sometimes"
+    with pytest.raises(ValueError, match="offload is 'sometimes'; known: none, model, group"):
+        sample(config)
+
+
 def test_clip_does_not_depend_on_its_neighbours(config, tmp_path):
     config.videos_per_prompt = 3
     sample(config)

@@ -7,7 +7,7 @@
 
 Runs diffusers' HunyuanDiTPipeline. Without --config the released model is looked for in ckpts/. Writes every picture as
 PNG; sheet.png with the first of them, prompts.json, and report.json. The same command again continues an interrupted
-run; any number of processes makes the same pictures.
+run; any number of processes makes the same pictures, to rounding.
 """
 
 import argparse
@@ -30,7 +30,7 @@ from skipdit.config import friendly_errors, load_config, make_parser, setting
 from skipdit.device import process_state
 from skipdit.prompts import file_names, read_prompts
 from skipdit.sample import Job, add_cache_arguments, cache_override, generators, preflight
-from skipdit.text import CHUNK, CLIP, T5, Encoded, Reading, load_text_encoder, missing_text_files
+from skipdit.text import CLIP, T5, Encoded, Reading, load_text_encoder, missing_text_files
 from skipdit.text_sample import (
     WINDOW,
     Parts,
@@ -137,13 +137,16 @@ def generate(
     """
     model, factor = pipe.transformer, downsampling(pipe.vae) * pipe.transformer.config.patch_size
     rotary = rotary_tables(size[0] // factor, size[1] // factor, model.head_dim)
-    rotary, done = tuple(table.to(model.device) for table in rotary), 0
+    device = pipe._execution_device
+    rotary, timesteps, done = tuple(table.to(device) for table in rotary), None, 0
 
     def as_released(module: torch.nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
         """The pipeline's tables are for other places, see `rotary_tables`, and its timesteps rounded to the dtype."""
+        nonlocal timesteps
+        if timesteps is None:
+            timesteps = pipe.scheduler.timesteps.to(device, torch.float32)
         latents, _ = args
-        timestep = pipe.scheduler.timesteps[done].to(latents.device, torch.float32)
-        return (latents, timestep.expand(len(latents))), kwargs | {"image_rotary_emb": rotary}
+        return (latents, timesteps[done].expand(len(latents))), kwargs | {"image_rotary_emb": rotary}
 
     def after_step(i: int) -> None:
         nonlocal done
@@ -151,7 +154,7 @@ def generate(
         if callback is not None:
             callback(i)
 
-    hook = model.register_forward_pre_hook(as_released, with_kwargs=True)
+    hook = model.register_forward_pre_hook(as_released, with_kwargs=True, prepend=True)
     try:
         return run_pipeline(
             pipe,
@@ -188,9 +191,10 @@ def check(config: Config, branch: int | None) -> Parts:
         raise ValueError(f"{places['weights']} holds {identify(state)}. {BEFORE_V1_2}")
     with torch.device("meta"):
         model = HunyuanDiT(**HunyuanDiT.config_from_state(state))
-    size = config.height, config.width
-    check_settings(config, model, vae, size, branch, UNIT)
-    if model.config.hidden_size == RELEASED_WIDTH and "x".join(map(str, size)) not in SIZES:
+    size, released = (config.height, config.width), model.config.hidden_size == RELEASED_WIDTH
+    # Pictures of the released model are reported to be dark in other precisions.
+    check_settings(config, model, vae, size, branch, UNIT, torch.float16 if released else None)
+    if released and "x".join(map(str, size)) not in SIZES:
         warnings.warn(
             f"the released model was not trained for {size[0]}x{size[1]}, but for {', '.join(SIZES)}", stacklevel=2
         )
@@ -211,6 +215,8 @@ def make_pipeline(vae: AutoencoderKL, model: HunyuanDiT, scheduler: SchedulerMix
 def encode_prompts(config: Config, model: HunyuanDiT, prompts: list[str]) -> tuple[TextPair, TextPair, str]:
     """Prompts and the negative prompt, on the CPU, and the encoders' fingerprints. One encoder is loaded at a time.
 
+    Each text has a call of its own: what it gives is then the same to the bit, whatever other prompts a process has.
+
     Raises FloatingPointError if embeddings are not finite in the model's dtype.
     """
     both: dict[str, list] = {"prompts": [], "negative": [], "fingerprint": []}
@@ -218,14 +224,13 @@ def encode_prompts(config: Config, model: HunyuanDiT, prompts: list[str]) -> tup
     for name, tokenizer, reading in _readings(config, model):
         encoder = load_text_encoder(name, tokenizer, model.dtype, reading).to(process_state().device)
         for key, texts in {"prompts": prompts, "negative": [config.negative_prompt]}.items():
-            starts = tqdm(range(0, len(texts), CHUNK), desc=f"{key}, {reading.role}", leave=False, disable=not show)
             tokens = (len(texts), reading.max_tokens)
             encoded = Encoded(
                 torch.empty(*tokens, encoder.dim, dtype=model.dtype), torch.empty(tokens, dtype=torch.bool)
             )
-            for i in starts:
-                for whole, part in zip(encoded, encoder.encode(texts[i : i + CHUNK]), strict=True):
-                    whole[i : i + CHUNK] = part
+            for i, text in enumerate(tqdm(texts, desc=f"{key}, {reading.role}", leave=False, disable=not show)):
+                for whole, part in zip(encoded, encoder.encode([text]), strict=True):
+                    whole[i] = part[0]
             if not encoded.embeddings.isfinite().all():
                 raise FloatingPointError(
                     f"embeddings of {name} are not finite in {model.dtype}: use dtype=bfloat16 or float32"
@@ -267,12 +272,12 @@ class TextSampler(PromptSampler):
 
     def batch(self, indices: list[int], steps: int, callback: Callable[[int], None] | None = None) -> Tensor:
         """Latents (N, C, h, w)."""
-        place = self.model.device, self.model.dtype
+        place = self.pipe._execution_device, self.model.dtype
         return generate(
             self.pipe,
             self.text.rows([self._rows[index // self.copies] for index in indices], *place),
             self.negative.rows([0] * len(indices), *place),
-            generators(self.config.seed, indices, self.model.device),
+            generators(self.config.seed, indices, self.pipe._execution_device),
             size=self.size,
             steps=steps,
             guidance_scale=self.config.guidance_scale,

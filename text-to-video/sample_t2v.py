@@ -6,7 +6,7 @@
 
 Runs diffusers' LattePipeline. Writes every clip as mp4 (with num_frames=1 as PNG), sheet.png with frames of the first
 clips, prompts.json and report.json; with gif=true also every clip as GIF, and preview.gif with the first ones moving.
-The same command again continues an interrupted run; any number of processes makes the same clips.
+The same command again continues an interrupted run; any number of processes makes the same clips, to rounding.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -44,6 +44,7 @@ from skipdit.vae import downsampling, load_vae
 
 FETCH = "python text-to-video/download.py"
 SHOWN = 16  # clips on the contact sheet
+RELEASED_WIDTH = 1152
 NOISE = {"beta_start": 1e-4, "beta_end": 0.02, "beta_schedule": "linear"}  # that Latte was trained with
 
 
@@ -95,17 +96,18 @@ class Prompt(NamedTuple):
 def encode_prompts(encoder: TextEncoder, prompts: list[str], negative_prompt: str) -> dict[str, Prompt]:
     """The prompts as `LattePipeline` encodes them, on the CPU.
 
+    Each has a call of its own: what it gives is then the same to the bit, whatever other prompts a run has.
+
     Raises FloatingPointError if they are not finite in the encoder's dtype.
     """
-    negative = encoder.encode([negative_prompt]).embeddings.cpu()
-    embeddings, mask = (part.cpu() for part in encoder.encode(prompts))
-    lengths = mask.sum(1).tolist()
-    if not (negative.isfinite().all() and embeddings.isfinite().all()):
-        raise FloatingPointError(f"embeddings are not finite in {negative.dtype}: use dtype=bfloat16 or float32")
-    return {
-        prompt: Prompt(embeddings[i : i + 1, :length], negative[:, :length])
-        for i, (prompt, length) in enumerate(zip(prompts, lengths, strict=True))
-    }
+    negative, texts = encoder.encode([negative_prompt]).embeddings.cpu(), {}
+    for prompt in dict.fromkeys(prompts):
+        embeddings, mask = (part.cpu() for part in encoder.encode([prompt]))
+        if not (negative.isfinite().all() and embeddings.isfinite().all()):
+            raise FloatingPointError(f"embeddings are not finite in {negative.dtype}: use dtype=bfloat16 or float32")
+        length = int(mask.sum())
+        texts[prompt] = Prompt(embeddings[:, :length], negative[:, :length])
+    return texts
 
 
 def generate(
@@ -133,15 +135,15 @@ def generate(
 
     Raises FloatingPointError, naming the step, if they stop being finite.
     """
-    model = pipe.transformer
+    model, device = pipe.transformer, pipe._execution_device
     height, width = size or (model.config.sample_size * downsampling(pipe.vae),) * 2
     latents = run_pipeline(
         pipe,
         callback,
         prompt=None,
         negative_prompt=None,
-        prompt_embeds=prompt.embeddings.expand(len(generators), -1, -1).to(model.device, model.dtype),
-        negative_prompt_embeds=prompt.negative.expand(len(generators), -1, -1).to(model.device, model.dtype),
+        prompt_embeds=prompt.embeddings.expand(len(generators), -1, -1).to(device, model.dtype),
+        negative_prompt_embeds=prompt.negative.expand(len(generators), -1, -1).to(device, model.dtype),
         num_inference_steps=steps,
         guidance_scale=guidance_scale,
         video_length=num_frames or model.config.video_length,
@@ -173,7 +175,8 @@ def check(config: Config, branch: int | None) -> Parts:
         raise ValueError(f"num_frames is {config.num_frames}; this model makes 1 to {model.config.video_length}")
     if config.temporal_decoder and (config.vae_slicing or config.vae_tiling):
         raise ValueError("the temporal decoder knows neither vae_slicing nor vae_tiling")
-    check_settings(config, model, vae, (height, width), branch)
+    released = torch.float16 if model.config.cross_attention_dim == RELEASED_WIDTH else None
+    check_settings(config, model, vae, (height, width), branch, released=released)
     return Parts(model, vae, scheduler, (height, width))
 
 
@@ -210,7 +213,7 @@ class TextSampler(PromptSampler):
         self._open(parts, branch, open_pipeline, **sizes)
 
     def batches(self, indices: Sequence[int]) -> Iterator[list[int]]:
-        """Samples of one prompt at a time: prompts differ in length, and no clip may depend on what is beside it."""
+        """Samples of one prompt at a time: prompts differ in length, and padding one would change its clip."""
         for _, group in groupby(indices, key=lambda index: index // self.copies):
             yield from super().batches(list(group))
 
@@ -219,7 +222,7 @@ class TextSampler(PromptSampler):
         return generate(
             self.pipe,
             self.texts[self.prompts[indices[0] // self.copies]],
-            generators(self.config.seed, indices, self.model.device),
+            generators(self.config.seed, indices, self.pipe._execution_device),
             steps=steps,
             guidance_scale=self.config.guidance_scale,
             num_frames=self.config.num_frames,

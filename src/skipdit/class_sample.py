@@ -13,7 +13,7 @@ from skipdit.bench import step_flops
 from skipdit.cache import CacheSpec, DriftSpec, Policy, SkipCache
 from skipdit.config import required, setting, to_dict
 from skipdit.data.images import to_uint8
-from skipdit.device import process_state
+from skipdit.device import compile_mode, process_state, set_tf32
 from skipdit.diffusion import Diffusion, ddim, ddpm, randn
 from skipdit.sample import (
     Ahead,
@@ -55,7 +55,8 @@ class SamplingConfig:
     guidance_high: int = setting(1000, "... to here")
     cache: str = setting("none", "Skip-Cache spec, as --cache")
     dtype: str = setting("auto", "auto, float32, bfloat16 or float16")
-    compile: bool = setting(False, "compile the model with torch.compile")
+    tf32: bool = setting(False, "let float32 products run in TF32 on the GPU: faster, to about three digits")
+    compile: str = setting("none", "torch.compile: none, default, reduce-overhead (CUDA graphs) or max-autotune")
 
 
 # Settings that say where and how fast, not what is made. Of the weights the fingerprints count.
@@ -116,7 +117,7 @@ def generate(
     timesteps = diffusion.sampling_timesteps
     run = cache if isinstance(cache, SkipCache) else SkipCache(cache, timesteps)
     if (drifts := isinstance(run.spec, DriftSpec)) and model._compiled_call_impl is not None:
-        raise ValueError(f"cache {run.spec} decides within the model, which cannot be compiled then: set compile=false")
+        raise ValueError(f"cache {run.spec} decides within the model, which cannot be compiled then: set compile=none")
     x = randn((count, *model.sample_shape), generators, model.device, torch.float32)
     both = None if labels is None else torch.cat([labels, torch.full_like(labels, model.null_class)])
     low, high = guidance_interval
@@ -137,6 +138,7 @@ def generate(
         guide = labels is not None and guidance_scale != 1 and low <= timesteps[i] <= high
         step = run.at(i, stream="guided" if guide else "conditional")
         conditioning = ahead.at(i, step is None or step.may_be_full)
+        torch.compiler.cudagraph_mark_step_begin()  # what the last call returned has been read
         x = x.to(model.dtype)
         if guide:
             x, t = torch.cat([x, x]), torch.cat([t, t])
@@ -180,7 +182,8 @@ def open_models(
 
     Raises ValueError or FileNotFoundError for settings that do not fit each other, before the model's weights are read.
     """
-    device = process_state().device
+    device, mode = process_state().device, compile_mode(config.compile)
+    set_tf32(config.tf32)
     preflight({"weights": config.weights, "vae": config.vae}, fetch)
     vae = load_vae(config.vae).to(device)
     with torch.device("meta"):
@@ -202,8 +205,8 @@ def open_models(
     model.to_empty(device="cpu")
     load_weights(model, config.weights)
     model.to(device).eval().requires_grad_(False)
-    if config.compile:
-        model.compile(fullgraph=True)
+    if mode:
+        model.compile(fullgraph=True, mode=mode)
     return Models(model, vae, flops)
 
 
@@ -272,6 +275,8 @@ def run_job(
     model, vae, flops = models
     device, timesteps = state.device, Diffusion(config.steps).sampling_timesteps
     identity = {key: value for key, value in to_dict(config).items() if key not in _FREE | free}
+    if not config.tf32:
+        del identity["tf32"]  # jobs of version 0.1 do not have it
     identity |= {"weights": fingerprint(model), "vae": fingerprint(vae)}
     identity |= {"dtype": str(model.dtype), "device": device.type}  # devices draw different noise from one seed
     identity |= cache_identity(spec, identity["weights"], config.sampler, config.guidance_scale, config.batch_size)

@@ -41,6 +41,25 @@ def double(x: Tensor) -> Tensor:
     return (x.cpu() if x.device.type == "mps" else x).double()
 
 
+COMPILE_MODES = ("default", "reduce-overhead", "max-autotune")
+
+
+def compile_mode(setting: str) -> str | None:
+    """The mode of torch.compile that a setting names, None for no compiling. Raises ValueError for an unknown one."""
+    name = str(setting).lower()
+    if name in ("none", "false"):
+        return None
+    mode = "default" if name == "true" else name
+    if mode not in COMPILE_MODES:
+        raise ValueError(f"compile is {setting!r}; known: none, {', '.join(COMPILE_MODES)}")
+    return mode
+
+
+def set_tf32(on: bool) -> None:
+    """Let float32 matrix products and convolutions of this process run in TF32, on GPUs that have it, or not."""
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = on
+
+
 def process_state() -> PartialState:
     """This process's rank, device and barriers, joined to the others that torchrun or accelerate launched.
 

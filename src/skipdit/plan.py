@@ -583,7 +583,7 @@ def run(args: argparse.Namespace) -> tuple[CachePlan, dict[str, float]]:
     """Calibrate and plan as a command line says."""
     task = find_task(args.config, args.task)
     config = load_config(task.schema, args.config, [f"seed={SEED}", *args.overrides])
-    config.cache, config.compile = "none", False
+    config.cache, config.compile = "none", "none"
     config.steps = args.steps or config.steps
     sampler = task.open_sampler(config, args.branch)
     bench = Bench(sampler, config.steps, args.branch)

@@ -25,7 +25,7 @@ T = TypeVar("T")
 
 
 def generators(seed: int, indices: list[int], device: torch.device | str) -> list[torch.Generator]:
-    """One generator per sample, seeded by (seed, index): sample i is the same in any batch and on any process."""
+    """One generator per sample, seeded by (seed, index): the noise of sample i is the same in any batch and process."""
     return [torch.Generator(device).manual_seed(seed_of(seed, index)) for index in indices]
 
 
@@ -50,8 +50,15 @@ def preflight(files: dict[str, str], fetch: str, absent: Sequence[str] = ()) -> 
         raise FileNotFoundError(f"missing: {', '.join(missing)}; `{fetch}` fetches the released ones")
 
 
-def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
-    """Of a setting: "auto" is bfloat16 where the GPU has it, else float32. Raises ValueError for an unknown name."""
+def resolve_dtype(name: str, device: torch.device, released: torch.dtype | None = None) -> torch.dtype:
+    """Return the dtype that a setting names. Raises ValueError for an unknown name.
+
+    Args:
+        name: "auto" is bfloat16 on GPUs that have it, else float32.
+        released: what a released model was published to run in, which "auto" is on any GPU then.
+    """
+    if name == "auto" and released is not None and device.type == "cuda":
+        return released
     if name == "auto":
         return (
             torch.bfloat16
@@ -329,6 +336,7 @@ def versions() -> dict[str, Any]:
     return {
         "versions": {"skipdit": skipdit.__version__, "torch": torch.__version__, "python": platform.python_version()},
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or "cpu",
+        "tf32": torch.cuda.is_available() and torch.backends.cuda.matmul.allow_tf32,
     }
 
 

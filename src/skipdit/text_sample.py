@@ -19,7 +19,7 @@ from skipdit.bench import step_flops
 from skipdit.cache import CacheSpec, Policy, SkipCache
 from skipdit.config import setting, to_dict
 from skipdit.data.images import to_uint8
-from skipdit.device import process_state
+from skipdit.device import compile_mode, process_state, set_tf32
 from skipdit.pipeline import enable_cache
 from skipdit.prompts import slug
 from skipdit.sample import Job, StepTimer, cache_identity, require_finite, resolve_dtype, work_off
@@ -64,13 +64,15 @@ class PromptConfig:
     dtype: str = setting("auto", "auto, float32, bfloat16 or float16")
     vae_slicing: bool = setting(False, "decode one picture at a time, to save memory")
     vae_tiling: bool = setting(False, "decode pictures in tiles, to save more")
-    compile: bool = setting(False, "compile the model with torch.compile")
+    offload: str = setting("none", "keep on the GPU only what runs: none, model (one by one) or group (layer by layer)")
+    tf32: bool = setting(False, "let float32 products run in TF32 on the GPU: faster, to about three digits")
+    compile: str = setting("none", "torch.compile: none, default, reduce-overhead (CUDA graphs) or max-autotune")
 
 
 # Settings that say where and how fast, not what is made; and those that the identity has in another form: weights by
 # their fingerprints, the size in pixels, models and scheduler by their configs.
 _FREE = {"out", "batch_size", "compile", "vae_slicing", "prompts", "prompt_file", "height", "width"}
-_FREE |= {"weights", "pipeline", "vae", "text_encoder", "tokenizer"}
+_FREE |= {"weights", "pipeline", "vae", "text_encoder", "tokenizer", "offload"}
 
 
 def make_scheduler(name: str, settings: dict[str, Any]) -> SchedulerMixin:
@@ -96,12 +98,10 @@ class Parts(NamedTuple):
     size: tuple[int, int]  # height and width in pixels
 
     def load(self, weights: str) -> None:
-        """Read the transformer's weights, and put it and the autoencoder on the device."""
-        device = process_state().device
+        """Read the transformer's weights, on the CPU."""
         self.model.to_empty(device="cpu")
         load_weights(self.model, weights)
-        self.model.to(device).eval().requires_grad_(False)
-        self.vae.to(device)
+        self.model.eval().requires_grad_(False)
 
 
 def check_settings(
@@ -111,6 +111,7 @@ def check_settings(
     size: tuple[int, int],
     branch: int | None,
     unit: int = 8,
+    released: torch.dtype | None = None,
 ) -> None:
     """Check that settings fit the model and each other, and set the autoencoder's.
 
@@ -119,6 +120,7 @@ def check_settings(
         size: height and width in pixels.
         branch: the cache's, None without a cache.
         unit: pixels of which the pipeline takes multiples.
+        released: dtype of a released model; see `resolve_dtype`.
 
     Raises ValueError for those that do not.
     """
@@ -127,9 +129,15 @@ def check_settings(
         raise ValueError(f"height {size[0]} and width {size[1]} must be multiples of {unit} pixels")
     if branch is not None and branch > model.n_skips:
         raise ValueError(f"cache branch {branch} is larger than the model's number of skips, {model.n_skips}")
+    if config.offload not in ("none", "model", "group"):
+        raise ValueError(f"offload is {config.offload!r}; known: none, model, group")
+    if compile_mode(config.compile) and config.offload == "group":
+        raise ValueError("offload=group moves weights within the model, which cannot be compiled: set offload=model")
     if config.guidance_scale < 1:
         raise ValueError(f"guidance_scale is {config.guidance_scale}; 1 is no guidance, and less is not possible")
-    nn.Module.to(model, dtype=resolve_dtype(config.dtype, process_state().device))  # not diffusers' own, which warns
+    set_tf32(config.tf32)
+    dtype = resolve_dtype(config.dtype, process_state().device, released)
+    nn.Module.to(model, dtype=dtype)  # not diffusers' own, which warns
     if config.vae_slicing:
         vae.enable_slicing()
     if config.vae_tiling:
@@ -157,6 +165,23 @@ def run_pipeline(pipe: DiffusionPipeline, callback: Callable[[int], None] | None
     latents = pipe(**arguments, callback_on_step_end=after_step, output_type="latent")[0]
     require_finite(finite, pipe.scheduler.timesteps.tolist(), latents.dtype)
     return latents.float()
+
+
+def place(pipe: DiffusionPipeline, offload: str, device: torch.device) -> None:
+    """Put a pipeline's models on a device, or let diffusers bring them there when they run.
+
+    Args:
+        offload: "none"; "model", one model at a time; "group", layer by layer, the next ones while one runs.
+    """
+    if offload == "model":
+        pipe.enable_model_cpu_offload(device=device)
+        return
+    if offload == "group":
+        streams = {"use_stream": True, "non_blocking": True} if device.type == "cuda" else {}
+        pipe.transformer.enable_group_offload(device, torch.device("cpu"), "leaf_level", **streams)
+    else:
+        pipe.transformer.to(device)
+    pipe.vae.to(device)
 
 
 class PromptSampler(ABC):
@@ -238,8 +263,9 @@ class PromptSampler(ABC):
         self.pipe = make(self.config, parts)
         self.pipe.set_progress_bar_config(disable=not state.is_main_process, leave=False, desc="sampling", unit="step")
         self.model = self.pipe.transformer
-        if self.config.compile:
-            self.pipe.transformer = torch.compile(self.model, fullgraph=True)
+        if mode := compile_mode(self.config.compile):
+            self.pipe.transformer = torch.compile(self.model, fullgraph=True, mode=mode)
+        place(self.pipe, self.config.offload, state.device)
 
 
 def run_job(
@@ -266,6 +292,8 @@ def run_job(
     spec = CacheSpec.parse(config.cache)
     cache = enable_cache(pipe, spec)
     identity = {key: value for key, value in to_dict(config).items() if key not in _FREE | free}
+    if not config.tf32:
+        del identity["tf32"]  # jobs of version 0.1 do not have it
     identity |= {"size": sampler.size, "prompts": sampler.prompts, "text_encoder": sampler.encoder}
     identity |= {"weights": fingerprint(model), "vae": fingerprint(pipe.vae)}
     identity |= {"model": _settings(model), "scheduler_config": _settings(pipe.scheduler)}

@@ -8,10 +8,11 @@ processes or on gradient accumulation.
 import copy
 import fnmatch
 import math
+import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -29,10 +30,13 @@ from torch.utils.data import Dataset
 from skipdit import checkpoint
 from skipdit.config import flatten, setting, to_dict, to_yaml
 from skipdit.data.stream import Stream, make_loader, rows_of, seed_of
-from skipdit.device import make_accelerator, own_settings
+from skipdit.device import make_accelerator, own_settings, set_tf32
 from skipdit.ema import EMA
-from skipdit.runlog import BrokenFiles, Log, replace_text
+from skipdit.lock import hold
+from skipdit.runlog import BrokenFiles, Log
 from skipdit.spectral import SpectralLimit
+from skipdit.stopping import Stopped, StopSignals, stop_signals
+from skipdit.writing import naming, write_text
 
 
 @dataclass
@@ -54,6 +58,7 @@ class TrainConfig:
     spectral_weight: float = setting(0.01, "of the penalty, half the sum of their squares")
     spectral_cap: float = setting(1.0, "the largest one that a cap leaves")
     precision: str = setting("bf16", "fp32 or bf16: automatic mixed precision; weights stay float32")
+    tf32: bool = setting(True, "let float32 products run in TF32 on the GPU, as the released code does")
     gradient_checkpointing: bool = setting(False, "recompute activations in the backward pass to save memory")
     compile: bool = setting(False, "compile the model with torch.compile")
     parallel: str = setting("ddp", "ddp, or fsdp to shard weights, gradients and optimizer over the processes")
@@ -138,6 +143,9 @@ def fit(
 ) -> nn.Module:
     """Train a model. Running it again with the same arguments continues where the last checkpoint ends.
 
+    Ctrl-C or SIGTERM ends it after the step that runs, in all processes after the same one, with a checkpoint of that
+    step; once more ends it at once.
+
     Args:
         model: on the CPU, initialised or loaded; updated in place.
         loss: called once per micro-batch; see `Loss`. The batch is what `data.stream.collate` made, on the device.
@@ -152,8 +160,10 @@ def fit(
         The averaged model.
 
     Raises:
-        RuntimeError: `max_bad_steps` non-finite losses in a row; names the step and the batch.
-        ValueError: settings that do not fit each other, or the run already in `out`.
+        Diverged: `max_bad_steps` non-finite losses in a row; names the step and the batch.
+        OSError: the disk is full or cannot be written; the last good checkpoint stays.
+        Stopped: by a signal, after it has saved.
+        ValueError: settings that do not fit each other, or the run already in `out`; another process trains there.
     """
     if config.precision not in ("fp32", "bf16") or config.parallel not in ("ddp", "fsdp"):
         raise ValueError(f"precision {config.precision!r} or parallel {config.parallel!r}: see --help for the choices")
@@ -165,6 +175,25 @@ def fit(
         limit.project()
     out = Path(out)
     accelerator = make_accelerator(config.precision)
+    set_tf32(config.tf32)
+    with nullcontext() if dry_run else _alone(out, accelerator), stop_signals(finish=not dry_run) as stop:
+        return _fit(model, loss, dataset, config, out, run_config, sample, dry_run, accelerator, limit, stop)
+
+
+def _fit(
+    model: nn.Module,
+    loss: Loss,
+    dataset: Dataset,
+    config: TrainConfig,
+    out: Path,
+    run_config: Any,
+    sample: Callable[[nn.Module, int], None] | None,
+    dry_run: bool,
+    accelerator: Accelerator,
+    limit: SpectralLimit | None,
+    stop: StopSignals,
+) -> nn.Module:
+    """What `fit` does, alone in its folder."""
     device, world = accelerator.device, accelerator.num_processes
     if not dry_run:
         claim_folder(out, run_config, accelerator)
@@ -189,7 +218,7 @@ def fit(
     for step in range(start, 2 if dry_run else config.steps):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(config, step)
-        gradients = _backward(trained, loss, loader, rows, step, config, accelerator, limit)
+        gradients = _backward(trained, loss, loader, rows, step, config, accelerator, limit, stop)
         finite = math.isfinite(gradients.norm)  # gradients are summed over processes, so all of them agree
         if finite:
             optimizer.step()
@@ -202,7 +231,7 @@ def fit(
             bad, skipped = bad + 1, skipped + 1
             accelerator.print(f"step {step}: loss or gradient is not finite, step skipped ({bad} in a row)")
             if bad >= config.max_bad_steps:
-                raise RuntimeError(
+                raise Diverged(
                     f"{bad} steps in a row had a non-finite loss or gradient; last at step {step}, dataset samples "
                     f"{gradients.indices}. The newest checkpoint in {out / 'checkpoints'} is good; "
                     "lower train.lr, or look at those samples."
@@ -232,9 +261,12 @@ def fit(
             progress.set_postfix(shown)
             if log:
                 log.write(stats)
-        if last or (config.save_every and done % config.save_every == 0):
+        if last or gradients.stop or (config.save_every and done % config.save_every == 0):
             folder, args, writer = out / "checkpoints", to_dict(run_config), accelerator.is_main_process
             checkpoint.save(folder, done, model, ema.model, optimizer, args, config.keep, writer)
+        if gradients.stop and not last:
+            progress.close()
+            _end(stop, f"stopped after step {done}, saved in {folder}; the same command goes on from there", accelerator)
         if sample is not None and config.sample_every and (done % config.sample_every == 0 or last):
             averaged = ema.model if blueprint is None else _gather(ema.model, blueprint, device)
             if accelerator.is_main_process:
@@ -253,6 +285,37 @@ def fit(
         broken.summarise()
     accelerator.end_training()
     return ema.model
+
+
+class Diverged(FloatingPointError, RuntimeError):
+    """Too many steps in a row had a loss or gradient that was not finite."""
+
+
+@contextmanager
+def _alone(out: Path, accelerator: Accelerator) -> Iterator[None]:
+    """Make a run folder and hold it. What the main process cannot do there, all processes refuse."""
+    with ExitStack() as held:
+        refusal = None
+        if accelerator.is_main_process:
+            try:
+                with naming(out):
+                    out.mkdir(parents=True, exist_ok=True)
+                held.enter_context(hold(out))
+            except (OSError, ValueError) as error:
+                refusal = error
+        (refusal,) = broadcast_object_list([refusal])
+        if refusal is not None:
+            raise refusal
+        yield
+
+
+def _end(stop: StopSignals, told: str, accelerator: Accelerator) -> None:
+    """Raise Stopped in all processes, once the last of them is ready: the first that ends makes a launcher end all."""
+    if accelerator.is_main_process:
+        print(told, file=sys.stderr, flush=True)
+    accelerator.wait_for_everyone()
+    accelerator.end_training()
+    raise Stopped(stop.signum or signal.SIGTERM, told="")
 
 
 def _prepare(model: nn.Module, config: TrainConfig, accelerator: Accelerator):
@@ -292,7 +355,11 @@ def _resume(out: Path, model: nn.Module, ema: EMA, optimizer, accelerator: Accel
     The main process chooses it for all: processes that went on from different steps would mix their gradients.
     """
     folder = out / "checkpoints"
-    found = checkpoint.latest(folder) if accelerator.is_main_process else None
+    found = None
+    if accelerator.is_main_process:
+        for rest in folder.glob("*.partial"):  # of a process that was killed while it saved
+            rest.unlink()
+        found = checkpoint.latest(folder)
     (name,) = broadcast_object_list([found[0].name if found else None])
     if name is None:
         return 0
@@ -305,6 +372,7 @@ class Gradients(NamedTuple):
     """What one step's backward passes leave besides the gradients themselves."""
 
     norm: float  # over all processes, before clipping
+    stop: bool  # whether some process was asked to stop
     sums: Tensor  # (2,): sum of the losses and number of samples, of this process
     indices: list[int]  # dataset indices, of this process
     broken: list[str]
@@ -319,8 +387,9 @@ def _backward(
     config: TrainConfig,
     accelerator: Accelerator,
     limit: SpectralLimit | None,
+    stop: StopSignals,
 ) -> Gradients:
-    """Accumulate the gradients of one step and clip them."""
+    """Accumulate the gradients of one step and clip them. Waits for the device once, at the end."""
     device, sums = accelerator.device, torch.zeros(2, device=accelerator.device)
     indices, broken = [], []
     for number, row_range in enumerate(rows):
@@ -339,7 +408,9 @@ def _backward(
         limit.add_gradients()
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip or math.inf)
     norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
-    return Gradients(norm.item(), sums, indices, broken)
+    asked = accelerator.reduce(torch.full_like(norm, stop.signum is not None))
+    norm, asked = torch.stack([norm, asked]).tolist()
+    return Gradients(norm, bool(asked), sums, indices, broken)
 
 
 def claim_folder(out: Path, run_config: Any, accelerator: Accelerator) -> None:
@@ -358,7 +429,7 @@ def claim_folder(out: Path, run_config: Any, accelerator: Accelerator) -> None:
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         out.mkdir(parents=True, exist_ok=True)
-        replace_text(path, text)
+        write_text(path, text)
     accelerator.wait_for_everyone()
 
 

@@ -283,8 +283,8 @@ def expected_latents(kind: str, image_size: int, vae: AutoencoderKL, buckets: Se
     for bucket in buckets:
         for side in bucket_sizes(image_size, [bucket])[0]:
             latent_size(side, vae, f"data.buckets, {bucket}:")
-    scaling = {"scaling_factor": vae.config.scaling_factor, "shift_factor": shift_factor(vae)}
-    return LatentInfo(fingerprint(vae), kind=kind, dtype="float16", image_size=image_size, buckets=tuple(buckets), **scaling)
+    scale, shift = vae.config.scaling_factor, shift_factor(vae)
+    return LatentInfo(fingerprint(vae), scale, kind, "float16", image_size, tuple(buckets), shift)
 
 
 def clean_latents(batch: dict, flipped: Tensor, kind: str, vae: AutoencoderKL, draw: Callable[..., Tensor]) -> Tensor:
