@@ -11,7 +11,8 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-os.environ["OMP_NUM_THREADS"] = "1"  # bit-equality needs one number of threads here and in the processes started here
+# Bit-equality needs the same number of threads here and in the processes started here.
+os.environ["OMP_NUM_THREADS"] = os.environ.get("SKIPDIT_TEST_THREADS", "1")
 
 import numpy as np
 import pytest
@@ -268,6 +269,24 @@ def assert_close(actual: torch.Tensor, expected: torch.Tensor, tolerance: float 
     assert error < tolerance, f"max abs error {error:.2e}"
 
 
+def assert_rounding(actual: torch.Tensor, expected: torch.Tensor, units: float = 100) -> None:
+    """What is equal in exact arithmetic, and is computed by calls of other shapes or in another order.
+
+    Matrix libraries choose their kernels, and with them the order of a sum, by shape and by processor: such results
+    differ in their last bits on one machine and not on the other. What runs the same calls twice is compared by
+    `torch.equal` instead.
+
+    Args:
+        units: the largest error that is allowed, in units of eps of the dtype times the largest magnitude. One pass of
+            a tiny model rounds by 1 to 10 of them, and a run of a dozen steps, each of which magnifies what the ones
+            before it left, by up to 50. A defect is 1e-3 of the magnitude and more, which is 8,000 in float32.
+    """
+    assert actual.shape == expected.shape and actual.dtype == expected.dtype
+    unit = torch.finfo(expected.dtype).eps * expected.abs().max().item()
+    error = (actual - expected).abs().max().item()
+    assert error <= units * unit, f"off by {error / unit:.0f} units of rounding, {units} are allowed"
+
+
 def stats(config) -> list[dict]:
     return [json.loads(line) for line in (Path(config.out) / "stats.jsonl").read_text().splitlines()]
 
@@ -300,8 +319,7 @@ def run_script(config, *overrides, processes=1, task="class-to-image", **kwargs)
     if processes > 1:
         launcher += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
     command = [*launcher, str(ROOT / task / "train.py"), "--config", str(file), *overrides]
-    env = os.environ | {"OMP_NUM_THREADS": "1"}
-    return subprocess.run(command, capture_output=True, text=True, env=env, cwd=file.parent, timeout=300, **kwargs)
+    return subprocess.run(command, capture_output=True, text=True, cwd=file.parent, timeout=300, **kwargs)
 
 
 def kill_at(config, goals: Sequence[int], task="class-to-image") -> None:

@@ -106,7 +106,7 @@ def test_residual_stage_1_starts_at_the_plain_model(config, tmp_path):
         losses[fuse] = stats(config)[0]["loss"]
     config.out, config.model.skip, config.train.freeze = str(tmp_path / "again"), False, False
     train(config)
-    assert losses["residual"] == pytest.approx(stats(config)[0]["loss"], rel=1e-6)
+    assert losses["residual"] == pytest.approx(stats(config)[0]["loss"], rel=1e-5)
     assert losses["replace"] != pytest.approx(losses["residual"], rel=1e-4)
 
 
