@@ -4,7 +4,7 @@
     torchrun --nproc-per-node 8 class-to-image/sample.py --config configs/class-to-image/imagenet256_sample_50k.yaml
 
 Writes single PNGs, grid.png, report.json and, with npz=true, samples.npz for ADM's evaluation suite. The same command
-again continues an interrupted run; any number of processes makes the same images.
+again continues an interrupted run; any number of processes makes the same images, to rounding.
 """
 
 from dataclasses import dataclass, field, fields

@@ -5,7 +5,7 @@
 
 Writes every clip as mp4 and, with gif=true, as GIF; sheet.png with frames of the first clips, preview.gif with all of
 them in motion, and report.json. The same command again continues an interrupted run; any number of processes makes the
-same clips.
+same clips, to rounding.
 """
 
 from dataclasses import dataclass, field, fields
