@@ -16,8 +16,8 @@ class Float32LayerNorm(nn.LayerNorm):
 
 
 class GELU(nn.Module):
-    """GELU in its tanh form. Where no gradient flows it overwrites its input: on a CPU, to write the widest tensor of a
-    block anew takes 4 % (DiT-S) to 11 % (Latte-S) of a step.
+    """GELU in its tanh form. Where no gradient flows it overwrites its input: on a CPU, writing the widest tensor of a
+    block anew takes some 4 % of a step.
     """
 
     def forward(self, x: Tensor) -> Tensor:
