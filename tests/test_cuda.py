@@ -4,7 +4,7 @@ import copy
 import gc
 import os
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # for deterministic products
 
@@ -328,7 +328,7 @@ class Run:
     """What a task's config has of a run."""
 
     out: str
-    train: TrainConfig
+    train: TrainConfig = field(default_factory=TrainConfig)
 
 
 def train(out, **settings) -> None:
@@ -351,7 +351,7 @@ def test_resume_is_bit_equal(tmp_path, device):
         train(tmp_path / "whole", precision="bf16")
         train(tmp_path / "halves", precision="bf16", steps=2)
         train(tmp_path / "halves", precision="bf16")
-    whole, halves = (state(Run(str(tmp_path / name), None)) | {"args": None} for name in ("whole", "halves"))
+    whole, halves = (state(Run(str(tmp_path / name))) | {"args": None} for name in ("whole", "halves"))
     assert_equal(whole, halves)
 
 
