@@ -44,11 +44,11 @@ from skipdit.device import compile_mode, process_state
 from skipdit.metrics import IDENTICAL, frechet_distance, mean_psnr, psnr, ssim
 from skipdit.metrics.networks import load_image_script
 from skipdit.metrics.samples import fitted, open_samples
-from skipdit.runlog import replace_text
 from skipdit.sample import versions
 from skipdit.skip import SkipTransformer
 from skipdit.task import find_task
 from skipdit.weights import fingerprint
+from skipdit.writing import replace_text
 
 ROOT = Path(__file__).parents[1]
 TASKS = ("class-to-image", "class-to-video", "text-to-video", "text-to-image")

@@ -46,11 +46,11 @@ from skipdit.device import process_state
 from skipdit.diffusion import Diffusion
 from skipdit.fashion import CLASSES, EPOCHS, IMAGE_SIZE, Judge, load_images, load_judge
 from skipdit.metrics import mean_psnr, psnr, ssim
-from skipdit.runlog import replace_text
 from skipdit.sample import generators, versions
 from skipdit.spectral import largest_singular, skip_linears
 from skipdit.vae import encode, latent_size, load_vae, pixels
 from skipdit.weights import fingerprint, saved
+from skipdit.writing import replace_text
 
 CONFIG = "configs/class-to-image/fashion_plain.yaml"
 SETTINGS = [  # over the config's

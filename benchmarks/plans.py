@@ -30,10 +30,10 @@ from skipdit.compare import Row, Sampler, check_plans
 from skipdit.config import friendly_errors, load_config, to_dict
 from skipdit.metrics import mean_psnr, psnr
 from skipdit.plan import forecast, uniform
-from skipdit.runlog import replace_text
 from skipdit.sample import versions
 from skipdit.task import find_task
 from skipdit.weights import fingerprint
+from skipdit.writing import replace_text
 
 PLAN, FORECAST, REUSE, FEWER = "plan", "even, forecast", "even, reuse", "fewer steps"
 STYLES = {PLAN: "o-", FORECAST: "s-", REUSE: "v-", FEWER: "d:"}

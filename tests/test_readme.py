@@ -1,10 +1,8 @@
 """Every command of README and docs/RESULTS.md is here, and runs: small if it can, to its first check if it cannot."""
 
 import json
-import multiprocessing
 import os
 import re
-import runpy
 import shlex
 import shutil
 import struct
@@ -16,6 +14,7 @@ import imageio.v3 as imageio
 import numpy as np
 import pytest
 import torch
+from commands import forked
 
 from skipdit.class_to_image import DiT
 from skipdit.weights import to_released
@@ -63,10 +62,6 @@ RUN = {
     f"{ORIGINAL} --cache --cache-step 2": "--infer-steps 6 --image-size 64 64",
     f"{SAMPLE_PICTURE} --config configs/text-to-image/t2i_sample_cache.yaml": "steps=6 height=64 width=64",
 }
-PRELOADED = ["skipdit.train", "skipdit.plan", "skipdit.evaluate", "skipdit.encode", "skipdit.analyze"]
-PRELOADED += [
-    f"skipdit.{task}.compare" for task in ("class_to_image", "class_to_video", "text_to_video", "text_to_image")
-]
 AGAIN = [
     f'{SAMPLE_TEXT}demo.yaml --prompt "a police car"',
     f'{SAMPLE_PICTURE} --config configs/text-to-image/demo.yaml --prompt "red apple"',
@@ -263,31 +258,6 @@ def commands() -> list[str]:
     blocks = re.findall(r"```bash\n(.*?)```", README + RESULTS, flags=re.S)
     lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
     return [" ".join(line.split("#")[0].split()) for line in lines if line.split("#")[0].strip()]
-
-
-def forked(command: str, folder: Path) -> tuple[int, str]:
-    """Exit status and output of a command, in a copy of a process that has imported the libraries already."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(PRELOADED)  # of the first call
-    process = context.Process(target=become, args=(shlex.split(command), folder, folder / "told.txt"))
-    process.start()
-    process.join(timeout=300)
-    process.kill()
-    return process.exitcode, (folder / "told.txt").read_text()
-
-
-def become(command: list[str], folder: Path, told: Path) -> None:
-    """What `python ...` does, in this process."""
-    os.chdir(folder)
-    with told.open("w") as file:
-        os.dup2(file.fileno(), 1)
-        os.dup2(file.fileno(), 2)
-    if command[1] == "-m":
-        sys.path[0], sys.argv = str(folder), command[2:]
-        runpy.run_module(command[2], run_name="__main__", alter_sys=True)
-    else:
-        sys.path[0], sys.argv = str((folder / command[1]).resolve().parent), command[1:]
-        runpy.run_path(command[1], run_name="__main__")
 
 
 def run(command: str, folder: Path) -> subprocess.CompletedProcess:

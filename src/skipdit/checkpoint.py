@@ -19,9 +19,14 @@ from torch.distributed.checkpoint.state_dict import (
 )
 
 from skipdit.weights import WeightsError, from_released, load_checkpoint, require_sound, saved, to_released
+from skipdit.writing import whole_file
 
 _FULL = StateDictOptions(full_state_dict=True, cpu_offload=True)  # gathered on rank 0 where parameters are sharded
 _LOAD = StateDictOptions(full_state_dict=True)
+
+
+class NotSaved(OSError, RuntimeError):
+    """A checkpoint that could not be written. The last good one stays."""
 
 
 def save(
@@ -37,7 +42,7 @@ def save(
     """Write `<folder>/<step>.pt`, then delete all but the newest `keep`, unless that is 0. Every process calls it, and
     `writer` writes.
 
-    Raises RuntimeError, and leaves the older checkpoints as they are, if weights are not finite or the disk is full.
+    Raises NotSaved, and leaves the older checkpoints as they are, if weights are not finite or the disk is full.
     """
     state = {
         "model": to_released(get_model_state_dict(model, options=_FULL)),
@@ -51,19 +56,16 @@ def save(
         return
     both = [*state["model"].items(), *state["ema"].items()]
     if bad := [name for name, tensor in both if not torch.isfinite(tensor).all()]:
-        raise RuntimeError(f"step {step}: weights are not finite ({', '.join(bad[:3])}); {_kept(folder)}")
-    folder.mkdir(parents=True, exist_ok=True)
+        raise NotSaved(f"step {step}: weights are not finite ({', '.join(bad[:3])}); {_kept(folder)}")
     target = folder / f"{step:07d}.pt"
-    partial = target.with_suffix(".partial")
     try:
-        with open(partial, "wb") as file:
+        folder.mkdir(parents=True, exist_ok=True)
+        with whole_file(target) as partial, open(partial, "wb") as file:
             torch.save(state, file)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(partial, target)
-    except (OSError, RuntimeError) as error:
-        partial.unlink(missing_ok=True)
-        raise RuntimeError(f"could not save {target}: {error}; {_kept(folder)}") from error
+    except OSError as error:
+        raise NotSaved(f"{error}; {_kept(folder)}") from error
     for old in saved(folder)[:-keep]:
         old.unlink()
 

@@ -6,6 +6,9 @@ types raise `ConfigError`, which names the file, the line and the nearest known 
 
 import argparse
 import difflib
+import errno
+import os
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -16,6 +19,9 @@ from typing import Any, TypeVar
 import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+
+from skipdit.stopping import stop_signals
+from skipdit.writing import FULL, explained
 
 T = TypeVar("T")
 
@@ -174,10 +180,22 @@ def make_parser(schema: type, description: str, default: str | None = None) -> a
 
 @contextmanager
 def friendly_errors() -> Iterator[None]:
-    """Ends the program with a message, not a traceback, for what the user can mend: settings, files, checkpoints."""
+    """Ends the program with a message, not a traceback, for what the user can mend: settings, files, checkpoints.
+
+    After Ctrl-C and SIGTERM the message says how to go on, and the exit code is that of the signal, 130 or 143.
+    """
     try:
-        yield
+        with stop_signals():
+            yield
+    except KeyboardInterrupt as stop:
+        told = getattr(stop, "told", None)
+        told = "stopped; the same command again goes on with what is complete" if told is None else told
+        if told and os.environ.get("RANK", "0") == "0":
+            print(told, file=sys.stderr)
+        raise SystemExit(128 + getattr(stop, "signum", signal.SIGINT)) from None
     except (ValueError, OSError, ArithmeticError) as error:
+        if getattr(error, "errno", None) in (*FULL, errno.EROFS):
+            error = explained(error, error.filename or "a file")
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from error
 

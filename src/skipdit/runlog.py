@@ -5,6 +5,8 @@ from pathlib import Path
 
 from torch.utils.tensorboard import SummaryWriter
 
+from skipdit.writing import naming, replace_text
+
 
 class Log:
     """stats.jsonl and tensorboard of a run. A resumed run drops the steps after `start`: it will write them again."""
@@ -12,20 +14,24 @@ class Log:
     def __init__(self, out: Path, start: int):
         self.path = out / "stats.jsonl"
         if self.path.exists():
-            lines = [line for line in self.path.read_text().splitlines() if line.endswith("}")]
+            lines = self.path.read_text(encoding="utf-8").splitlines()
+            lines = [line for line in lines if line.endswith("}")]  # a full disk may have cut one off
             kept = [line for line in lines if json.loads(line)["step"] <= start]
             replace_text(self.path, "".join(f"{line}\n" for line in kept))
-        self.board = SummaryWriter(out / "tensorboard", purge_step=start + 1)
+        with naming(out / "tensorboard"):
+            self.board = SummaryWriter(out / "tensorboard", purge_step=start + 1)
 
     def write(self, stats: dict) -> None:
-        with open(self.path, "a") as file:
+        with naming(self.path), open(self.path, "a", encoding="utf-8") as file:
             file.write(json.dumps(stats) + "\n")
-        for key, value in stats.items():
-            if value is not None:
-                self.board.add_scalar(f"train/{key}", value, stats["step"])
+        with naming(self.board.log_dir):
+            for key, value in stats.items():
+                if value is not None:
+                    self.board.add_scalar(f"train/{key}", value, stats["step"])
 
     def close(self) -> None:
-        self.board.close()
+        with naming(self.board.log_dir):
+            self.board.close()
 
 
 class BrokenFiles:
@@ -38,19 +44,12 @@ class BrokenFiles:
         new = {" ".join(message.split()) for message in messages} - self._seen
         if new:
             self._seen |= new
-            with open(self.path, "a") as file:
+            with naming(self.path), open(self.path, "a", encoding="utf-8", errors="backslashreplace") as file:
                 file.writelines(f"{message}\n" for message in sorted(new))
 
     def summarise(self) -> None:
         """Drop repetitions, by other processes or before an interruption, and say how many there are."""
-        messages = sorted(set(self.path.read_text().splitlines())) if self.path.exists() else []
+        messages = sorted(set(self.path.read_text(encoding="utf-8").splitlines())) if self.path.exists() else []
         if messages:
             replace_text(self.path, "".join(f"{message}\n" for message in messages))
             print(f"files that were skipped: {len(messages)}; {self.path} says which and why")
-
-
-def replace_text(path: Path, text: str) -> None:
-    """Rewrite a file so that it is whole at any moment."""
-    partial = path.with_suffix(".partial")
-    partial.write_text(text)
-    partial.replace(path)

@@ -19,7 +19,9 @@ from skipdit.cache import CachePlan, DriftSpec, Policy, SkipCache
 from skipdit.data.stream import seed_of
 from skipdit.device import process_state
 from skipdit.download import is_hub_name
+from skipdit.stopping import telling
 from skipdit.weights import holds_weights
+from skipdit.writing import naming, replace_text, whole_file
 
 T = TypeVar("T")
 
@@ -99,10 +101,11 @@ class Job:
     ):
         self.folder, self.total, self.suffix, self.rank, self.world = Path(folder), total, suffix, rank, world
         self._names = names
-        self.folder.mkdir(parents=True, exist_ok=True)
+        with naming(self.folder):
+            self.folder.mkdir(parents=True, exist_ok=True)
         path = self.folder / "job.json"
         text = json.dumps(identity | {"suffix": suffix}, indent=2, sort_keys=True, default=str) + "\n"
-        before, now = json.loads(path.read_text()) if path.exists() else {}, json.loads(text)
+        before, now = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}, json.loads(text)
         before.setdefault("suffix", suffix)  # jobs of older versions do not have it
         files = (file for file in self.folder.glob(f"*.{before['suffix']}") if not file.name.startswith("partial-"))
         begun = any(file.stem not in ("grid", "sheet", "compare") for file in files)  # without samples it is free
@@ -114,9 +117,7 @@ class Job:
                     f"{folder} holds samples made with other settings; use another folder:\n" + "\n".join(lines)
                 )
         else:
-            partial = path.with_suffix(f".{rank}.partial")
-            partial.write_text(text)
-            partial.replace(path)
+            replace_text(path, text, f".{rank}")
 
     def path(self, index: int) -> Path:
         name = f"{index:06d}" if self._names is None else self._names[index]
@@ -128,13 +129,16 @@ class Job:
 
     def save(self, index: int, write: Callable[[Path], None]) -> None:
         """Write a sample under a temporary name, then give it its own: a file that exists is complete."""
-        partial = self.folder / f"partial-{self.path(index).name}"  # keeps the suffix: encoders go by it
-        write(partial)
-        partial.replace(self.path(index))
+        with whole_file(self.path(index), keep_suffix=True) as partial:  # encoders go by it
+            write(partial)
 
     def pending(self) -> list[int]:
         """This process's samples that do not exist yet."""
         return [i for i in self.own() if not self.path(i).exists()]
+
+    def made(self) -> int:
+        """Samples that exist, of every process."""
+        return sum(self.path(i).exists() for i in range(self.total))
 
     def is_complete(self) -> bool:
         """Whether all samples exist, of every process."""
@@ -191,14 +195,18 @@ def work_off(
     timer, began, complete = StepTimer(state.device), time.perf_counter(), job.is_complete()
     state.wait_for_everyone()
     progress = tqdm(total=len(job.pending()), desc=f"{unit}s", unit=unit, disable=not state.is_main_process)
-    for indices in batches:
-        samples, cache = make(indices, timer)
-        for index, pixels in zip(indices, samples, strict=True):
-            save(index, pixels)
-        made, full = made + len(indices), full + len(indices) * cache.full_steps
-        cache_bytes = max(cache_bytes, cache.peak_bytes)
-        progress.update(len(indices))
-    progress.close()
+
+    def how_to_go_on() -> str:
+        return f"stopped; {job.made()} of {job.total} {unit}s are in {job.folder}: the same command makes the others"
+
+    with progress, telling(how_to_go_on):
+        for indices in batches:
+            samples, cache = make(indices, timer)
+            for index, pixels in zip(indices, samples, strict=True):
+                save(index, pixels)
+            made, full = made + len(indices), full + len(indices) * cache.full_steps
+            cache_bytes = max(cache_bytes, cache.peak_bytes)
+            progress.update(len(indices))
     seconds = time.perf_counter() - began
     state.wait_for_everyone()
     file = job.folder / "report.json"
@@ -219,7 +227,7 @@ def work_off(
         **more,
     )
     if state.is_main_process:
-        file.write_text(json.dumps(summary, indent=2) + "\n")
+        replace_text(file, json.dumps(summary, indent=2) + "\n")
         told, steps = f"{job.total} {unit}s in {job.folder}", summary["steps"]
         if full_steps is not None:
             told += f": {steps['full']:g} full and {steps['cached']:g} cached steps"

@@ -36,7 +36,7 @@ from skipdit.lock import hold
 from skipdit.runlog import BrokenFiles, Log
 from skipdit.spectral import SpectralLimit
 from skipdit.stopping import Stopped, StopSignals, stop_signals
-from skipdit.writing import naming, write_text
+from skipdit.writing import naming, replace_text
 
 
 @dataclass
@@ -176,8 +176,8 @@ def fit(
     out = Path(out)
     accelerator = make_accelerator(config.precision)
     set_tf32(config.tf32)
-    with nullcontext() if dry_run else _alone(out, accelerator), stop_signals(finish=not dry_run) as stop:
-        return _fit(model, loss, dataset, config, out, run_config, sample, dry_run, accelerator, limit, stop)
+    with nullcontext() if dry_run else _alone(out, accelerator), stop_signals(finish=not dry_run) as signals:
+        return _fit(model, loss, dataset, config, out, run_config, sample, dry_run, accelerator, limit, signals)
 
 
 def _fit(
@@ -191,7 +191,7 @@ def _fit(
     dry_run: bool,
     accelerator: Accelerator,
     limit: SpectralLimit | None,
-    stop: StopSignals,
+    signals: StopSignals,
 ) -> nn.Module:
     """What `fit` does, alone in its folder."""
     device, world = accelerator.device, accelerator.num_processes
@@ -218,7 +218,7 @@ def _fit(
     for step in range(start, 2 if dry_run else config.steps):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(config, step)
-        gradients = _backward(trained, loss, loader, rows, step, config, accelerator, limit, stop)
+        gradients = _backward(trained, loss, loader, rows, step, config, accelerator, limit, signals)
         finite = math.isfinite(gradients.norm)  # gradients are summed over processes, so all of them agree
         if finite:
             optimizer.step()
@@ -266,7 +266,9 @@ def _fit(
             checkpoint.save(folder, done, model, ema.model, optimizer, args, config.keep, writer)
         if gradients.stop and not last:
             progress.close()
-            _end(stop, f"stopped after step {done}, saved in {folder}; the same command goes on from there", accelerator)
+            if log:
+                log.close()
+            _end(accelerator, signals, f"stopped after step {done}, saved in {folder}")
         if sample is not None and config.sample_every and (done % config.sample_every == 0 or last):
             averaged = ema.model if blueprint is None else _gather(ema.model, blueprint, device)
             if accelerator.is_main_process:
@@ -309,13 +311,13 @@ def _alone(out: Path, accelerator: Accelerator) -> Iterator[None]:
         yield
 
 
-def _end(stop: StopSignals, told: str, accelerator: Accelerator) -> None:
+def _end(accelerator: Accelerator, signals: StopSignals, told: str) -> None:
     """Raise Stopped in all processes, once the last of them is ready: the first that ends makes a launcher end all."""
     if accelerator.is_main_process:
-        print(told, file=sys.stderr, flush=True)
+        print(f"{told}: the same command goes on from there", file=sys.stderr, flush=True)
     accelerator.wait_for_everyone()
     accelerator.end_training()
-    raise Stopped(stop.signum or signal.SIGTERM, told="")
+    raise Stopped(signals.signum or signal.SIGTERM, told="")
 
 
 def _prepare(model: nn.Module, config: TrainConfig, accelerator: Accelerator):
@@ -387,7 +389,7 @@ def _backward(
     config: TrainConfig,
     accelerator: Accelerator,
     limit: SpectralLimit | None,
-    stop: StopSignals,
+    signals: StopSignals,
 ) -> Gradients:
     """Accumulate the gradients of one step and clip them. Waits for the device once, at the end."""
     device, sums = accelerator.device, torch.zeros(2, device=accelerator.device)
@@ -408,7 +410,7 @@ def _backward(
         limit.add_gradients()
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip or math.inf)
     norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
-    asked = accelerator.reduce(torch.full_like(norm, stop.signum is not None))
+    asked = accelerator.reduce(torch.full_like(norm, signals.signum is not None))
     norm, asked = torch.stack([norm, asked]).tolist()
     return Gradients(norm, bool(asked), sums, indices, broken)
 
@@ -429,7 +431,7 @@ def claim_folder(out: Path, run_config: Any, accelerator: Accelerator) -> None:
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         out.mkdir(parents=True, exist_ok=True)
-        write_text(path, text)
+        replace_text(path, text)
     accelerator.wait_for_everyone()
 
 

@@ -16,6 +16,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from skipdit.stopping import leave_signals_to_parent
+
 TRIES = 100  # samples that are read to learn what one looks like, if the first are broken
 
 
@@ -27,7 +29,9 @@ class BrokenSample(Exception):
 
 
 def seed_of(*numbers: int) -> int:
-    """One well-mixed 63-bit seed out of several non-negative numbers."""
+    """One well-mixed 63-bit seed out of several non-negative numbers. Raises ValueError for a negative one."""
+    if min(numbers) < 0:
+        raise ValueError(f"seed is {min(numbers)}; a seed is 0 or larger")
     return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> np.uint64(1))
 
 
@@ -189,6 +193,7 @@ def make_loader(
         batch_sampler=_Positions(rows, global_batch, start, stop),
         collate_fn=collate,
         num_workers=workers,
+        worker_init_fn=leave_signals_to_parent,
         pin_memory=torch.cuda.is_available(),
         persistent_workers=False,
         prefetch_factor=4 if workers else None,

@@ -1,0 +1,89 @@
+"""Ctrl-C and SIGTERM: a program ends early, leaves nothing half done, and says how to go on."""
+
+import multiprocessing
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+_SAME = 0.2  # seconds within which a second signal is the first once more: `timeout` and some launchers send two
+_NOTE = b"\nstopping after this step; once more ends at once\n"
+
+
+class Stopped(KeyboardInterrupt):
+    """What a signal raises, or a run that was asked to stop, once it has saved what it had.
+
+    Attributes:
+        signum: the signal's number.
+        told: a line that says how to go on; empty if it has been said.
+    """
+
+    def __init__(self, signum: int, told: str | None = None):
+        super().__init__(signal.Signals(signum).name)
+        self.signum, self.told = signum, told
+
+
+class StopSignals:
+    """Whether a process was asked to stop.
+
+    Attributes:
+        signum: the first signal that came, or None.
+    """
+
+    def __init__(self, finish: bool):
+        self.signum: int | None = None
+        self._finish, self._when = finish, 0.0
+
+    def receive(self, signum: int, frame: FrameType | None) -> None:
+        if self.signum is None:
+            self.signum, self._when = signum, time.monotonic()
+            if not self._finish:
+                raise Stopped(signum)
+            if os.environ.get("RANK", "0") == "0":
+                os.write(2, _NOTE)  # print could be interrupted by itself
+        elif time.monotonic() - self._when > _SAME:
+            for child in multiprocessing.active_children():
+                child.kill()
+            os._exit(128 + signum)
+
+
+@contextmanager
+def stop_signals(finish: bool = False) -> Iterator[StopSignals]:
+    """What Ctrl-C and SIGTERM do within the block: the first raises `Stopped`, a second ends the process at once.
+
+    With `finish`, the first is only noted, for a loop to end at a good moment. In threads other than the main one,
+    which get no signals, nothing changes.
+    """
+    stop = StopSignals(finish)
+    if threading.current_thread() is not threading.main_thread():
+        yield stop
+        return
+    before = {number: signal.signal(number, stop.receive) for number in SIGNALS}
+    try:
+        yield stop
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)
+
+
+@contextmanager
+def telling(how_to_go_on: Callable[[], str]) -> Iterator[None]:
+    """Adds to an interruption of the block what to tell the user; what was added within it stays."""
+    try:
+        yield
+    except KeyboardInterrupt as stop:
+        if getattr(stop, "told", None) is None:
+            stop.told = how_to_go_on()
+        raise
+
+
+def leave_signals_to_parent(worker: int) -> None:
+    """For a process that loads data: a signal to all processes must not end it, since its parent may need one batch
+    more. It ends with its parent.
+    """
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
