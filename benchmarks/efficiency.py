@@ -238,7 +238,7 @@ def spread(values: Sequence[float | None], digits: int = 3) -> str:
 def cost(config: Config, vae: AutoencoderKL) -> dict[str, float]:
     """Size of a config's model, and FLOPs of one forward pass of one sample."""
     with torch.device("meta"):
-        model = build_model(config.model, latent_size(config.data.image_size, vae))
+        model = build_model(config.model, latent_size(config.data.image_size, vae), vae.config.latent_channels)
     return {"parameters": sum(p.numel() for p in model.parameters()), "flops": step_flops(model, 1)["full"]}
 
 

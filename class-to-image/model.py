@@ -26,6 +26,7 @@ class DiT(AdaLNTransformer):
         mlp_ratio: hidden width of the MLP over D.
         num_classes: class ids are 0 .. num_classes - 1; `num_classes` itself is the null class.
         skip: whether block i is joined to block L-1-i, for every i < L // 2.
+        fuse: "replace" as in the paper, or "residual"; see `skipdit.skip.LongSkip`.
     """
 
     @register_to_config
@@ -40,6 +41,7 @@ class DiT(AdaLNTransformer):
         mlp_ratio: float = 4.0,
         num_classes: int = 1000,
         skip: bool = True,
+        fuse: str = "replace",
     ):
         super().__init__()
         self._build(num_classes, n_skips=depth // 2 if skip else 0)

@@ -39,6 +39,7 @@ class ModelConfig:
     num_heads: int | None = setting(None, "attention heads")
     num_classes: int = setting(1000, "classes; the null class is added")
     skip: bool | None = setting(None, "long skips")
+    fuse: str | None = setting(None, "how skips join: replace as in the paper, or residual, which start at zero")
 
 
 @dataclass
@@ -52,10 +53,11 @@ class Config(SamplingConfig):
     model: ModelConfig = field(default_factory=ModelConfig)
 
 
-def build_model(config: ModelConfig, input_size: int) -> DiT:
-    """The model of a config for latents of a given side."""
+def build_model(config: ModelConfig, input_size: int, in_channels: int = 4) -> DiT:
+    """The model of a config for latents of a given side and number of channels."""
     given = {f.name: getattr(config, f.name) for f in fields(config) if f.name != "name"}
-    given = {name: value for name, value in given.items() if value is not None} | {"input_size": input_size}
+    given = {name: value for name, value in given.items() if value is not None}
+    given |= {"input_size": input_size, "in_channels": in_channels}
     return DiT.from_name(config.name, **given) if config.name else DiT(**given)
 
 
@@ -63,7 +65,7 @@ def load(config: Config, branch: int | None) -> Models:
     """The model and autoencoder of a config; see `open_models`."""
     return open_models(
         config,
-        lambda vae: build_model(config.model, latent_size(config.image_size, vae)),
+        lambda vae: build_model(config.model, latent_size(config.image_size, vae), vae.config.latent_channels),
         branch,
         "bash scripts/download.sh class-to-image",
     )

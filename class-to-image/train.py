@@ -48,7 +48,7 @@ def train(config: Config, dry_run: bool = False) -> DiT:
     model, vae = open_training(
         config,
         config.data.files(),
-        lambda vae: build_model(config.model, latent_size(config.data.image_size, vae)),
+        lambda vae: build_model(config.model, latent_size(config.data.image_size, vae), vae.config.latent_channels),
         "bash scripts/download.sh class-to-image",
     )
     with process_state().local_main_process_first():  # a data set that downloads itself does so once

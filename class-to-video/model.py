@@ -34,6 +34,7 @@ class Latte(AdaLNTransformer):
         extras: 1 unconditional, 2 class-conditional.
         skip: whether pair i is joined to pair L-1-i, for every i < n_skips.
         n_skips: long skips, counted from the outside; None joins all pairs, L // 2.
+        fuse: "replace" as in the paper, or "residual"; see `skipdit.skip.LongSkip`.
     """
 
     blocks_per_layer = 2
@@ -54,6 +55,7 @@ class Latte(AdaLNTransformer):
         extras: int = 1,
         skip: bool = True,
         n_skips: int | None = None,
+        fuse: str = "replace",
     ):
         super().__init__()
         pairs, odd = divmod(depth, 2)

@@ -10,6 +10,7 @@ same clips, to rounding.
 
 from dataclasses import dataclass, field, fields
 
+from diffusers import AutoencoderKL
 from torch import Tensor
 from torchvision.io import write_png
 
@@ -38,6 +39,7 @@ class ModelConfig:
     num_classes: int | None = setting(None, "classes; unset: unconditional")
     skip: bool | None = setting(None, "long skips")
     n_skips: int | None = setting(None, "long skips, counted from the outer pairs; unset: all of them")
+    fuse: str | None = setting(None, "how skips join: replace as in the paper, or residual, which start at zero")
 
 
 @dataclass
@@ -52,19 +54,25 @@ class Config(SamplingConfig):
     model: ModelConfig = field(default_factory=ModelConfig)
 
 
-def build_model(config: ModelConfig, input_size: int, num_frames: int) -> Latte:
-    """The model of a config for clips of latents of a given side."""
+def build_model(config: ModelConfig, input_size: int, num_frames: int, in_channels: int = 4) -> Latte:
+    """The model of a config for clips of latents of a given side and number of channels."""
     given = {f.name: getattr(config, f.name) for f in fields(config) if f.name != "name"}
     given = {name: value for name, value in given.items() if value is not None}
-    given |= {"input_size": input_size, "num_frames": num_frames, "extras": 1 if config.num_classes is None else 2}
+    given |= {"input_size": input_size, "num_frames": num_frames, "in_channels": in_channels}
+    given["extras"] = 1 if config.num_classes is None else 2
     return Latte.from_name(config.name, **given) if config.name else Latte(**given)
 
 
 def load(config: Config, branch: int | None) -> Models:
     """The model and autoencoder of a config; see `open_models`."""
+
+    def build(vae: AutoencoderKL) -> Latte:
+        side = latent_size(config.image_size, vae)
+        return build_model(config.model, side, config.num_frames, vae.config.latent_channels)
+
     return open_models(
         config,
-        lambda vae: build_model(config.model, latent_size(config.image_size, vae), config.num_frames),
+        build,
         branch,
         "bash scripts/download.sh class-to-video",
     )

@@ -62,10 +62,15 @@ def make_loss(config: Config, vae: AutoencoderKL) -> Loss:
 
 def train(config: Config, dry_run: bool = False) -> Latte:
     """Run a config. Returns the averaged model."""
+
+    def build(vae: AutoencoderKL) -> Latte:
+        side = latent_size(config.data.image_size, vae)
+        return build_model(config.model, side, config.data.num_frames, vae.config.latent_channels)
+
     model, vae = open_training(
         config,
         config.data.files(),
-        lambda vae: build_model(config.model, latent_size(config.data.image_size, vae), config.data.num_frames),
+        build,
         "bash scripts/download.sh class-to-video",
     )
     dataset, classes = make_dataset(config.data, vae), config.model.num_classes

@@ -102,7 +102,7 @@ def evaluate(config: Config, data: Path, out: Path, caches: list[str]) -> dict:
     if not 2 <= count <= 10_000:
         raise ValueError(f"--samples is {count}; 2 to 10000 can be compared with the real test images")
     vae = load_vae(config.vae).to(device)
-    model = build_model(config.model, latent_size(config.image_size, vae))
+    model = build_model(config.model, latent_size(config.image_size, vae), vae.config.latent_channels)
     load_weights(model, config.weights)
     model.to(device).eval().requires_grad_(False)
 

@@ -10,7 +10,7 @@ from skipdit import CacheSpec, SkipCache
 from skipdit.adaln import AdaLNTransformer
 from skipdit.class_to_image import DiT
 from skipdit.nn import GELU
-from skipdit.weights import load_weights, to_released
+from skipdit.weights import load_state, load_weights, to_released
 
 
 @pytest.fixture
@@ -96,3 +96,22 @@ def test_gelu_overwrites_its_input_only_where_no_gradient_flows():
         out = GELU()(given)
     assert torch.equal(out, expected) and out is given
     assert torch.equal(GELU()(leaf), expected) and torch.equal(leaf, x)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("make", [tiny_dit, tiny_latte])
+def test_residual_skips_start_at_the_plain_model(make, tmp_path):
+    """And come back from a file, by its shapes."""
+    plain = make(skip=False)
+    model = type(plain)(**make(fuse="residual").config).eval()
+    model.load_state_dict(plain.state_dict(), strict=False)
+    inputs = plain.random_inputs(2)
+    assert torch.equal(model(**inputs), plain(**inputs))
+    for skip in model.skips:
+        torch.nn.init.normal_(skip.delta.weight, std=0.1)
+    torch.save({"ema": to_released(model.state_dict())}, tmp_path / "residual.pt")
+    state = load_state(tmp_path / "residual.pt")
+    again = type(plain)(**type(plain).config_from_state(state, num_heads=2)).eval()
+    load_weights(again, tmp_path / "residual.pt")
+    assert again.config.fuse == "residual" and torch.equal(again(**inputs), model(**inputs))
+    assert not torch.equal(again(**inputs), plain(**inputs))

@@ -348,8 +348,6 @@ def test_tf32_is_what_the_setting_says(config, tmp_path):
             report = sample(replace(config, tf32=tf32, out=str(tmp_path / str(tf32))))
             assert torch.backends.cuda.matmul.allow_tf32 is torch.backends.cudnn.allow_tf32 is tf32
             assert report["tf32"] is (tf32 and torch.cuda.is_available())
-        job = json.loads((tmp_path / "False/job.json").read_text())
-        assert "tf32" not in job  # folders of version 0.1 go on
     finally:
         torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = before
 
@@ -413,6 +411,32 @@ def test_autoencoder_with_a_shift(tmp_path, vae_folder):
     vae.save_pretrained(tmp_path / "per-channel")
     with pytest.raises(ValueError, match=r"per-channel normalises latents per channel \(latents_mean, latents_std\)"):
         load_vae(str(tmp_path / "per-channel"))
+
+
+def test_folders_of_older_versions_go_on(config):
+    """Settings that are newer than a folder's samples are off in it."""
+    sample(config)
+    path = Path(config.out) / "job.json"
+    job = json.loads(path.read_text())
+    del job["tf32"], job["model"]["fuse"]
+    path.write_text(json.dumps(job))
+    (Path(config.out) / "000003.png").unlink()
+    sample(config)
+    assert len(images(config.out)) == 5
+    config.tf32 = True
+    with pytest.raises(ValueError, match="tf32: None there, True now"):
+        sample(config)
+
+
+def test_models_take_their_channels_from_the_autoencoder(config, tmp_path):
+    torch.manual_seed(0)
+    blocks = {"down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2}
+    vae = AutoencoderKL(**blocks, block_out_channels=(8, 8), norm_num_groups=4, latent_channels=16)
+    vae.save_pretrained(tmp_path / "wide")
+    config.vae = str(tmp_path / "wide")
+    torch.save({"ema": to_released(tiny_dit(in_channels=16).state_dict())}, config.weights)
+    sample(config)
+    assert len(images(config.out)) == 5
 
 
 def test_encoding_and_training_on_latents(tmp_path, vae_folder, image_folder):

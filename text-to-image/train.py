@@ -87,9 +87,11 @@ class Config:
         return self.data.files() | {name: place for name, place in texts.items() if place}
 
 
-def build_model(config: ModelConfig, latents: int) -> HunyuanDiT:
+def build_model(config: ModelConfig, latents: int, in_channels: int = 4) -> HunyuanDiT:
+    """The model of a config for latents of a given side and number of channels."""
     given = {f.name: getattr(config, f.name) for f in fields(config)}
-    return HunyuanDiT((latents, latents), **{name: value for name, value in given.items() if value is not None})
+    given = {name: value for name, value in given.items() if value is not None}
+    return HunyuanDiT((latents, latents), in_channels=in_channels, **given)
 
 
 def make_loss(config: Config, vae: AutoencoderKL, clip: Texts, t5: Texts, model: HunyuanDiT) -> Loss:
@@ -133,7 +135,8 @@ def train(config: Config, dry_run: bool = False) -> HunyuanDiT:
         absent += [] if part.files else missing_text_files(part.encoder, part.tokenizer)
 
     def build(vae: AutoencoderKL) -> HunyuanDiT:
-        model = build_model(config.model, latent_size(config.data.image_size, vae))
+        side = latent_size(config.data.image_size, vae)
+        model = build_model(config.model, side, vae.config.latent_channels)
         for size in bucket_sizes(config.data.image_size, config.data.buckets):
             name = f"data.buckets, {size[0]}x{size[1]}:" if config.data.buckets else "data.image_size"
             for side in size:  # now, and not when one is drawn, hours from here

@@ -66,8 +66,8 @@ class Config:
     train: TrainConfig = field(default_factory=TrainConfig)
 
 
-def build_model(config: ModelConfig, latents: int, num_frames: int) -> LatteT2V:
-    """The model of a config for clips of latents of a given side. Raises ValueError if its folder's is for others."""
+def build_model(config: ModelConfig, latents: int, num_frames: int, in_channels: int = 4) -> LatteT2V:
+    """The model of a config for latents of a side and channels. Raises ValueError if its folder's is for others."""
     if config.folder:
         settings = LatteT2V.load_config(config.folder)
         if settings["sample_size"] != latents or settings["video_length"] < num_frames:
@@ -75,10 +75,16 @@ def build_model(config: ModelConfig, latents: int, num_frames: int) -> LatteT2V:
                 f"{config.folder} is of a model for {settings['video_length']} frames of {settings['sample_size']} "
                 f"latent pixels; the data has {num_frames} of {latents} (data.num_frames, data.image_size)"
             )
+        if settings["in_channels"] != in_channels:
+            raise ValueError(
+                f"{config.folder} is of a model for {settings['in_channels']} latent channels; the autoencoder has "
+                f"{in_channels}"
+            )
         return LatteT2V.from_config(settings, skip=config.skip, fuse=config.fuse)
     given = {f.name: getattr(config, f.name) for f in fields(config) if f.name != "folder"}
     given = {name: value for name, value in given.items() if value is not None}
     width = given.get("num_attention_heads", 16) * given.get("attention_head_dim", 72)
+    given |= {"in_channels": in_channels, "out_channels": 2 * in_channels}
     model = LatteT2V(**given, cross_attention_dim=width, sample_size=latents, video_length=num_frames)
     if latents % (patch := model.config.patch_size):
         raise ValueError(
@@ -106,10 +112,15 @@ def make_loss(config: Config, vae: AutoencoderKL, texts: Texts) -> Loss:
 def train(config: Config, dry_run: bool = False) -> LatteT2V:
     """Run a config. Returns the averaged model."""
     files = config.data.files() | ({"texts": config.texts} if config.texts else {})
+
+    def build(vae: AutoencoderKL) -> LatteT2V:
+        side = latent_size(config.data.image_size, vae)
+        return build_model(config.model, side, config.data.num_frames, vae.config.latent_channels)
+
     model, vae = open_training(
         config,
         files | ({"model.folder": config.model.folder} if config.model.folder else {}),
-        lambda vae: build_model(config.model, latent_size(config.data.image_size, vae), config.data.num_frames),
+        build,
         "bash scripts/download.sh text-to-video --only plain pipeline tokenizer",
         absent=[] if config.texts else missing_text_files(config.text_encoder, config.tokenizer),
     )

@@ -117,14 +117,14 @@ class AdaLNTransformer(SkipTransformer):
         side = torch.arange(input_size // patch_size, dtype=torch.float64)
         self.register_buffer("pos_embed", sincos_2d(side, side, hidden_size).float()[None])
         self.blocks = nn.ModuleList(DiTBlock(hidden_size, num_heads, mlp_ratio) for _ in range(self.config.depth))
-        self.skips = make_skips(hidden_size, n_skips)
+        self.skips = make_skips(hidden_size, n_skips, self.config.fuse)
         self.final_layer = FinalLayer(hidden_size, patch_size**2 * 2 * in_channels)
         self.initialize_weights()
 
     def initialize_weights(self) -> None:
         """DiT's initialisation: every block starts as the identity, the model predicts zero."""
-        for module in self.modules():
-            if isinstance(module, nn.Linear):
+        for name, module in self.named_modules():
+            if isinstance(module, nn.Linear) and not name.endswith(".delta"):  # those of residual skips start at zero
                 nn.init.xavier_uniform_(module.weight)
                 nn.init.zeros_(module.bias)
         patch = self.x_embedder.proj
@@ -261,4 +261,5 @@ class AdaLNTransformer(SkipTransformer):
             "num_heads": num_heads or published[hidden_size],
             "mlp_ratio": mlp_width / hidden_size,
             "skip": count_members(state, "skips") > 0,
+            "fuse": "residual" if "skips.0.delta.weight" in state else "replace",
         }

@@ -275,8 +275,6 @@ def run_job(
     model, vae, flops = models
     device, timesteps = state.device, Diffusion(config.steps).sampling_timesteps
     identity = {key: value for key, value in to_dict(config).items() if key not in _FREE | free}
-    if not config.tf32:
-        del identity["tf32"]  # jobs of version 0.1 do not have it
     identity |= {"weights": fingerprint(model), "vae": fingerprint(vae)}
     identity |= {"dtype": str(model.dtype), "device": device.type}  # devices draw different noise from one seed
     identity |= cache_identity(spec, identity["weights"], config.sampler, config.guidance_scale, config.batch_size)

@@ -73,6 +73,14 @@ def resolve_dtype(name: str, device: torch.device, released: torch.dtype | None 
     return known[name]
 
 
+def _dotted(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested settings under dotted names."""
+    flat: dict[str, Any] = {}
+    for key, value in settings.items():
+        flat |= _dotted(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return flat
+
+
 class Job:
     """A numbered list of samples to make, shared out over processes, that can be interrupted and continued.
 
@@ -110,7 +118,10 @@ class Job:
         files = (file for file in self.folder.glob(f"*.{before['suffix']}") if not file.name.startswith("partial-"))
         begun = any(file.stem not in ("grid", "sheet", "compare") for file in files)  # without samples it is free
         if begun and path.exists():
-            differ = [k for k in before | now if before.get(k) != now.get(k)]
+            before, now = _dotted(before), _dotted(now)
+            # Settings that are newer than the samples, and off, as they were then.
+            newer = {k for k in now if k not in before and (now[k] is None or now[k] is False)}
+            differ = [k for k in before | now if k not in newer and before.get(k) != now.get(k)]
             if differ:
                 lines = [f"  {k}: {before.get(k)} there, {now.get(k)} now" for k in differ]
                 raise ValueError(

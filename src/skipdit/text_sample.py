@@ -129,6 +129,11 @@ def check_settings(
         raise ValueError(f"height {size[0]} and width {size[1]} must be multiples of {unit} pixels")
     if branch is not None and branch > model.n_skips:
         raise ValueError(f"cache branch {branch} is larger than the model's number of skips, {model.n_skips}")
+    if model.config.in_channels != vae.config.latent_channels:
+        raise ValueError(
+            f"the model is for {model.config.in_channels} latent channels, and the autoencoder has "
+            f"{vae.config.latent_channels}: set vae to the one that it was trained with"
+        )
     if config.offload not in ("none", "model", "group"):
         raise ValueError(f"offload is {config.offload!r}; known: none, model, group")
     if compile_mode(config.compile) and config.offload == "group":
@@ -292,8 +297,6 @@ def run_job(
     spec = CacheSpec.parse(config.cache)
     cache = enable_cache(pipe, spec)
     identity = {key: value for key, value in to_dict(config).items() if key not in _FREE | free}
-    if not config.tf32:
-        del identity["tf32"]  # jobs of version 0.1 do not have it
     identity |= {"size": sampler.size, "prompts": sampler.prompts, "text_encoder": sampler.encoder}
     identity |= {"weights": fingerprint(model), "vae": fingerprint(pipe.vae)}
     identity |= {"model": _settings(model), "scheduler_config": _settings(pipe.scheduler)}
