@@ -21,6 +21,7 @@ from safetensors.torch import load_file
 
 from skipdit import encode
 from skipdit.class_to_video.data import make_dataset
+from skipdit.data import clip_folder
 from skipdit.data.__main__ import main as check_main
 from skipdit.data.clip_folder import ClipFolder, to_square
 from skipdit.data.clips import ClipData
@@ -371,6 +372,39 @@ def test_linked_class_folders_are_followed(config, layouts, tmp_path):
     (tmp_path / "clips/linked").symlink_to(layouts / "classes/pear")
     dataset = ClipFolder(config("classes", path=tmp_path / "clips", labelled=True))
     assert dataset.names == ["linked/v2.mp4"]
+
+
+@pytest.mark.parametrize("layout", ["classes", "frames"])
+def test_hidden_folders_and_links_to_folders_above_are_passed_over(config, copied, layout):
+    root = copied(layout)
+    names = ClipFolder(config(layout, path=root)).names
+    first = root / Path(names[0]).parts[0]
+    for folder in (".hidden", ".Trash-1000/files", "__MACOSX"):
+        shutil.copytree(first, root / folder)
+    (first / "above").symlink_to(root)
+    (first / "itself").symlink_to("itself")
+    (first / "here").symlink_to(".")
+    dataset = ClipFolder(config(layout, path=root, labelled=True))
+    assert (dataset.names, dataset.classes) == (names, sorted({Path(name).parts[0] for name in names}))
+
+
+def test_links_across_end(tmp_path):
+    """Two folders that hold links to each other."""
+    for name, other in (("a", "b"), ("b", "a")):
+        write_pictures(tmp_path / name, paint(0, range(3)))
+        (tmp_path / name / "other").symlink_to(tmp_path / other)
+    dataset = ClipFolder(ClipData("frames", str(tmp_path), num_frames=1, image_size=8))
+    assert dataset.names == ["a", "a/other", "b", "b/other"]
+
+
+def test_frames_of_one_number_have_an_order(tmp_path):
+    names = [f"frame_{number}.png" for number in ("1", "01", "001", "²", "x", "10", "2")]
+    for name in names:
+        Image.new("RGB", (8, 8)).save(tmp_path / name)
+    (tmp_path / "folder.png").mkdir()
+    files = [path.name for path in clip_folder._frames(tmp_path)]
+    expected = ["001", "01", "1", "2", "10", "x", "²"]
+    assert files == [f"frame_{number}.png" for number in expected]
 
 
 @pytest.mark.parametrize(
@@ -830,6 +864,22 @@ def test_quick_check_reads_the_ends_only(config, copied, check, frame, quick, st
     assert found == status
     assert (f"frame_{frame}.png: cannot identify" in said) == status
     assert "frames per clip: 14 to 22, median " in said
+
+
+def test_check_counts_frames_by_decoding_on_request(config, copied, check):
+    """The first and the last frame are whole, one in between is not."""
+    root = copied("classes")
+    noise = rng(0).integers(0, 256, (20, 24, 40, 3), dtype=np.uint8)
+    content = bytearray(write_video(root / "apple/v0.mp4", noise, "-g", "5").read_bytes())
+    middle = len(content) // 2
+    content[middle : middle + 2000] = bytes(2000)
+    (root / "apple/v0.mp4").write_bytes(content)
+    assert check(config("classes", path=root), "--quick")[0] == 0
+    status, said, _ = check(config("classes", path=root), "--quick", "--decode")
+    assert status == 1
+    assert re.search(rf"broken: 1\n  {root}/apple/v0\.mp4: \S", said)
+    for kind in ("classes", "frames"):
+        assert check(config(kind), "--decode")[0] == 0
 
 
 @pytest.mark.parametrize("frame", [64, 129])

@@ -8,6 +8,7 @@ import json
 import math
 import pickle
 import re
+import struct
 import sys
 from collections import Counter
 from dataclasses import replace
@@ -23,12 +24,15 @@ from torch.utils.data import Dataset
 from skipdit import encode
 from skipdit.config import ConfigError
 from skipdit.data.__main__ import main as check_main
+from skipdit.data.clip_folder import ClipFolder
 from skipdit.data.clips import ClipData, load_section
-from skipdit.data.images import ImageData, centre_crop, to_float
+from skipdit.data.files import read_picture
+from skipdit.data.images import ImageData, ImageFolder, centre_crop, to_float
 from skipdit.data.latents import ClipLatents, Latents, clean_latents, open_pictures
 from skipdit.data.pictures import PictureData, PictureFolder, bucket_sizes, nearest_bucket
 from skipdit.data.stream import BrokenSample, Stream, collate, make_loader, rows_of, seed_of
 from skipdit.encode_text import captions_to_train
+from skipdit.metrics.samples import open_samples
 from skipdit.train import Draw, TrainConfig, fit
 from skipdit.vae import encode as encode_pixels
 from skipdit.vae import load_vae
@@ -174,40 +178,161 @@ def test_a_broken_picture_is_named_and_keeps_its_place_in_a_batch(root, captions
         assert batch["image"].dtype == torch.uint8
 
 
-@pytest.mark.parametrize("mode", ["RGBA", "LA", "P", "L"])
+def by_every_reader(picture: Image.Image, folder: Path, name: str = "0.png", **saving) -> dict[str, np.ndarray]:
+    """What training, by class, by caption and on frames, and evaluation see of a picture as it is saved: (S, S, 3), S
+    its smaller side."""
+    (folder / "a").mkdir()
+    picture.save(folder / "a" / name, **saving)
+    (folder / "a/0.txt").write_text("a")
+    size = min(picture.size)
+    clips = ClipData("frames", str(folder), num_frames=1, frame_interval=1, image_size=size)
+    seen = {
+        "classes": ImageFolder(folder, size)[0]["image"],
+        "captions": PictureFolder(pictures_at(folder, "txt", buckets=[], image_size=size))[0]["image"],
+        "frames": ClipFolder(clips)[0]["image"][0],
+        "evaluation": open_samples(folder)[0][0],
+    }
+    return {name: image.permute(1, 2, 0).numpy() for name, image in seen.items()}
+
+
+TONES = np.tile(np.linspace(0, 65535, 16).astype(np.uint16), (16, 1))  # from black on the left to white on the right
+GREY = np.round(TONES / 257).astype(np.uint8)
+
+
+def with_half_transparent(mode: str) -> Image.Image:
+    """GREY, of which the lower half is transparent."""
+    alpha = np.full_like(GREY, 255)
+    alpha[8:] = 0
+    picture = Image.merge("LA", (Image.fromarray(GREY), Image.fromarray(alpha)))
+    return picture.convert("RGBA").quantize(32) if mode == "P" else picture.convert(mode)
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "P"])
 def test_transparent_pictures_lie_on_white(tmp_path, mode):
-    """The left half is grey, the right half is transparent; of a picture without transparency it is black."""
-    pixels = np.zeros((8, 8, 4), np.uint8)
-    pixels[:, :4] = (90, 90, 90, 255)
-    picture = Image.fromarray(pixels)
-    if mode == "P":
-        picture = picture.convert("RGB").quantize(2)
-        picture.info["transparency"] = picture.getpixel((7, 0))
-    else:
-        picture = picture.convert(mode)
-    picture.save(tmp_path / "a.png")
-    (tmp_path / "a.txt").write_text("a")
-    image = PictureFolder(pictures_at(tmp_path, "txt"))[0]["image"]
-    assert Image.open(tmp_path / "a.png").mode == mode
-    assert image[..., :4].unique().tolist() == [90]
-    assert image[..., 4:].unique().tolist() == [0 if mode == "L" else 255]
+    for reader, image in by_every_reader(with_half_transparent(mode), tmp_path).items():
+        np.testing.assert_allclose(image[:8], GREY[:8, :, None].repeat(3, 2), atol=0 if mode != "P" else 4)
+        assert (image[8:] == 255).all(), reader
+
+
+@pytest.mark.parametrize("transparent", [0, TONES[0, 5]])
+def test_one_tone_may_be_transparent(tmp_path, transparent):
+    depth = TONES if transparent else GREY
+    expected = np.where(depth == transparent, 255, GREY)[..., None].repeat(3, 2)
+    for image in by_every_reader(Image.fromarray(depth), tmp_path, transparency=int(transparent)).values():
+        np.testing.assert_array_equal(image, expected)
+
+
+@pytest.mark.parametrize("mode", ["I;16", "L", "1", "P", "RGB"])
+def test_pictures_of_any_mode_keep_their_tones(tmp_path, mode):
+    """Of 16 bits most tones are beyond 255."""
+    picture = Image.fromarray(TONES) if mode == "I;16" else Image.fromarray(GREY).convert(mode)
+    expected = np.where(GREY > 127, 255, 0) if mode == "1" else GREY
+    found = by_every_reader(picture, tmp_path)
+    assert Image.open(tmp_path / "a/0.png").mode == mode
+    for image in found.values():
+        if mode == "1":  # dithered
+            assert set(np.unique(image)) == {0, 255}
+            assert abs(image.mean() - expected.mean()) < 10
+        else:
+            np.testing.assert_array_equal(image, expected[..., None].repeat(3, 2))
+
+
+@pytest.mark.parametrize(
+    ("values", "name"),
+    [
+        (TONES, "16-bit.tif"),
+        (TONES, "16-bit.pgm"),
+        (TONES.astype(np.int32), "32-bit.tif"),
+        (GREY.astype(np.int32), "8-of-32-bit.tif"),
+        ((TONES / 65535).astype(np.float32), "shares.tif"),
+        (GREY.astype(np.float32), "float.tif"),
+        (np.zeros_like(GREY, np.float32), "black.tif"),
+    ],
+)
+def test_tones_of_more_than_8_bits(tmp_path, values, name):
+    Image.fromarray(values).save(tmp_path / name)
+    expected = GREY if values.any() else values
+    np.testing.assert_array_equal(np.array(read_picture(tmp_path / name)), expected[..., None].repeat(3, 2))
+
+
+@pytest.mark.parametrize("wrong", [lambda x: x - 1, lambda x: x * 2, lambda x: x * np.float32(np.nan)])
+@pytest.mark.parametrize("tones", [TONES.astype(np.int32), GREY.astype(np.float32)])
+def test_tones_outside_of_any_range_are_named(tmp_path, tones, wrong):
+    if (values := wrong(tones)).dtype == np.float64:
+        pytest.skip("integers are never nan")
+    Image.fromarray(values).save(tmp_path / "a.tif")
+    with pytest.raises(BrokenSample, match=r"a\.tif: it has values from \S+ to \S+; they should be 0 to (255|65535)"):
+        read_picture(tmp_path / "a.tif")
+
+
+def ink_profile() -> bytes:
+    """An ICC profile of four inks, by which full cyan, and nothing else, is the red of Lab (50, 60, 40)."""
+    corners = [(128, 188, 168) if corner == 0b1000 else (255, 128, 128) for corner in range(16)]
+    ramp = bytes(range(256))
+    table = struct.pack(">4s4x4B", b"mft1", 4, 3, 2, 0) + struct.pack(">9i", *[65536, 0, 0, 0] * 2, 65536)
+    table += ramp * 4 + bytes(value for corner in corners for value in corner) + ramp * 3
+    white = struct.pack(">4s4x3i", b"XYZ ", 63190, 65536, 54061)
+    tags = struct.pack(">I4sII4sII", 2, b"A2B0", 156, len(table), b"wtpt", 156 + len(table), len(white))
+    kind = (156 + len(table) + 20, b"", 0x2100000, b"prtr", b"CMYK", b"Lab ", b"acsp")
+    head = struct.pack(">I4sI4s4s4s12x4s28x3I48x", *kind, 63190, 65536, 54061)
+    return head + tags + table + white
+
+
+def test_cmyk_goes_by_its_profile(tmp_path):
+    """Without one, or with a damaged one, it is what PIL makes of it."""
+    cyan = Image.new("CMYK", (8, 8), (255, 0, 0, 0))
+    cyan.save(tmp_path / "plain.tif")
+    cyan.save(tmp_path / "damaged.tif", icc_profile=ink_profile()[:200])
+    cyan.save(tmp_path / "inks.tif", icc_profile=ink_profile())
+    colours = {name: read_picture(tmp_path / f"{name}.tif").getpixel((4, 4)) for name in ("plain", "damaged", "inks")}
+    assert colours["plain"] == colours["damaged"] == (0, 255, 255)
+    np.testing.assert_allclose(colours["inks"], (205, 62, 58), atol=12)
 
 
 @pytest.mark.parametrize("suffix", ["png", "jpg", "webp"])
-def test_pictures_lying_on_their_side_are_turned(tmp_path, suffix):
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_pictures_are_upright(tmp_path, suffix, orientation):
+    """Stored lying or mirrored, with the orientation that says so."""
+    upright = np.zeros((16, 16, 3), np.uint8)
+    upright[:8, :8], upright[8:, :8] = 90, 200
+    turns = ["FLIP_LEFT_RIGHT", "ROTATE_180", "FLIP_TOP_BOTTOM", "TRANSPOSE", "ROTATE_90", "TRANSVERSE", "ROTATE_270"]
+    picture, exif = Image.fromarray(upright), Image.Exif()
+    if orientation > 1:
+        picture = picture.transpose(Image.Transpose[turns[orientation - 2]])
+    exif[0x0112] = orientation
+    for image in by_every_reader(picture, tmp_path, f"0.{suffix}", exif=exif).values():
+        np.testing.assert_allclose(image.astype(int), upright, atol=9)
+
+
+@pytest.mark.filterwarnings("ignore:Corrupt EXIF")
+def test_a_damaged_orientation_does_not_count(tmp_path):
+    damaged = b"Exif\0\0II*\0\x08\0\0\0\xff\xff\x12\x01\x03\0rubbish"
+    Image.new("RGB", (8, 8), "red").save(tmp_path / "a.jpg", exif=damaged)
+    assert read_picture(tmp_path / "a.jpg").getpixel((4, 4))[0] > 250
+    exif = Image.Exif()
+    exif[0x0112] = 77
+    Image.new("RGB", (8, 8), "red").save(tmp_path / "a.jpg", exif=exif)
+    assert read_picture(tmp_path / "a.jpg").getpixel((4, 4))[0] > 250
+
+
+def test_buckets_are_of_the_upright_picture(tmp_path):
     """Orientation 6: as stored, the top is on the left."""
-    pixels = np.zeros((16, 32, 3), np.uint8)
-    pixels[:, :16] = 200
     exif = Image.Exif()
     exif[0x0112] = 6
-    Image.fromarray(pixels).save(tmp_path / f"a.{suffix}", exif=exif)
+    Image.new("RGB", (32, 16)).save(tmp_path / "a.jpg", exif=exif)
     (tmp_path / "a.txt").write_text("a")
     dataset = PictureFolder(pictures_at(tmp_path, "txt"))
     assert dataset.buckets == [2]
-    image = dataset[0]["image"].float()
-    assert image.shape == (3, 16, 8)
-    assert (image[:, :7] > 180).all()
-    assert (image[:, 9:] < 20).all()
+    assert dataset[0]["image"].shape == (3, 16, 8)
+
+
+@pytest.mark.filterwarnings("ignore:Image size")
+def test_pictures_of_too_many_pixels_are_named(root, captions, monkeypatch):
+    """A file of some kilobytes may hold gigabytes."""
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 700)
+    dataset = PictureFolder(pictures_at(root, captions))
+    said = [message for message in dataset.left_out if "pixels are more than the 700 that are decoded" in message]
+    assert sorted(message.split(": ")[0] for message in said) == [str(root / NAMES[1]), str(root / NAMES[2])]
 
 
 @pytest.mark.parametrize("transposed", [False, True])
@@ -222,6 +347,21 @@ def test_centre_crop_covers_a_bucket(transposed):
         cropped = centre_crop(image, *size)
     assert cropped.size == (20, 10)
     np.testing.assert_allclose(np.array(cropped)[0, :, 0], 60 + 4 * np.arange(20) + 1.5, atol=1)
+
+
+@pytest.mark.parametrize("size", [(600, 2), (2, 600), (3, 1000), (5, 2000), (64, 20000)])
+def test_work_is_bounded_for_pictures_that_are_long(monkeypatch, size):
+    """Only the middle is resized; it is what cropping all of it would leave."""
+    resized, resize = [], Image.Image.resize
+    watched = lambda picture, size, *more: resized.append(size) or resize(picture, size, *more)  # noqa: E731
+    monkeypatch.setattr(Image.Image, "resize", watched)
+    noise = np.random.default_rng(0).integers(0, 256, (*size[::-1], 3), np.uint8)
+    picture = Image.fromarray(noise)
+    cropped = centre_crop(picture, 48, 64)
+    assert max(width * height for width, height in resized) <= max(16 * 48 * 64, picture.width * picture.height)
+    monkeypatch.setattr("skipdit.data.images.TOO_LONG", math.inf)
+    whole = centre_crop(picture, 48, 64)
+    np.testing.assert_allclose(np.array(cropped).astype(int), np.array(whole), atol=1)
 
 
 def test_nearest_bucket():

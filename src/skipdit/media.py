@@ -11,6 +11,9 @@ from torch import Tensor
 from torchvision.io import write_png
 from torchvision.utils import make_grid
 
+from skipdit.data.stream import BrokenSample
+from skipdit.data.video import Video
+
 
 def write_mp4(path: Path, frames: Tensor, fps: float) -> None:
     """Frames uint8 (F, 3, H, W), H and W even -> H.264 that any player shows, nearly without loss."""
@@ -21,8 +24,12 @@ def write_mp4(path: Path, frames: Tensor, fps: float) -> None:
 
 
 def read_mp4(path: Path) -> Tensor:
-    """uint8 (F, 3, H, W)."""
-    return torch.from_numpy(imageio.imread(path, plugin="FFMPEG").copy()).permute(0, 3, 1, 2)
+    """All frames of a video file, uint8 (F, 3, H, W). Raises ValueError, naming the file, if one cannot be read."""
+    try:
+        video = Video(path)
+        return torch.stack(video.read(range(len(video))))
+    except BrokenSample as error:
+        raise ValueError(str(error)) from error
 
 
 def write_gif(path: Path, frames: Tensor, fps: float) -> None:

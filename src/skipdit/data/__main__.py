@@ -33,6 +33,7 @@ def main() -> None:
     parser.add_argument("overrides", nargs="*", metavar="data.key=value", help="settings of that section to replace")
     parser.add_argument("--good", type=Path, metavar="FILE", help="write the names of the good ones, one per line")
     parser.add_argument("--quick", action="store_true", help="of every clip read the first and the last frame only")
+    parser.add_argument("--decode", action="store_true", help="decode every video to its end, and count its frames")
     parser.add_argument("--workers", type=int, default=4, help="reading processes [%(default)s]")
     args = parser.parse_intermixed_args()
     with friendly_errors():
@@ -49,7 +50,7 @@ def check(args: argparse.Namespace) -> int:
         return 0
     folder = FOLDERS.get(config.kind)
     dataset = folder(config) if folder else IMAGES[config.kind](config.path, config.image_size)
-    loader = DataLoader(_Walk(dataset, args.quick), batch_size=None, num_workers=args.workers)
+    loader = DataLoader(_Walk(dataset, args.quick, args.decode), batch_size=None, num_workers=args.workers)
     found = list(tqdm(loader, desc="reading", unit="clip" if clips else "image"))
     broken = [error for _, error in found if error]
     if isinstance(dataset, PictureFolder):
@@ -84,8 +85,8 @@ def check(args: argparse.Namespace) -> int:
 class _Walk(Dataset):
     """(frames, error) of every sample."""
 
-    def __init__(self, dataset: Dataset, quick: bool):
-        self.dataset, self.quick = dataset, quick
+    def __init__(self, dataset: Dataset, quick: bool, decode: bool):
+        self.dataset, self.quick, self.decode = dataset, quick, decode
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -100,6 +101,8 @@ class _Walk(Dataset):
             every = [frames[start : start + STRETCH] for start in range(0, len(frames), STRETCH)]
             for stretch in [frames[:1], frames[-1:]] if self.quick and frames else every:  # a long clip fills memory
                 clip.read(stretch)
+            if self.decode and (n := self.dataset.count(index)) != len(frames):
+                raise BrokenSample(f"{self.dataset.names[index]}: {len(frames)} frames are counted, {n} can be decoded")
             return len(frames), ""
         except BrokenSample as error:
             return 0, str(error)

@@ -13,8 +13,8 @@ from torchvision.transforms.v2 import functional as transforms
 
 from skipdit.data.captions import BESIDE, Row, match, read_rows, texts_beside
 from skipdit.data.clips import Clip, ClipData, ClipDataset
-from skipdit.data.files import IMAGE_SUFFIXES, is_a, open_picture, read_list
-from skipdit.data.stream import BrokenSample
+from skipdit.data.files import IMAGE_SUFFIXES, is_a, read_list, read_picture, walk
+from skipdit.data.video import Video
 
 VIDEO_SUFFIXES = {".mp4", ".avi", ".mov", ".mkv", ".webm", ".mpg", ".m4v"}
 STRETCH = 32  # frames to hold at the size of their file at once
@@ -58,17 +58,21 @@ class ClipFolder(ClipDataset):
         """Names of all clips below the root: video files, or folders that hold pictures themselves."""
         wanted = VIDEO_SUFFIXES if self.kind == "videos" else IMAGE_SUFFIXES
         found = set()
-        for folder, _, files in os.walk(self.root, followlinks=True):
-            for path in (Path(folder, file) for file in files):
-                if is_a(path, wanted):
-                    found.add(path if self.kind == "videos" else path.parent)
-                else:
-                    self.strays[path.suffix.lower()] += 1
+        for path in walk(self.root):
+            if is_a(path, wanted):
+                found.add(path if self.kind == "videos" else path.parent)
+            else:
+                self.strays[path.suffix.lower()] += 1
         return sorted(path.relative_to(self.root).as_posix() for path in found)
 
     def open(self, index: int) -> Clip:
         path = self.root / self.names[index]
         return _Video(path, self.size) if self.kind == "videos" else _FrameFolder(path, self.size)
+
+    def count(self, index: int) -> int:
+        """The frames that decoding all of clip `index` gives, whatever its file says of them. Raises BrokenSample."""
+        path = self.root / self.names[index]
+        return len(Video(path, decode=True) if self.kind == "videos" else _FrameFolder(path, self.size))
 
     def draw_image(self, index: int, clip: Clip, rng: np.random.Generator) -> tuple[dict, int | None]:
         if self.pictures is None:
@@ -129,30 +133,20 @@ class ClipFolder(ClipDataset):
 
 
 class _Video(Clip):
-    """A video file, decoded by decord."""
+    """A video file."""
 
     def __init__(self, path: Path, size: int):
-        import decord  # here: half a second that only readers of videos pay
-
-        decord.logging.set_level(decord.logging.FATAL)
-        self.path, self.size = path, size
-        try:
-            self._reader = decord.VideoReader(str(path), num_threads=1)
-        except Exception as error:  # damaged files make decord raise RuntimeError, DECORDError and others
-            raise BrokenSample(f"{path}: {_reason(error)}") from error
+        self._video, self.size = Video(path), size
 
     def __len__(self) -> int:
-        return len(self._reader)
+        return len(self._video)
 
     def read(self, frames: range) -> dict[str, Tensor]:
         pictures = []
         for start in range(0, len(frames), STRETCH):
-            try:
-                pixels = self._reader.get_batch(list(frames[start : start + STRETCH])).asnumpy()  # (F, H, W, 3)
-            except Exception as error:
-                raise BrokenSample(f"{self.path}: {_reason(error)}") from error
-            pictures.append(to_square(torch.from_numpy(pixels).permute(0, 3, 1, 2), self.size))
-        return {"image": torch.cat(pictures)}
+            read = self._video.read(frames[start : start + STRETCH])
+            pictures += [to_square(picture, self.size) for picture in read]
+        return {"image": torch.stack(pictures)}
 
 
 class _FrameFolder(Clip):
@@ -178,16 +172,23 @@ def to_square(pictures: Tensor, size: int) -> Tensor:
 def _read_pictures(files: Sequence[Path], size: int) -> dict[str, Tensor]:
     pictures = []
     for file in files:
-        with open_picture(file) as image:
-            pixels = np.array(image.convert("RGB"))
-        pictures.append(to_square(torch.from_numpy(pixels).permute(2, 0, 1), size))
+        pixels = torch.from_numpy(np.array(read_picture(file))).permute(2, 0, 1)
+        pictures.append(to_square(pixels, size))
     return {"image": torch.stack(pictures)}
 
 
 def _frames(folder: Path) -> list[Path]:
     """The pictures of a folder in the order of their numbers: frame_2 comes before frame_10."""
-    files = [path for path in folder.iterdir() if is_a(path, IMAGE_SUFFIXES)] if folder.is_dir() else []
-    return sorted(files, key=lambda file: [int(p) if p.isdigit() else p for p in re.split(r"(\d+)", file.stem)])
+    if not folder.is_dir():
+        return []
+    with os.scandir(folder) as entries:
+        files = [Path(entry.path) for entry in entries if entry.is_file()]
+
+    def numbers(file: Path) -> tuple[list[int | str], str]:
+        parts = re.split(r"(\d+)", file.stem)
+        return [int(part) if part.isdecimal() else part for part in parts], file.name
+
+    return sorted((file for file in files if is_a(file, IMAGE_SUFFIXES)), key=numbers)
 
 
 def _refuse_mixtures(config: ClipData) -> None:
@@ -202,9 +203,3 @@ def _refuse_mixtures(config: ClipData) -> None:
 
 def _is_wanted(name: str, classes: list[str]) -> bool:
     return not classes or ("/" in name and Path(name).parts[0] in classes)
-
-
-def _reason(error: Exception) -> str:
-    """One line of decord's message, without its times and source positions: the same for a file every time."""
-    text = str(error).splitlines()[0] if str(error) else type(error).__name__
-    return re.sub(r"^(\[[\d:]+\] \S+:\d+: )+", "", text)

@@ -12,7 +12,11 @@ from torch.utils.data import Dataset
 from torchvision import datasets
 
 from skipdit.config import setting
-from skipdit.data.files import open_picture
+from skipdit.data.files import IMAGE_SUFFIXES, is_a, is_visible, read_picture, walk
+
+SUFFIXES = IMAGE_SUFFIXES | {".pgm", ".ppm", ".tif", ".tiff"}  # of images in class folders
+TOO_LONG = 16  # times as long as its size wants it
+REACH = 5  # pixels, more than a bicubic filter sees beside those it is at, of a picture less than twice too large
 
 
 @dataclass
@@ -31,13 +35,28 @@ class ImageData:
 
 
 def centre_crop(image: Image.Image, height: int, width: int) -> Image.Image:
-    """ADM and DiT's preprocessing: halve by box filter while twice too large, resize bicubically, crop the centre."""
+    """ADM and DiT's preprocessing: halve by box filter while twice too large, resize bicubically, crop the centre.
+
+    Of a picture that is many times too long only the centre is resized, the same up to rounding.
+    """
     while image.height >= 2 * height and image.width >= 2 * width:
         image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
     scale = max(height / image.height, width / image.width)
-    image = image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.BICUBIC)
-    left, top = (image.width - width) // 2, (image.height - height) // 2
-    return image.crop((left, top, left + width, top + height))
+    wide, high = round(image.width * scale), round(image.height * scale)
+    left, top = (wide - width) // 2, (high - height) // 2
+    if wide * high <= TOO_LONG * width * height:
+        image = image.resize((wide, high), Image.Resampling.BICUBIC)
+        return image.crop((left, top, left + width, top + height))
+    left, right = _stretch(image.width, wide, left, width)
+    top, bottom = _stretch(image.height, high, top, height)
+    x, y = max(0, int(left) - REACH), max(0, int(top) - REACH)
+    image = image.crop((x, y, min(image.width, int(right) + REACH), min(image.height, int(bottom) + REACH)))
+    return image.resize((width, height), Image.Resampling.BICUBIC, (left - x, top - y, right - x, bottom - y))
+
+
+def _stretch(side: int, resized: int, start: int, length: int) -> tuple[float, float]:
+    """Where a stretch of a side that is resized comes from."""
+    return start * side / resized, (start + length) * side / resized
 
 
 def to_float(images: Tensor) -> Tensor:
@@ -53,25 +72,36 @@ def to_uint8(images: Tensor) -> Tensor:
 class ImageFolder(Dataset):
     """One folder per class, images of any size and format in it: ImageNet's layout.
 
-    Raises FileNotFoundError or ValueError, naming the folder, if there is nothing to read.
+    Transparent ones are laid on white. Raises FileNotFoundError or ValueError, naming the folder, if there is nothing
+    to read.
     """
 
     def __init__(self, root: str | Path, size: int):
         if not Path(root).is_dir():
             raise FileNotFoundError(f"no image folder {root}; it should hold one folder of images per class")
-        try:
-            self._files = datasets.ImageFolder(root)
-        except FileNotFoundError as error:
-            raise ValueError(f"{root} is empty of images: {error}") from error
-        self.size, self.num_classes = size, len(self._files.classes)
+        folders = sorted(path.name for path in Path(root).iterdir() if path.is_dir() and is_visible(path.name))
+        files: dict[str, list[Path]] = {folder: [] for folder in folders}
+        for path in walk(root):
+            folder = path.relative_to(root).parts[0]
+            if is_a(path, SUFFIXES) and folder in files:
+                files[folder].append(path)
+        if not files:
+            raise ValueError(f"{root} is empty of images: it should hold one folder of them per class")
+        if empty := [folder for folder, paths in files.items() if not paths]:
+            raise ValueError(f"{root} is empty of images in its class folders {', '.join(empty)}")
+        self._samples = [
+            (path, label)
+            for label, folder in enumerate(folders)
+            for path in sorted(files[folder], key=lambda path: (str(path.parent), path.name))
+        ]
+        self.size, self.num_classes = size, len(folders)
 
     def __len__(self) -> int:
-        return len(self._files)
+        return len(self._samples)
 
     def __getitem__(self, index: int) -> dict:
-        path, label = self._files.samples[index]
-        with open_picture(path) as image:
-            pixels = np.array(centre_crop(image.convert("RGB"), self.size, self.size))
+        path, label = self._samples[index]
+        pixels = np.array(centre_crop(read_picture(path), self.size, self.size))
         return {"image": torch.from_numpy(pixels).permute(2, 0, 1), "label": label}
 
 

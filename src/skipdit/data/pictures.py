@@ -4,19 +4,18 @@ A caption is a label: the number of it in `dataset.captions`.
 """
 
 import math
-import os
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import ExifTags, Image, ImageOps
+from PIL import Image
 from torch.utils.data import Dataset
 
 from skipdit.config import setting
 from skipdit.data.captions import BESIDE, match, read_rows, texts_beside
-from skipdit.data.files import IMAGE_SUFFIXES, is_a, open_picture, read_list
+from skipdit.data.files import IMAGE_SUFFIXES, is_a, open_picture, orientation, read_list, read_picture, walk
 from skipdit.data.images import centre_crop
 from skipdit.data.stream import BrokenSample
 
@@ -101,17 +100,14 @@ class PictureFolder(Dataset):
 
     def _find(self) -> list[str]:
         """Names of all pictures below the root."""
-        paths = (Path(folder, file) for folder, _, files in os.walk(self.root, followlinks=True) for file in files)
-        return sorted(path.relative_to(self.root).as_posix() for path in paths if is_a(path, IMAGE_SUFFIXES))
+        paths = (path for path in walk(self.root) if is_a(path, IMAGE_SUFFIXES))
+        return sorted(path.relative_to(self.root).as_posix() for path in paths)
 
     def _bucket(self, name: str) -> int | str:
         """The index of a picture's bucket, or why its header cannot be read."""
         try:
             with open_picture(self.root / name) as image:
-                width, height = image.size
-                exif = Image.Image.getexif(image)  # that of the class of PNGs reads all of the picture
-                if exif.get(ExifTags.Base.Orientation) in range(5, 9):  # lying on its side
-                    width, height = height, width
+                width, height = image.size if orientation(image) < 5 else reversed(image.size)
         except BrokenSample as error:
             return str(error)
         return nearest_bucket(height, width, self.sizes)
@@ -120,8 +116,7 @@ class PictureFolder(Dataset):
         return len(self.names)
 
     def __getitem__(self, index: int) -> dict:
-        with open_picture(self.root / self.names[index]) as image:
-            picture = centre_crop(on_white(ImageOps.exif_transpose(image)), *self.sizes[self.buckets[index]])
+        picture = centre_crop(read_picture(self.root / self.names[index]), *self.sizes[self.buckets[index]])
         return {"image": torch.from_numpy(np.array(picture)).permute(2, 0, 1), "label": self.labels[index]}
 
 
@@ -133,11 +128,3 @@ def nearest_bucket(height: int, width: int, sizes: list[tuple[int, int]]) -> int
         return abs(math.log(height / width) - math.log(h / w)), abs(math.log(height * width / (h * w)))
 
     return min(range(len(sizes)), key=distance)
-
-
-def on_white(image: Image.Image) -> Image.Image:
-    """An RGB picture, on white where it is transparent."""
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return image.convert("RGB")

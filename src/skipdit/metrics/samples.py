@@ -8,6 +8,7 @@ import json
 import zipfile
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -19,9 +20,10 @@ from torch import Tensor
 
 from skipdit.data.clip_folder import VIDEO_SUFFIXES, ClipFolder
 from skipdit.data.clips import ClipData
-from skipdit.data.files import IMAGE_SUFFIXES, is_a, open_picture
+from skipdit.data.files import IMAGE_SUFFIXES, is_a, read_picture, walk
 from skipdit.data.images import centre_crop
 from skipdit.data.stream import BrokenSample, seed_of
+from skipdit.data.video import Video
 from skipdit.media import read_mp4
 
 EVALUATION = "evaluation"  # folder inside of a run's
@@ -72,7 +74,8 @@ class Samples(ABC):
 
     def protocol(self) -> dict[str, Any]:
         """How the samples came about, as far as that is known, their number and hash."""
-        digest = hashlib.sha256("\n".join(map(self.stamp, range(len(self)))).encode()).hexdigest()
+        stamps = "\n".join(map(self.stamp, range(len(self))))
+        digest = hashlib.sha256(stamps.encode(errors="surrogatepass")).hexdigest()
         found = {"source": str(self.source), "num_samples": len(self), "sha256": digest, "size": list(self.size)}
         found |= self.about
         if not self.report:
@@ -98,7 +101,7 @@ class Files(Samples):
         super().__init__(source, source)
         if self.job and not self.report:
             raise ValueError(f"{source} holds an unfinished run: the same sampling command again completes it")
-        found = source.glob("*") if self.report else source.rglob("*")
+        found = source.glob("*") if self.report else walk(source)
         found = [path for path in found if EVALUATION not in path.relative_to(source).parts]
         clips = [path for path in found if is_a(path, VIDEO_SUFFIXES)]
         paths = clips or [path for path in found if is_a(path, IMAGE_SUFFIXES)]
@@ -120,16 +123,12 @@ class Files(Samples):
 
     def __getitem__(self, index: int) -> Tensor:
         path = self.source / self.names[index]
-        if not is_a(path, VIDEO_SUFFIXES):
-            try:
-                with open_picture(path) as image:
-                    return _tensor(image.convert("RGB"))
-            except BrokenSample as error:
-                raise ValueError(str(error)) from error
-        try:
+        if is_a(path, VIDEO_SUFFIXES):
             return read_mp4(path)
-        except Exception as error:  # a damaged file makes the decoder raise nearly anything
-            raise ValueError(f"{path} cannot be read: {error}") from error
+        try:
+            return _tensor(read_picture(path))
+        except BrokenSample as error:
+            raise ValueError(str(error)) from error
 
     @cached_property
     def prompts(self) -> dict[str, str]:
@@ -188,15 +187,14 @@ class Stretches(Samples):
     """
 
     def __init__(self, source: Path, frames: int, interval: int, size: int | None, most: int):
-        is_video = any(is_a(path, VIDEO_SUFFIXES) for path in source.rglob("*"))
+        is_video = any(is_a(path, VIDEO_SUFFIXES) for path in walk(source))
         kind = "videos" if is_video else "frames"
         config = ClipData(kind=kind, path=str(source), num_frames=frames, frame_interval=interval, image_size=size or 1)
         super().__init__(source)
         self._clips = ClipFolder(config)
         self._clips.names = [name for name in self._clips.names if EVALUATION not in Path(name).parts]
         if size is None:
-            first = self._files(0)[0]
-            self._clips.size = min((read_mp4(first) if is_video else _tensor(Image.open(first))).shape[-2:])
+            self._clips.size = self._smaller_side()
         chosen, left_out = {}, list(self._clips.left_out)  # clip -> where its stretches can begin, in random order
         for number in np.random.default_rng(0).permutation(len(self._clips.names)).tolist():
             if len(chosen) == most:
@@ -217,6 +215,15 @@ class Stretches(Samples):
         """What a clip consists of: the video file, or its pictures."""
         path = self.source / self._clips.names[number]
         return [path] if path.is_file() else sorted(file for file in path.iterdir() if is_a(file, IMAGE_SUFFIXES))
+
+    def _smaller_side(self) -> int:
+        """That of the first clip which can be read."""
+        for number in range(len(self._clips.names)):
+            first = self._files(number)[0]
+            with suppress(BrokenSample):
+                frame = Video(first).read(range(1))[0] if is_a(first, VIDEO_SUFFIXES) else _tensor(read_picture(first))
+                return min(frame.shape[-2:])
+        raise ValueError(f"{self.source} has no clip that can be read")
 
     def _starts(self, number: int) -> list[int]:
         """Raises BrokenSample for a clip that is short or cannot be read."""
