@@ -1,8 +1,10 @@
 """What the tests share: golden files, and tiny models of the real classes."""
 
+import inspect
 import io
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -37,6 +39,7 @@ from skipdit.weights import to_released
 ROOT = Path(__file__).parent.parent
 GOLDEN = Path(__file__).parent / "golden"
 VAE_NAME = "sdxl-vae-fp16-fix"  # its folder in the release of Hunyuan-DiT
+NUMERICS = re.compile(r"torch\.equal\(|assert_(close|equal|rounding|same_images)\(|contents\(|approx\(")
 SENTENCES = [  # what the tokenizers know
     "a small cat sleeps on the warm sofa",
     "two birds fly above the quiet lake!",
@@ -255,6 +258,17 @@ def image_folder(tmp_path) -> Path:
     (tmp_path / "images/class0/03.png").write_bytes(whole[: len(whole) // 2])
     (tmp_path / "images/class1/04.png").write_text("not a picture")
     return tmp_path / "images"
+
+
+def pytest_configure(config) -> None:
+    config.addinivalue_line("markers", "numerics: compares what was computed, as scripts/test_matrix.sh repeats it")
+
+
+def pytest_collection_modifyitems(items) -> None:
+    """Mark what compares numbers, by its source: a new test is then repeated without being listed anywhere."""
+    for item in items:
+        if NUMERICS.search(inspect.getsource(item.function)):
+            item.add_marker("numerics")
 
 
 @pytest.fixture(autouse=True)
