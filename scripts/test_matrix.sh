@@ -47,7 +47,7 @@ for number in "${!settings[@]}"; do
   result=passed
   # shellcheck disable=SC2086 (a setting may be of several variables)
   env ${setting#as it is} python -m pytest -q -n auto -m numerics "${tests[@]}" > "$log" 2>&1 || result=FAILED
-  echo "$result  ${setting/LD_PRELOAD=$maker/"the other maker's MKL"}: $(tail -n 1 "$log"), $((SECONDS - began)) s"
+  echo "$result  ${setting/LD_PRELOAD=$maker/MKL of the other maker}: $(tail -n 1 "$log"), $((SECONDS - began)) s"
   if [ $result = FAILED ]; then
     failed=$((failed + 1))
     grep -E '^(FAILED|ERROR)' "$log" | sed 's/^/        /'
