@@ -24,7 +24,7 @@ from skipdit.class_to_video.data import make_dataset
 from skipdit.data import clip_folder
 from skipdit.data.__main__ import main as check_main
 from skipdit.data.clip_folder import ClipFolder, to_square
-from skipdit.data.clips import ClipData
+from skipdit.data.clips import ClipData, load_section
 from skipdit.data.images import to_float
 from skipdit.data.latents import ClipLatents, Latents
 from skipdit.data.stream import BrokenSample, Stream, collate, make_loader, rows_of
@@ -308,6 +308,20 @@ def test_labels_are_class_folders(config, settings, classes, clips):
         assert sample["image_label"].dtype == torch.int64
         assert sample["image_label"].tolist() == [class_of[clip] for clip, _ in drawn[4:]]
     assert found == clips
+
+
+@pytest.mark.parametrize("names", [["001", "010"], ["no", "yes"], ["off", "on"], ["1e3", "2"], ["null", "x"]])
+@pytest.mark.parametrize("override", [False, True])
+def test_class_folders_may_be_called_anything(tmp_path, names, override):
+    for number, name in enumerate(names):
+        write_pictures(tmp_path / f"clips/{name}/a", paint(number, range(4)))
+    file, classes = tmp_path / "config.yaml", f"[{', '.join(names[::-1])}]"
+    settings = f"kind: frames, path: {tmp_path}/clips, num_frames: 4, frame_interval: 1, image_size: 8"
+    file.write_text(f"data: {{{settings}, labelled: true, classes: {[] if override else classes}}}")
+    dataset = ClipFolder(load_section(str(file), [f"data.classes={classes}"] if override else []))
+    assert dataset.classes == names[::-1]
+    assert [marks(dataset[index]["image"])[0][0] for index in range(2)] == [0, 1]
+    assert dataset.labels == [1, 0]
 
 
 def test_labels_of_listed_pictures(config, layouts, tmp_path):

@@ -26,7 +26,8 @@ from skipdit.class_sample import SAMPLERS
 from skipdit.class_to_image import sample, train
 from skipdit.class_to_video import sample as video_sample
 from skipdit.class_to_video import train as video_train
-from skipdit.config import ConfigError, load_config
+from skipdit.config import ConfigError, load_config, to_yaml
+from skipdit.data.clips import ClipData
 from skipdit.data.stream import rows_of
 from skipdit.diffusion import Diffusion
 from skipdit.download import FOLDERS, TASKS, Item, select
@@ -780,7 +781,9 @@ def test_reference_to_nothing_is_named(tmp_path):
         ("train.steps=many", "train.steps is 'many'"),
         ("train.setps=3", "did you mean 'steps'"),
         ("train.betas.0=3", "train.betas"),
-        ("out=[a", "override 'out=[a'"),
+        ("train.betas=[0.9", "override 'train.betas=[0.9'"),
+        ("out=", "out is None; it should be str"),
+        ("out=null", "out is None; it should be str"),
     ],
 )
 def test_mistake_in_override_is_named(override, said):
@@ -796,3 +799,91 @@ def test_overrides_win_over_the_file_and_later_ones_over_earlier(tmp_path):
     config = load_config(train.Config, path, ["train.steps=6", "train.steps=7", "train.betas=[0.5, 0.9]"])
     assert (config.out, config.train.steps, config.train.lr) == ("file", 7, 1e-3)
     assert tuple(config.train.betas) == (0.5, 0.9)
+
+
+WORDS = ("no", "yes", "on", "off", "true", "007", "1e3", "0x1F", "1_000", "12:30:45", "2024-01-01", ".5", "null", "~")
+
+
+@pytest.mark.parametrize("how", ["block", "flow", "command line"])
+def test_lists_of_text_are_taken_as_they_are(tmp_path, how):
+    """YAML would take these words for truth values, numbers, times and nothing."""
+    path, overrides = tmp_path / "run.yaml", []
+    if how == "command line":
+        path.write_text("prompts: [a]\n")
+        overrides = [f"prompts=[{', '.join(WORDS)}]"]
+    else:
+        block, flow = "".join(f"\n- {word}" for word in WORDS), f" [{', '.join(WORDS)}]"
+        path.write_text("prompts:" + (block if how == "block" else flow))
+    config = load_config(t2i_sample.Config, path, overrides)
+    assert config.prompts == list(WORDS)
+    path.write_text(to_yaml(config))
+    assert load_config(t2i_sample.Config, path).prompts == list(WORDS), "as runs keep their configs"
+
+
+@pytest.mark.parametrize("word", [word for word in WORDS if word not in ("null", "~")])
+def test_texts_are_taken_as_they_are(tmp_path, word):
+    path = tmp_path / "run.yaml"
+    path.write_text(f"out: a/{word}\nnegative_prompt: {word}\nvae: {word}\nprompt_file: {word}\nsteps: 7\n")
+    config = load_config(t2i_sample.Config, path)
+    assert (config.out, config.negative_prompt, config.vae, config.prompt_file) == (f"a/{word}", *[word] * 3)
+    config = load_config(t2i_sample.Config, path, [f"{name}={word}" for name in ("out", "negative_prompt", "vae")])
+    assert (config.out, config.negative_prompt, config.vae, config.steps) == (word, word, word, 7)
+
+
+@pytest.mark.parametrize(
+    ("given", "text"),
+    [
+        ("a: b, c", "a: b, c"),
+        ("[worst quality], blurry", "[worst quality], blurry"),
+        ("{a} # 1", "{a} # 1"),
+        ("it's \"so\"", "it's \"so\""),
+        ("'quoted'", "quoted"),
+        ('"null"', "null"),
+        ('""', ""),
+        (" spaces ", "spaces"),
+        ("a=b", "a=b"),
+    ],
+)
+def test_a_text_of_the_command_line_is_no_yaml(given, text):
+    assert load_config(t2i_sample.Config, None, [f"negative_prompt={given}"]).negative_prompt == text
+
+
+def test_settings_without_a_text_stay_without(tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text("vae: null\nprompt_file: ~\nweights:\n")
+    config = load_config(t2i_sample.Config, path)
+    assert (config.vae, config.prompt_file, config.weights) == (None, None, None)
+    overrides = ["vae=a", "vae=null", "weights=b", "weights=", "prompt_file=c", "prompt_file=~"]
+    config = load_config(t2i_sample.Config, path, overrides)
+    assert (config.vae, config.prompt_file, config.weights) == (None, None, None)
+
+
+def test_texts_of_merged_mappings_and_of_sections(tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text("data: &data\n  path: 010\n  clip_list: no\n  flip: no\nout: x\n")
+    config = load_config(video_train.Config, path)
+    assert (config.data.path, config.data.clip_list, config.data.flip) == ("010", "no", False)
+    config = load_config(video_train.Config, path, ["data={path: 011, flip: yes}"])
+    assert (config.data.path, config.data.flip) == ("011", True)
+    path.write_text("base: &base {path: 010, clip_list: off}\ndata:\n  <<: *base\n  path: 1e3\n")
+    section = load_config(ClipData, path, ["classes=[001, on]"], section="data")
+    assert (section.path, section.clip_list, section.classes) == ("1e3", "off", ["001", "on"])
+
+
+def test_a_tilde_is_the_home_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("USERPROFILE", str(tmp_path))
+    path = tmp_path / "run.yaml"
+    path.write_text("out: ~/runs/a\ndata: {path: ~/clips, clip_list: a~/list}\n")
+    config = load_config(video_train.Config, path, ["init=~/plain.pt", "vae=~vae"])
+    assert (config.out, config.data.path) == (f"{tmp_path}/runs/a", f"{tmp_path}/clips")
+    assert (config.init, config.vae, config.data.clip_list) == (f"{tmp_path}/plain.pt", "~vae", "a~/list")
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
+def test_a_config_of_any_editor(tmp_path, encoding):
+    """Windows' editors begin files with a byte order mark, and end lines with two characters."""
+    path = tmp_path / "run.yaml"
+    path.write_bytes("out: läufe/渔舟\r\nnegative_prompt: 模糊\r\n".encode(encoding))
+    config = load_config(t2i_sample.Config, path)
+    assert (config.out, config.negative_prompt) == ("läufe/渔舟", "模糊")

@@ -7,7 +7,9 @@ types raise `ConfigError`, which names the file, the line and the nearest known 
 import argparse
 import difflib
 import errno
+import io
 import os
+import re
 import signal
 import sys
 from collections.abc import Callable, Iterator
@@ -20,10 +22,13 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from skipdit.reading import read_text, user_path
 from skipdit.stopping import stop_signals
 from skipdit.writing import FULL, explained
 
 T = TypeVar("T")
+_TEXT = (str, str | None)  # types of settings that are a text
+_QUOTED = re.compile(r"""\s*(?:"(?:[^"\\]|\\.)*"|'(?:[^']|'')*')\s*""")  # all of it, as YAML has it
 
 
 class ConfigError(ValueError):
@@ -49,16 +54,11 @@ def load_config(schema: type[T], file: str | Path | None, overrides: list[str] =
     """
     config = OmegaConf.structured(schema)
     if file is not None:
-        values, lines = _read(Path(file), section)
+        values, lines = _read(Path(file), section, schema)
         prefix = f"{section}." if section else ""
         config = _merge(schema, config, values, lambda key: f"{file}, line {lines.get(prefix + key, '?')}")
     for text in overrides:
-        if "=" not in text:
-            raise ConfigError(f"override {text!r} has no '='; write key=value, for example sample.steps=50")
-        try:
-            values = OmegaConf.to_container(OmegaConf.from_dotlist([text]))
-        except (OmegaConfBaseException, yaml.YAMLError) as error:
-            raise ConfigError(f"override {text!r}: {_first_line(error)}") from error
+        values = _read_override(schema, text)
         config = _merge(schema, config, values, lambda _, text=text: f"override {text!r}")
     try:
         if missing := sorted(OmegaConf.missing_keys(config)):
@@ -73,34 +73,84 @@ def given_values(file: str | Path, section: str) -> dict:
     return _read(Path(file), section)[0]
 
 
-def _read(path: Path, section: str | None) -> tuple[dict, dict[str, int]]:
-    """The values of a YAML file, or of a section of it, and the line of every dotted key."""
+class _Words(yaml.SafeLoader):
+    """Reads the scalars of YAML as the text that they are: no, 007 and 1e3 are neither truth values nor numbers."""
+
+
+_Words.yaml_implicit_resolvers = {"<": yaml.SafeLoader.yaml_implicit_resolvers["<"]}  # merging stays
+
+
+def _read(path: Path, section: str | None, schema: type | None = None) -> tuple[dict, dict[str, int]]:
+    """The values of a YAML file, or of a section of it, and the line of every dotted key.
+
+    With a schema, of that file or section, what is text there is taken as text.
+    """
     if not path.is_file():
         raise ConfigError(f"no config file {path}; the ones that come with the project are in configs/")
     try:
-        node = yaml.compose(path.read_text(encoding="utf-8"))
+        text = read_text(path)
+        node = yaml.compose(text)
         if node is not None and not isinstance(node, yaml.MappingNode):
             raise ConfigError(f"{path}, line {node.start_mark.line + 1}: not a config: write 'key: value' lines")
-        values = OmegaConf.to_container(OmegaConf.load(path))
+        values, words = OmegaConf.to_container(OmegaConf.load(io.StringIO(text))), yaml.load(text, _Words)
     except UnicodeDecodeError as error:
         raise ConfigError(f"{path} is not a text file: {error}") from error
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f"{path}, line {mark.line + 1}" if mark else path
         raise ConfigError(f"{where}: not valid YAML: {getattr(error, 'problem', '') or _first_line(error)}") from error
-    if section and not isinstance(values := values.get(section), dict):
-        raise ConfigError(f"{path} has no section {section!r}")
-    return values, _key_lines(node)
+    if section:
+        values, words = values.get(section), (words or {}).get(section)
+        if not isinstance(values, dict):
+            raise ConfigError(f"{path} has no section {section!r}")
+    return _as_text(schema, values, words) if schema else values, _key_lines(node)
+
+
+def _read_override(schema: type, text: str) -> dict:
+    """The values of `key=value`. A text is taken as it is, but for quotes around all of it; null is none."""
+    key, equals, value = text.partition("=")
+    if not equals:
+        raise ConfigError(f"override {text!r} has no '='; write key=value, for example sample.steps=50")
+    kind: Any = schema
+    for name in key.split("."):
+        kind = {field.name: field.type for field in fields(kind)}.get(name) if is_dataclass(kind) else None
+    try:
+        if kind in _TEXT and not _QUOTED.fullmatch(value):
+            return _nested(key, None if value.strip().lower() in ("", "~", "null") else value.strip())
+        values = OmegaConf.to_container(OmegaConf.from_dotlist([text]))
+        return _as_text(schema, values, _nested(key, yaml.load(value, _Words)))
+    except (OmegaConfBaseException, yaml.YAMLError) as error:
+        raise ConfigError(f"override {text!r}: {_first_line(error)}") from error
+
+
+def _nested(key: str, value: Any) -> dict:
+    """{"a": {"b": value}} of "a.b"."""
+    for name in reversed(key.split(".")):
+        value = {name: value}
+    return value
+
+
+def _as_text(schema: type, values: dict, words: Any) -> dict:
+    """Values of which those of text settings are replaced by `words`, the same read as text."""
+    kinds, found = {field.name: field.type for field in fields(schema)}, {}
+    for name, value in values.items():
+        kind, word = kinds.get(name), words.get(name) if isinstance(words, dict) else None
+        if is_dataclass(kind) and isinstance(value, dict):
+            found[name] = _as_text(kind, value, word)
+        elif kind in _TEXT and isinstance(word, str) and value is not None:
+            found[name] = word
+        elif kind == list[str] and isinstance(value, list) and isinstance(word, list):
+            found[name] = [w if w and isinstance(w, str) else v for v, w in zip(value, word, strict=True)]
+        else:
+            found[name] = value
+    return found
 
 
 def _merge(schema: type, config: Any, values: dict, where: Callable[[str], str]) -> Any:
     """Put values into a config one at a time, so that an error knows its key. `where` tells the place of a key."""
     for key, kind, value in _settings(schema, values, where):
-        nested = value
-        for name in reversed(key.split(".")):
-            nested = {name: nested}
         try:
-            config = OmegaConf.merge(config, nested)
+            config = OmegaConf.merge(config, _nested(key, value))
         except (OmegaConfBaseException, TypeError) as error:
             if is_dataclass(kind):
                 expected = f"a section with the keys {', '.join(field.name for field in fields(kind))}"
@@ -122,7 +172,7 @@ def _settings(schema: type, values: dict, where: Callable[[str], str], prefix: s
         if is_dataclass(types[name]) and isinstance(value, dict):
             yield from _settings(types[name], value, where, f"{key}.")
         else:
-            yield key, types[name], value
+            yield key, types[name], user_path(value) if isinstance(value, str) else value
 
 
 def _first_line(error: Exception) -> str:

@@ -47,9 +47,9 @@ COMPILE_MODES = ("default", "reduce-overhead", "max-autotune")
 def compile_mode(setting: str) -> str | None:
     """The mode of torch.compile that a setting names, None for no compiling. Raises ValueError for an unknown one."""
     name = str(setting).lower()
-    if name in ("none", "false"):
+    if name in ("none", "false", "no", "off"):
         return None
-    mode = "default" if name == "true" else name
+    mode = "default" if name in ("true", "yes", "on") else name
     if mode not in COMPILE_MODES:
         raise ValueError(f"compile is {setting!r}; known: none, {', '.join(COMPILE_MODES)}")
     return mode

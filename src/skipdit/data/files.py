@@ -10,10 +10,10 @@ import numpy as np
 from PIL import ExifTags, Image, ImageCms
 
 from skipdit.data.stream import BrokenSample
+from skipdit.reading import read_text
 
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
 _SYSTEM_FOLDERS = {"__MACOSX", "@eaDir", "$RECYCLE.BIN", "System Volume Information", "lost+found"}
-_UTF16 = (b"\xff\xfe", b"\xfe\xff")
 _TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -62,13 +62,6 @@ def _is_folder(entry: os.DirEntry) -> bool:
 
 def _is_link(entry: os.DirEntry) -> bool:
     return entry.is_symlink() or getattr(os.path, "isjunction", lambda _: False)(entry.path)
-
-
-def read_text(path: str | Path, errors: str = "strict") -> str:
-    """A text in UTF-8 or, with a byte order mark, UTF-16. Lines end in "\\n". Raises OSError or UnicodeDecodeError."""
-    content = Path(path).read_bytes()
-    text = content.decode("utf-16" if content.startswith(_UTF16) else "utf-8-sig", errors)
-    return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
 def read_list(file: str) -> list[str]:
