@@ -13,7 +13,6 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from torchvision.io import write_png
 from torchvision.utils import make_grid
 from tqdm import tqdm
 
@@ -24,6 +23,7 @@ from skipdit.config import friendly_errors, load_config, make_parser, setting
 from skipdit.device import process_state
 from skipdit.sample import Job, add_cache_arguments, cache_override, original_model_name
 from skipdit.vae import latent_size
+from skipdit.writing import whole_file, write_png
 
 WINDOW = "N{}-1000-20-b4"  # the original code's caching window for this task
 
@@ -93,7 +93,8 @@ def write_outputs(config: Config, job: Job) -> None:
     write_png(make_grid(torch.stack(shown), nrow=min(columns, 16)), str(job.folder / "grid.png"))
     if config.npz:  # the array names and the layout that ADM's evaluator reads
         packed = np.stack([_pixels(job, i) for i in tqdm(range(config.num_samples), desc="packing", unit="image")])
-        np.savez(job.folder / "samples.npz", arr_0=packed)
+        with whole_file(job.folder / "samples.npz", keep_suffix=True) as partial:
+            np.savez(partial, arr_0=packed)
 
 
 def _pixels(job: Job, index: int) -> np.ndarray:

@@ -10,7 +10,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from torchvision.io import write_png
 from torchvision.utils import make_grid
 
 from skipdit.class_sample import generate
@@ -26,6 +25,7 @@ from skipdit.prepare import open_training, run_trainer
 from skipdit.sample import generators
 from skipdit.train import Draw, TrainConfig, fit
 from skipdit.vae import decode, latent_size
+from skipdit.writing import write_png
 
 
 @dataclass

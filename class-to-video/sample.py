@@ -12,7 +12,6 @@ from dataclasses import dataclass, field, fields
 
 from diffusers import AutoencoderKL
 from torch import Tensor
-from torchvision.io import write_png
 
 from skipdit.cache import CacheSpec
 from skipdit.class_sample import Models, SamplingConfig, open_models, run_job
@@ -22,6 +21,7 @@ from skipdit.device import process_state
 from skipdit.media import add_gifs, contact_sheet, read_mp4, side_by_side, write_gif, write_mp4
 from skipdit.sample import Job, add_cache_arguments, cache_override
 from skipdit.vae import latent_size
+from skipdit.writing import write_png
 
 WINDOW = "N{}-900-49"  # the original code's caching window for this task
 SHOWN = 16  # clips on the contact sheet

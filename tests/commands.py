@@ -32,6 +32,7 @@ def forked(command: str, folder: Path) -> tuple[int, str]:
 
 def become(command: list[str], folder: Path, told: Path, env: dict[str, str]) -> None:
     """What `python ...` does, in this process."""
+    multiprocessing.set_start_method(None, force=True)  # as it is where nobody has chosen one
     os.chdir(folder)
     os.environ.update(env)
     with told.open("w") as file:

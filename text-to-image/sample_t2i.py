@@ -20,7 +20,7 @@ from typing import NamedTuple
 import torch
 from diffusers import AutoencoderKL, HunyuanDiTPipeline, SchedulerMixin
 from torch import Tensor
-from torchvision.io import ImageReadMode, read_image, write_png
+from torchvision.io import ImageReadMode, read_image
 from torchvision.utils import make_grid
 from tqdm import tqdm
 
@@ -45,6 +45,7 @@ from skipdit.text_sample import (
 from skipdit.text_to_image.model import HunyuanDiT, rotary_tables
 from skipdit.vae import downsampling, load_vae
 from skipdit.weights import BEFORE_V1_2, identify, load_state
+from skipdit.writing import write_png
 
 FETCH = "python text-to-image/download.py"
 SHOWN = 16  # pictures on the contact sheet

@@ -13,7 +13,6 @@ from pathlib import Path
 import torch
 from diffusers import AutoencoderKL
 from torch import Tensor
-from torchvision.io import write_png
 from torchvision.utils import make_grid
 
 from skipdit.config import setting
@@ -32,6 +31,7 @@ from skipdit.text_to_image.model import HunyuanDiT, Rotary, rotary_tables
 from skipdit.text_to_image.sample_t2i import FETCH, NOISE, UNIT, TextPair, generate, make_pipeline, make_scheduler
 from skipdit.train import Draw, Loss, TrainConfig, fit
 from skipdit.vae import latent_size, pixels
+from skipdit.writing import write_png
 
 SHOWN = 8  # pictures of a sample grid
 

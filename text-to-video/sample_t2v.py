@@ -18,7 +18,7 @@ from typing import NamedTuple
 import torch
 from diffusers import LattePipeline, SchedulerMixin
 from torch import Tensor
-from torchvision.io import ImageReadMode, read_image, write_png
+from torchvision.io import ImageReadMode, read_image
 
 from skipdit import text_sample
 from skipdit.cache import CacheSpec
@@ -41,6 +41,7 @@ from skipdit.text_sample import (
 )
 from skipdit.text_to_video.model import LatteT2V
 from skipdit.vae import downsampling, load_vae
+from skipdit.writing import write_png
 
 FETCH = "python text-to-video/download.py"
 SHOWN = 16  # clips on the contact sheet

@@ -26,6 +26,7 @@ from skipdit.metrics.fidelity import mean_psnr, psnr, ssim
 from skipdit.sample import versions
 from skipdit.skip import SkipTransformer
 from skipdit.weights import fingerprint
+from skipdit.writing import replace_text, whole_file
 
 T = TypeVar("T")
 
@@ -172,6 +173,7 @@ def picture(table: list[dict], tiles: Sequence[Tensor]) -> Image.Image:
     return canvas
 
 
+@friendly_errors()
 def run(
     schema: type[T],
     description: str,
@@ -211,9 +213,10 @@ def run(
         table, samples = compare(sampler, rows, args.repeats)
     out = Path(config.out)
     out.mkdir(parents=True, exist_ok=True)
-    picture(table, [tiles(made) for made in samples]).save(out / "compare.png")
+    with whole_file(out / "compare.png", keep_suffix=True) as partial:
+        picture(table, [tiles(made) for made in samples]).save(partial)
     record = {"rows": table, "config": to_dict(config), **versions()}
-    (out / "compare.json").write_text(json.dumps(record, indent=2) + "\n")
+    replace_text(out / "compare.json", json.dumps(record, indent=2) + "\n")
     guidance = "" if config.guidance_scale == 1 else f", guidance {config.guidance_scale}"
     print(f"\n{len(samples[0])} {unit}s, {sampler.method} {config.steps} steps{guidance}\n")
     print(markdown(table, unit))

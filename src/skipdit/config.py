@@ -12,6 +12,7 @@ import os
 import re
 import signal
 import sys
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import MISSING, field, fields, is_dataclass
@@ -238,6 +239,7 @@ def friendly_errors() -> Iterator[None]:
         with stop_signals():
             yield
     except KeyboardInterrupt as stop:
+        traceback.clear_frames(stop.__traceback__)  # what holds processes that load data, which would be waited for
         told = getattr(stop, "told", None)
         told = "stopped; the same command again goes on with what is complete" if told is None else told
         if told and os.environ.get("RANK", "0") == "0":

@@ -14,8 +14,6 @@ import argparse
 import importlib
 import inspect
 import json
-import os
-import shutil
 import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -23,7 +21,6 @@ from typing import Any
 
 import torch
 from diffusers import HunyuanDiT2DModel
-from safetensors import SafetensorError
 from torch import nn
 
 from skipdit.config import friendly_errors
@@ -44,6 +41,7 @@ from skipdit.weights import (
     to_released,
     verify,
 )
+from skipdit.writing import naming, whole_file
 
 
 def convert(
@@ -156,14 +154,10 @@ def _write(out: Path, save: Callable[[Path], None]) -> None:
     """Give a file or folder its name only when it is complete, and never replace one."""
     if out.exists():
         raise FileExistsError(f"{out} exists and is kept; name another OUT, or remove it first")
-    partial = out.with_name(f"{out.name}.partial")
-    try:
+    with naming(out):
         out.parent.mkdir(parents=True, exist_ok=True)
+    with whole_file(out) as partial:
         save(partial)
-        os.replace(partial, out)
-    except (OSError, RuntimeError, SafetensorError) as error:  # a full disk is any of these
-        shutil.rmtree(partial) if partial.is_dir() else partial.unlink(missing_ok=True)
-        raise OSError(f"could not write {out}: {error}") from error
 
 
 def _model_class(name: str) -> type[nn.Module]:

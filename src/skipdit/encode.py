@@ -19,7 +19,6 @@ random stretches. An interrupted run continues with the shards it lacks.
 import argparse
 import hashlib
 import json
-import os
 from dataclasses import asdict, replace
 from itertools import accumulate, groupby
 from pathlib import Path
@@ -38,7 +37,9 @@ from skipdit.data.latents import LatentInfo, Part, expected_latents
 from skipdit.data.pictures import PictureData, PictureFolder
 from skipdit.data.stream import Stream, collate
 from skipdit.device import process_state
+from skipdit.stopping import leave_signals_to_parent
 from skipdit.vae import encode, latent_size, load_vae
+from skipdit.writing import naming, replace_text, whole_file
 
 
 class _InOrder(Stream):
@@ -146,7 +147,8 @@ def run(args: argparse.Namespace) -> None:
     with state.local_main_process_first():  # a data set that downloads itself does so once
         dataset = open_dataset(args)
     vae.to(state.device)
-    args.out.mkdir(parents=True, exist_ok=True)
+    with naming(args.out):
+        args.out.mkdir(parents=True, exist_ok=True)
     parts = [args.data, args.path, *args.classes, "labelled" if args.labelled else "", args.clip_list or ""]
     source, buckets = " ".join(filter(None, parts)), getattr(dataset, "buckets", None)
     if captions := captions_of(dataset):  # with all of them: a file of captions may be edited
@@ -166,13 +168,13 @@ def run(args: argparse.Namespace) -> None:
                 raise ValueError(f"{args.out} holds other latents, or other shards; give these another folder (--out)")
             continue
         samples = Subset(_InOrder(dataset, 0), rows)
-        loader = DataLoader(samples, batch_size, collate_fn=collate, num_workers=args.workers)
+        workers = {"num_workers": args.workers, "worker_init_fn": leave_signals_to_parent}
+        loader = DataLoader(samples, batch_size, collate_fn=collate, **workers)
         tensors, broken = encode_shard(vae, loader, args.latents)
-        partial = target.with_suffix(".partial")
         metadata = info.metadata() | {"part": json.dumps(asdict(replace(part, broken=tuple(broken))))}
         metadata |= {"captions": json.dumps({row: captions[row] for row in rows})} if captions else {}
-        save_file(tensors, partial, metadata=metadata)
-        os.replace(partial, target)
+        with whole_file(target) as partial:
+            save_file(tensors, partial, metadata=metadata)
     state.wait_for_everyone()
     if state.is_main_process:
         broken = [message for shard in sorted(args.out.glob("*.safetensors")) for message in Part.read(shard).broken]
@@ -180,7 +182,7 @@ def run(args: argparse.Namespace) -> None:
         print(f"{len(dataset) - len(broken)} of {len(dataset)} {unit}, latents in {args.out}")
         left_out, listed = getattr(dataset, "left_out", []), args.out / "broken_files.txt"
         if broken or left_out:
-            listed.write_text("".join(f"{message}\n" for message in broken + left_out))
+            replace_text(listed, "".join(f"{message}\n" for message in broken + left_out))
         if broken:
             print(f"{len(broken)} unreadable {unit} were left out, listed in {listed}")
         if left_out:

@@ -16,7 +16,6 @@ Takes the captions that training will ask for. An interrupted run continues with
 """
 
 import argparse
-import os
 from pathlib import Path
 
 import torch
@@ -31,6 +30,7 @@ from skipdit.data.pictures import PictureData
 from skipdit.data.texts import LiveTexts, TextPart
 from skipdit.device import process_state
 from skipdit.text import CHUNK, LATTE, READINGS, TextEncoder, load_text_encoder
+from skipdit.writing import naming, whole_file
 
 DTYPES = ("float16", "bfloat16", "float32")
 
@@ -95,7 +95,8 @@ def encode_captions(
     files. Raises ValueError if `out` holds other embeddings, FloatingPointError for some that `dtype` cannot hold.
     """
     state, out, texts = process_state(), Path(out), LiveTexts(encoder, captions, dtype, batch_size)
-    out.mkdir(parents=True, exist_ok=True)
+    with naming(out):
+        out.mkdir(parents=True, exist_ok=True)
     starts = range(0, len(captions), shard)[state.process_index :: state.num_processes]
     for start in tqdm(starts, desc="encoding", unit="shard", disable=not state.is_main_process):
         labels = range(start, min(start + shard, len(captions)))
@@ -112,9 +113,8 @@ def encode_captions(
         embeddings, lengths = zip(*rows, strict=True)
         tensors = {"embeddings": torch.cat(embeddings), "lengths": torch.tensor(lengths)}
         tensors |= {"null": texts.null.cpu(), "null_mask": texts.null_mask.cpu()}
-        partial = target.with_suffix(".partial")
-        save_file(tensors, partial, metadata=part.metadata())
-        os.replace(partial, target)
+        with whole_file(target) as partial:
+            save_file(tensors, partial, metadata=part.metadata())
     state.wait_for_everyone()
 
 

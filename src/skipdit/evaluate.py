@@ -31,6 +31,7 @@ from skipdit.metrics.sets import inception_score, kid, precision_recall
 from skipdit.metrics.vbench import link_clips, missing_clips
 from skipdit.prompts import read_prompts
 from skipdit.sample import versions
+from skipdit.writing import replace_text
 
 FID_SAMPLES, FVD_CLIPS = 50_000, 2_048  # that published figures are of
 # Where two runs differ in one of these, sample i of one is not meant to be sample i of the other.
@@ -311,6 +312,7 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
+@friendly_errors()
 def main() -> None:
     args = make_parser().parse_args()
     run = Path(args.run)
@@ -326,7 +328,7 @@ def main() -> None:
     record["protocol"] |= {"versions": made["versions"] | library_versions(), "device": made["device"]}
     args.out.mkdir(parents=True, exist_ok=True)
     file = args.out / f"{args.metric}.json"
-    file.write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    replace_text(file, json.dumps(record, indent=2, ensure_ascii=False) + "\n")
     for name, value in record["results"].items():
         print(f"{name}: {f'{value:.4f}' if isinstance(value, float) else value}")
     for note in record["notes"]:

@@ -14,6 +14,7 @@ from tqdm import tqdm
 from skipdit.data.images import FashionMNIST, to_float
 from skipdit.metrics import frechet_distance
 from skipdit.weights import load_weights
+from skipdit.writing import whole_file
 
 IMAGE_SIZE, CLASSES = 32, FashionMNIST.num_classes
 EPOCHS, BATCH = 4, 128  # of the classifier's training
@@ -102,9 +103,8 @@ def load_judge(path: Path, train: tuple[Tensor, Tensor], test: tuple[Tensor, Ten
         load_weights(classifier, path)
     else:
         classifier = train_classifier(*train, device)
-        unfinished = path.with_suffix(".partial")
-        torch.save(classifier.state_dict(), unfinished)
-        unfinished.replace(path)
+        with whole_file(path) as partial, open(partial, "wb") as file:
+            torch.save(classifier.state_dict(), file)
     judge = Judge(classifier, *test)
     print(f"classifier: {judge.test_accuracy:.2%} of the real test images right")
     if judge.test_accuracy < LEAST_ACCURACY:

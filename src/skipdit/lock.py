@@ -26,22 +26,21 @@ def hold(folder: Path) -> Iterator[None]:
     """
     path = folder / ".lock"
     with naming(path):
-        file = open(path, "a+", encoding="utf-8")  # noqa: SIM115 (below, where failures are no longer of the writing)
+        file = open(path, "ab+", buffering=0)  # noqa: SIM115 (below, where failures are no longer of the writing)
     with file:
         try:
             _lock(file)
         except OSError as error:
             if error.errno in _HELD:
                 file.seek(0)
-                holder = file.read().strip() or "another process"
+                holder = file.read(1000).decode(errors="replace").strip() or "another process"
                 raise ValueError(
                     f"{holder} is training in {folder}: wait for it, stop it, or give this run another folder (out=...)"
                 ) from error
             warnings.warn(f"{folder} cannot be locked ({error.strerror}): start no second training in it", stacklevel=3)
         with naming(path):
             file.truncate(0)
-            file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
-            file.flush()
+            file.write(f"process {os.getpid()} on {socket.gethostname()}\n".encode())
         yield  # the file stays: another process may wait to lock it
 
 

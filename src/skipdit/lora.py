@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from skipdit.train import set_trainable
 from skipdit.weights import to_released
+from skipdit.writing import whole_file
 
 TARGETS = ("Wqkv", "q_proj", "kv_proj", "out_proj")  # of Hunyuan-DiT's blocks, as its authors train them
 
@@ -45,6 +46,8 @@ def save_lora(model: nn.Module, folder: Path) -> None:
     """Write `lora.safetensors`, the adapters alone as peft names them, and `merged.pt`, a checkpoint for a sampler."""
     from peft import get_peft_model_state_dict
 
-    save_file({name: tensor.contiguous() for name, tensor in get_peft_model_state_dict(model).items()},
-              folder / "lora.safetensors")  # fmt: skip
-    torch.save({"ema": to_released(merge_lora(model))}, folder / "merged.pt")
+    adapters = {name: tensor.contiguous() for name, tensor in get_peft_model_state_dict(model).items()}
+    with whole_file(folder / "lora.safetensors") as partial:
+        save_file(adapters, partial)
+    with whole_file(folder / "merged.pt") as partial, open(partial, "wb") as file:
+        torch.save({"ema": to_released(merge_lora(model))}, file)

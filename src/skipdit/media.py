@@ -8,11 +8,11 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from torchvision.io import write_png
 from torchvision.utils import make_grid
 
 from skipdit.data.stream import BrokenSample
 from skipdit.data.video import Video
+from skipdit.writing import whole_file, write_png
 
 
 def write_mp4(path: Path, frames: Tensor, fps: float) -> None:
@@ -21,6 +21,8 @@ def write_mp4(path: Path, frames: Tensor, fps: float) -> None:
     imageio.imwrite(
         path, _pixels(frames), plugin="FFMPEG", fps=fps, codec="libx264", macro_block_size=1, output_params=options
     )
+    if not _has_index(path):  # nobody hears of what goes wrong in ffmpeg
+        raise RuntimeError("ffmpeg did not write all of it")
 
 
 def read_mp4(path: Path) -> Tensor:
@@ -35,7 +37,8 @@ def read_mp4(path: Path) -> Tensor:
 def write_gif(path: Path, frames: Tensor, fps: float) -> None:
     """Frames uint8 (F, 3, H, W) -> a GIF that repeats for ever, each frame with its own 256 colours."""
     first, *rest = [Image.fromarray(frame).quantize(dither=Image.Dither.NONE) for frame in _pixels(frames)]
-    first.save(path, format="gif", save_all=True, append_images=rest, duration=round(1000 / fps), loop=0)
+    with whole_file(path) as partial:
+        first.save(partial, format="gif", save_all=True, append_images=rest, duration=round(1000 / fps), loop=0)
 
 
 def add_gifs(clips: Iterable[Path], fps: float) -> None:
@@ -43,9 +46,7 @@ def add_gifs(clips: Iterable[Path], fps: float) -> None:
     for clip in clips:
         gif = clip.with_suffix(".gif")
         if not gif.exists() or gif.stat().st_mtime_ns < clip.stat().st_mtime_ns:
-            partial = gif.with_name(f"partial-{gif.name}")
-            write_gif(partial, read_mp4(clip), fps)
-            partial.replace(gif)
+            write_gif(gif, read_mp4(clip), fps)
 
 
 def contact_sheet(clips: Sequence[Tensor], columns: int = 8) -> Tensor:
@@ -69,6 +70,13 @@ def write_look(folder: Path, name: str, clips: Sequence[Tensor], fps: float = 8)
     folder.mkdir(exist_ok=True)
     write_png(contact_sheet(clips), str(folder / f"{name}.png"))
     write_gif(folder / f"{name}.gif", side_by_side(clips), fps)
+
+
+def _has_index(path: Path) -> bool:
+    """Whether an mp4 file has its index, which is written last, and all of it."""
+    content = path.read_bytes()
+    place = content.rfind(b"moov") - 4
+    return place >= 0 and place + int.from_bytes(content[place : place + 4], "big") <= len(content)
 
 
 def _pixels(frames: Tensor) -> np.ndarray:

@@ -45,6 +45,7 @@ from skipdit.sample import versions
 from skipdit.skip import SkipTransformer, predicted_noise
 from skipdit.task import find_task
 from skipdit.weights import fingerprint
+from skipdit.writing import whole_file
 
 RIDGE = 1e-3  # of least squares, relative to the mean of the diagonal
 DAMPING = (0.02, 0.1)  # the same, of the joint fit; what measures better is taken
@@ -547,7 +548,8 @@ def main() -> None:
         if not args.out.endswith(".json") or Path(args.out).is_dir():
             raise ValueError(f"--out {args.out}: a plan is a file that ends in .json")
         plan, measured = run(args)
-        plan.save(args.out)
+        with whole_file(args.out) as partial:
+            plan.save(partial)
     full = plan.weights.count(None)
     print(f"\n{'':32s}  error   PSNR")
     for name, error in sorted(measured.items(), key=lambda item: item[1]):

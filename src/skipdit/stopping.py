@@ -82,8 +82,17 @@ def telling(how_to_go_on: Callable[[], str]) -> Iterator[None]:
 
 
 def leave_signals_to_parent(worker: int) -> None:
-    """For a process that loads data: a signal to all processes must not end it, since its parent may need one batch
-    more. It ends with its parent.
+    """For a process that loads data: Ctrl-C and SIGTERM to all processes must not end it, since its parent may need one
+    batch more. It ends when its parent says so, or has ended.
     """
-    for number in SIGNALS:
-        signal.signal(number, signal.SIG_IGN)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if hasattr(signal, "sigwaitinfo"):  # not on macOS and Windows, where nobody sends SIGTERM to groups
+        parent = multiprocessing.parent_process().pid
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        threading.Thread(target=_obey, args=(parent,), daemon=True).start()
+
+
+def _obey(parent: int) -> None:
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
+        pass
+    os._exit(0)

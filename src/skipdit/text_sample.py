@@ -26,6 +26,7 @@ from skipdit.sample import Job, StepTimer, cache_identity, require_finite, resol
 from skipdit.skip import SkipTransformer
 from skipdit.vae import decode, downsampling, pixels
 from skipdit.weights import fingerprint, load_weights
+from skipdit.writing import replace_text
 
 WINDOW = "N{}-700-50"  # the released code's caching window, of both tasks
 SCHEDULERS = {
@@ -322,7 +323,7 @@ def run_job(
     if state.is_main_process:
         table = {job.path(i).name: sampler.prompts[i // sampler.copies] for i in range(job.total)}
         text = json.dumps(table, indent=2, ensure_ascii=False) + "\n"
-        (job.folder / "prompts.json").write_text(text, encoding="utf-8")
+        replace_text(job.folder / "prompts.json", text)
     return job, summary
 
 

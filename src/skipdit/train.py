@@ -213,70 +213,69 @@ def _fit(
     if accelerator.is_main_process and not dry_run:
         broken.add(getattr(dataset, "left_out", []))
 
-    progress = tqdm(initial=start, total=config.steps, desc="training", unit="step", dynamic_ncols=True)
-    totals, bad, skipped, began = torch.zeros(2, device=device), 0, 0, time.perf_counter()
-    for step in range(start, 2 if dry_run else config.steps):
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(config, step)
-        gradients = _backward(trained, loss, loader, rows, step, config, accelerator, limit, signals)
-        finite = math.isfinite(gradients.norm)  # gradients are summed over processes, so all of them agree
-        if finite:
-            optimizer.step()
-            if limit:
-                limit.project()
-            ema.update(model, step + 1)
-            totals += gradients.sums
-            bad = 0
-        else:
-            bad, skipped = bad + 1, skipped + 1
-            accelerator.print(f"step {step}: loss or gradient is not finite, step skipped ({bad} in a row)")
-            if bad >= config.max_bad_steps:
-                raise Diverged(
-                    f"{bad} steps in a row had a non-finite loss or gradient; last at step {step}, dataset samples "
-                    f"{gradients.indices}. The newest checkpoint in {out / 'checkpoints'} is good; "
-                    "lower train.lr, or look at those samples."
-                )
-        optimizer.zero_grad(set_to_none=True)
-        progress.update()
-        if dry_run:
-            continue
+    with tqdm(initial=start, total=config.steps, desc="training", unit="step", dynamic_ncols=True) as progress:
+        totals, bad, skipped, began = torch.zeros(2, device=device), 0, 0, time.perf_counter()
+        for step in range(start, 2 if dry_run else config.steps):
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(config, step)
+            gradients = _backward(trained, loss, loader, rows, step, config, accelerator, limit, signals)
+            finite = math.isfinite(gradients.norm)  # gradients are summed over processes, so all of them agree
+            if finite:
+                optimizer.step()
+                if limit:
+                    limit.project()
+                ema.update(model, step + 1)
+                totals += gradients.sums
+                bad = 0
+            else:
+                bad, skipped = bad + 1, skipped + 1
+                accelerator.print(f"step {step}: loss or gradient is not finite, step skipped ({bad} in a row)")
+                if bad >= config.max_bad_steps:
+                    raise Diverged(
+                        f"{bad} steps in a row had a non-finite loss or gradient; last at step {step}, dataset samples "
+                        f"{gradients.indices}. The newest checkpoint in {out / 'checkpoints'} is good; "
+                        "lower train.lr, or look at those samples."
+                    )
+            optimizer.zero_grad(set_to_none=True)
+            progress.update()
+            if dry_run:
+                continue
 
-        done = step + 1
-        last = done == config.steps
-        broken.add(gradients.broken)
-        if last or (config.log_every and done % config.log_every == 0):
-            loss_sum, count = accelerator.reduce(totals).tolist()
-            stats = {
-                "step": done,
-                "loss": loss_sum / count if count else None,  # None: no step since the last line was finite
-                "grad_norm": gradients.norm if finite else None,
-                "lr": learning_rate(config, step),
-                "samples_per_second": count / (time.perf_counter() - began),
-                "skipped_steps": skipped,
-            }
-            if limit:
-                stats["skip_sigma"] = limit.largest().sigma.max().item()
-            totals, began = torch.zeros_like(totals), time.perf_counter()
-            shown = {k: f"{v:.4g}" for k, v in stats.items() if k in ("loss", "samples_per_second") and v is not None}
-            progress.set_postfix(shown)
-            if log:
-                log.write(stats)
-        if last or gradients.stop or (config.save_every and done % config.save_every == 0):
-            folder, args, writer = out / "checkpoints", to_dict(run_config), accelerator.is_main_process
-            checkpoint.save(folder, done, model, ema.model, optimizer, args, config.keep, writer)
-        if gradients.stop and not last:
-            progress.close()
-            if log:
-                log.close()
-            _end(accelerator, signals, f"stopped after step {done}, saved in {folder}")
-        if sample is not None and config.sample_every and (done % config.sample_every == 0 or last):
-            averaged = ema.model if blueprint is None else _gather(ema.model, blueprint, device)
-            if accelerator.is_main_process:
-                with accelerator.autocast():
-                    sample(averaged, done)
-            del averaged  # an unsharded copy would stay for the rest of the run
-            accelerator.wait_for_everyone()
-    progress.close()
+            done = step + 1
+            last = done == config.steps
+            broken.add(gradients.broken)
+            if last or (config.log_every and done % config.log_every == 0):
+                loss_sum, count = accelerator.reduce(totals).tolist()
+                stats = {
+                    "step": done,
+                    "loss": loss_sum / count if count else None,  # None: no step since the last line was finite
+                    "grad_norm": gradients.norm if finite else None,
+                    "lr": learning_rate(config, step),
+                    "samples_per_second": count / (time.perf_counter() - began),
+                    "skipped_steps": skipped,
+                }
+                if limit:
+                    stats["skip_sigma"] = limit.largest().sigma.max().item()
+                totals, began = torch.zeros_like(totals), time.perf_counter()
+                shown = {key: stats[key] for key in ("loss", "samples_per_second") if stats[key] is not None}
+                progress.set_postfix({key: f"{value:.4g}" for key, value in shown.items()})
+                if log:
+                    log.write(stats)
+            if last or gradients.stop or (config.save_every and done % config.save_every == 0):
+                folder, args, writer = out / "checkpoints", to_dict(run_config), accelerator.is_main_process
+                checkpoint.save(folder, done, model, ema.model, optimizer, args, config.keep, writer)
+            if gradients.stop and not last:
+                progress.close()
+                if log:
+                    log.close()
+                _end(accelerator, signals, f"stopped after step {done}, saved in {folder}")
+            if sample is not None and config.sample_every and (done % config.sample_every == 0 or last):
+                averaged = ema.model if blueprint is None else _gather(ema.model, blueprint, device)
+                if accelerator.is_main_process:
+                    with accelerator.autocast():
+                        sample(averaged, done)
+                del averaged  # an unsharded copy would stay for the rest of the run
+                accelerator.wait_for_everyone()
     accelerator.wait_for_everyone()
     if dry_run:
         samples = f"{config.batch_size} samples" + (" of {}x{}".format(*shape) if shape else "")

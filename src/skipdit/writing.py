@@ -33,7 +33,8 @@ def whole_file(path: str | Path, keep_suffix: bool = False, mark: str = "") -> I
     try:
         with naming(path):
             yield partial
-            _require_room(partial)
+            if not _has_room(partial):  # some writers do not say if they fail
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             os.replace(partial, path)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True) if partial.is_dir() else partial.unlink(missing_ok=True)
@@ -52,6 +53,8 @@ def naming(path: str | Path) -> Iterator[None]:
 def explained(error: Exception, path: str | Path) -> OSError:
     """The failure of writing a file, as a sentence for its user."""
     number, reason = _cause(error)
+    if number is None and not _has_room(Path(path).parent):
+        number, reason = errno.ENOSPC, os.strerror(errno.ENOSPC)
     advice = "; free some space, and run the same command again" if number in FULL else ""
     advice = "; name a folder that may be written" if number in UNWRITABLE else advice
     return OSError(f"could not write {path}: {reason}{advice}")
@@ -78,13 +81,13 @@ def _cause(error: BaseException) -> tuple[int | None, str]:
         if isinstance(seen, OSError) and seen.errno is not None:
             return seen.errno, seen.strerror or str(seen)
         seen = seen.__cause__ or seen.__context__
-    text = (str(error).splitlines() or [type(error).__name__])[0]
-    return (errno.ENOSPC, "No space left on device") if "os error 28" in text else (None, text)
+    return None, (str(error).splitlines() or [type(error).__name__])[0]
 
 
-def _require_room(path: Path) -> None:
-    """Raise OSError if no byte is left on the disk of what was just written: some writers do not say if they fail."""
-    if hasattr(os, "statvfs"):
+def _has_room(path: Path) -> bool:
+    """Whether a byte is left on the disk of a file or folder."""
+    try:
         disk = os.statvfs(path)
-        if disk.f_blocks and not (disk.f_bfree if os.geteuid() == 0 else disk.f_bavail):
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    except (AttributeError, OSError):  # Windows; no such folder
+        return True
+    return not disk.f_blocks or bool(disk.f_bfree if os.geteuid() == 0 else disk.f_bavail)

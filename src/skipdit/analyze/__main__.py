@@ -30,6 +30,7 @@ from skipdit.config import friendly_errors, load_config, to_dict
 from skipdit.sample import versions
 from skipdit.skip import SkipTransformer
 from skipdit.task import Task, find_task
+from skipdit.writing import replace_text, whole_file
 
 SPECS = ["N2-1000-20", "N2-1000-20-o1", "N4-1000-20", "N4-1000-20-o1"]
 Numbers = dict[str, Any]
@@ -202,6 +203,7 @@ def check(analysis: str, args: argparse.Namespace) -> None:
         raise ValueError(f"--radius is {args.radius}; it must be above 0")
 
 
+@friendly_errors()
 def main(arguments: list[str] | None = None) -> None:
     analysis, args = parse(sys.argv[1:] if arguments is None else arguments)
     with friendly_errors():
@@ -222,8 +224,9 @@ def main(arguments: list[str] | None = None) -> None:
     if analysis == "jacobian" and len(models) == 2:
         found["bound"] = beside_the_bound(models)
     args.out.mkdir(parents=True, exist_ok=True)
-    plot.PLOTS[analysis](found).savefig(args.out / f"{analysis}.png")
-    (args.out / f"{analysis}.json").write_text(json.dumps(found | versions(), indent=2) + "\n")
+    with whole_file(args.out / f"{analysis}.png", keep_suffix=True) as partial:
+        plot.PLOTS[analysis](found).savefig(partial)
+    replace_text(args.out / f"{analysis}.json", json.dumps(found | versions(), indent=2) + "\n")
     print("\n".join(summary(analysis, models)))
     if "bound" in found:
         print(against_the_bound(found["bound"]))

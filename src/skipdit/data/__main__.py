@@ -22,6 +22,7 @@ from skipdit.data.images import IMAGES
 from skipdit.data.latents import FOLDERS, Shards
 from skipdit.data.pictures import PictureFolder, bucket_sizes
 from skipdit.data.stream import BrokenSample
+from skipdit.stopping import leave_signals_to_parent
 
 
 def main() -> None:
@@ -50,7 +51,8 @@ def check(args: argparse.Namespace) -> int:
         return 0
     folder = FOLDERS.get(config.kind)
     dataset = folder(config) if folder else IMAGES[config.kind](config.path, config.image_size)
-    loader = DataLoader(_Walk(dataset, args.quick, args.decode), batch_size=None, num_workers=args.workers)
+    walk, workers = _Walk(dataset, args.quick, args.decode), args.workers
+    loader = DataLoader(walk, batch_size=None, num_workers=workers, worker_init_fn=leave_signals_to_parent)
     found = list(tqdm(loader, desc="reading", unit="clip" if clips else "image"))
     broken = [error for _, error in found if error]
     if isinstance(dataset, PictureFolder):

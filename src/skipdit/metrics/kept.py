@@ -13,6 +13,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 import skipdit
+from skipdit.writing import naming, replace_text, whole_file
 
 PART = 32  # samples of one file; as many are lost if an evaluation is killed
 
@@ -41,8 +42,9 @@ def kept_rows(
     """
     text = json.dumps(key | {"skipdit": skipdit.__version__}, sort_keys=True)
     folder = Path(folder, hashlib.sha256(text.encode()).hexdigest()[:16])
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "key.json").write_text(text + "\n")
+    with naming(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    replace_text(folder / "key.json", text + "\n")
     parts = []
     with tqdm(total=count, desc=title, unit="sample") as progress:
         for start in range(0, count, PART):
@@ -55,9 +57,8 @@ def kept_rows(
                     batches.append(compute(batch).float().cpu())
                     progress.update(len(batch))
                 rows = torch.cat(batches)
-                partial = file.with_suffix(".partial")
-                save_file({"rows": rows}, partial, {"stamps": stamps})
-                partial.replace(file)
+                with whole_file(file) as partial:
+                    save_file({"rows": rows}, partial, {"stamps": stamps})
             else:
                 progress.update(len(indices))
             parts.append(rows)
