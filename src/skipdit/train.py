@@ -1,8 +1,8 @@
 """The one training loop. A task brings a model, a loss and a dataset; `fit` does the rest.
 
 Randomness is stateless: the data, noise and timesteps of optimizer step s follow from (seed, s) alone and are drawn for
-the global batch, of which each process takes its rows. So a run resumes exactly, and the number of processes and gradient
-accumulation change nothing but the order of sums, which is rounding.
+the global batch, of which each process takes its rows. So a run resumes exactly, and the number of processes and
+gradient accumulation change nothing but the order of sums, which is rounding.
 """
 
 import copy
