@@ -11,6 +11,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import fields
 from fnmatch import fnmatch
 from functools import cached_property
 from pathlib import Path
@@ -28,7 +29,7 @@ from skipdit.class_to_video import sample as video_sample
 from skipdit.class_to_video import train as video_train
 from skipdit.config import ConfigError, load_config, to_yaml
 from skipdit.data.clips import ClipData
-from skipdit.data.stream import rows_of
+from skipdit.data.stream import rows_of, seed_of
 from skipdit.diffusion import Diffusion
 from skipdit.download import FOLDERS, TASKS, Item, select
 from skipdit.lora import add_lora
@@ -780,6 +781,12 @@ def test_reference_to_nothing_is_named(tmp_path):
         ("train.steps", "has no '='"),
         ("train.steps=many", "train.steps is 'many'"),
         ("train.setps=3", "did you mean 'steps'"),
+        ("freeze=True", "unknown key 'freeze'; did you mean 'train.freeze'?"),
+        ("model.freeze=True", "unknown key 'model.freeze'; did you mean 'train.freeze'?"),
+        ("steps=3", "did you mean 'train.steps'?"),
+        ("bathc_size=3", "did you mean 'train.batch_size'?"),
+        ("path=x", "did you mean 'data.path'?"),
+        ("train.out=x", "did you mean 'out'"),
         ("train.betas.0=3", "train.betas"),
         ("train.betas=[0.9", "override 'train.betas=[0.9'"),
         ("out=", "out is None; it should be str"),
@@ -887,3 +894,15 @@ def test_a_config_of_any_editor(tmp_path, encoding):
     path.write_bytes("out: läufe/渔舟\r\nnegative_prompt: 模糊\r\n".encode(encoding))
     config = load_config(t2i_sample.Config, path)
     assert (config.out, config.negative_prompt) == ("läufe/渔舟", "模糊")
+
+
+@pytest.mark.parametrize("task", SCRIPTS)
+@pytest.mark.parametrize("kind", [0, 1])
+def test_a_seed_that_other_programs_draw_is_refused(task, kind):
+    """Before anything is loaded."""
+    given = ["train.seed=-1"] if kind == 0 else ["seed=-1"]
+    given += ["weights=x"] if "weights" in {field.name for field in fields(SCRIPTS[task][kind].Config)} else []
+    with pytest.raises(ConfigError, match="seed is -1; a seed is 0 or larger"):
+        load_config(SCRIPTS[task][kind].Config, None, given)
+    with pytest.raises(ValueError, match="seed is -1"):
+        seed_of(-1, 3)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from skipdit.adaln import AdaLNTransformer, Conditioning
 from skipdit.bench import step_flops
 from skipdit.cache import CacheSpec, DriftSpec, Policy, SkipCache
-from skipdit.config import required, setting, to_dict
+from skipdit.config import require_seed, required, setting, to_dict
 from skipdit.data.images import to_uint8
 from skipdit.device import compile_mode, process_state, set_tf32
 from skipdit.diffusion import Diffusion, ddim, ddpm, randn
@@ -57,6 +57,9 @@ class SamplingConfig:
     dtype: str = setting("auto", "auto, float32, bfloat16 or float16")
     tf32: bool = setting(False, "let float32 products run in TF32 on the GPU: faster, to about three digits")
     compile: str = setting("none", "torch.compile: none, default, reduce-overhead (CUDA graphs) or max-autotune")
+
+    def __post_init__(self):
+        require_seed(self.seed)
 
 
 # Settings that say where and how fast, not what is made. Of the weights the fingerprints count.

@@ -41,6 +41,12 @@ def setting(default: Any, help: str) -> Any:
     return field(default=default, metadata={"help": help})
 
 
+def require_seed(seed: int) -> None:
+    """Raise ConfigError for a negative seed: other programs draw one then, and nobody can repeat the run."""
+    if seed < 0:
+        raise ConfigError(f"seed is {seed}; a seed is 0 or larger")
+
+
 def required(help: str) -> Any:
     """A dataclass field that a config must set."""
     return field(default="???", metadata={"help": help})
@@ -161,19 +167,42 @@ def _merge(schema: type, config: Any, values: dict, where: Callable[[str], str])
     return config
 
 
-def _settings(schema: type, values: dict, where: Callable[[str], str], prefix: str = "") -> Iterator[tuple]:
+def _settings(
+    schema: type, values: dict, where: Callable[[str], str], prefix: str = "", root: type | None = None
+) -> Iterator[tuple]:
     """(dotted key, type, value) of all values that are not sections. Raises ConfigError for a key without a field."""
     types = {field.name: field.type for field in fields(schema)}
     for name, value in values.items():
         key = f"{prefix}{name}"
         if name not in types:
-            near = difflib.get_close_matches(str(name), types, n=1)
-            hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(types)}"
+            hint = " or ".join(map(repr, _likely(str(name), list(types), root or schema)))
+            hint = f"did you mean {hint}?" if hint else f"known: {', '.join(types)}"
             raise ConfigError(f"{where(key)}: unknown key {key!r}; {hint}")
         if is_dataclass(types[name]) and isinstance(value, dict):
-            yield from _settings(types[name], value, where, f"{key}.")
+            yield from _settings(types[name], value, where, f"{key}.", root or schema)
         else:
             yield key, types[name], user_path(value) if isinstance(value, str) else value
+
+
+def _likely(name: str, siblings: list[str], root: type) -> list[str]:
+    """What a name that is no key may stand for: keys of this name in other sections, or one spelt nearly so, here or
+    there.
+    """
+    keys = list(_dotted(root))
+    if elsewhere := [key for key in keys if key.rpartition(".")[2] == name]:
+        return elsewhere
+    if near := difflib.get_close_matches(name, siblings, n=1):
+        return near
+    near = difflib.get_close_matches(name, [key.rpartition(".")[2] for key in keys], n=1)
+    return [key for key in keys if key.rpartition(".")[2] in near]
+
+
+def _dotted(schema: type, prefix: str = "") -> Iterator[str]:
+    """All keys of a schema."""
+    for entry in fields(schema):
+        yield f"{prefix}{entry.name}"
+        if is_dataclass(entry.type):
+            yield from _dotted(entry.type, f"{prefix}{entry.name}.")
 
 
 def _first_line(error: Exception) -> str:

@@ -21,6 +21,7 @@ from huggingface_hub import get_hf_file_metadata, hf_hub_url, list_repo_files
 from huggingface_hub.file_download import http_get
 from huggingface_hub.utils import build_hf_headers
 
+from skipdit.config import friendly_errors
 from skipdit.weights import WeightsError, identify, load_state, require_sound, sha256
 
 T = TypeVar("T")
@@ -254,13 +255,11 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--dry-run", action="store_true", help="list what would be fetched, without a connection")
     args = parser.parse_args(argv)
     folder = args.dir or Path(FOLDERS[args.task])
-    try:
+    with friendly_errors():
         for name, item in select(args.task, args.only).items():
             print(f"{name:<18}{item} -> {folder / item.folder}")
         if not args.dry_run:
             print(*download(args.task, folder, args.only), sep="\n")
-    except (ValueError, OSError) as error:
-        parser.exit(2, f"error: {error}\n")
 
 
 if __name__ == "__main__":

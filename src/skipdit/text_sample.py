@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from skipdit.bench import step_flops
 from skipdit.cache import CacheSpec, Policy, SkipCache
-from skipdit.config import setting, to_dict
+from skipdit.config import require_seed, setting, to_dict
 from skipdit.data.images import to_uint8
 from skipdit.device import compile_mode, process_state, set_tf32
 from skipdit.pipeline import enable_cache
@@ -68,6 +68,9 @@ class PromptConfig:
     offload: str = setting("none", "keep on the GPU only what runs: none, model (one by one) or group (layer by layer)")
     tf32: bool = setting(False, "let float32 products run in TF32 on the GPU: faster, to about three digits")
     compile: str = setting("none", "torch.compile: none, default, reduce-overhead (CUDA graphs) or max-autotune")
+
+    def __post_init__(self):
+        require_seed(self.seed)
 
 
 # Settings that say where and how fast, not what is made; and those that the identity has in another form: weights by

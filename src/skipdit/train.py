@@ -28,7 +28,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 from torch.utils.data import Dataset
 
 from skipdit import checkpoint
-from skipdit.config import flatten, setting, to_dict, to_yaml
+from skipdit.config import flatten, require_seed, setting, to_dict, to_yaml
 from skipdit.data.stream import Stream, make_loader, rows_of, seed_of
 from skipdit.device import make_accelerator, own_settings, set_tf32
 from skipdit.ema import EMA
@@ -69,6 +69,9 @@ class TrainConfig:
     keep: int = setting(3, "checkpoints to keep; 0 for all")
     sample_every: int = setting(10_000, "steps between sample grids; 0 for none")
     max_bad_steps: int = setting(10, "abort after this many steps in a row with a non-finite loss")
+
+    def __post_init__(self):
+        require_seed(self.seed)
 
 
 # Settings that may differ when a run is resumed: places, and what does not change what is computed.

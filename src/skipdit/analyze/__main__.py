@@ -190,7 +190,7 @@ def parse(arguments: list[str]) -> tuple[str, argparse.Namespace]:
 
 def check(analysis: str, args: argparse.Namespace) -> None:
     """Raises ValueError for settings that make no sense, before any model is loaded."""
-    least = {"points": 3, "branch": 1, "timesteps": 1, "iterations": 1}
+    least = {"points": 3, "branch": 1, "timesteps": 1, "iterations": 1, "seed": 0}
     for name, value in least.items():
         if getattr(args, name, value) < value:
             raise ValueError(f"--{name} is {getattr(args, name)}; it must be at least {value}")
