@@ -18,7 +18,7 @@ from skipdit.class_sample import Models, SamplingConfig, open_models, run_job
 from skipdit.class_to_video.model import Latte
 from skipdit.config import friendly_errors, load_config, make_parser, setting
 from skipdit.device import process_state
-from skipdit.media import add_gifs, contact_sheet, read_mp4, side_by_side, write_gif, write_mp4
+from skipdit.media import add_gifs, check_fps, contact_sheet, read_mp4, side_by_side, write_gif, write_mp4
 from skipdit.sample import Job, add_cache_arguments, cache_override
 from skipdit.vae import latent_size
 from skipdit.writing import write_png
@@ -64,7 +64,8 @@ def build_model(config: ModelConfig, input_size: int, num_frames: int, in_channe
 
 
 def load(config: Config, branch: int | None) -> Models:
-    """The model and autoencoder of a config; see `open_models`."""
+    """The model and autoencoder of a config; see `open_models`. Raises ValueError, too, for a rate that no file has."""
+    check_fps(config.fps)
 
     def build(vae: AutoencoderKL) -> Latte:
         side = latent_size(config.image_size, vae)

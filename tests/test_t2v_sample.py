@@ -1,6 +1,7 @@
 """The text-to-video sampler, on a folder of the released layout with tiny models of the real classes."""
 
 import json
+import math
 import re
 import shutil
 from dataclasses import replace
@@ -206,13 +207,89 @@ def test_prompts_from_files(config, tmp_path):
     assert [path.name for path in files(config, "mp4")] == wanted
 
 
-def test_prompts_of_a_captions_file(tmp_path):
-    (tmp_path / "captions.jsonl").write_text('{"image": "a.png", "caption": "a cat "}\n\n{"caption": "一只小猫"}\n')
-    assert read_prompts([], str(tmp_path / "captions.jsonl")) == ["a cat", "一只小猫"]
-    for text in ("no JSON", '{"text": "a cat"}', '["a cat"]'):
-        (tmp_path / "bad.jsonl").write_text(text)
-        with pytest.raises(ValueError, match=r"bad\.jsonl: wanted is an object with a caption"):
-            read_prompts([], str(tmp_path / "bad.jsonl"))
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("a.txt", "a cat, asleep\n\n 一只小猫 \na cat, asleep\n"),
+        ("c.jsonl", '{"image": "a.png", "caption": "a cat, asleep "}\n\n{"text": "一只小猫"}\n"a cat, asleep"\n'),
+        ("vimeo_prompts.csv", 'id,caption\n1,"a cat, asleep"\n\n2,一只小猫\n3,"a cat, asleep"\n'),
+        ("upper.CSV", 'Prompt , seed\n"a cat, asleep",1\n一只小猫\n"a cat, asleep",2\n'),
+        ("parti.tsv", "Prompt\tCategory\na cat, asleep\tx\n一只小猫\ty\na cat, asleep\tz\n"),
+        ("caption.json", '["a cat, asleep", "一只小猫", "a cat, asleep"]'),
+        ("info.json", '[{"prompt_en": "a cat, asleep"}, {"prompt_en": "一只小猫"}, "a cat, asleep"]'),
+        ("lists.json", '{"Prompts": ["a cat, asleep", "一只小猫", "a cat, asleep"]}'),
+        ("prompts.json", '{"0.mp4": "a cat, asleep", "1.mp4": "一只小猫", "2.mp4": "a cat, asleep"}'),
+    ],
+)
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
+def test_prompt_i_is_that_of_place_i(tmp_path, name, text, encoding):
+    """Repetitions stay, by whatever system's lines and encoding."""
+    (tmp_path / name).write_bytes(text.replace("\n", "\r\n").encode(encoding))
+    prompts = ["a cat, asleep", "一只小猫", "a cat, asleep"]
+    assert read_prompts([], str(tmp_path / name)) == prompts
+    assert read_prompts(["a dog", "a dog"], str(tmp_path / name)) == ["a dog", "a dog", *prompts]
+    assert read_prompts(["a dog", "a dog"], str(tmp_path / name), each_once=True) == ["a dog", *prompts[:2]]
+
+
+def test_only_line_ends_end_a_prompt(tmp_path):
+    """Unicode has more, which str.splitlines takes for them."""
+    odd = "a\u2028b\x85c\x0bd\x1ce"
+    (tmp_path / "a.txt").write_text(f"{odd}\nf", encoding="utf-8")
+    (tmp_path / "a.jsonl").write_text(f'{{"caption": "{odd[:3]}"}}\n"f"', encoding="utf-8")
+    assert read_prompts([], str(tmp_path / "a.txt")) == [odd, "f"]
+    assert read_prompts([], str(tmp_path / "a.jsonl")) == [odd[:3], "f"]
+
+
+def test_one_object_is_one_prompt(tmp_path):
+    (tmp_path / "a.json").write_text('{"image": "a.png", "caption": "a cat"}')
+    assert read_prompts([], str(tmp_path / "a.json")) == ["a cat"]
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "said"),
+    [
+        ("a.jsonl", '"a"\nno JSON', r"a\.jsonl, line 2: wanted is an object with prompt, prompts, .* or text"),
+        ("a.jsonl", '{"title": "a cat"}', r"a\.jsonl: wanted is an object with .*, and one has title"),
+        ("a.jsonl", '["a cat"]', r"a\.jsonl, line 1: the prompt is \['a cat'\]; it should be a text"),
+        ("a.json", '["a", null]', r"a\.json, entry 1 from 0: the prompt is None"),
+        ("a.json", '["a", ""]', r"a\.json, entry 1 from 0: the prompt is ''"),
+        ("a.json", "[", r"a\.json is no JSON"),
+        ("a.json", '{"a": {"b": "c"}}', r"a\.json: wanted is a list of prompts"),
+        ("a.json", "[]", "there is nothing to show"),
+        ("a.csv", "a cat\na dog\n", r"a\.csv, line 1: columns a cat; .* name one prompt, .* called \.txt"),
+        ("a.csv", "caption,id\na,1\n,2\n", r"a\.csv, line 3: the prompt is ''"),
+        ("a.csv", "id,caption\n1,a\n2\n", r"a\.csv, line 3: the prompt is None"),
+        ("a.csv", "caption\n" + "a" * 200_000, r"a\.csv, line 2: field larger than"),
+        ("a.csv", "", "there is nothing to show"),
+    ],
+)
+def test_what_is_no_prompt_is_named(tmp_path, name, text, said):
+    (tmp_path / name).write_text(text)
+    with pytest.raises(ValueError, match=said):
+        read_prompts([], str(tmp_path / name))
+
+
+@pytest.mark.parametrize("other", ["prompt_file=prompts.txt", "prompts=[a dog]"])
+def test_a_command_line_says_once_what_to_show(config, tmp_path, monkeypatch, capsys, other):
+    (tmp_path / "run.yaml").write_text(to_yaml(config))
+    command = ["sample_t2v.py", "--config", str(tmp_path / "run.yaml"), "--prompt", "a cat", other]
+    monkeypatch.setattr("sys.argv", command)
+    with pytest.raises(SystemExit):
+        sample_t2v.main()
+    assert f"--prompt and {other.partition('=')[0]}= both say what to show" in capsys.readouterr().err
+
+
+def test_repeated_prompts_have_samples_of_their_own(config):
+    """But where files are called by their prompts."""
+    config.prompts = ["the cat", "a dog", "the cat"]
+    sample(config)
+    names = ["000000-the-cat.mp4", "000001-a-dog.mp4", "000002-the-cat.mp4"]
+    clips = [read_mp4(path) for path in files(config, "mp4")]
+    assert [path.name for path in files(config, "mp4")] == names
+    assert not torch.equal(clips[0], clips[2])
+    config.vbench_names, config.out = True, f"{config.out}-vbench"
+    sample(config)
+    assert [path.name for path in files(config, "mp4")] == ["a dog-0.mp4", "the cat-0.mp4"]
 
 
 def test_two_runs_do_not_mix_in_a_folder(config):
@@ -252,6 +329,7 @@ def test_empty_and_long_prompts(config):
         ({"fuse": "residual"}, "set fuse=replace"),
         ({"guidance_scale": 0.5}, r"guidance_scale is 0\.5; 1 is no guidance"),
         ({"temporal_decoder": True, "vae_tiling": True}, "knows neither vae_slicing nor vae_tiling"),
+        *[({"fps": fps}, f"fps is {fps:g}; it should be 0.01 to 1000") for fps in (0, -1.5, math.nan, math.inf, 1e-3)],
         ({"prompts": ["a/b"], "vbench_names": True}, "no file can be called 'a/b'"),
         ({"prompts": ["cat " * 100], "vbench_names": True}, "no file can be called"),
     ],

@@ -275,6 +275,9 @@ def test_clip_does_not_depend_on_the_number_of_processes(sampling, tmp_path):
         ({"classes": [5]}, r"class ids \[5\] are out of range; this model knows 0 .. 4"),
         ({"num_frames": 5}, r"temp_embed is \(1, 4, 32\), the model has \(1, 5, 32\)"),
         ({"cache": "N2-900-49-b3"}, "cache branch 3 is larger than the model's number of skips, 2"),
+        ({"fps": 0.0}, "fps is 0; it should be 0.01 to 1000"),
+        ({"fps": -8.0}, "fps is -8"),
+        ({"fps": float("nan")}, "fps is nan"),
         ({"weights": "nowhere/a.pt"}, r"missing: weights=nowhere/a\.pt; `bash scripts/download\.sh class-to-video`"),
     ],
 )

@@ -24,7 +24,7 @@ from skipdit import text_sample
 from skipdit.cache import CacheSpec
 from skipdit.config import friendly_errors, load_config, make_parser, required, setting
 from skipdit.device import process_state
-from skipdit.media import add_gifs, contact_sheet, read_mp4, side_by_side, write_gif, write_mp4
+from skipdit.media import add_gifs, check_fps, contact_sheet, read_mp4, side_by_side, write_gif, write_mp4
 from skipdit.prompts import file_names, read_prompts
 from skipdit.sample import Job, add_cache_arguments, cache_override, generators, preflight
 from skipdit.text import TextEncoder, load_text_encoder, missing_text_files
@@ -158,6 +158,7 @@ def generate(
 
 def check(config: Config, branch: int | None) -> Parts:
     """Raises ValueError or FileNotFoundError for settings that do not fit each other, before large files are read."""
+    check_fps(config.fps)
     folder, places = Path(config.pipeline), config.places()
     needed = {"weights": config.weights, "vae": places["vae"]}
     needed |= {"pipeline": f"{folder}/transformer/config.json"}
@@ -204,7 +205,7 @@ class TextSampler(PromptSampler):
 
     def __init__(self, config: Config, branch: int | None):
         self.config, self.copies = config, config.videos_per_prompt
-        self.prompts = read_prompts(config.prompts, config.prompt_file)
+        self.prompts = read_prompts(config.prompts, config.prompt_file, each_once=config.vbench_names)
         parts = check(config, branch)
         encoder = open_text_encoder(config, parts.model.dtype)
         self.texts, self.encoder = encode_prompts(encoder, self.prompts, config.negative_prompt), encoder.fingerprint
@@ -236,7 +237,7 @@ class TextSampler(PromptSampler):
 def sample(config: Config) -> dict:
     """Run a config. Returns the report that is also written to report.json."""
     spec, pictures = CacheSpec.parse(config.cache), config.num_frames == 1
-    prompts = read_prompts(config.prompts, config.prompt_file)
+    prompts = read_prompts(config.prompts, config.prompt_file, each_once=config.vbench_names)
     names = file_names(prompts, config.videos_per_prompt, config.vbench_names)
     sampler = TextSampler(config, spec.branch if spec.caches else None)
 

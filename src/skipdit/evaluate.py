@@ -228,7 +228,7 @@ def vbench(args: argparse.Namespace) -> dict:
     if not isinstance(samples, Files):
         raise ValueError(f"{samples.source} is no folder of clips")
     folder, names = samples.source, samples.names
-    wanted = read_prompts([], args.prompts) if args.prompts else list(dict.fromkeys(samples.prompts.values()))
+    wanted = read_prompts([] if args.prompts else samples.prompts.values(), args.prompts, each_once=True)
     if (folder / "prompts.json").exists() and not samples.job.get("vbench_names"):
         folder = args.out / "vbench"
         names = link_clips(samples, folder)

@@ -15,6 +15,12 @@ from skipdit.data.video import Video
 from skipdit.writing import whole_file, write_png
 
 
+def check_fps(fps: float) -> None:
+    """Raises ValueError for a rate that neither mp4 nor GIF has."""
+    if not 0.01 <= fps <= 1000:
+        raise ValueError(f"fps is {fps:g}; it should be 0.01 to 1000")
+
+
 def write_mp4(path: Path, frames: Tensor, fps: float) -> None:
     """Frames uint8 (F, 3, H, W), H and W even -> H.264 that any player shows, nearly without loss."""
     options = ["-crf", "10"]

@@ -51,7 +51,7 @@ class PromptConfig:
     out: str = setting("samples", "folder for the samples and the report")
     prompts: list[str] = field(default_factory=list, metadata={"help": "what to show, as --prompt"})
     prompt_file: str | None = setting(
-        None, "text file with a prompt per line, folder of such files, or JSONL of captions"
+        None, "text file with a prompt per line, folder of such files, or CSV, JSON, JSONL of captions"
     )
     negative_prompt: str = setting("", "what not to show")
     height: int | None = setting(None, "pixels; unset: as the model was made for")
@@ -349,10 +349,14 @@ def take_prompts(config: PromptConfig, args: argparse.Namespace) -> None:
     """Put the prompts of a command line into a config, if there are some.
 
     They get a folder of their own, named after the first of them and all settings, unless the command line names one:
-    one command after the other, and the same one again, can be given without thinking of `out`.
+    one command after the other, and the same one again, can be given without thinking of `out`. Raises ValueError if
+    the command line says otherwise, too, what to show.
     """
     if not args.prompt:
         return
+    for name in ("prompts", "prompt_file"):
+        if any(text.startswith(f"{name}=") for text in args.overrides):
+            raise ValueError(f"--prompt and {name}= both say what to show: leave one out")
     config.prompts, config.prompt_file = args.prompt, None
     if not any(text.startswith("out=") for text in args.overrides):
         digest = hashlib.sha256(json.dumps(to_dict(config), sort_keys=True).encode()).hexdigest()[:8]
