@@ -45,7 +45,7 @@ WANTED = {  # packages, and what fails without them
     "pytest": "the tests",
 }
 TESTS_SHARE = 0.27  # of the time, at most
-AHEAD_SHARE = 0.2  # of the time until children have compiled, tests included
+AHEAD_SHARE = 0.25  # of the time until children have compiled, tests included
 
 
 def main(arguments: list[str]) -> int:
@@ -72,7 +72,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="[%(default)s]")
     parser.add_argument("--tiny", action="store_true", help="small models of the same classes")
     parser.add_argument(
-        "--ahead", type=int, metavar="N", help="processes that compile ahead [a quarter of the cores on CUDA, else 0]"
+        "--ahead", type=int, metavar="N", help="processes that compile ahead [half the cores on CUDA, else 0]"
     )
     return parser
 
@@ -117,7 +117,7 @@ def compile_ahead_and_test(args: argparse.Namespace, plan: Plan, chosen: list[Ro
     """Run the tests, and compile for the rows after them meanwhile."""
     workers = args.ahead
     if workers is None:
-        workers = max(1, (os.cpu_count() or 1) // 4) if args.device == "cuda" else 0
+        workers = max(1, (os.cpu_count() or 1) // 2 - 1) if args.device == "cuda" else 0
     if "GPU_CHECK_RUN" in os.environ:  # before the restart
         workers = 0
         plan.compiled |= set(plan.record.run.get("compiled_ahead", []))

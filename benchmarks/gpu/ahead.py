@@ -17,7 +17,7 @@ import torch
 from gpu.bench import Bench
 from gpu.plan import Row
 
-MEMORY_SHARE = {"training": 0.6}  # of the card, for a child; by section
+MEMORY_SHARE = {"training": 0.55}  # of the card, for a child; by section
 OTHER_SHARE = 0.2
 THREADS = 4  # that a child compiles kernels with
 
@@ -49,7 +49,9 @@ class Ahead:
             thread.start()
 
     def finish(self, seconds: float) -> None:
-        """Wait so long at most, then end the children that are left."""
+        """Wait so long at most for the children that run, start no more, and end those that are left."""
+        with self._lock:
+            self._waiting.clear()
         until = time.monotonic() + seconds
         for thread in self._threads:
             thread.join(max(until - time.monotonic(), 0))

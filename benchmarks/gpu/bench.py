@@ -42,6 +42,7 @@ class Bench:
 
     Attributes:
         form: of the model in memory, as `form_of` names it.
+        training_batch: images of a training step, for as long as no row finds that they do not fit.
     """
 
     def __init__(self, device: torch.device, tiny: bool = False):
@@ -51,6 +52,8 @@ class Bench:
         self._key: tuple = ()
         self.form = ""
         self._flops: dict[tuple, dict[str, float]] = {}
+        self.training_batch = 4 if tiny else 64
+        set_tf32(False)  # here, so that child processes compile under the same settings, and for the same cache
 
     def open(self, case: Case, dtype: str, mode: str = "eager", batch: int = 0, skip: bool = True) -> nn.Module:
         """A model in eval mode, in one of `MODES`. What was asked for last stays as it is, compiled code included.

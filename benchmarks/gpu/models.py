@@ -92,7 +92,10 @@ def build(case: Case, device: torch.device, dtype: torch.dtype, skip: bool = Tru
         for parameter in model.parameters():
             if not parameter.any():
                 nn.init.normal_(parameter, std=NOISE)
-    return nn.Module.to(model, dtype=dtype)  # not diffusers' own, which warns of modules that these models have not
+    nn.Module.to(model, dtype=dtype)  # not diffusers' own, which warns of modules that these models have not
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    return model
 
 
 class Step:

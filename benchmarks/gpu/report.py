@@ -186,7 +186,11 @@ def _machine(data: Data) -> str:
     about = about if machine["device"] == "cuda" else [f"CPU {machine['card']}"]
     names = ("torch", "triton", "diffusers", "timm", "accelerate", "skipdit")
     about += [f"{name} {machine[name]}" for name in names if machine.get(name)]
-    about += [f"Python {machine['python']}", f"commit {machine['code']}", f"{machine['date']}"]
+    about += [
+        f"Python {machine['python']}",
+        *([f"commit {machine['code']}"] if machine["code"] else []),
+        machine["date"],
+    ]
     told = ", ".join(about) + "."
     for row in results(data, "probe"):
         rates = [f"{name} {value / 1e12:,.0f}" for name, value in row["flops_per_second"].items()]

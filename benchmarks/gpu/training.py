@@ -22,10 +22,10 @@ from torch.utils.flop_counter import FlopCounterMode
 from gpu.bench import Bench
 from gpu.models import Case, build
 from gpu.plan import Row
+from skipdit.device import set_tf32
 from skipdit.diffusion import Diffusion
 
 SECTION = "training"
-BATCH = 64  # images per step, halved until they fit
 WARM_UP = 4  # steps
 STEPS = 25  # timed, at most
 LAST = 3.0  # seconds that they take together
@@ -117,20 +117,20 @@ def largest_row(case: Case, stage: Stage, seconds: float) -> Row:
 
 def compile_training(bench: Bench, case: Case, stage: Stage) -> None:
     """Take one step."""
-    train(bench, case, stage, _batch(bench), Pace(1))
+    train(bench, case, stage, bench.training_batch, Pace(1))
 
 
 def measure_training(bench: Bench, case: Case, stage: Stage) -> dict[str, Any]:
     """Images per second of a training, its FLOPs and peak memory; the batch is halved until it fits."""
-    batch = _batch(bench)
     while True:
+        batch = bench.training_batch
         try:
             pace, peak = train(bench, case, stage, batch, Pace(WARM_UP + 2 if bench.tiny else None))
             break
         except torch.OutOfMemoryError:
             if batch == 1:
                 raise
-            batch //= 2
+            bench.training_batch //= 2
     seconds = pace.seconds()
     return {
         "model": case.name,
@@ -178,10 +178,6 @@ def find_largest(bench: Bench, case: Case, stage: Stage) -> dict[str, Any]:
     }
 
 
-def _batch(bench: Bench) -> int:
-    return 4 if bench.tiny else BATCH
-
-
 def train(bench: Bench, case: Case, stage: Stage, batch: int, pace: Pace) -> tuple[Pace, int | None]:
     """Run the trainer until it was timed for long enough. Returns the times and the peak memory in bytes."""
     bench.close()
@@ -191,6 +187,8 @@ def train(bench: Bench, case: Case, stage: Stage, batch: int, pace: Pace) -> tup
             _fit(bench, case, stage, batch, pace, folder)
     except Enough as error:
         error.__traceback__ = None  # its frames hold the model and the optimizer
+    finally:
+        set_tf32(False)  # which trainers allow; what is compiled ahead for other rows goes by it
     peak = bench.peak()
     bench.close()
     return pace, peak
