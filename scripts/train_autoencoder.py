@@ -6,8 +6,8 @@
 
 A diffusers autoencoder in diffusers' own folder layout, so that the samplers and trainers treat it exactly as they
 treat the Stable Diffusion one. Images are square RGB in [-1, 1]; the latents have a quarter of their side and four
-channels, scaled to unit standard deviation by the `scaling_factor` that ends up in config.json. About twenty minutes on
-two cores.
+channels, or as many as --latent-channels says, scaled to unit standard deviation by the `scaling_factor` that ends up
+in config.json. About twenty minutes on two cores.
 """
 
 import argparse
@@ -70,7 +70,7 @@ def evaluate(vae: AutoencoderKL, images: Tensor) -> dict[str, float]:
     }
 
 
-def build(size: int) -> AutoencoderKL:
+def build(size: int, latent_channels: int) -> AutoencoderKL:
     return AutoencoderKL(
         in_channels=3,
         out_channels=3,
@@ -78,11 +78,18 @@ def build(size: int) -> AutoencoderKL:
         up_block_types=("UpDecoderBlock2D",) * 3,
         block_out_channels=(24, 48, 64),
         layers_per_block=1,
-        latent_channels=4,
+        latent_channels=latent_channels,
         norm_num_groups=8,
         sample_size=size,
         mid_block_add_attention=False,
     )
+
+
+def load_matching(vae: AutoencoderKL, state: dict[str, Tensor]) -> None:
+    """Load the weights that fit; those at the latents do not where their number of channels is another one."""
+    ours = vae.state_dict()
+    fitting = {name: tensor for name, tensor in state.items() if tensor.shape == ours[name].shape}
+    vae.load_state_dict(fitting, strict=False)
 
 
 def main() -> None:
@@ -91,6 +98,7 @@ def main() -> None:
     source.add_argument("--fashion", metavar="FOLDER", help="folder that holds (or receives) FashionMNIST/")
     source.add_argument("--folders", nargs="+", type=Path, help="folders with .png and .mp4 of one square size")
     parser.add_argument("--init", type=Path, help="autoencoder of this script to start from")
+    parser.add_argument("--latent-channels", type=int, default=4, help="[%(default)s]")
     parser.add_argument("--out", required=True, type=Path, help="folder for config.json and the weights")
     parser.add_argument("--steps", type=int, default=3000, help="optimizer steps [%(default)s]")
     parser.add_argument("--batch-size", type=int, default=64, help="images per step [%(default)s]")
@@ -104,9 +112,9 @@ def main() -> None:
 
     torch.manual_seed(args.seed)
     train, test = load_fashion(args.fashion) if args.fashion else load_folders(args.folders)
-    vae = build(train.shape[-1])
+    vae = build(train.shape[-1], args.latent_channels)
     if args.init:
-        vae.load_state_dict(AutoencoderKL.from_pretrained(args.init).state_dict())
+        load_matching(vae, AutoencoderKL.from_pretrained(args.init).state_dict())
     vae.to(memory_format=torch.channels_last)
     optimizer = torch.optim.AdamW(vae.parameters(), lr=args.lr, weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, args.lr, total_steps=args.steps, pct_start=0.05)
