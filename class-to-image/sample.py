@@ -67,7 +67,7 @@ def load(config: Config, branch: int | None) -> Models:
         config,
         lambda vae: build_model(config.model, latent_size(config.image_size, vae), vae.config.latent_channels),
         branch,
-        "bash scripts/download.sh class-to-image",
+        "python -m skipdit.download class-to-image",
     )
 
 

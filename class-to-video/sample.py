@@ -75,7 +75,7 @@ def load(config: Config, branch: int | None) -> Models:
         config,
         build,
         branch,
-        "bash scripts/download.sh class-to-video",
+        "python -m skipdit.download class-to-video",
     )
 
 

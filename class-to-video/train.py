@@ -71,7 +71,7 @@ def train(config: Config, dry_run: bool = False) -> Latte:
         config,
         config.data.files(),
         build,
-        "bash scripts/download.sh class-to-video",
+        "python -m skipdit.download class-to-video",
     )
     dataset, classes = make_dataset(config.data, vae), config.model.num_classes
     if classes is not None and not 0 < dataset.num_classes <= classes:

@@ -906,3 +906,31 @@ def test_a_seed_that_other_programs_draw_is_refused(task, kind):
         load_config(SCRIPTS[task][kind].Config, None, given)
     with pytest.raises(ValueError, match="seed is -1"):
         seed_of(-1, 3)
+
+
+def test_advice_holds_in_any_folder(tmp_path, monkeypatch):
+    """What lies in the checkout is found there; the others are fetched by a command that needs no checkout."""
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ConfigError, match=rf"no config file configs/none\.yaml; .* are in {ROOT}/configs$"):
+        load_config(sample.Config, "configs/none.yaml")
+    with pytest.raises(ConfigError, match=rf"demo\.yaml lies in {ROOT}: run the command there,"):
+        load_config(sample.Config, "configs/class-to-image/demo.yaml")
+    config = load_config(sample.Config, ROOT / "configs/class-to-image/demo.yaml")
+    with pytest.raises(FileNotFoundError, match=rf"weights/vae; {config.weights} lies in {ROOT}: run"):
+        sample.sample(config)
+    config.weights = "nowhere.pt"
+    config.vae = str(ROOT / config.vae)
+    with pytest.raises(FileNotFoundError, match=r"`python -m skipdit\.download class-to-image` fetches"):
+        sample.sample(config)
+    sources = [*ROOT.glob("src/**/*.py"), *ROOT.glob("class-to-*/*.py"), *ROOT.glob("text-to-*/*.py")]
+    assert len(sources) > 60 and not [path for path in sources if "bash scripts/" in path.read_text()]
+
+
+def test_what_commands_write_is_ignored_by_git():
+    if not (ROOT / ".git").exists() or not shutil.which("git"):
+        pytest.skip("no checkout")
+    written = [*(config.config.out for config in ALL), *FOLDERS.values(), "analysis", "plan.json", "plans/a.json"]
+    written = {place if place.endswith(".json") else f"{place}/x" for place in written}
+    command = ["git", "check-ignore", "--no-index", *written]
+    ignored = subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stdout.split()
+    assert written == set(ignored)

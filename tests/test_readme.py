@@ -237,9 +237,9 @@ ELSEWHERE = {
     "bash scripts/train_t2i_8gpu.sh lora": "test_t2i_train.py trains adapters",
 }
 # Command -> the folder of its task, the first thing that is missing, and the command that fetches it.
-DIT = ("class-to-image", "weights=checkpoints/DiT-XL-2-skip.pt, vae=", "bash scripts/download.sh class-to-image")
-LATTE = ("class-to-video", "weights=checkpoints/ucf101-skip.pt, vae=", "bash scripts/download.sh class-to-video")
-T2V = ("text-to-video", "weights=checkpoints/Latte-skip.pt, vae=", "python text-to-video/download.py")
+DIT = ("class-to-image", "weights=checkpoints/DiT-XL-2-skip.pt, vae=", "python -m skipdit.download class-to-image")
+LATTE = ("class-to-video", "weights=checkpoints/ucf101-skip.pt, vae=", "python -m skipdit.download class-to-video")
+T2V = ("text-to-video", "weights=checkpoints/Latte-skip.pt, vae=", "python -m skipdit.download text-to-video")
 WITHOUT_CHECKPOINT = {
     f"{SAMPLE}imagenet256_sample.yaml": DIT,
     f"{SAMPLE}imagenet256_sample_cache.yaml": DIT,

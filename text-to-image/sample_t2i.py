@@ -47,7 +47,7 @@ from skipdit.vae import downsampling, load_vae
 from skipdit.weights import BEFORE_V1_2, identify, load_state
 from skipdit.writing import write_png
 
-FETCH = "python text-to-image/download.py"
+FETCH = "python -m skipdit.download text-to-image"
 SHOWN = 16  # pictures on the contact sheet
 UNIT = 16  # pixels; diffusers' pipeline rounds heights and widths down to multiples of it
 RELEASED_WIDTH = 1408

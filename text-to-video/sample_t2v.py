@@ -43,7 +43,7 @@ from skipdit.text_to_video.model import LatteT2V
 from skipdit.vae import downsampling, load_vae
 from skipdit.writing import write_png
 
-FETCH = "python text-to-video/download.py"
+FETCH = "python -m skipdit.download text-to-video"
 SHOWN = 16  # clips on the contact sheet
 RELEASED_WIDTH = 1152
 NOISE = {"beta_start": 1e-4, "beta_end": 0.02, "beta_schedule": "linear"}  # that Latte was trained with

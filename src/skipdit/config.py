@@ -28,6 +28,7 @@ from skipdit.stopping import stop_signals
 from skipdit.writing import FULL, explained
 
 T = TypeVar("T")
+PROJECT = Path(__file__).parents[2]  # of a checkout; an installed package has none
 _TEXT = (str, str | None)  # types of settings that are a text
 _QUOTED = re.compile(r"""\s*(?:"(?:[^"\\]|\\.)*"|'(?:[^']|'')*')\s*""")  # all of it, as YAML has it
 
@@ -75,6 +76,12 @@ def load_config(schema: type[T], file: str | Path | None, overrides: list[str] =
         raise ConfigError(f"{file or 'the config'}: {error.full_key}: {_first_line(error)}") from error
 
 
+def in_the_project(path: str | Path) -> str:
+    """What to tell of a file that is not here, but where the project lies; empty for others."""
+    place = PROJECT / path
+    return f"; {path} lies in {PROJECT}: run the command there, or write {place}" if place.exists() else ""
+
+
 def given_values(file: str | Path, section: str) -> dict:
     """What a section of a YAML file sets. Raises ConfigError if there is none."""
     return _read(Path(file), section)[0]
@@ -93,7 +100,9 @@ def _read(path: Path, section: str | None, schema: type | None = None) -> tuple[
     With a schema, of that file or section, what is text there is taken as text.
     """
     if not path.is_file():
-        raise ConfigError(f"no config file {path}; the ones that come with the project are in configs/")
+        ours = f"in {PROJECT / 'configs'}" if (PROJECT / "configs").is_dir() else "not part of the installed package"
+        hint = in_the_project(path) or f"; the ones that come with the project are {ours}"
+        raise ConfigError(f"no config file {path}{hint}")
     try:
         text = read_text(path)
         node = yaml.compose(text)
@@ -262,8 +271,12 @@ def make_parser(schema: type, description: str, default: str | None = None) -> a
 def friendly_errors() -> Iterator[None]:
     """Ends the program with a message, not a traceback, for what the user can mend: settings, files, checkpoints.
 
-    After Ctrl-C and SIGTERM the message says how to go on, and the exit code is that of the signal, 130 or 143.
+    After Ctrl-C and SIGTERM the message says how to go on, and the exit code is that of the signal, 130 or 143. What
+    the terminal cannot show, such as names of files that are no UTF-8, is shown as escapes.
     """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     try:
         with stop_signals():
             yield

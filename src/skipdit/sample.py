@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 import skipdit
 from skipdit.cache import CachePlan, DriftSpec, Policy, SkipCache
+from skipdit.config import in_the_project
 from skipdit.data.stream import seed_of
 from skipdit.device import process_state
 from skipdit.download import is_hub_name
@@ -49,7 +50,8 @@ def preflight(files: dict[str, str], fetch: str, absent: Sequence[str] = ()) -> 
     missing = [f"{key}={path}" for key, path in files.items() if not found[key]]
     missing += absent
     if missing:
-        raise FileNotFoundError(f"missing: {', '.join(missing)}; `{fetch}` fetches the released ones")
+        hints = "".join(in_the_project(path) for key, path in files.items() if not found[key])
+        raise FileNotFoundError(f"missing: {', '.join(missing)}{hints or f'; `{fetch}` fetches the released ones'}")
 
 
 def resolve_dtype(name: str, device: torch.device, released: torch.dtype | None = None) -> torch.dtype:
@@ -221,7 +223,7 @@ def work_off(
     seconds = time.perf_counter() - began
     state.wait_for_everyone()
     file = job.folder / "report.json"
-    if complete and file.exists() and (before := json.loads(file.read_text()))["num_samples"] >= job.total:
+    if complete and file.exists() and (before := json.loads(file.read_bytes()))["num_samples"] >= job.total:
         return before
     of_all, full_of_all = map(sum, zip(*gather_object([(made, full)]), strict=True))
     known = None if isinstance(idle.spec, DriftSpec) else idle.full_steps

@@ -44,7 +44,7 @@ def find_task(config: str, name: str | None = None) -> Task:
         if not module_name.startswith(str(error.name)):
             raise
         raise ValueError(
-            f"{folder!r} is no task: keep a config in a folder named after its own, as configs/class-to-image, or say "
+            f"{folder!r} is no task: keep a config in a folder named after its own, for example class-to-image, or say "
             "--task class-to-image"
         ) from error
     return Task(module.Config, module.open_sampler, module.WINDOW)

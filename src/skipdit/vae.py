@@ -28,7 +28,7 @@ def load_vae(source: str, dtype: torch.dtype = torch.float32) -> AutoencoderKL:
     except OSError as error:
         raise FileNotFoundError(
             f"no autoencoder {source}: neither a folder here nor fetched from the Hub ({str(error).splitlines()[0]}); "
-            "`bash scripts/download.sh class-to-image` or class-to-video fetches the one of the released models"
+            "`python -m skipdit.download class-to-image` or class-to-video fetches the one of the released models"
         ) from error
     if any(vae.config.get(name) is not None for name in ("latents_mean", "latents_std")):
         raise ValueError(

@@ -24,6 +24,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from skipdit.config import in_the_project
 from skipdit.layouts import from_diffusers, is_diffusers_hunyuan
 
 State = Mapping[str, Tensor]
@@ -236,7 +237,10 @@ def read(path: Path) -> dict:
     """All that the weights file, or the shards, at a path hold."""
     files = _weights_files(path)
     if missing := [str(file) for file in files if not file.exists()]:
-        raise FileNotFoundError(f"no checkpoint at {', '.join(missing)}; scripts/download.sh fetches the released ones")
+        raise FileNotFoundError(
+            f"no checkpoint at {', '.join(missing)}; `python -m skipdit.download` fetches the released ones"
+            + "".join(map(in_the_project, missing))
+        )
     if files[0].suffix != ".safetensors":
         return load_checkpoint(files[0])
     content = {}
@@ -266,7 +270,8 @@ def verify(source: Path) -> str:
     tensors = dict(tensors_of(content))
     require_sound(source, content)
     listed = files[0].parent / SUMS
-    sums = dict(reversed(line.split(maxsplit=1)) for line in listed.read_text().splitlines()) if listed.exists() else {}
+    lines = listed.read_text("utf-8").splitlines() if listed.exists() else []
+    sums = dict(reversed(line.split(maxsplit=1)) for line in lines)
     if damaged := [str(file) for file in files if file.name in sums and sha256(file) != sums[file.name]]:
         raise WeightsError(f"{', '.join(damaged)}: not as saved ({listed}); download or copy it again")
     known = _checksums(files[0]) or all(file.name in sums for file in files)
@@ -302,7 +307,7 @@ def _weights_files(path: Path) -> list[Path]:
         return [path]
     for index in path.glob("*.safetensors.index.json"):
         try:
-            return sorted({path / shard for shard in json.loads(index.read_text())["weight_map"].values()})
+            return sorted({path / shard for shard in json.loads(index.read_bytes())["weight_map"].values()})
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise WeightsError(f"{index} is damaged; download or copy it again") from error
     files = (
