@@ -2,6 +2,7 @@
 
 import json
 import pickle
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -14,7 +15,7 @@ import torch
 from conftest import assert_rounding, tiny_dit
 from diffusers import AutoencoderKL
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from skipdit.bench import step_flops
 from skipdit.class_sample import generate
@@ -27,7 +28,7 @@ from skipdit.diffusion import Diffusion
 from skipdit.metrics.samples import open_samples
 from skipdit.sample import Ahead, Job, generators, resolve_dtype
 from skipdit.vae import decode, encode, load_vae
-from skipdit.weights import to_released
+from skipdit.weights import WeightsError, to_released
 
 ROOT = Path(__file__).parent.parent
 
@@ -479,3 +480,19 @@ def test_encoding_and_training_on_latents(tmp_path, vae_folder, image_folder):
     other.decoder.conv_in.weight.data += 1
     with pytest.raises(ValueError, match="vae_id is"):
         make_dataset(ImageData("latents", str(out), 8), other)
+
+
+def test_autoencoders_with_weights_that_are_no_good(tmp_path, vae_folder):
+    """The library fills what a file lacks with random numbers."""
+    shutil.copytree(vae_folder, tmp_path / "vae")
+    path = tmp_path / "vae/diffusion_pytorch_model.safetensors"
+    state, name = load_file(path), "decoder.conv_out.weight"
+    save_file({key: value for key, value in state.items() if key != name}, path)
+    with pytest.raises(WeightsError, match=rf"autoencoder .*vae lacks weights, which would be random: {name}"):
+        load_vae(str(tmp_path / "vae"))
+    save_file(state | {name: state[name] * torch.inf}, path)
+    with pytest.raises(WeightsError, match=rf"autoencoder .*vae: not finite are {name}"):
+        load_vae(str(tmp_path / "vae"))
+    path.write_bytes(path.read_bytes()[:-1000])
+    with pytest.raises(FileNotFoundError, match=r"no autoencoder .*vae: that folder cannot be loaded"):
+        load_vae(str(tmp_path / "vae"))

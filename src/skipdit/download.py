@@ -14,17 +14,19 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatch
+from functools import cache
 from pathlib import Path, PurePosixPath
 from typing import TypeVar
 
 from huggingface_hub import get_hf_file_metadata, hf_hub_url, list_repo_files
 from huggingface_hub.file_download import http_get
-from huggingface_hub.utils import build_hf_headers
+from huggingface_hub.utils import HfHubHTTPError, build_hf_headers
 
 from skipdit.config import friendly_errors
 from skipdit.weights import WeightsError, identify, load_state, require_sound, sha256
 
 T = TypeVar("T")
+SECONDS = 5  # to wait for the Hub's first answer
 
 
 @dataclass(frozen=True)
@@ -121,6 +123,23 @@ def is_hub_name(place: str) -> bool:
     owner = place.partition("/")[0]
     local = owner in FOLDERS.values() or Path(owner).is_dir()
     return bool(re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", place)) and not local
+
+
+@cache
+def hub_is_away(place: str) -> bool:
+    """Whether a place is a Hub name and the Hub cannot be asked: then only what it gave before can be had.
+
+    The libraries ask for half a minute before they give up. One question, of a few seconds at most, saves that.
+    """
+    if not is_hub_name(place):
+        return False
+    try:
+        get_hf_file_metadata(hf_hub_url(place, "config.json"), timeout=SECONDS)
+    except HfHubHTTPError:  # it has answered
+        return False
+    except Exception:  # each major version of the client brings the exceptions of another HTTP library
+        return True
+    return False
 
 
 def select(task: str, only: Sequence[str] = ()) -> dict[str, Item]:

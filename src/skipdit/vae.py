@@ -10,24 +10,30 @@ from diffusers import AutoencoderKL, AutoencoderKLTemporalDecoder
 from torch import Tensor
 
 from skipdit.data.images import to_uint8
+from skipdit.download import hub_is_away
+from skipdit.weights import WeightsError, require_finite
 
 
 def load_vae(source: str, dtype: torch.dtype = torch.float32) -> AutoencoderKL:
     """An autoencoder in eval mode, without gradients, on the CPU.
 
     Raises FileNotFoundError, naming the source, if it is neither a folder nor to be had from the Hub; ValueError if it
-    normalises every latent channel by itself.
+    normalises every latent channel by itself, or has weights that are missing or not finite.
     """
     path = Path(source)
     if path.exists() and not (path / "config.json").is_file():
         raise FileNotFoundError(f"{path} has no config.json: not the folder of a diffusers autoencoder")
+    away = hub_is_away(source)
     try:
         kinds = {kind.__name__: kind for kind in (AutoencoderKL, AutoencoderKLTemporalDecoder)}
-        kind = kinds.get(AutoencoderKL.load_config(source).get("_class_name"), AutoencoderKL)
-        vae = kind.from_pretrained(source, torch_dtype=dtype, low_cpu_mem_usage=False)
+        kind = kinds.get(AutoencoderKL.load_config(source, local_files_only=away).get("_class_name"), AutoencoderKL)
+        how = {"torch_dtype": dtype, "low_cpu_mem_usage": False, "local_files_only": away}
+        vae, report = kind.from_pretrained(source, **how, output_loading_info=True)
     except OSError as error:
+        reason = "which does not answer" if away else str(error).splitlines()[0]
+        what = "that folder cannot be loaded" if path.exists() else "neither a folder here nor fetched from the Hub"
         raise FileNotFoundError(
-            f"no autoencoder {source}: neither a folder here nor fetched from the Hub ({str(error).splitlines()[0]}); "
+            f"no autoencoder {source}: {what} ({reason}); "
             "`python -m skipdit.download class-to-image` or class-to-video fetches the one of the released models"
         ) from error
     if any(vae.config.get(name) is not None for name in ("latents_mean", "latents_std")):
@@ -35,6 +41,9 @@ def load_vae(source: str, dtype: torch.dtype = torch.float32) -> AutoencoderKL:
             f"the autoencoder {source} normalises latents per channel (latents_mean, latents_std), which is not "
             "supported: take one with a scaling_factor and, perhaps, a shift_factor"
         )
+    if missing := report["missing_keys"]:
+        raise WeightsError(f"the autoencoder {source} lacks weights, which would be random: {', '.join(missing[:5])}")
+    require_finite(f"the autoencoder {source}", vae.state_dict())
     return vae.eval().requires_grad_(False)
 
 

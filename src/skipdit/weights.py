@@ -381,9 +381,14 @@ def require_sound(source: str | Path | State, state: Mapping[str, Any]) -> None:
     if not isinstance(source, Mapping) and (damaged := _damaged(_weights_files(Path(source))[0], found)):
         names = ", ".join(damaged[:5])
         raise WeightsError(f"{source} is damaged: {names} are not as they were saved; download or copy it again")
-    if bad := [name for name, tensor in found if not _is_finite(tensor)]:
+    require_finite(_name(source), dict(found))
+
+
+def require_finite(source: str, state: State) -> None:
+    """Raise WeightsError, naming tensors, unless all of them are finite. `source` is what they are from, for people."""
+    if bad := [name for name, tensor in state.items() if not _is_finite(tensor)]:
         more = f" and {len(bad) - 5} more" if len(bad) > 5 else ""
-        raise WeightsError(f"{_name(source)}: not finite are {', '.join(bad[:5])}{more}")
+        raise WeightsError(f"{source}: not finite are {', '.join(bad[:5])}{more}")
 
 
 def _damaged(path: Path, tensors: list[tuple[str, Tensor]]) -> list[str]:

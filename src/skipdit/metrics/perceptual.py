@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from skipdit.data.images import to_float
+from skipdit.download import hub_is_away
 from skipdit.metrics.networks import weights_file
 from skipdit.weights import WeightsError, fingerprint, load_checkpoint, require_sound
 
@@ -76,8 +77,9 @@ class ClipScore:
         from transformers import CLIPModel, CLIPProcessor  # here: they take seconds to import
 
         try:
-            self._model, report = CLIPModel.from_pretrained(source, output_loading_info=True)
-            self._processor = CLIPProcessor.from_pretrained(source)
+            cached = {"local_files_only": hub_is_away(source)}
+            self._model, report = CLIPModel.from_pretrained(source, output_loading_info=True, **cached)
+            self._processor = CLIPProcessor.from_pretrained(source, **cached)
         except (OSError, ValueError) as error:
             where = (
                 f"{source} holds"
