@@ -160,7 +160,7 @@ class Store:
         self.folder = folder / "rows"
         self.folder.mkdir(parents=True, exist_ok=True)
         self._file, identity = self.folder / "settings.json", json.loads(json.dumps(identity))
-        before = json.loads(self._file.read_text()) if self._file.exists() else {}
+        before = json.loads(self._file.read_text(encoding="utf-8")) if self._file.exists() else {}
         if before and "threads" not in before:
             raise ValueError(f"{folder} holds results of an older version of this benchmark; use another --out")
         if differ := [key for key in before.keys() & identity.keys() if before[key] != identity[key]]:
@@ -170,7 +170,7 @@ class Store:
 
     def result(self, key: str) -> dict | None:
         file = self.folder / f"{key}.json"
-        return json.loads(file.read_text()) if file.exists() else None
+        return json.loads(file.read_text(encoding="utf-8")) if file.exists() else None
 
     def save(self, key: str, result: dict) -> None:
         replace_text(self.folder / f"{key}.json", json.dumps(result, indent=2) + "\n")
@@ -472,7 +472,7 @@ def benchmark(args: argparse.Namespace) -> None:
         text += f"\n### {kind.__name__}, full size, model calls of one run\n\n"
         text += f"{full_size_markdown(record['full_size'])}\n"
     replace_text(out / "compare.json", json.dumps(record, indent=2) + "\n")
-    (out / "compare.md").write_text(text)
+    (out / "compare.md").write_text(text, encoding="utf-8")
     print(f"\n{text}\nplot: {out / 'compare.png'}")
 
 

@@ -163,7 +163,7 @@ def follow(config: Config, every: int, examiner: Examiner, protocol: dict) -> di
     Returns `points`, one dict per `every` steps, and `final`.
     """
     file, name = Path(config.out) / "evaluation.json", Path(config.out).name
-    known = json.loads(file.read_text()) if file.exists() else {"protocol": protocol, "points": []}
+    known = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {"protocol": protocol, "points": []}
     if known["protocol"] != json.loads(json.dumps(protocol)):
         raise ValueError(f"{file} was measured in another way, or with another judge: give another folder with --out")
     measured = {point["step"]: point for point in known["points"]}
@@ -200,7 +200,7 @@ def train_to(config: Config, step: int) -> DiT:
 
 
 def log_of(config: Config) -> list[dict]:
-    return [json.loads(line) for line in (Path(config.out) / "stats.jsonl").read_text().splitlines()]
+    return [json.loads(line) for line in (Path(config.out) / "stats.jsonl").read_text(encoding="utf-8").splitlines()]
 
 
 def reached(points: list[dict], metric: str, goal: float) -> float | None:
@@ -345,8 +345,8 @@ def run(args: argparse.Namespace) -> None:
         pairs = list(zip(runs["plain"], runs["skip"], strict=True))
         result["speedups"] = {m: [speedups(a["points"], b["points"], m) for a, b in pairs] for m in METRICS}
     table = convergence_table(runs, costs) if study == "convergence" else spectral_table(runs, some)
-    (args.out / f"{study}.json").write_text(json.dumps(result | versions(), indent=2) + "\n")
-    (args.out / f"{study}.md").write_text(f"{table}\n")
+    (args.out / f"{study}.json").write_text(json.dumps(result | versions(), indent=2) + "\n", encoding="utf-8")
+    (args.out / f"{study}.md").write_text(f"{table}\n", encoding="utf-8")
     draw(runs, args.out / f"{study}.png")
     seeds, of = ", ".join(map(str, args.seeds)), some.train
     print(

@@ -167,7 +167,7 @@ def main() -> None:
         result = measure(args)
     if args.json:
         args.json.parent.mkdir(parents=True, exist_ok=True)
-        args.json.write_text(json.dumps(result, indent=2) + "\n")
+        args.json.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     compiled = ", compiled" if args.compile else ""
     latents = " x ".join(map(str, result["latents"]))
     print(f"{args.model}, batch {args.batch}, latents {latents}, {result['dtype']}{compiled}, {result['device']}")

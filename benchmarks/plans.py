@@ -157,7 +157,7 @@ def benchmark(args: argparse.Namespace) -> None:
     record = {"seeds": args.seeds, "plans": table, "settings": identity, **versions()}
     replace_text(out / f"{args.task}.json", json.dumps(record, indent=2) + "\n")
     files = {name: out / f"{name}.json" for name in TASKS}
-    tables = {name: json.loads(file.read_text())["plans"] for name, file in files.items() if file.exists()}
+    tables = {name: json.loads(file.read_bytes())["plans"] for name, file in files.items() if file.exists()}
     text = "\n".join(markdown(name, rows) for name, rows in tables.items())
     replace_text(out / "plans.md", text)
     plot(tables, out / "plans.png")

@@ -211,7 +211,7 @@ def main() -> None:
     with friendly_errors():
         config = replace(load_config(Config, file), **settings)
         results = evaluate(config, data, out, caches or CACHES)
-    (out / "results.json").write_text(json.dumps(results, indent=2) + "\n")
+    (out / "results.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
     error = math.sqrt(0.25 / config.num_samples)
     print(f"\n{table(results['rows'])}\n")
     print(

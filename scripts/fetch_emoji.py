@@ -201,10 +201,10 @@ def convert(tarballs: Sequence[Path], names: dict[str, dict], out: Path, size: i
 def claim(out: Path, source: dict) -> None:
     """Note in source.json what a folder is made of. Raises ValueError if it was made of something else."""
     path, text = out / "source.json", json.dumps(source, indent=2) + "\n"
-    if path.exists() and path.read_text() != text:
+    if path.exists() and path.read_text(encoding="utf-8") != text:
         raise ValueError(f"{out} was made of other packages or in another size, see {path}: choose another folder")
     out.mkdir(parents=True, exist_ok=True)
-    path.write_text(text)
+    path.write_text(text, encoding="utf-8")
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -108,7 +108,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="picture to write")
     args = parser.parse_args()
     with friendly_errors():
-        config = json.loads((args.samples / "report.json").read_text())["config"]
+        config = json.loads((args.samples / "report.json").read_text(encoding="utf-8"))["config"]
         files = sorted([*args.samples.glob("0*.mp4"), *args.samples.glob("0*.png")])
         if not files:
             raise FileNotFoundError(f"no samples in {args.samples}")
@@ -133,7 +133,7 @@ def main() -> None:
 
 def wanted(args: argparse.Namespace, training: Training) -> dict[str, int]:
     """File of a sample -> label that its prompt means. Raises ValueError for a prompt that means none."""
-    prompts = json.loads((args.samples / "prompts.json").read_text())
+    prompts = json.loads((args.samples / "prompts.json").read_text(encoding="utf-8"))
     meant = dict(training.meant)
     if args.wordings:
         meant |= {caption: training.names[name] for _, name, caption in read_rows(args.wordings, training.kind)}

@@ -56,7 +56,7 @@ def read(folders: list[Path], limit: int | None) -> tuple[list[int], list[float]
         before = steps[-1] if steps else 0
         begins += [before] if before else []
         try:
-            lines = [json.loads(line) for line in (folder / "stats.jsonl").read_text().splitlines()]
+            lines = [json.loads(line) for line in (folder / "stats.jsonl").read_text(encoding="utf-8").splitlines()]
         except OSError as error:
             raise FileNotFoundError(f"{folder} is no run of a trainer: {error}") from error
         rows = {

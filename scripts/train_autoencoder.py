@@ -15,7 +15,7 @@ import json
 import time
 from pathlib import Path
 
-import imageio.v3 as imageio
+import numpy as np
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL
@@ -23,7 +23,9 @@ from torch import Tensor
 from torchvision.datasets import FashionMNIST
 from tqdm import tqdm
 
+from skipdit.data.files import is_a, read_picture, walk
 from skipdit.data.images import to_float
+from skipdit.media import read_mp4
 
 HELD_OUT = 2000  # images that only measure
 
@@ -40,14 +42,16 @@ def load_folders(folders: list[Path]) -> tuple[Tensor, Tensor]:
 
     Whole files are held out, at most a tenth of all: the frames of one clip are nearly the same picture.
     """
-    files = sorted(file for folder in folders for file in folder.rglob("*") if file.suffix in (".png", ".mp4"))
+    files = sorted(file for folder in folders for file in walk(folder) if is_a(file, {".png", ".mp4"}))
     if not files:
         raise SystemExit(f"error: no .png or .mp4 below {', '.join(map(str, folders))}")
     train, test = [], []
     for number, file in enumerate(tqdm(files, desc="reading", unit="file")):
-        frames = imageio.imread(file)
-        frames = frames[::4] if file.suffix == ".mp4" else frames[None, ..., :3]
-        (test if number % 10 == 0 else train).append(torch.from_numpy(frames.copy()).permute(0, 3, 1, 2))
+        if is_a(file, {".mp4"}):
+            frames = read_mp4(file)[::4]
+        else:
+            frames = torch.from_numpy(np.array(read_picture(file))).permute(2, 0, 1)[None]
+        (test if number % 10 == 0 else train).append(frames)
     return torch.cat(train), torch.cat(test)[:: max(1, sum(map(len, test)) // HELD_OUT)]
 
 
@@ -146,7 +150,7 @@ def main() -> None:
         "minutes": round((time.time() - started) / 60, 1),
         "test_psnr_db": round(numbers["psnr"], 2),
     }
-    (args.out / "training.json").write_text(json.dumps(report, indent=2) + "\n")
+    (args.out / "training.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     size = sum(p.numel() for p in vae.parameters())
     print(f"{args.out}: {size:,} parameters, test PSNR {numbers['psnr']:.2f} dB, scaling {scaling:.4f}")
 

@@ -69,7 +69,7 @@ def run_tests(bench: Bench, limit: float) -> dict[str, Any]:
 
 def _run(command: list[str], output: Path, limit: float) -> tuple[int, bool]:
     """Exit code of a command, and whether it was interrupted: pytest then still reports what it has."""
-    with output.open("w") as file:
+    with output.open("w", encoding="utf-8") as file:
         process = subprocess.Popen(command, cwd=ROOT, stdout=file, stderr=subprocess.STDOUT)
         try:
             return process.wait(limit), False

@@ -149,7 +149,7 @@ def _query_card() -> dict[str, str | None]:
     if len(values) == len(QUERY):
         return dict(zip(QUERY, values, strict=True))
     file = Path("/proc/driver/nvidia/version")
-    return {"driver_version": file.read_text().splitlines()[0] if file.exists() else None}
+    return {"driver_version": file.read_text("utf-8").splitlines()[0] if file.exists() else None}
 
 
 def _output(*command: str) -> str | None:

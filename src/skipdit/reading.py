@@ -4,7 +4,7 @@ import codecs
 import os
 from pathlib import Path
 
-_UTF16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
+UTF16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 
 
 def read_text(path: str | Path, errors: str = "strict") -> str:
@@ -14,7 +14,7 @@ def read_text(path: str | Path, errors: str = "strict") -> str:
         errors: what becomes of other bytes, as for `bytes.decode`.
     """
     content = Path(path).read_bytes()
-    text = content.decode("utf-16" if content.startswith(_UTF16) else "utf-8-sig", errors)
+    text = content.decode("utf-16" if content.startswith(UTF16) else "utf-8-sig", errors)
     return text.replace("\r\n", "\n").replace("\r", "\n")
 
 

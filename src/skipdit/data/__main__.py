@@ -23,6 +23,7 @@ from skipdit.data.latents import FOLDERS, Shards
 from skipdit.data.pictures import PictureFolder, bucket_sizes
 from skipdit.data.stream import BrokenSample
 from skipdit.stopping import leave_signals_to_parent
+from skipdit.writing import naming
 
 
 def main() -> None:
@@ -78,7 +79,8 @@ def check(args: argparse.Namespace) -> int:
     if args.good and hasattr(dataset, "names"):
         unusable = [error or (clips and dataset.is_short(length)) for length, error in found]
         good = [name for name, bad in zip(dataset.names, unusable, strict=True) if not bad]
-        args.good.write_text("".join(f"{name}\n" for name in good))
+        with naming(args.good):  # names that are no UTF-8 stay what they are, as `read_list` reads them
+            args.good.write_bytes("".join(f"{name}\n" for name in good).encode(errors="surrogateescape"))
         unit = "clip" if clips else "picture"
         print(f"{len(good):,} good {unit}s listed in {args.good}: train with data.{unit}_list={args.good}")
     return len(broken) + len(uncaptioned)

@@ -10,6 +10,8 @@ from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
 
+from skipdit.reading import UTF16, read_text
+
 BESIDE = "txt"  # as data.captions: every clip or picture has a text file of its name beside it
 
 Row = tuple[str, str, object]  # (place, name, caption), None without a caption
@@ -21,14 +23,23 @@ def read_rows(file: str, key: str = "video") -> Iterator[Row]:
     Raises FileNotFoundError, or ValueError, naming file and line, for a row that cannot be read or lacks the key.
     """
     reader = _csv_rows if Path(file).suffix.lower() == ".csv" else _json_rows
+    for number, row in reader(file, _lines(file), key):
+        place, name = f"{file}, line {number}", row.get(key)
+        if not isinstance(name, str) or not name.strip():
+            article = "an" if key == "image" else "a"
+            raise ValueError(f"{place}: no {key}; every row has {article} {key} and its caption")
+        yield place, Path(name.strip()).as_posix(), row.get("caption")
+
+
+def _lines(file: str) -> Iterator[bytes]:
+    """The lines of a file, in UTF-8, with their ends. Raises FileNotFoundError."""
     try:
         with open(file, "rb") as lines:
-            for number, row in reader(file, lines, key):
-                place, name = f"{file}, line {number}", row.get(key)
-                if not isinstance(name, str) or not name.strip():
-                    article = "an" if key == "image" else "a"
-                    raise ValueError(f"{place}: no {key}; every row has {article} {key} and its caption")
-                yield place, Path(name.strip()).as_posix(), row.get("caption")
+            if lines.read(2) in UTF16:
+                yield from read_text(file).encode().splitlines(keepends=True)  # bytes have no other ends of lines
+            else:
+                lines.seek(0)
+                yield from lines
     except OSError as error:
         raise FileNotFoundError(f"no captions {file}: {error.strerror}") from error
 
