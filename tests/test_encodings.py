@@ -153,6 +153,19 @@ def test_videos_of_such_names(old_names):
     assert len(Video(old_names / f"videos/a/{CAFE}.mp4").read(range(4))) == 4
 
 
+def test_a_tilde_on_the_command_line_is_the_home_folder(image_folder, tmp_path, vae_folder, monkeypatch):
+    """Shells do not see to it where it follows a "=", nor where no shell is."""
+    for name in ("HOME", "USERPROFILE"):
+        monkeypatch.setenv(name, str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    place = image_folder.relative_to(tmp_path)
+    command = f"encode --data image_folder --path=~/{place} --out=~/latents --vae {vae_folder} --image-size 8"
+    monkeypatch.setattr(sys, "argv", [*command.split(), "--workers", "0"])
+    encode.main()
+    assert list((tmp_path / "latents").glob("*.safetensors"))
+    assert not (tmp_path / "~").exists()
+
+
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-16-be"])
 @pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
 def test_lists_of_any_editor(tmp_path, encoding, end):

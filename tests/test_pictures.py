@@ -6,6 +6,7 @@ A picture is of one colour, which tells which it is.
 import csv
 import json
 import math
+import os
 import pickle
 import re
 import struct
@@ -287,6 +288,26 @@ def test_cmyk_goes_by_its_profile(tmp_path):
     colours = {name: read_picture(tmp_path / f"{name}.tif").getpixel((4, 4)) for name in ("plain", "damaged", "inks")}
     assert colours["plain"] == colours["damaged"] == (0, 255, 255)
     np.testing.assert_allclose(colours["inks"], (205, 62, 58), atol=12)
+
+
+def test_hidden_files_and_folders_and_links_to_folders_above_are_passed_over(tmp_path):
+    """By training and by evaluation; a class folder without pictures would move the ids of others, and is named."""
+    for name in ("a/0.png", "a/b/1.PNG", "c/2.tif", "a/._0.png", ".hidden/3.png", "a/.cache/4.png", "__MACOSX/a/5.png"):
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (8, 8)).save(path, format="PNG")
+        path.with_suffix(".txt").write_text("text")
+    (tmp_path / "a/above").symlink_to(tmp_path)
+    (tmp_path / "c/Thumbs.db").write_text("")
+    os.mkfifo(tmp_path / "a/pipe.png") if hasattr(os, "mkfifo") else None
+    classes = ImageFolder(tmp_path, 8)
+    assert classes.num_classes == 2
+    assert [classes[index]["label"] for index in range(len(classes))] == [0, 0, 1]
+    assert PictureFolder(pictures_at(tmp_path, "txt")).names == ["a/0.png", "a/b/1.PNG"]
+    assert open_samples(tmp_path).names == ["a/0.png", "a/b/1.PNG"]
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match="is empty of images in its class folders empty"):
+        ImageFolder(tmp_path, 8)
 
 
 @pytest.mark.parametrize("suffix", ["png", "jpg", "webp"])

@@ -23,6 +23,7 @@ from huggingface_hub.file_download import http_get
 from huggingface_hub.utils import HfHubHTTPError, build_hf_headers
 
 from skipdit.config import friendly_errors
+from skipdit.reading import with_home
 from skipdit.weights import WeightsError, identify, load_state, require_sound, sha256
 
 T = TypeVar("T")
@@ -272,7 +273,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--dir", type=Path, help="folder for the files [checkpoints; of text-to-image: ckpts]")
     parser.add_argument("--only", nargs="+", default=[], metavar="NAME", help="fetch only these, see below")
     parser.add_argument("--dry-run", action="store_true", help="list what would be fetched, without a connection")
-    args = parser.parse_args(argv)
+    args = with_home(parser.parse_args(argv))
     folder = args.dir or Path(FOLDERS[args.task])
     with friendly_errors():
         for name, item in select(args.task, args.only).items():

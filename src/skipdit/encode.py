@@ -37,6 +37,7 @@ from skipdit.data.latents import LatentInfo, Part, expected_latents
 from skipdit.data.pictures import PictureData, PictureFolder
 from skipdit.data.stream import Stream, collate
 from skipdit.device import process_state
+from skipdit.reading import with_home
 from skipdit.stopping import leave_signals_to_parent
 from skipdit.vae import encode, latent_size, load_vae
 from skipdit.writing import naming, replace_text, whole_file
@@ -134,7 +135,7 @@ def main() -> None:
     )
     parser.add_argument("--shard", type=int, default=10_000, help="images or clips per file [%(default)s]")
     parser.add_argument("--workers", type=int, default=4, help="reading processes [%(default)s]")
-    args = parser.parse_args()
+    args = with_home(parser.parse_args())
     with friendly_errors():
         run(args)
 

@@ -29,6 +29,7 @@ from skipdit.data.latents import FOLDERS, Shards
 from skipdit.data.pictures import PictureData
 from skipdit.data.texts import LiveTexts, TextPart
 from skipdit.device import process_state
+from skipdit.reading import with_home
 from skipdit.text import CHUNK, LATTE, READINGS, TextEncoder, load_text_encoder
 from skipdit.writing import naming, whole_file
 
@@ -52,7 +53,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--encoder-dtype", choices=DTYPES, default="float32", help="of the encoder [%(default)s]")
     parser.add_argument("--batch-size", type=int, default=CHUNK, help="captions at once [%(default)s]")
     parser.add_argument("--shard", type=int, default=1_000, help="captions per file [%(default)s]")
-    args = parser.parse_intermixed_args(argv)
+    args = with_home(parser.parse_intermixed_args(argv))
     with friendly_errors():
         reading = READINGS[args.role]
         reading = reading._replace(max_tokens=reading.max_tokens if args.max_tokens is None else args.max_tokens)

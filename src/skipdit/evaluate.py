@@ -30,6 +30,7 @@ from skipdit.metrics.samples import EVALUATION, Arrays, Files, Samples, fitted, 
 from skipdit.metrics.sets import inception_score, kid, precision_recall
 from skipdit.metrics.vbench import link_clips, missing_clips
 from skipdit.prompts import read_prompts
+from skipdit.reading import with_home
 from skipdit.sample import versions
 from skipdit.writing import replace_text
 
@@ -314,7 +315,7 @@ def make_parser() -> argparse.ArgumentParser:
 
 @friendly_errors()
 def main() -> None:
-    args = make_parser().parse_args()
+    args = with_home(make_parser().parse_args())
     run = Path(args.run)
     args.out = Path(args.out or (run / EVALUATION if run.is_dir() else run.with_suffix("") / EVALUATION))
     args.features = Path(getattr(args, "features", None) or args.out / "features")

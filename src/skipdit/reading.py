@@ -2,6 +2,7 @@
 
 import codecs
 import os
+from argparse import Namespace
 from pathlib import Path
 
 UTF16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
@@ -21,3 +22,11 @@ def read_text(path: str | Path, errors: str = "strict") -> str:
 def user_path(text: str) -> str:
     """A path in which "~" is the user's home, where no shell has put that in: `out=~/runs`, and in files."""
     return os.path.expanduser(text) if text.startswith(("~/", "~\\")) else text
+
+
+def with_home(args: Namespace) -> Namespace:
+    """Parsed arguments with the user's home in their paths, which shells do not put into `--out=~/runs`."""
+    for name, value in vars(args).items():
+        if isinstance(value, str | Path):
+            setattr(args, name, type(value)(user_path(str(value))))
+    return args

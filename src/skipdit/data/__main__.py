@@ -22,6 +22,7 @@ from skipdit.data.images import IMAGES
 from skipdit.data.latents import FOLDERS, Shards
 from skipdit.data.pictures import PictureFolder, bucket_sizes
 from skipdit.data.stream import BrokenSample
+from skipdit.reading import with_home
 from skipdit.stopping import leave_signals_to_parent
 from skipdit.writing import naming
 
@@ -37,7 +38,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="of every clip read the first and the last frame only")
     parser.add_argument("--decode", action="store_true", help="decode every video to its end, and count its frames")
     parser.add_argument("--workers", type=int, default=4, help="reading processes [%(default)s]")
-    args = parser.parse_intermixed_args()
+    args = with_home(parser.parse_intermixed_args())
     with friendly_errors():
         broken = check(args)
     raise SystemExit(1 if broken else 0)

@@ -46,7 +46,8 @@ def walk(root: str | Path) -> Iterator[Path]:
         with suppress(PermissionError), os.scandir(folder) as entries:
             for entry in entries:
                 if not _is_folder(entry):
-                    yield Path(entry.path)
+                    if entry.is_symlink() or entry.is_file():  # reading a pipe would wait for its writer
+                        yield Path(entry.path)
                 elif is_visible(entry.name):
                     real = os.path.realpath(entry.path) if _is_link(entry) else os.path.join(above[-1], entry.name)
                     if real not in above:

@@ -71,6 +71,8 @@ class Video:
             raise BrokenSample(f"{self.path}: {getattr(error, 'strerror', None) or error}") from error
 
     def _open(self) -> None:
+        if self.path.exists() and not self.path.is_file():
+            raise _Missed("it is no file")
         self._container = av.open(str(self.path), metadata_errors="replace")
         self._stream = self._container.streams.best("video")
         if self._stream is None:
