@@ -17,6 +17,7 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -144,9 +145,10 @@ class CachePlan:
         try:
             about = json.loads(Path(file).read_text(encoding="utf-8"))
             timesteps, weights, branch = (about.pop(key) for key in ("timesteps", "weights", "branch"))
-            numbers = tuple(None if ws is None else tuple(map(float, ws)) for ws in weights)
-            parts = tuple(map(float, timesteps)), numbers, int(branch), about, str(file)
-        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            numbers = tuple(None if ws is None else _numbers(ws) for ws in _listed(weights))
+            about.get("calibration", {}).get("seed")
+            parts = _numbers(timesteps), numbers, _whole(branch), about, str(file)
+        except (AttributeError, KeyError, TypeError, ValueError, OverflowError, RecursionError) as error:
             raise ValueError(f"{file} is not a plan of `python -m skipdit.plan`: {error!r}") from error
         return cls(*parts)
 
@@ -204,6 +206,25 @@ class CachePlan:
         return self.weights[i] if own[-used:] == full[-used:] else linear_weights(i, full)
 
 
+def _listed(value: Any) -> list:
+    if not isinstance(value, list):
+        raise TypeError(f"{value!r:.60} is no list")
+    return value
+
+
+def _numbers(values: Any) -> tuple[float, ...]:
+    """Of JSON. A text of digits would pass as several numbers."""
+    if bad := [value for value in _listed(values) if type(value) not in (int, float)]:
+        raise TypeError(f"{bad[0]!r:.60} is no number")
+    return tuple(map(float, values))
+
+
+def _whole(value: Any) -> int:
+    if type(value) is not int:
+        raise TypeError(f"{value!r:.60} is no whole number")
+    return value
+
+
 @dataclass(frozen=True)
 class DriftSpec:
     """A policy that looks: a step is full once the output of the first `branch` layers, which every step runs, has
@@ -224,13 +245,15 @@ class DriftSpec:
     order: int = 0
 
     def __post_init__(self):
+        if not 0 <= self.threshold < math.inf:
+            raise ValueError(f"cache threshold is {self.threshold}; it must be a finite number, 0 or more")
         if self.most < 0:
             raise ValueError(f"cache most is {self.most}; it must be 0, which caches nothing, or more")
         _check(self.branch, self.order)
 
     def __str__(self) -> str:
         most = f"-m{self.most}" if self.most != DriftSpec.most else ""
-        return f"D{self.threshold:g}{most}" + _suffix(self.branch, self.order)
+        return f"D{np.format_float_positional(self.threshold, trim='-')}{most}" + _suffix(self.branch, self.order)
 
     @property
     def caches(self) -> bool:
