@@ -36,6 +36,9 @@ from skipdit.text_to_video import LatteT2V
 from skipdit.train import TrainConfig
 from skipdit.weights import to_released
 
+# A background job of a shell ignores Ctrl-C, and so do the processes that it starts; those of the tests are to hear it.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+
 ROOT = Path(__file__).parent.parent
 GOLDEN = Path(__file__).parent / "golden"
 VAE_NAME = "sdxl-vae-fp16-fix"  # its folder in the release of Hunyuan-DiT
