@@ -18,7 +18,7 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 
-from skipdit.weights import WeightsError, from_released, load_checkpoint, require_sound, saved, to_released
+from skipdit.weights import WeightsError, from_released, is_finite, load_checkpoint, require_sound, saved, to_released
 from skipdit.writing import whole_file
 
 _FULL = StateDictOptions(full_state_dict=True, cpu_offload=True)  # gathered on rank 0 where parameters are sharded
@@ -55,7 +55,7 @@ def save(
     if not writer:
         return
     both = [*state["model"].items(), *state["ema"].items()]
-    if bad := [name for name, tensor in both if not torch.isfinite(tensor).all()]:
+    if bad := [name for name, tensor in both if not is_finite(tensor)]:
         raise NotSaved(f"step {step}: weights are not finite ({', '.join(bad[:3])}); {_kept(folder)}")
     target = folder / f"{step:07d}.pt"
     try:

@@ -30,6 +30,7 @@ from skipdit.weights import (
     SUMS,
     State,
     WeightsError,
+    is_finite,
     is_partial,
     load_checkpoint,
     load_state,
@@ -146,7 +147,7 @@ def _recorded(source: Path) -> Mapping[str, Any]:
 
 
 def _require_finite(state: State, dtype: torch.dtype) -> None:
-    if bad := [name for name, tensor in state.items() if not torch.isfinite(tensor).all()]:
+    if bad := [name for name, tensor in state.items() if not is_finite(tensor)]:
         raise WeightsError(f"not finite in {dtype}, so nothing was written: {', '.join(bad[:5])}")
 
 
