@@ -170,7 +170,7 @@ def test_broken_and_uncaptioned_clips_are_listed(config):
     train(config)
     listed = (Path(config.out) / "broken_files.txt").read_text().splitlines()
     assert len(listed) == 2
-    assert "5.mp4: Error reading" in listed[0] and "line 7: the caption of 6.mp4 is empty" in listed[1]
+    assert "5.mp4: Invalid data found" in listed[0] and "line 7: the caption of 6.mp4 is empty" in listed[1]
 
 
 class _Listener(nn.Module):
