@@ -173,7 +173,7 @@ def picture(table: list[dict], tiles: Sequence[Tensor]) -> Image.Image:
     return canvas
 
 
-@friendly_errors()
+@friendly_errors("starts anew")
 def run(
     schema: type[T],
     description: str,
@@ -203,7 +203,7 @@ def run(
     )
     parser.add_argument("--repeats", type=int, default=1, help="times to run each row; medians are shown [%(default)s]")
     args = parser.parse_intermixed_args()
-    with friendly_errors():
+    with friendly_errors("starts anew"):
         also = [CacheSpec.parse(spec) for spec in args.also]
         config = load_config(schema, args.config, args.overrides)
         sampler = open_sampler(config, args.branch)

@@ -268,10 +268,11 @@ def make_parser(schema: type, description: str, default: str | None = None) -> a
 
 
 @contextmanager
-def friendly_errors() -> Iterator[None]:
+def friendly_errors(again: str = "goes on with what is complete") -> Iterator[None]:
     """Ends the program with a message, not a traceback, for what the user can mend: settings, files, checkpoints.
 
-    After Ctrl-C and SIGTERM the message says how to go on, and the exit code is that of the signal, 130 or 143. What
+    After Ctrl-C and SIGTERM the message says how to go on, by `again` what the same command does then unless the block
+    told more, and the exit code is that of the signal, 130 or 143. What
     the terminal cannot show, such as names of files that are no UTF-8, is shown as escapes.
     """
     for stream in (sys.stdout, sys.stderr):
@@ -283,7 +284,7 @@ def friendly_errors() -> Iterator[None]:
     except KeyboardInterrupt as stop:
         traceback.clear_frames(stop.__traceback__)  # what holds processes that load data, which would be waited for
         told = getattr(stop, "told", None)
-        told = "stopped; the same command again goes on with what is complete" if told is None else told
+        told = f"stopped; the same command {again}" if told is None else told
         if told and os.environ.get("RANK", "0") == "0":
             print(told, file=sys.stderr)
         raise SystemExit(128 + getattr(stop, "signum", signal.SIGINT)) from None

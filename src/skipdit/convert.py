@@ -192,7 +192,7 @@ def main(argv: list[str] | None = None) -> None:
     command.add_argument("--model-class", default="skipdit.class_to_image.DiT", metavar="CLASS", help="[%(default)s]")
     command.add_argument("--num-heads", type=int, metavar="H", help="attention heads, if the width is no published one")
     args = parser.parse_args(argv)
-    with friendly_errors():
+    with friendly_errors("starts anew"):
         if args.command == "verify":
             print(verify(args.source))
             return

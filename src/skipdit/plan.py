@@ -544,7 +544,7 @@ def main() -> None:
         help=f"settings that override the config's, whose seed {SEED} does unless you say another",
     )
     args = parser.parse_intermixed_args()
-    with friendly_errors():
+    with friendly_errors("starts anew"):
         if not args.out.endswith(".json") or Path(args.out).is_dir():
             raise ValueError(f"--out {args.out}: a plan is a file that ends in .json")
         plan, measured = run(args)

@@ -203,10 +203,10 @@ def check(analysis: str, args: argparse.Namespace) -> None:
         raise ValueError(f"--radius is {args.radius}; it must be above 0")
 
 
-@friendly_errors()
+@friendly_errors("starts anew")
 def main(arguments: list[str] | None = None) -> None:
     analysis, args = parse(sys.argv[1:] if arguments is None else arguments)
-    with friendly_errors():
+    with friendly_errors("starts anew"):
         check(analysis, args)
         task = find_task(args.config, args.task)
         subjects = open_subjects(task, args)

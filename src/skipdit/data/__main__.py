@@ -39,7 +39,7 @@ def main() -> None:
     parser.add_argument("--decode", action="store_true", help="decode every video to its end, and count its frames")
     parser.add_argument("--workers", type=int, default=4, help="reading processes [%(default)s]")
     args = with_home(parser.parse_intermixed_args())
-    with friendly_errors():
+    with friendly_errors("starts anew"):
         broken = check(args)
     raise SystemExit(1 if broken else 0)
 
