@@ -329,6 +329,8 @@ ODD_STATES = {
     r"('pos_embed', 1) is no parameter's name": lambda state: {**state, ("pos_embed", 1): state["pos_embed"]},
     "pos_embed is not a dense tensor": lambda state: state | {"pos_embed": state["pos_embed"].to_sparse()},
     "pos_embed has a shape but no numbers": lambda state: state | {"pos_embed": state["pos_embed"].to("meta")},
+    "two of its tensors are pos_embed": lambda state: {**state, "module.pos_embed": state["pos_embed"] + 1},
+    "two of its tensors are skips.0.norm.bias": lambda state: {**state, "skips.0.norm.bias": state["pos_embed"]},
     "pos_embed are not tensors": lambda state: state | {"pos_embed": 3},
     "pos_embed is torch.int8": lambda state: state | {"pos_embed": state["pos_embed"].to(torch.int8)},
     "pos_embed is torch.complex64": lambda state: state | {"pos_embed": state["pos_embed"].to(torch.complex64)},
@@ -348,6 +350,26 @@ def test_odd_state_dicts_are_named(model, tmp_path, capsys, complaint):
         assert name in str(caught.value)
     assert_same(model.state_dict(), before)
     assert "odd.pt" in refused(capsys, "convert", path, tmp_path / "out", "--num-heads", 2)
+
+
+@pytest.mark.parametrize("part", ["model", "ema", "opt"])
+@pytest.mark.parametrize(
+    "odd",
+    [{0: torch.ones(1)}, {"a": torch.eye(2).to_sparse()}, {"a": torch.ones(2, device="meta")}],
+    ids=["integer name", "sparse", "meta"],
+)
+def test_odd_training_checkpoints_are_passed_over(model, tmp_path, part, odd):
+    optimizer = torch.optim.AdamW(model.parameters())
+    for step in (1, 2):
+        checkpoint.save(tmp_path, step, model, model, optimizer, {}, keep=0, writer=True)
+    state = copy.deepcopy(load_checkpoint(tmp_path / "0000002.pt"))  # away from the file, which is written anew
+    torch.save({**state, part: odd if part != "opt" or 0 not in odd else {"state": odd}}, tmp_path / "0000002.pt")
+    if part == "opt" and 0 in odd:  # what an optimizer keeps has its own ways
+        with pytest.raises(WeightsError, match="does not fit its model and optimizer"):
+            checkpoint.restore(checkpoint.latest(tmp_path)[1], model, model, optimizer)
+    else:
+        with pytest.warns(UserWarning, match=r"0000002\.pt.*(0 is no parameter's name|a is not|a has a shape but)"):
+            assert checkpoint.latest(tmp_path)[0].name == "0000001.pt"
 
 
 @pytest.mark.parametrize("name", ["pos_embed", "x_embedder.proj.weight", "blocks.0.mlp.fc1.weight"])

@@ -18,7 +18,16 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 
-from skipdit.weights import WeightsError, from_released, is_finite, load_checkpoint, require_sound, saved, to_released
+from skipdit.weights import (
+    WeightsError,
+    from_released,
+    is_finite,
+    load_checkpoint,
+    require_sound,
+    require_tensors,
+    saved,
+    to_released,
+)
 from skipdit.writing import whole_file
 
 _FULL = StateDictOptions(full_state_dict=True, cpu_offload=True)  # gathered on rank 0 where parameters are sharded
@@ -85,6 +94,8 @@ def latest(folder: Path) -> tuple[Path, dict] | None:
         try:
             state = load_checkpoint(path)
             require_sound(path, state)
+            for part in ("model", "ema"):
+                require_tensors(f"{path}, {part}", state.get(part, {}))
             return path, state
         except WeightsError as error:
             warnings.warn(str(error), stacklevel=2)
@@ -115,7 +126,13 @@ def restore(state: dict, model: nn.Module, ema: nn.Module, optimizer: torch.opti
     if lacking := {"model", "ema", "opt", "step"} - state.keys():
         lacks = ", ".join(sorted(lacking))
         raise WeightsError(f"a checkpoint of this run lacks {lacks}: only the trainer's own can be resumed; see `init`")
-    set_model_state_dict(model, from_released(state["model"]), options=_LOAD)
-    set_model_state_dict(ema, from_released(state["ema"]), options=_LOAD)
-    set_optimizer_state_dict(model, optimizer, state["opt"], options=_LOAD)
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    try:
+        if other := trained ^ state["opt"]["state"].keys():  # torch would leave their moments at zero
+            raise ValueError(f"the optimizer's state is not of {', '.join(sorted(map(str, other))[:3])}")
+        set_model_state_dict(model, from_released(state["model"]), options=_LOAD)
+        set_model_state_dict(ema, from_released(state["ema"]), options=_LOAD)
+        set_optimizer_state_dict(model, optimizer, state["opt"], options=_LOAD)
+    except (ValueError, LookupError, TypeError, AttributeError, RuntimeError) as error:
+        raise WeightsError(f"a checkpoint of this run does not fit its model and optimizer: {error}") from error
     return state["step"]

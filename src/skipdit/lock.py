@@ -50,8 +50,10 @@ def _lock(file: IO) -> None:
     try:
         import fcntl
     except ImportError:
-        import msvcrt
-
+        try:
+            import msvcrt
+        except ImportError as error:
+            raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS)) from error
         msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
     else:  # not flock, whose locks children inherit
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, _PLACE)

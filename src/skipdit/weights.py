@@ -65,6 +65,8 @@ def _rename(state: State, rules: list[tuple[re.Pattern, str]]) -> dict[str, Tens
     for name, tensor in state.items():
         for pattern, replacement in rules:
             name = pattern.sub(replacement, name)
+        if name in renamed:
+            raise ValueError(f"two of its tensors are {name}")
         renamed[name] = tensor
     return renamed
 
@@ -164,15 +166,17 @@ def load_state(source: str | Path | State, skips: str | None = None) -> dict[str
     """
     content = source if isinstance(source, Mapping) else read(Path(source))
     state = next((content[key] for key in _CONTAINERS if isinstance(content.get(key), Mapping)), content)
-    _require_tensors(_name(source), state)
-    named = {_WRAPPERS.sub("", name): tensor for name, tensor in state.items()}
-    if _is_untold(content, named):
-        if skips is None:
-            raise WeightsError(_UNTOLD.format(_name(source)))
-        if skips == "outside-in":
-            named = _turned(named)
+    require_tensors(_name(source), state)
     try:
+        named = _rename(state, [(_WRAPPERS, "")])
+        if _is_untold(content, named):
+            if skips is None:
+                raise WeightsError(_UNTOLD.format(_name(source)))
+            if skips == "outside-in":
+                named = _turned(named)
         return from_released({name: tensor for name, tensor in named.items() if name not in _UNUSED})
+    except WeightsError:
+        raise
     except (ValueError, RuntimeError, IndexError) as error:  # parts that do not fit together
         raise WeightsError(f"{_name(source)} is no state dict of a known layout: {error}") from error
 
@@ -213,12 +217,16 @@ def _turned(state: State) -> dict[str, Tensor]:
     return {number.sub(lambda m: f"{m[1]}.{last - int(m[2])}.", name): tensor for name, tensor in state.items()}
 
 
-def _require_tensors(source: str, state: Mapping) -> None:
+def require_tensors(source: str, state: Mapping) -> None:
     """Raise WeightsError unless a state dict is one of names and plain tensors, all of them with their numbers."""
     if unnamed := [name for name in state if not isinstance(name, str)]:
         raise WeightsError(f"{source} is not a state dict: {unnamed[0]!r} is no parameter's name")
     if strays := [name for name, value in state.items() if not isinstance(value, Tensor)]:
         raise WeightsError(f"{source} is not a state dict: {', '.join(strays[:5])} are not tensors")
+    _require_dense(source, state)
+
+
+def _require_dense(source: str, state: State) -> None:
     kinds = {
         "has a shape but no numbers (a tensor of the meta device)": lambda tensor: tensor.is_meta,
         "is not a dense tensor": lambda tensor: tensor.layout is not torch.strided or tensor.is_nested,
@@ -378,6 +386,7 @@ def require_sound(source: str | Path | State, state: Mapping[str, Any]) -> None:
         state: tensors, at any depth. Those that are not of floating point need not be finite.
     """
     found = list(tensors_of(state))
+    _require_dense(_name(source), dict(found))
     if not isinstance(source, Mapping) and (damaged := _damaged(_weights_files(Path(source))[0], found)):
         names = ", ".join(damaged[:5])
         raise WeightsError(f"{source} is damaged: {names} are not as they were saved; download or copy it again")
