@@ -4,7 +4,7 @@ import errno
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -37,7 +37,8 @@ def whole_file(path: str | Path, keep_suffix: bool = False, mark: str = "") -> I
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             os.replace(partial, path)
     except BaseException:
-        shutil.rmtree(partial, ignore_errors=True) if partial.is_dir() else partial.unlink(missing_ok=True)
+        with suppress(OSError):  # there is none, or the disk cannot be written at all
+            shutil.rmtree(partial) if partial.is_dir() else partial.unlink()
         raise
 
 
