@@ -15,6 +15,8 @@ import torch
 from PIL import Image
 
 from skipdit import encode
+from skipdit.class_to_image.train import Config
+from skipdit.config import ConfigError, to_yaml
 from skipdit.data.__main__ import main as check_main
 from skipdit.data.clip_folder import ClipFolder
 from skipdit.data.clips import ClipData
@@ -138,6 +140,13 @@ def test_training_and_encoding_go_on_past_such_names(old_names, tmp_path, vae_fo
     monkeypatch.setattr(sys, "argv", [*command.split(), "--workers", "0"])
     encode.main()
     assert r"caf\udce9-broken.png" in (out / "broken_files.txt").read_text("utf-8")
+
+
+def test_a_config_names_the_path_that_it_cannot_hold():
+    config = Config()
+    config.data.path = f"data/{CAFE}"
+    with pytest.raises(ConfigError, match=r"'data/caf\\udce9' is no UTF-8, .* rename that"):
+        to_yaml(config)
 
 
 def test_evaluation_of_such_names(old_names):

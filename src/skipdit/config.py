@@ -239,7 +239,12 @@ def flatten(config: DictConfig, prefix: str = "") -> dict[str, Any]:
 
 
 def to_yaml(config: Any) -> str:
-    return OmegaConf.to_yaml(OmegaConf.structured(config))
+    """Raises ConfigError for a text that YAML cannot hold: a path that is no UTF-8."""
+    try:
+        return OmegaConf.to_yaml(OmegaConf.structured(config))
+    except UnicodeEncodeError as error:
+        advice = "rename that file or folder, or link to it"
+        raise ConfigError(f"{error.object!r} is no UTF-8, as configs are: {advice}") from error
 
 
 def to_dict(config: Any) -> dict:
