@@ -14,6 +14,7 @@ from torch import nn
 
 from skipdit.bench import interleaved_seconds
 from skipdit.class_to_image.model import DiT
+from skipdit.config import friendly_errors
 from skipdit.train import set_trainable
 
 
@@ -38,6 +39,7 @@ def saved_bytes(model: nn.Module, inputs: tuple[torch.Tensor, ...]) -> int:
     return sum(storages.values())
 
 
+@friendly_errors("starts anew")
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="DiT-S/2-skip", help="a published name with skips [%(default)s]")

@@ -23,6 +23,7 @@ from torch import Tensor
 from torchvision.datasets import FashionMNIST
 from tqdm import tqdm
 
+from skipdit.config import friendly_errors
 from skipdit.data.files import is_a, read_picture, walk
 from skipdit.data.images import to_float
 from skipdit.media import read_mp4
@@ -96,6 +97,7 @@ def load_matching(vae: AutoencoderKL, state: dict[str, Tensor]) -> None:
     vae.load_state_dict(fitting, strict=False)
 
 
+@friendly_errors("starts anew")
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     source = parser.add_mutually_exclusive_group(required=True)
