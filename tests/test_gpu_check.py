@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+import threading
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -179,11 +180,20 @@ def test_after_an_error_that_lasts_the_process_starts_anew(monkeypatch, tmp_path
 
 
 def test_a_process_that_does_not_end_is_ended(monkeypatch):
-    ended, told = [], []
+    ended, told = threading.Event(), []
     monkeypatch.setattr(plan, "GRACE", -1000)
-    monkeypatch.setattr(plan.os, "_exit", ended.append)
-    plan.end_if_stuck(Clock(0), lambda: told.append("table")).join(10)
-    assert ended == [3] and told == ["table"]
+    monkeypatch.setattr(plan.os, "_exit", lambda code: code == 3 and ended.set())
+    with plan.end_if_stuck(Clock(0), lambda: told.append("table")):
+        assert ended.wait(10) and told == ["table"]
+
+
+def test_a_process_whose_check_ended_by_an_error_lives_on(monkeypatch):
+    ended = threading.Event()
+    monkeypatch.setattr(plan, "GRACE", -1000)
+    monkeypatch.setattr(plan.os, "_exit", lambda code: ended.set())
+    with pytest.raises(RuntimeError), plan.end_if_stuck(Clock(0), lambda: None):
+        raise RuntimeError
+    assert not ended.wait(2)
 
 
 def test_slower_machines_leave_out_more(tmp_path):

@@ -262,7 +262,7 @@ def test_every_command_that_is_stopped_keeps_what_it_has(sampling, tmp_path, vae
 
 def many_pictures(folder: Path, vae_folder: Path) -> None:
     """Two folders of pictures and one with classes, of which each file is linked many times."""
-    Image.effect_noise((64, 64), 50).convert("RGB").save(folder / "one.png")
+    Image.effect_noise((256, 256), 50).convert("RGB").save(folder / "one.png")
     for name in ("a", "b", "images/c"):
         (folder / name).mkdir(parents=True)
         for number in range(3000):

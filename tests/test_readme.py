@@ -262,8 +262,7 @@ def commands() -> list[str]:
 
 def run(command: str, folder: Path) -> subprocess.CompletedProcess:
     command = command.replace("python ", f"{sys.executable} ", 1)
-    env = os.environ | {"OMP_NUM_THREADS": "1"}
-    return subprocess.run(shlex.split(command), capture_output=True, text=True, cwd=folder, env=env, timeout=300)
+    return subprocess.run(shlex.split(command), capture_output=True, text=True, cwd=folder, timeout=300)
 
 
 @pytest.fixture(scope="module")

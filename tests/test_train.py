@@ -42,6 +42,17 @@ def test_loss_falls(config):
     assert sum(losses[-10:]) < 0.9 * sum(losses[:10])
 
 
+def test_two_precisions_in_one_process(config, tmp_path):
+    """As in a notebook."""
+    train(config)
+    whole = state(config)["ema"]
+    for precision in ("bf16", "fp32"):
+        config.out, config.train.precision = str(tmp_path / precision), precision
+        train(config)
+        same = all(torch.equal(tensor, whole[name]) for name, tensor in state(config)["ema"].items())
+        assert same == (precision == "fp32")
+
+
 def test_resume_is_bit_equal(config, tmp_path):
     """Story 7: two steps, then two more, equal four at once: weights, average, optimizer, data, noise."""
     train(config)

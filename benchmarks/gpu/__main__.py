@@ -16,8 +16,8 @@ from pathlib import Path
 
 if __name__ == "__main__":  # the folder above, so that `gpu` is a package and its modules hide no others
     sys.path[0] = str(Path(__file__).resolve().parents[1])
-os.environ.setdefault("TQDM_DISABLE", "1")  # read when tqdm is imported
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    os.environ.setdefault("TQDM_DISABLE", "1")  # read when tqdm is imported
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import argparse
 import importlib.util
@@ -101,13 +101,12 @@ def check(args: argparse.Namespace) -> int:
     began = time.strftime("%Y-%m-%d %H:%M:%S")
     record.begin({"id": again or began, "began": began, "minutes": args.minutes, "sections": args.only or SECTIONS})
 
-    timer = end_if_stuck(clock, lambda: print(report.summary(record.data, args.out)))
     plan = Plan(bench, record, clock)
-    plan.run(limits)
-    compile_ahead_and_test(args, plan, chosen)
-    plan.run([row for row in chosen if row.section != "tests"])
-    plan.end()
-    timer.cancel()
+    with end_if_stuck(clock, lambda: print(report.summary(record.data, args.out))):
+        plan.run(limits)
+        compile_ahead_and_test(args, plan, chosen)
+        plan.run([row for row in chosen if row.section != "tests"])
+        plan.end()
     print(report.summary(record.data, args.out))
     made = [row for row in record.data["rows"].values() if row["run"] == record.run["id"]]
     return int(any(row["status"] != "ok" for row in made))

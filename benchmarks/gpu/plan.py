@@ -198,8 +198,10 @@ def alarm(seconds: float) -> Iterator[None]:
         signal.signal(signal.SIGALRM, before)
 
 
-def end_if_stuck(clock: Clock, tell: Callable[[], None]) -> threading.Timer:
-    """End the process when its time is long over, for instance because the GPU hangs. Results are in the file by then.
+@contextlib.contextmanager
+def end_if_stuck(clock: Clock, tell: Callable[[], None]) -> Iterator[None]:
+    """End the process if the block goes on when its time is long over, for instance because the GPU hangs. Results are
+    in the file by then.
 
     Args:
         tell: called before that.
@@ -215,4 +217,7 @@ def end_if_stuck(clock: Clock, tell: Callable[[], None]) -> threading.Timer:
     timer = threading.Timer(max(clock.left() + RESERVE + GRACE, 1), end)
     timer.daemon = True
     timer.start()
-    return timer
+    try:
+        yield
+    finally:
+        timer.cancel()

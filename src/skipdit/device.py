@@ -7,6 +7,7 @@ from datetime import timedelta
 
 import torch
 from accelerate import Accelerator, PartialState
+from accelerate.state import AcceleratorState
 from torch import Tensor
 
 # Variables by which accelerate's launcher and its config file say how to train. Ours is the one config of a training.
@@ -81,6 +82,7 @@ def make_accelerator(precision: str) -> Accelerator:
     for name, setting in _SETTINGS.items():
         if (value := os.environ.get(name, "")).strip().lower() not in (*_NOTHING, precision):
             state.print(f"{name}={value} is not used: train.{setting} decides")
+    AcceleratorState._reset_state()  # an earlier training of this process may have had another precision
     with own_settings():
         return Accelerator(cpu=cpu_only(), mixed_precision=precision.replace("fp32", "no"))
 
