@@ -6,6 +6,7 @@ config: any tool that reads those reads these. A file gets its name only when it
 
 import os
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -17,6 +18,7 @@ from torch.distributed.checkpoint.state_dict import (
     set_model_state_dict,
     set_optimizer_state_dict,
 )
+from torch.optim import Optimizer
 
 from skipdit.weights import (
     WeightsError,
@@ -43,7 +45,7 @@ def save(
     step: int,
     model: nn.Module,
     ema: nn.Module,
-    optimizer: torch.optim.Optimizer,
+    optimizers: Sequence[Optimizer],
     args: dict,
     keep: int,
     writer: bool,
@@ -56,7 +58,7 @@ def save(
     state = {
         "model": to_released(get_model_state_dict(model, options=_FULL)),
         "ema": to_released(get_model_state_dict(ema, options=_FULL)),
-        "opt": get_optimizer_state_dict(model, optimizer, options=_FULL),
+        "opt": get_optimizer_state_dict(model, optimizers, options=_FULL),
         "args": args,
         "config": {key: value for key, value in getattr(ema, "config", {}).items() if not key.startswith("_")},
         "step": step,
@@ -118,7 +120,7 @@ def load_chosen(path: Path) -> dict:
         ) from error
 
 
-def restore(state: dict, model: nn.Module, ema: nn.Module, optimizer: torch.optim.Optimizer) -> int:
+def restore(state: dict, model: nn.Module, ema: nn.Module, optimizers: Sequence[Optimizer]) -> int:
     """Put a checkpoint back, whatever the parallelism it was saved under. Returns its step.
 
     Raises WeightsError for a checkpoint without optimizer and step, such as a released or exported one.
@@ -132,7 +134,7 @@ def restore(state: dict, model: nn.Module, ema: nn.Module, optimizer: torch.opti
             raise ValueError(f"the optimizer's state is not of {', '.join(sorted(map(str, other))[:3])}")
         set_model_state_dict(model, from_released(state["model"]), options=_LOAD)
         set_model_state_dict(ema, from_released(state["ema"]), options=_LOAD)
-        set_optimizer_state_dict(model, optimizer, state["opt"], options=_LOAD)
+        set_optimizer_state_dict(model, optimizers, state["opt"], options=_LOAD)
     except (ValueError, LookupError, TypeError, AttributeError, RuntimeError) as error:
         raise WeightsError(f"a checkpoint of this run does not fit its model and optimizer: {error}") from error
     return state["step"]

@@ -25,6 +25,7 @@ from accelerate.utils import broadcast_object_list, tqdm
 from omegaconf import OmegaConf
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.optim import Optimizer
 from torch.utils.data import Dataset
 
 from skipdit import checkpoint
@@ -33,6 +34,7 @@ from skipdit.data.stream import Stream, make_loader, rows_of, seed_of
 from skipdit.device import make_accelerator, own_settings, set_tf32
 from skipdit.ema import EMA
 from skipdit.lock import hold
+from skipdit.optimizer import make_optimizers
 from skipdit.runlog import BrokenFiles, Log
 from skipdit.spectral import SpectralLimit
 from skipdit.stopping import Stopped, StopSignals, stop_signals
@@ -46,10 +48,12 @@ class TrainConfig:
     steps: int = setting(400_000, "optimizer steps")
     batch_size: int = setting(256, "samples per optimizer step, over all processes")
     micro_batch_size: int | None = setting(None, "samples per forward pass and process; fewer accumulate gradients")
-    lr: float = setting(1e-4, "AdamW learning rate")
+    optimizer: str = setting("adamw", "adamw, or muon: Muon for the matrices of blocks and skips, AdamW for the rest")
+    lr: float = setting(1e-4, "learning rate")
+    muon_lr: float | None = setting(None, "Muon's learning rate; as lr by default")
     warmup: int = setting(0, "steps of linear warm-up")
     decay_steps: int = setting(0, "steps of linear decay to zero at the end")
-    weight_decay: float = setting(0.0, "AdamW weight decay")
+    weight_decay: float = setting(0.0, "weight decay")
     betas: tuple[float, float] = setting((0.9, 0.999), "AdamW betas")
     grad_clip: float = setting(0.0, "largest gradient norm; 0 leaves gradients alone")
     ema_decay: float = setting(0.9999, "decay of the averaged weights")
@@ -126,12 +130,12 @@ def set_trainable(model: nn.Module, rules: dict[str, bool]) -> None:
         raise ValueError(f"freezing rules match no parameter: {', '.join(sorted(unused))}")
 
 
-def learning_rate(config: TrainConfig, step: int) -> float:
-    """Learning rate of optimizer step `step`, from 0: warm-up, constant, decay."""
+def learning_rate(config: TrainConfig, step: int, peak: float | None = None) -> float:
+    """Learning rate of optimizer step `step`, from 0: warm-up, constant (`peak`, by default `config.lr`), decay."""
     scale = min(1.0, (step + 1) / config.warmup) if config.warmup else 1.0
     if config.decay_steps:
         scale = min(scale, (config.steps - step) / config.decay_steps)
-    return config.lr * scale
+    return (config.lr if peak is None else peak) * scale
 
 
 def fit(
@@ -203,8 +207,9 @@ def _fit(
     micro = config.micro_batch_size or config.batch_size // world
     rows = rows_of(config.batch_size, micro, accelerator.process_index, world)
 
-    trained, ema, optimizer, blueprint = _prepare(model, config, accelerator)
-    start = 0 if dry_run else _resume(out, model, ema, optimizer, accelerator)
+    trained, ema, optimizers, blueprint = _prepare(model, config, accelerator)
+    peaks = [optimizer.param_groups[0]["lr"] for optimizer in optimizers]
+    start = 0 if dry_run else _resume(out, model, ema, optimizers, accelerator)
     stream = Stream(dataset, config.seed, config.batch_size)
     first, shape = stream.largest() if dry_run else (start, None)  # where that fits, all others do
     stop = first + 1 if dry_run else config.steps
@@ -219,12 +224,14 @@ def _fit(
     with tqdm(initial=start, total=config.steps, desc="training", unit="step", dynamic_ncols=True) as progress:
         totals, bad, skipped, began = torch.zeros(2, device=device), 0, 0, time.perf_counter()
         for step in range(start, 2 if dry_run else config.steps):
-            for group in optimizer.param_groups:
-                group["lr"] = learning_rate(config, step)
+            for optimizer, peak in zip(optimizers, peaks, strict=True):
+                for group in optimizer.param_groups:
+                    group["lr"] = learning_rate(config, step, peak)
             gradients = _backward(trained, loss, loader, rows, step, config, accelerator, limit, signals)
             finite = math.isfinite(gradients.norm)  # gradients are summed over processes, so all of them agree
             if finite:
-                optimizer.step()
+                for optimizer in optimizers:
+                    optimizer.step()
                 if limit:
                     limit.project()
                 ema.update(model, step + 1)
@@ -239,7 +246,8 @@ def _fit(
                         f"{gradients.indices}. The newest checkpoint in {out / 'checkpoints'} is good; "
                         "lower train.lr, or look at those samples."
                     )
-            optimizer.zero_grad(set_to_none=True)
+            for optimizer in optimizers:
+                optimizer.zero_grad(set_to_none=True)
             progress.update()
             if dry_run:
                 continue
@@ -266,7 +274,7 @@ def _fit(
                     log.write(stats)
             if last or gradients.stop or (config.save_every and done % config.save_every == 0):
                 folder, args, writer = out / "checkpoints", to_dict(run_config), accelerator.is_main_process
-                checkpoint.save(folder, done, model, ema.model, optimizer, args, config.keep, writer)
+                checkpoint.save(folder, done, model, ema.model, optimizers, args, config.keep, writer)
             if gradients.stop and not last:
                 progress.close()
                 if log:
@@ -325,7 +333,7 @@ def _end(accelerator: Accelerator, signals: StopSignals, told: str) -> None:
 def _prepare(model: nn.Module, config: TrainConfig, accelerator: Accelerator):
     """Move, average, compile and wrap a model.
 
-    Returns the wrapped model, its EMA, the optimizer and, where weights are sharded, a model on the meta device from
+    Returns the wrapped model, its EMA, the optimizers and, where weights are sharded, a model on the meta device from
     which an unsharded copy can be made.
     """
     if config.gradient_checkpointing:
@@ -343,17 +351,14 @@ def _prepare(model: nn.Module, config: TrainConfig, accelerator: Accelerator):
     else:
         with own_settings():
             trained = accelerator.prepare_model(model)
-    optimizer = torch.optim.AdamW(
-        [p for p in model.parameters() if p.requires_grad],
-        lr=config.lr,
-        betas=tuple(config.betas),
-        weight_decay=config.weight_decay,
-        fused=accelerator.device.type == "cuda",
+    fused = accelerator.device.type == "cuda"
+    optimizers = make_optimizers(
+        model, config.optimizer, config.lr, config.muon_lr, config.betas, config.weight_decay, fused
     )
-    return trained, ema, optimizer, blueprint
+    return trained, ema, optimizers, blueprint
 
 
-def _resume(out: Path, model: nn.Module, ema: EMA, optimizer, accelerator: Accelerator) -> int:
+def _resume(out: Path, model: nn.Module, ema: EMA, optimizers: list[Optimizer], accelerator: Accelerator) -> int:
     """Put the newest checkpoint back. Returns the step to go on from, 0 without one.
 
     The main process chooses it for all: processes that went on from different steps would mix their gradients.
@@ -369,7 +374,7 @@ def _resume(out: Path, model: nn.Module, ema: EMA, optimizer, accelerator: Accel
         return 0
     state = found[1] if found else checkpoint.load_chosen(folder / name)
     accelerator.print(f"resuming from {folder / name}")
-    return checkpoint.restore(state, model, ema.model, optimizer)
+    return checkpoint.restore(state, model, ema.model, optimizers)
 
 
 class Gradients(NamedTuple):
