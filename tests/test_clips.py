@@ -324,6 +324,14 @@ def test_class_folders_may_be_called_anything(tmp_path, names, override):
     assert dataset.labels == [1, 0]
 
 
+def test_without_pyav_videos_are_refused_and_frames_are_read(config, monkeypatch):
+    """Every video would be broken, and training would go on with none of them."""
+    monkeypatch.setitem(sys.modules, "av", None)
+    with pytest.raises(ValueError, match="pip install av"):
+        ClipFolder(config("classes"))
+    assert len(ClipFolder(config("frames")).open(0)) == LENGTHS[0]
+
+
 def test_labels_of_listed_pictures(config, layouts, tmp_path):
     """Pictures outside of the classes asked for go with their clips."""
     folders = ("apple", "apple", "pear", "plum")

@@ -365,9 +365,9 @@ def test_flops_are_counted_right():
 
 
 def test_nothing_optional_is_imported():
-    """Story 16: neither flash-attn, xformers nor apex is needed."""
-    code = "import sys\nfor name in ('flash_attn', 'xformers', 'apex'): sys.modules[name] = None\n"
-    code += "import skipdit.class_to_image.train"
+    """Story 16: neither flash-attn, xformers nor apex is needed, nor PyAV for latents."""
+    code = "import sys\nfor name in ('flash_attn', 'xformers', 'apex', 'av'): sys.modules[name] = None\n"
+    code += "import skipdit.class_to_image.train, skipdit.class_to_video.train, skipdit.text_to_video.train"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 

@@ -14,7 +14,7 @@ from torchvision.transforms.v2 import functional as transforms
 from skipdit.data.captions import BESIDE, Row, match, read_rows, texts_beside
 from skipdit.data.clips import Clip, ClipData, ClipDataset
 from skipdit.data.files import IMAGE_SUFFIXES, is_a, read_list, read_picture, walk
-from skipdit.data.video import Video
+from skipdit.data.video import Video, load_av
 
 VIDEO_SUFFIXES = {".mp4", ".avi", ".mov", ".mkv", ".webm", ".mpg", ".m4v"}
 STRETCH = 32  # frames to hold at the size of their file at once
@@ -25,7 +25,7 @@ class ClipFolder(ClipDataset):
 
     Samples: {"image": uint8 (F + I, 3, S, S)}, with classes or captions "label" and "image_label". Files of other kinds
     are passed over. Raises FileNotFoundError or ValueError, naming the folder or the captions file and its line, if
-    there is nothing to read or settings exclude each other.
+    there is nothing to read, settings exclude each other, or videos lack their library.
 
     Attributes:
         classes: class folders in order of their ids.
@@ -39,6 +39,8 @@ class ClipFolder(ClipDataset):
         self.root, self.size, self.kind = Path(config.path), config.image_size, config.kind
         if not self.root.is_dir():
             raise FileNotFoundError(f"no folder of clips {self.root}")
+        if self.kind == "videos":
+            load_av()  # or say that it is missing, before many processes read
         self.strays: Counter[str] = Counter()
         if config.captions:
             self._caption(config)

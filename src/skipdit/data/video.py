@@ -1,12 +1,18 @@
-"""Frames of video files by number: frame k is the k-th that decoding from the beginning shows, upright, in RGB."""
+"""Frames of video files by number: frame k is the k-th that decoding from the beginning shows, upright, in RGB.
+
+PyAV reads them. It is imported with the first video: training on latents, pictures or folders of frames does without.
+"""
+
+from __future__ import annotations  # without PyAV its types are names only
 
 from bisect import bisect_right
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from itertools import pairwise
 from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING
 
-import av
 import numpy as np
 import torch
 from torch import Tensor
@@ -14,11 +20,23 @@ from torch import Tensor
 from skipdit.data.files import check_size
 from skipdit.data.stream import BrokenSample
 
+if TYPE_CHECKING:
+    import av
+
 _BOTH_TIMES = {"flv", "matroska", "mov", "mpeg", "mpegts"}  # formats that say when frames are decoded and when shown
 
 
 class _Missed(Exception):
     """Decoding did not give the frame that was to come."""
+
+
+def load_av() -> ModuleType:
+    """PyAV. Raises ValueError without it: were every video called broken, nobody would look for a package."""
+    try:
+        import av
+    except ImportError as error:
+        raise ValueError(f"video files need the PyAV library: `pip install av` ({error})") from error
+    return av
 
 
 class Video:
@@ -37,11 +55,11 @@ class Video:
         decode: learn the number of frames by decoding all of them, whatever the packets say.
 
     Raises BrokenSample, here and in `read`, naming the file, if it cannot be opened or is cut short, or if a frame that
-    is asked for is damaged or missing.
+    is asked for is damaged or missing. Raises ValueError without PyAV.
     """
 
     def __init__(self, path: Path, decode: bool = False):
-        self.path = path
+        self.path, self._av = path, load_av()
         with self._named():
             self._open()
             times, self._keys = self._scan()
@@ -55,7 +73,7 @@ class Video:
         with self._named():
             try:
                 return self._read(frames)
-            except (_Missed, av.FFmpegError):
+            except (_Missed, self._av.FFmpegError):
                 times = self._decode_all()  # raises what is wrong with the file, if something is
                 if len(times) != len(self):
                     raise _Missed(f"of its {len(self)} frames {len(times)} can be decoded") from None
@@ -73,7 +91,7 @@ class Video:
     def _open(self) -> None:
         if self.path.exists() and not self.path.is_file():
             raise _Missed("it is no file")
-        self._container = av.open(str(self.path), metadata_errors="replace")
+        self._container = self._av.open(str(self.path), metadata_errors="replace")
         self._stream = self._container.streams.best("video")
         if self._stream is None:
             raise _Missed("there is no video in it")
@@ -140,7 +158,7 @@ class Video:
         for _ in self._ways(frames[0]):
             try:
                 return self._take(frames)
-            except (_Missed, av.FFmpegError) as error:
+            except (_Missed, self._av.FFmpegError) as error:
                 missed = error
         raise missed
 
@@ -199,7 +217,7 @@ class _Converter:
 
     @staticmethod
     def _build(frame: av.VideoFrame) -> av.filter.Graph:
-        graph = av.filter.Graph()
+        graph = load_av().filter.Graph()
         with suppress(AttributeError):  # older PyAV takes as many as it likes
             graph.threads = 1
         size = {"width": frame.width, "height": frame.height, "time_base": frame.time_base}
