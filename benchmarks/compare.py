@@ -36,19 +36,20 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
-from skipdit.bench import replaced
-from skipdit.cache import CacheSpec, DriftSpec
-from skipdit.compare import Sampler, check_plans
-from skipdit.config import friendly_errors, load_config, to_dict
-from skipdit.device import compile_mode, process_state
+from skipdit.caching.policies import CacheSpec, DriftSpec
+from skipdit.cli import friendly_errors
+from skipdit.config import load_config, to_dict
+from skipdit.evaluation.compare import check_plans
+from skipdit.layers.inspect import replaced
+from skipdit.layers.skip import SkipTransformer
 from skipdit.metrics import IDENTICAL, frechet_distance, mean_psnr, psnr, ssim
 from skipdit.metrics.networks import load_image_script
 from skipdit.metrics.samples import fitted, open_samples
-from skipdit.sample import versions
-from skipdit.skip import SkipTransformer
-from skipdit.task import find_task
-from skipdit.weights import fingerprint
-from skipdit.writing import replace_text
+from skipdit.sampling.sampler import Sampler
+from skipdit.tasks import find_task
+from skipdit.utils.device import compile_mode, process_state
+from skipdit.utils.files import replace_text
+from skipdit.utils.provenance import fingerprint, versions
 
 ROOT = Path(__file__).parents[1]
 TASKS = ("class-to-image", "class-to-video", "text-to-video", "text-to-image")

@@ -1,6 +1,6 @@
 """How fast long skips let a model learn: a plain DiT against Skip-DiT, from scratch, on FashionMNIST.
 
-    python -m skipdit.encode --data fashion_mnist --path data --image-size 32 \\
+    python -m skipdit encode --data fashion_mnist --path data --image-size 32 \\
         --vae class-to-image/weights/vae --out data/fashion-latents
     python benchmarks/efficiency.py --data data --seeds 0 1 2
     python benchmarks/efficiency.py --data data --seeds 0 1 2 --spectral
@@ -11,7 +11,7 @@ the same, Fréchet distance and class of samples without guidance by the judge o
 which step has Skip-DiT what the plain model has at the end? The same question put to the plain model itself tells how
 much of the answer is noise.
 
-With --spectral, Skip-DiT without a constraint on its skips, with a penalty and with a cap (skipdit.spectral): their
+With --spectral, Skip-DiT without a constraint on its skips, with a penalty and with a cap (skipdit.training.spectral): their
 largest singular values, how far the output moves when all weights do, and what caching costs.
 
 Trained by class-to-image's trainer, sampled by its sampler. Writes convergence or spectral .json, .png and .md. The
@@ -33,24 +33,26 @@ import torch
 from diffusers import AutoencoderKL
 from torch import Tensor
 
-from skipdit.analyze.measure import moved, random_direction, relative
-from skipdit.bench import step_flops
-from skipdit.cache import CacheSpec
-from skipdit.class_sample import generate
+from skipdit.analysis.measure import moved, random_direction, relative
+from skipdit.caching.policies import CacheSpec
+from skipdit.checkpoints.files import saved
 from skipdit.class_to_image.model import DiT
 from skipdit.class_to_image.sample import build_model
 from skipdit.class_to_image.train import Config, train
-from skipdit.config import friendly_errors, load_config, make_parser, to_dict
-from skipdit.data.images import to_float
-from skipdit.device import process_state
-from skipdit.diffusion import Diffusion
-from skipdit.fashion import CLASSES, EPOCHS, IMAGE_SIZE, Judge, load_images, load_judge
+from skipdit.cli import friendly_errors, make_parser
+from skipdit.config import load_config, to_dict
+from skipdit.diffusion.gaussian import Diffusion
+from skipdit.encoders.autoencoder import encode, latent_size, load_vae, pixels
+from skipdit.evaluation.fashion import CLASSES, EPOCHS, IMAGE_SIZE, Judge, load_images, load_judge
+from skipdit.layers.flops import step_flops
 from skipdit.metrics import mean_psnr, psnr, ssim
-from skipdit.sample import generators, versions
-from skipdit.spectral import largest_singular, skip_linears
-from skipdit.vae import encode, latent_size, load_vae, pixels
-from skipdit.weights import fingerprint, saved
-from skipdit.writing import replace_text
+from skipdit.sampling.class_conditional import generate
+from skipdit.training.spectral import largest_singular, skip_linears
+from skipdit.utils.device import process_state
+from skipdit.utils.files import replace_text
+from skipdit.utils.pixels import to_float
+from skipdit.utils.provenance import fingerprint, versions
+from skipdit.utils.seeding import generators
 
 CONFIG = "configs/class-to-image/fashion_plain.yaml"
 SETTINGS = [  # over the config's

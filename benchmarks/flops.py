@@ -17,9 +17,9 @@ import torch
 from diffusers import SchedulerMixin
 from torch.utils.flop_counter import FlopCounterMode
 
-from skipdit.bench import run_flops, step_flops
-from skipdit.cache import SkipCache
-from skipdit.config import friendly_errors
+from skipdit.caching.runtime import SkipCache
+from skipdit.cli import friendly_errors
+from skipdit.layers.flops import run_flops, step_flops
 from skipdit.text_to_image import HunyuanDiT, sample_t2i
 from skipdit.text_to_video import LatteT2V, sample_t2v
 

@@ -10,9 +10,11 @@ from rows import FEWER, UNCACHED, Row, rows_for
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
-from skipdit.bench import interleaved_seconds, run_flops, step_flops
-from skipdit.cache import CacheSpec, SkipCache
-from skipdit.skip import SkipTransformer
+from skipdit.caching.policies import CacheSpec
+from skipdit.caching.runtime import SkipCache
+from skipdit.layers.flops import run_flops, step_flops
+from skipdit.layers.skip import SkipTransformer
+from skipdit.utils.timing import interleaved_seconds
 
 
 def full_size(kind: type[SkipTransformer], steps: int, timesteps: list[float], window: CacheSpec, keep: set) -> list:

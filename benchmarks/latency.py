@@ -18,19 +18,22 @@ from statistics import median
 
 import torch
 
-from skipdit.adaln import AdaLNTransformer
-from skipdit.bench import interleaved_seconds, run_flops, step_flops
-from skipdit.cache import CacheStep, SkipCache
-from skipdit.class_sample import generate
+from skipdit.caching.runtime import CacheStep, SkipCache
 from skipdit.class_to_image import DiT
 from skipdit.class_to_video import Latte
-from skipdit.config import friendly_errors
-from skipdit.diffusion import Diffusion
-from skipdit.sample import generators, resolve_dtype, versions
-from skipdit.skip import SkipTransformer
+from skipdit.cli import friendly_errors
+from skipdit.diffusion.gaussian import Diffusion
+from skipdit.layers.adaln import AdaLNTransformer
+from skipdit.layers.flops import run_flops, step_flops
+from skipdit.layers.skip import SkipTransformer
+from skipdit.sampling.class_conditional import generate
 from skipdit.text_to_image import HunyuanDiT
 from skipdit.text_to_video import LatteT2V
-from skipdit.train import peak_memory
+from skipdit.training.parallel import peak_memory
+from skipdit.utils.dtypes import resolve_dtype
+from skipdit.utils.provenance import versions
+from skipdit.utils.seeding import generators
+from skipdit.utils.timing import interleaved_seconds
 
 ROOT = Path(__file__).parents[1]
 AHEAD = ("the modulations", "keys and values of the text")  # what a run computes before its steps

@@ -40,9 +40,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from skipdit.bench import replaced
 from skipdit.class_to_video import Latte
-from skipdit.skip import SkipTransformer, skip_stack
+from skipdit.layers.inspect import replaced
+from skipdit.layers.skip import SkipTransformer, skip_stack
 
 PARTS = {"attn": "spatial", "attn1": "spatial", "attn2": "cross", "mlp": "mlp", "ff": "mlp"}  # attributes of blocks
 

@@ -24,16 +24,17 @@ from compare import ROOT, TASKS, Store
 from torch import Tensor
 from tqdm import tqdm
 
-from skipdit.bench import uncached_steps
-from skipdit.cache import CachePlan, CacheSpec
-from skipdit.compare import Row, Sampler, check_plans
-from skipdit.config import friendly_errors, load_config, to_dict
+from skipdit.caching.policies import CachePlan, CacheSpec
+from skipdit.cli import friendly_errors
+from skipdit.config import load_config, to_dict
+from skipdit.evaluation.compare import Row, check_plans
+from skipdit.layers.flops import uncached_steps
 from skipdit.metrics import mean_psnr, psnr
-from skipdit.plan import forecast, uniform
-from skipdit.sample import versions
-from skipdit.task import find_task
-from skipdit.weights import fingerprint
-from skipdit.writing import replace_text
+from skipdit.planning.schedules import forecast, uniform
+from skipdit.sampling.sampler import Sampler
+from skipdit.tasks import find_task
+from skipdit.utils.files import replace_text
+from skipdit.utils.provenance import fingerprint, versions
 
 PLAN, FORECAST, REUSE, FEWER = "plan", "even, forecast", "even, reuse", "fewer steps"
 STYLES = {PLAN: "o-", FORECAST: "s-", REUSE: "v-", FEWER: "d:"}

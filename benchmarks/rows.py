@@ -6,10 +6,11 @@ from dataclasses import dataclass, field
 
 from peers import FORA, PAB, DBCache, DeltaDiT, Peer, TaylorSeer, TeaCache, TGate, parts_of
 
-from skipdit.adaln import AdaLNTransformer
-from skipdit.bench import run_flops
-from skipdit.cache import CachePlan, CacheSpec, DriftSpec, Policy, SkipCache
-from skipdit.skip import SkipTransformer
+from skipdit.caching.policies import CachePlan, CacheSpec, DriftSpec, Policy
+from skipdit.caching.runtime import SkipCache
+from skipdit.layers.adaln import AdaLNTransformer
+from skipdit.layers.flops import run_flops
+from skipdit.layers.skip import SkipTransformer
 
 UNCACHED, FEWER, REUSE, FORECAST = "uncached", "fewer steps", "Skip-Cache", "Skip-Cache forecast"
 PLANNED, DRIFT = "Skip-Cache planned", "Skip-Cache by drift"

@@ -12,10 +12,10 @@ from statistics import median
 import torch
 from torch import nn
 
-from skipdit.bench import interleaved_seconds
 from skipdit.class_to_image.model import DiT
-from skipdit.config import friendly_errors
-from skipdit.train import set_trainable
+from skipdit.cli import friendly_errors
+from skipdit.training.settings import set_trainable
+from skipdit.utils.timing import interleaved_seconds
 
 
 def step(model: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:

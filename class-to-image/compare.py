@@ -6,10 +6,10 @@ Rows: the uncached run, reuse (order 0), forecast (order 1), and simply fewer st
 Every row starts from the same noise. Takes a sampler's config; writes compare.png and compare.json into its `out`.
 """
 
-from skipdit.cache import CacheSpec
-from skipdit.class_sample import ClassSampler
+from skipdit.caching.policies import CacheSpec
 from skipdit.class_to_image.sample import Config, load
-from skipdit.compare import run
+from skipdit.evaluation.compare import run
+from skipdit.sampling.class_conditional import ClassSampler
 
 WINDOW = CacheSpec.parse("N2-1000-20")
 

@@ -9,8 +9,8 @@ from diffusers.configuration_utils import register_to_config
 from diffusers.models.modeling_utils import ModelMixin  # noqa: F401 (diffusers loads a pipeline's model by it)
 from torch import Tensor
 
-from skipdit.adaln import AdaLNTransformer, Conditioning
-from skipdit.cache import CacheStep
+from skipdit.caching.runtime import CacheStep
+from skipdit.layers.adaln import AdaLNTransformer, Conditioning
 
 
 class DiT(AdaLNTransformer):
@@ -26,7 +26,7 @@ class DiT(AdaLNTransformer):
         mlp_ratio: hidden width of the MLP over D.
         num_classes: class ids are 0 .. num_classes - 1; `num_classes` itself is the null class.
         skip: whether block i is joined to block L-1-i, for every i < L // 2.
-        fuse: "replace" as in the paper, or "residual"; see `skipdit.skip.LongSkip`.
+        fuse: "replace" as in the paper, or "residual"; see `skipdit.layers.skip.LongSkip`.
     """
 
     @register_to_config

@@ -16,14 +16,16 @@ from torch import Tensor
 from torchvision.utils import make_grid
 from tqdm import tqdm
 
-from skipdit.cache import CacheSpec
-from skipdit.class_sample import Models, SamplingConfig, open_models, run_job
+from skipdit.caching.policies import CacheSpec
 from skipdit.class_to_image.model import DiT
-from skipdit.config import friendly_errors, load_config, make_parser, setting
-from skipdit.device import process_state
-from skipdit.sample import Job, add_cache_arguments, cache_override, original_model_name
-from skipdit.vae import latent_size
-from skipdit.writing import whole_file, write_png
+from skipdit.cli import friendly_errors, make_parser
+from skipdit.config import load_config, setting
+from skipdit.encoders.autoencoder import latent_size
+from skipdit.sampling.arguments import add_cache_arguments, cache_override, original_model_name
+from skipdit.sampling.class_conditional import Models, SamplingConfig, open_models, run_job
+from skipdit.sampling.job import Job
+from skipdit.utils.device import process_state
+from skipdit.utils.files import whole_file, write_png
 
 WINDOW = "N{}-1000-20-b4"  # the original code's caching window for this task
 
@@ -67,7 +69,7 @@ def load(config: Config, branch: int | None) -> Models:
         config,
         lambda vae: build_model(config.model, latent_size(config.image_size, vae), vae.config.latent_channels),
         branch,
-        "python -m skipdit.download class-to-image",
+        "python -m skipdit download class-to-image",
     )
 
 

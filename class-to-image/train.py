@@ -12,20 +12,22 @@ from pathlib import Path
 import torch
 from torchvision.utils import make_grid
 
-from skipdit.class_sample import generate
 from skipdit.class_to_image.data import make_dataset
 from skipdit.class_to_image.model import DiT
 from skipdit.class_to_image.sample import ModelConfig, build_model
 from skipdit.config import setting
-from skipdit.data.images import ImageData, to_uint8
-from skipdit.data.latents import clean_latents
-from skipdit.device import process_state
-from skipdit.diffusion import Diffusion
-from skipdit.prepare import open_training, run_trainer
-from skipdit.sample import generators
-from skipdit.train import Draw, TrainConfig, fit
-from skipdit.vae import decode, latent_size
-from skipdit.writing import write_png
+from skipdit.data.images import ImageData
+from skipdit.diffusion.gaussian import Diffusion
+from skipdit.encoders.autoencoder import decode, latent_size
+from skipdit.sampling.class_conditional import generate
+from skipdit.training.latents import clean_latents
+from skipdit.training.loop import fit
+from skipdit.training.prepare import open_training, run_trainer
+from skipdit.training.settings import Draw, TrainConfig
+from skipdit.utils.device import process_state
+from skipdit.utils.files import write_png
+from skipdit.utils.pixels import to_uint8
+from skipdit.utils.seeding import generators
 
 
 @dataclass
@@ -49,7 +51,7 @@ def train(config: Config, dry_run: bool = False) -> DiT:
         config,
         config.data.files(),
         lambda vae: build_model(config.model, latent_size(config.data.image_size, vae), vae.config.latent_channels),
-        "python -m skipdit.download class-to-image",
+        "python -m skipdit download class-to-image",
     )
     with process_state().local_main_process_first():  # a data set that downloads itself does so once
         dataset = make_dataset(config.data, vae)

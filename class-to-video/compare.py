@@ -7,10 +7,10 @@ Every row starts from the same noise. Takes a sampler's config; writes compare.p
 compare.gif (a line per row, all in motion) and compare.json into its `out`.
 """
 
-from skipdit.cache import CacheSpec
-from skipdit.class_sample import ClassSampler
+from skipdit.caching.policies import CacheSpec
 from skipdit.class_to_video.sample import Config, load
-from skipdit.compare import film, four_frames, run
+from skipdit.evaluation.compare import film, four_frames, run
+from skipdit.sampling.class_conditional import ClassSampler
 
 WINDOW = CacheSpec.parse("N2-900-49")
 

@@ -12,10 +12,10 @@ from diffusers.configuration_utils import register_to_config
 from diffusers.models.modeling_utils import ModelMixin  # noqa: F401 (diffusers loads a pipeline's model by it)
 from torch import Tensor
 
-from skipdit.adaln import AdaLNTransformer, Conditioning
-from skipdit.cache import CacheStep
-from skipdit.nn import sincos_1d
-from skipdit.weights import count_members
+from skipdit.caching.runtime import CacheStep
+from skipdit.layers.adaln import AdaLNTransformer, Conditioning
+from skipdit.layers.embeddings import sincos_1d
+from skipdit.utils.provenance import count_members
 
 
 class Latte(AdaLNTransformer):
@@ -34,7 +34,7 @@ class Latte(AdaLNTransformer):
         extras: 1 unconditional, 2 class-conditional.
         skip: whether pair i is joined to pair L-1-i, for every i < n_skips.
         n_skips: long skips, counted from the outside; None joins all pairs, L // 2.
-        fuse: "replace" as in the paper, or "residual"; see `skipdit.skip.LongSkip`.
+        fuse: "replace" as in the paper, or "residual"; see `skipdit.layers.skip.LongSkip`.
     """
 
     blocks_per_layer = 2

@@ -13,15 +13,18 @@ from dataclasses import dataclass, field, fields
 from diffusers import AutoencoderKL
 from torch import Tensor
 
-from skipdit.cache import CacheSpec
-from skipdit.class_sample import Models, SamplingConfig, open_models, run_job
+from skipdit.caching.policies import CacheSpec
 from skipdit.class_to_video.model import Latte
-from skipdit.config import friendly_errors, load_config, make_parser, setting
-from skipdit.device import process_state
-from skipdit.media import add_gifs, check_fps, contact_sheet, read_mp4, side_by_side, write_gif, write_mp4
-from skipdit.sample import Job, add_cache_arguments, cache_override
-from skipdit.vae import latent_size
-from skipdit.writing import write_png
+from skipdit.cli import friendly_errors, make_parser
+from skipdit.config import load_config, setting
+from skipdit.data.video import add_gifs, read_mp4
+from skipdit.encoders.autoencoder import latent_size
+from skipdit.sampling.arguments import add_cache_arguments, cache_override
+from skipdit.sampling.class_conditional import Models, SamplingConfig, open_models, run_job
+from skipdit.sampling.job import Job
+from skipdit.utils.device import process_state
+from skipdit.utils.files import write_png
+from skipdit.utils.video import check_fps, contact_sheet, side_by_side, write_gif, write_mp4
 
 WINDOW = "N{}-900-49"  # the original code's caching window for this task
 SHOWN = 16  # clips on the contact sheet
@@ -75,7 +78,7 @@ def load(config: Config, branch: int | None) -> Models:
         config,
         build,
         branch,
-        "python -m skipdit.download class-to-video",
+        "python -m skipdit download class-to-video",
     )
 
 

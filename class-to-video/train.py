@@ -12,19 +12,20 @@ from pathlib import Path
 import torch
 from diffusers import AutoencoderKL
 
-from skipdit.class_sample import generate
 from skipdit.class_to_video.data import make_dataset
 from skipdit.class_to_video.model import Latte
 from skipdit.class_to_video.sample import ModelConfig, build_model
 from skipdit.config import setting
 from skipdit.data.clips import ClipData
-from skipdit.data.latents import joint_latents
-from skipdit.diffusion import Diffusion
-from skipdit.media import write_look
-from skipdit.prepare import open_training, run_trainer
-from skipdit.sample import generators
-from skipdit.train import Draw, Loss, TrainConfig, fit
-from skipdit.vae import latent_size, pixels
+from skipdit.diffusion.gaussian import Diffusion
+from skipdit.encoders.autoencoder import latent_size, pixels
+from skipdit.sampling.class_conditional import generate
+from skipdit.training.latents import joint_latents
+from skipdit.training.loop import fit
+from skipdit.training.prepare import open_training, run_trainer
+from skipdit.training.settings import Draw, Loss, TrainConfig
+from skipdit.utils.seeding import generators
+from skipdit.utils.video import write_look
 
 
 @dataclass
@@ -71,7 +72,7 @@ def train(config: Config, dry_run: bool = False) -> Latte:
         config,
         config.data.files(),
         build,
-        "python -m skipdit.download class-to-video",
+        "python -m skipdit download class-to-video",
     )
     dataset, classes = make_dataset(config.data, vae), config.model.num_classes
     if classes is not None and not 0 < dataset.num_classes <= classes:

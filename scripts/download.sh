@@ -5,4 +5,4 @@
 set -euo pipefail
 python="$(dirname "$0")/../.venv/bin/python"
 [ -x "$python" ] || python=python
-exec "$python" -m skipdit.download "$@"
+exec "$python" -m skipdit download "$@"

@@ -27,20 +27,24 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import skipdit
-from skipdit.bench import run_flops, step_flops
-from skipdit.cache import CacheSpec, DriftSpec, Policy, SkipCache
-from skipdit.class_sample import generate, generate_settings
+from skipdit.caching.policies import CacheSpec, DriftSpec, Policy
+from skipdit.caching.runtime import SkipCache
+from skipdit.checkpoints.loading import load_weights
 from skipdit.class_to_image.model import DiT
 from skipdit.class_to_image.sample import Config, build_model
-from skipdit.config import friendly_errors, load_config
-from skipdit.data.images import to_float
-from skipdit.device import process_state
-from skipdit.diffusion import Diffusion
-from skipdit.fashion import CLASSES, EPOCHS, IMAGE_SIZE, load_images, load_judge
+from skipdit.cli import friendly_errors
+from skipdit.config import load_config
+from skipdit.diffusion.gaussian import Diffusion
+from skipdit.encoders.autoencoder import encode, latent_size, load_vae, pixels
+from skipdit.evaluation.fashion import CLASSES, EPOCHS, IMAGE_SIZE, load_images, load_judge
+from skipdit.layers.flops import run_flops, step_flops
 from skipdit.metrics import mean_psnr, psnr, ssim
-from skipdit.sample import Job, cache_identity, generators
-from skipdit.vae import encode, latent_size, load_vae, pixels
-from skipdit.weights import fingerprint, load_weights
+from skipdit.sampling.class_conditional import generate, generate_settings
+from skipdit.sampling.job import Job, cache_identity
+from skipdit.utils.device import process_state
+from skipdit.utils.pixels import to_float
+from skipdit.utils.provenance import fingerprint
+from skipdit.utils.seeding import generators
 
 CACHES = [f"N{interval}-1000-20{order}" for order in ("", "-o1") for interval in (2, 3, 4)]
 
@@ -149,7 +153,7 @@ def evaluate(config: Config, data: Path, out: Path, caches: list[str]) -> dict:
     protocol = sampling | {
         "samples": count,
         "classes": "sample i has class i % 10",
-        "seeds": "sample i starts from skipdit.sample.generators(seed, [i])",
+        "seeds": "sample i starts from skipdit.utils.seeding.generators(seed, [i])",
         "vae": fingerprint(vae),
         "classifier": {"test_accuracy": judge.test_accuracy, "epochs": EPOCHS, "features": judge.real.shape[1]},
         "frechet_reference": f"{len(judge.real)} real test images",

@@ -24,12 +24,13 @@ from torch import Tensor
 from torchvision.io import ImageReadMode, read_image, write_png
 from tqdm import tqdm
 
-from skipdit.config import friendly_errors
+from skipdit.cli import friendly_errors
 from skipdit.data.captions import read_rows
 from skipdit.data.clip_folder import ClipFolder
 from skipdit.data.clips import ClipData
 from skipdit.data.pictures import PictureData, PictureFolder
-from skipdit.media import contact_sheet, read_mp4
+from skipdit.data.video import read_mp4
+from skipdit.utils.video import contact_sheet
 
 EMOJI = ["face-smiling", "face-affection", "face-tongue", "face-negative", "face-costume", "cat-face", "heart", "hands"]
 CONFIGS = Path(__file__).parents[1] / "configs"

@@ -17,7 +17,7 @@ import matplotlib
 matplotlib.use("agg")
 import matplotlib.pyplot as plt
 
-from skipdit.config import friendly_errors
+from skipdit.cli import friendly_errors
 
 
 def main() -> None:

@@ -23,10 +23,10 @@ from torch import Tensor
 from torchvision.datasets import FashionMNIST
 from tqdm import tqdm
 
-from skipdit.config import friendly_errors
+from skipdit.cli import friendly_errors
 from skipdit.data.files import is_a, read_picture, walk
-from skipdit.data.images import to_float
-from skipdit.media import read_mp4
+from skipdit.data.video import read_mp4
+from skipdit.utils.pixels import to_float
 
 HELD_OUT = 2000  # images that only measure
 

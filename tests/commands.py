@@ -7,7 +7,13 @@ import shlex
 import sys
 from pathlib import Path
 
-PRELOADED = ["skipdit.train", "skipdit.plan", "skipdit.evaluate", "skipdit.encode", "skipdit.analyze"]
+PRELOADED = [
+    "skipdit.training.loop",
+    "skipdit.planning.command",
+    "skipdit.evaluation.command",
+    "skipdit.data.encode",
+    "skipdit.analysis",
+]
 PRELOADED += [
     f"skipdit.{task}.compare" for task in ("class_to_image", "class_to_video", "text_to_video", "text_to_image")
 ]

@@ -26,15 +26,15 @@ from safetensors import safe_open
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import BertConfig, BertModel, T5Config, T5EncoderModel
 
-from skipdit.checkpoint import latest
+from skipdit.checkpoints.diffusers_layout import diffusers_config, to_diffusers
+from skipdit.checkpoints.released import to_released
 from skipdit.class_to_image import DiT
 from skipdit.class_to_video import Latte
 from skipdit.config import to_yaml
-from skipdit.layouts import diffusers_config, to_diffusers
 from skipdit.text_to_image import HunyuanDiT
 from skipdit.text_to_video import LatteT2V
-from skipdit.train import TrainConfig
-from skipdit.weights import to_released
+from skipdit.training.checkpoints import latest
+from skipdit.training.settings import TrainConfig
 
 # A background job of a shell ignores Ctrl-C, and so do the processes that it starts; those of the tests are to hear it.
 signal.signal(signal.SIGINT, signal.default_int_handler)

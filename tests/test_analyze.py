@@ -9,18 +9,19 @@ from conftest import tiny_dit, tiny_hunyuan, tiny_latte, tiny_latte_t2v
 from PIL import Image
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from skipdit.analyze import measure
-from skipdit.analyze.__main__ import main
-from skipdit.analyze.trace import Call, predict, record, spread_out, trace
-from skipdit.cache import CacheSpec, CacheStep
-from skipdit.class_sample import ClassSampler
+from skipdit.analysis import measure
+from skipdit.analysis.command import main
+from skipdit.analysis.trace import Call, predict, record, spread_out, trace
+from skipdit.caching.policies import CacheSpec
+from skipdit.caching.runtime import CacheStep
+from skipdit.checkpoints.released import to_released
 from skipdit.class_to_image.sample import Config, ModelConfig, load
 from skipdit.class_to_video import Latte
 from skipdit.class_to_video import sample as sample_c2v
 from skipdit.config import to_yaml
+from skipdit.sampling.class_conditional import ClassSampler
 from skipdit.text_to_image import sample_t2i
 from skipdit.text_to_video import sample_t2v
-from skipdit.weights import to_released
 
 
 @pytest.fixture

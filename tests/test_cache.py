@@ -9,9 +9,9 @@ import torch
 from conftest import assert_rounding, tiny_dit
 
 from skipdit import CacheSpec, SkipCache
-from skipdit.class_sample import generate
-from skipdit.diffusion import Diffusion
-from skipdit.sample import generators
+from skipdit.diffusion.gaussian import Diffusion
+from skipdit.sampling.class_conditional import generate
+from skipdit.utils.seeding import generators
 
 SPECS = ["N2-1000-20", "N3-1000-20-b2", "N3-1000-20-o1"]
 

@@ -15,14 +15,15 @@ import pytest
 import torch
 from test_clips import LENGTHS, cut_index_last, marks, paint, rng, write_pictures, write_video
 
-from skipdit import encode
 from skipdit.class_to_video.data import make_dataset
-from skipdit.data.__main__ import main as check_main
+from skipdit.data import encode
+from skipdit.data.check import main as check_main
 from skipdit.data.clip_folder import ClipFolder
 from skipdit.data.clips import ClipData, ClipDataset
 from skipdit.data.latents import ClipLatents
-from skipdit.data.stream import BrokenSample, Stream, collate
-from skipdit.vae import load_vae
+from skipdit.data.stream import Stream, collate
+from skipdit.encoders.autoencoder import load_vae
+from skipdit.utils.errors import BrokenSample
 
 NAMES = ("cat/0.mp4", "cat/1.mp4", "dog/2.mp4", "dog/3.mp4")
 TEXTS = ("a cat, asleep", 'two lines:\n"one"', "ein Häßlicher 🐕", "dog")
@@ -377,7 +378,7 @@ def test_captions_are_given_where_they_count(films, captions, vae_folder, encode
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# python -m skipdit.data check
+# python -m skipdit data check
 
 
 @pytest.fixture

@@ -19,17 +19,17 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from skipdit import encode
 from skipdit.class_to_video.data import make_dataset
-from skipdit.data import clip_folder
-from skipdit.data.__main__ import main as check_main
+from skipdit.data import clip_folder, encode
+from skipdit.data.check import main as check_main
 from skipdit.data.clip_folder import ClipFolder, to_square
 from skipdit.data.clips import ClipData, load_section
-from skipdit.data.images import to_float
 from skipdit.data.latents import ClipLatents, Latents
-from skipdit.data.stream import BrokenSample, Stream, collate, make_loader, rows_of
-from skipdit.vae import encode as encode_pixels
-from skipdit.vae import load_vae
+from skipdit.data.stream import Stream, collate, make_loader, rows_of
+from skipdit.encoders.autoencoder import encode as encode_pixels
+from skipdit.encoders.autoencoder import load_vae
+from skipdit.utils.errors import BrokenSample
+from skipdit.utils.pixels import to_float
 
 LENGTHS = (20, 14, 18, 22)  # frames of clips 0 to 3
 OTHERS = {clip: {0, 1, 2, 3} - {clip} for clip in range(4)}
@@ -775,7 +775,7 @@ def test_loading_processes(config, layouts, tmp_path, encode_clips, kind):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# python -m skipdit.data check
+# python -m skipdit data check
 
 
 @pytest.fixture

@@ -6,9 +6,9 @@ from conftest import NoReadBack, tiny_dit
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from skipdit import SkipCache
-from skipdit.class_sample import generate
-from skipdit.diffusion import Diffusion
-from skipdit.sample import generators
+from skipdit.diffusion.gaussian import Diffusion
+from skipdit.sampling.class_conditional import generate
+from skipdit.utils.seeding import generators
 
 
 def run(model, spec, labels=(1, 2), steps=10, **kwargs):
@@ -47,7 +47,7 @@ def test_uncached_is_one_graph():
 @pytest.mark.parametrize("sampler", ["ddpm", "ddim"])
 @pytest.mark.parametrize("spec", ["none", "N2-1000-20", "N3-1000-20-o1"])
 def test_no_step_waits_for_the_device(sampler, spec, monkeypatch):
-    monkeypatch.setattr("skipdit.class_sample.require_finite", lambda *_: None)  # after the last step
+    monkeypatch.setattr("skipdit.sampling.class_conditional.require_finite", lambda *_: None)  # after the last step
     model, diffusion, labels = tiny_dit(), Diffusion(8), torch.tensor([1, 2])
     cache, noise = SkipCache(spec, diffusion.sampling_timesteps), generators(0, range(2), "cpu")
     with NoReadBack():

@@ -21,28 +21,31 @@ import pytest
 import torch
 from diffusers import ModelMixin
 
-from skipdit.bench import run_flops, step_flops
-from skipdit.cache import CacheSpec, SkipCache
-from skipdit.class_sample import SAMPLERS
+from skipdit.caching.policies import CacheSpec
+from skipdit.caching.runtime import SkipCache
+from skipdit.checkpoints.download import FOLDERS, TASKS, Item, select
+from skipdit.checkpoints.files import load_state
+from skipdit.checkpoints.loading import identify
 from skipdit.class_to_image import sample, train
 from skipdit.class_to_video import sample as video_sample
 from skipdit.class_to_video import train as video_train
 from skipdit.config import ConfigError, load_config, to_yaml
 from skipdit.data.clips import ClipData
-from skipdit.data.stream import rows_of, seed_of
-from skipdit.diffusion import Diffusion
-from skipdit.download import FOLDERS, TASKS, Item, select
-from skipdit.lora import add_lora
-from skipdit.prompts import read_prompts
-from skipdit.text import READINGS, missing_text_files
-from skipdit.text_sample import SCHEDULERS
+from skipdit.data.stream import rows_of
+from skipdit.diffusion.gaussian import Diffusion
+from skipdit.encoders.text import READINGS, missing_text_files
+from skipdit.layers.flops import run_flops, step_flops
+from skipdit.sampling.class_conditional import SAMPLERS
+from skipdit.sampling.prompts import read_prompts
+from skipdit.sampling.text_conditional import SCHEDULERS
 from skipdit.text_to_image import HunyuanDiT
 from skipdit.text_to_image import sample_t2i as t2i_sample
 from skipdit.text_to_image import train as t2i_train
 from skipdit.text_to_video import LatteT2V
 from skipdit.text_to_video import sample_t2v as t2v_sample
 from skipdit.text_to_video import train as t2v_train
-from skipdit.weights import identify, load_state
+from skipdit.training.lora import add_lora
+from skipdit.utils.seeding import seed_of
 
 ROOT = Path(__file__).parents[1]
 SCRIPTS = {
@@ -431,9 +434,9 @@ def test_shipped_config_begins_with_its_command(shipped, launch):
             continue  # what prepares the data
         elif command[0] == "wget":  # the checkpoint to start from
             assert f"{after('-P', command)}/{Path(command[-1]).name}" == shipped.config.init
-        elif command[:3] == ["python", "-m", "skipdit.data"]:
+        elif command[:3] == ["python", "-m", "skipdit", "data"]:
             assert command[3:] == ["check", shipped.name]
-        elif command[:3] == ["python", "-m", "skipdit.encode"]:
+        elif command[:3] == ["python", "-m", "skipdit", "encode"]:
             data = shipped.config.data
             if data.kind == "latents":  # the ones that this run trains on
                 assert after("--out", command) == data.path
@@ -445,7 +448,7 @@ def test_shipped_config_begins_with_its_command(shipped, launch):
             assert after("--captions", command) == getattr(data, "captions", None)
             assert after("--vae", command) == shipped.config.vae
             assert f"data.kind=latents data.path={after('--out', command)}:" in shipped.prose
-        elif command[:3] == ["python", "-m", "skipdit.encode_text"]:
+        elif command[:3] == ["python", "-m", "skipdit", "encode-text"]:
             role, out = after("--role", command, "latte"), after("--out", command)
             encoder, files = shipped.text_files(role)
             assert (command[3], after("--text-encoder", command)) == (shipped.name, encoder)
@@ -843,7 +846,7 @@ def test_texts_are_taken_as_they_are(tmp_path, word):
         ("a: b, c", "a: b, c"),
         ("[worst quality], blurry", "[worst quality], blurry"),
         ("{a} # 1", "{a} # 1"),
-        ("it's \"so\"", "it's \"so\""),
+        ('it\'s "so"', 'it\'s "so"'),
         ("'quoted'", "quoted"),
         ('"null"', "null"),
         ('""', ""),
@@ -920,7 +923,7 @@ def test_advice_holds_in_any_folder(tmp_path, monkeypatch):
         sample.sample(config)
     config.weights = "nowhere.pt"
     config.vae = str(ROOT / config.vae)
-    with pytest.raises(FileNotFoundError, match=r"`python -m skipdit\.download class-to-image` fetches"):
+    with pytest.raises(FileNotFoundError, match=r"`python -m skipdit download class-to-image` fetches"):
         sample.sample(config)
     sources = [*ROOT.glob("src/**/*.py"), *ROOT.glob("class-to-*/*.py"), *ROOT.glob("text-to-*/*.py")]
     assert len(sources) > 60 and not [path for path in sources if "bash scripts/" in path.read_text()]

@@ -34,16 +34,18 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.data import Dataset
 
 from skipdit import SkipCache, enable_cache
-from skipdit.class_sample import generate
+from skipdit.checkpoints.loading import load_weights
 from skipdit.class_to_image import DiT
 from skipdit.class_to_video import Latte
-from skipdit.device import set_tf32
-from skipdit.diffusion import Diffusion
-from skipdit.sample import generators
+from skipdit.diffusion.gaussian import Diffusion
+from skipdit.sampling.class_conditional import generate
 from skipdit.text_to_image import HunyuanDiT
 from skipdit.text_to_video import LatteT2V
-from skipdit.train import TrainConfig, _shard, fit
-from skipdit.weights import load_weights
+from skipdit.training.loop import fit
+from skipdit.training.parallel import _shard
+from skipdit.training.settings import TrainConfig
+from skipdit.utils.device import set_tf32
+from skipdit.utils.seeding import generators
 
 NEEDS_GPU = [pytest.mark.cuda, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU")]
 GPU_ONLY = pytest.param("cuda", marks=NEEDS_GPU)
@@ -152,7 +154,7 @@ def no_sync():
 @pytest.mark.parametrize("spec", ["none", "N2-1000-20", "N3-1000-20-o1"])
 def test_no_step_waits(sampler, spec, gpu_only, monkeypatch):
     """From the second on; the timesteps come to the GPU before the first."""
-    monkeypatch.setattr("skipdit.class_sample.require_finite", lambda *_: None)  # after the last step
+    monkeypatch.setattr("skipdit.sampling.class_conditional.require_finite", lambda *_: None)  # after the last step
     model, strict = tiny_dit().to(gpu_only), no_sync()
 
     def after(i, x, x0):

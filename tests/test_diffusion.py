@@ -7,7 +7,8 @@ import torch
 from conftest import assert_close
 from diffusers import DDPMScheduler
 
-from skipdit.diffusion import Diffusion, ddim, ddpm, discretized_log_likelihood, normal_kl, respace
+from skipdit.diffusion.gaussian import Diffusion, discretized_log_likelihood, normal_kl, respace
+from skipdit.diffusion.samplers import ddim, ddpm
 
 
 @pytest.fixture

@@ -7,10 +7,12 @@ import torch
 from conftest import GOLDEN, assert_close, tiny_dit, tiny_hunyuan, tiny_latte, tiny_latte_t2v
 
 from skipdit import CacheSpec, SkipCache
-from skipdit.adaln import AdaLNTransformer
+from skipdit.checkpoints.files import load_state
+from skipdit.checkpoints.loading import load_weights
+from skipdit.checkpoints.released import to_released
 from skipdit.class_to_image import DiT
-from skipdit.nn import GELU
-from skipdit.weights import load_state, load_weights, to_released
+from skipdit.layers.adaln import AdaLNTransformer
+from skipdit.layers.attention import GELU
 
 
 @pytest.fixture

@@ -15,10 +15,10 @@ import pytest
 import torch
 from safetensors.torch import save
 
-from skipdit import download as tool
+from skipdit.checkpoints import download as tool
+from skipdit.checkpoints.errors import WeightsError
 from skipdit.text_to_image import sample_t2i
 from skipdit.text_to_image import train as train_t2i
-from skipdit.weights import WeightsError
 
 DIT, LATTE = "blocks.0.attn.qkv.weight", "temporal_transformer_blocks.0.scale_shift_table"
 SKIP_DIT, HUNYUAN = "GuanjieChen/Skip-DiT", "Tencent-Hunyuan/HunyuanDiT-v1.2"
@@ -379,7 +379,7 @@ def test_no_connection_is_explained(hub, tmp_path, capsys, monkeypatch, when):
 def test_client_really_offline(tmp_path):
     """The true client in its offline mode: the tool's own mocks do not hide what it raises."""
     run = subprocess.run(
-        [sys.executable, "-m", "skipdit.download", "class-to-image", "--dir", tmp_path],
+        [sys.executable, "-m", "skipdit", "download", "class-to-image", "--dir", tmp_path],
         env=os.environ | {"HF_HUB_OFFLINE": "1"},
         capture_output=True,
         text=True,

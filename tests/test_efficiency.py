@@ -13,11 +13,11 @@ import torch
 from conftest import ROOT, tiny_dit
 from PIL import Image
 
-from skipdit import encode
-from skipdit.cache import CachePlan
-from skipdit.checkpoint import latest
-from skipdit.diffusion import Diffusion
-from skipdit.fashion import Classifier, Judge, load_judge
+from skipdit.caching.policies import CachePlan
+from skipdit.data import encode
+from skipdit.diffusion.gaussian import Diffusion
+from skipdit.evaluation.fashion import Classifier, Judge, load_judge
+from skipdit.training.checkpoints import latest
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 import efficiency
@@ -220,7 +220,7 @@ def test_evaluate_fashion(data, tmp_path, monkeypatch, capsys):
     plan = CachePlan(tuple(map(float, Diffusion(10).sampling_timesteps)), (None, (), None, (1.0,), *[None] * 6))
     plan.save(tmp_path / "plan.json")
     monkeypatch.chdir(ROOT)
-    monkeypatch.setattr("skipdit.fashion.LEAST_ACCURACY", 0.0)
+    monkeypatch.setattr("skipdit.evaluation.fashion.LEAST_ACCURACY", 0.0)
     command = f"evaluate --data {data / 'data'} --out {tmp_path / 'results'} --samples 3 --batch-size 2 --steps 10"
     command += f" --cache N2-1000-20-o1 --cache {tmp_path / 'plan.json'} --cache 8"
     monkeypatch.setattr(sys, "argv", command.split())
@@ -243,7 +243,9 @@ def test_evaluate_fashion(data, tmp_path, monkeypatch, capsys):
     cached = 2 / interval["flops_speedup"] - 1  # of a full step, since half are cached
     assert planned["flops_speedup"] == pytest.approx(10 / (8 + 2 * cached)) and 20 < fewer["psnr"] < planned["psnr"]
 
-    monkeypatch.setattr("skipdit.class_sample.generate", lambda *args, **kwargs: pytest.fail("sampled again"))
+    monkeypatch.setattr(
+        "skipdit.sampling.class_conditional.generate", lambda *args, **kwargs: pytest.fail("sampled again")
+    )
     runpy.run_path("scripts/evaluate_fashion.py", run_name="__main__")
     assert json.loads((tmp_path / "results/results.json").read_text()) == results
 

@@ -14,10 +14,10 @@ import pytest
 import torch
 from PIL import Image
 
-from skipdit import encode
 from skipdit.class_to_image.train import Config
 from skipdit.config import ConfigError, to_yaml
-from skipdit.data.__main__ import main as check_main
+from skipdit.data import encode
+from skipdit.data.check import main as check_main
 from skipdit.data.clip_folder import ClipFolder
 from skipdit.data.clips import ClipData
 from skipdit.data.files import read_list
@@ -25,9 +25,9 @@ from skipdit.data.images import ImageFolder
 from skipdit.data.pictures import PictureData, PictureFolder
 from skipdit.data.stream import Stream
 from skipdit.data.video import Video
-from skipdit.media import write_mp4
 from skipdit.metrics.samples import open_samples
-from skipdit.runlog import BrokenFiles
+from skipdit.training.runlog import BrokenFiles
+from skipdit.utils.video import write_mp4
 
 ROOT = Path(__file__).parents[1]
 SOURCES = [p for where in ("src", "scripts", "benchmarks", "*-to-*") for p in sorted(ROOT.glob(f"{where}/**/*.py"))]
@@ -100,7 +100,7 @@ def test_check_names_files_whose_names_are_no_utf_8(old_names, tmp_path, kind, t
     folder, settings = DATA[kind]
     place = f"kind: {kind}, path: {old_names / folder}"
     (tmp_path / "config.yaml").write_text(f"data: {{{place}, {settings}image_size: 8}}")
-    command = [sys.executable, "-m", "skipdit.data", "check", str(tmp_path / "config.yaml"), "--workers", "0"]
+    command = [sys.executable, "-m", "skipdit", "data", "check", str(tmp_path / "config.yaml"), "--workers", "0"]
     done = subprocess.run(command, env=os.environ | {"PYTHONIOENCODING": f"{terminal}:strict"}, capture_output=True)
     assert done.returncode == 1, done.stderr.decode()
     assert b"Traceback" not in done.stderr

@@ -1,4 +1,4 @@
-"""`python -m skipdit.evaluate`: figures, protocol, kept features, and what it refuses."""
+"""`python -m skipdit evaluate`: figures, protocol, kept features, and what it refuses."""
 
 import json
 import os
@@ -20,12 +20,13 @@ from pytorch_fid import fid_score, inception
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 from torch import Tensor
 
-from skipdit import evaluate
-from skipdit.media import read_mp4, write_mp4
+from skipdit.data.video import read_mp4
+from skipdit.evaluation import command as evaluate
 from skipdit.metrics import frechet_distance, gaussian_frechet_distance, psnr
 from skipdit.metrics.networks import load_inception
 from skipdit.metrics.samples import Stretches
 from skipdit.metrics.sets import kid, precision_recall
+from skipdit.utils.video import write_mp4
 
 CPU = torch.device("cpu")
 
@@ -277,7 +278,7 @@ def test_killed_evaluation_continues(tmp_path, scripts, capsys):
     )
     arguments = ["fid", str(folder), "--reference", str(reference), "--network", str(scripts / "slow.pt")]
     parts = folder / "evaluation/features"
-    command = [sys.executable, "-m", "skipdit.evaluate", *arguments, "--batch-size", "1"]
+    command = [sys.executable, "-m", "skipdit", "evaluate", *arguments, "--batch-size", "1"]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 120
     while process.poll() is None and not list(parts.rglob("*.safetensors")) and time.monotonic() < deadline:

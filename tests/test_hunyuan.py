@@ -9,13 +9,15 @@ from accelerate.hooks import ModelHook, add_hook_to_module, remove_hook_from_mod
 from conftest import GOLDEN, assert_close, assert_rounding
 from diffusers import DDIMScheduler, HunyuanDiT2DModel
 
-from skipdit import SkipCache, convert, disable_cache, enable_cache
-from skipdit.cache import CacheStep
-from skipdit.hunyuan2d import cached_forward
-from skipdit.layouts import to_diffusers
+from skipdit import SkipCache, disable_cache, enable_cache
+from skipdit.caching.runtime import CacheStep
+from skipdit.checkpoints import convert
+from skipdit.checkpoints.diffusers_layout import to_diffusers
+from skipdit.checkpoints.loading import load_weights
+from skipdit.checkpoints.released import from_released, to_released
+from skipdit.pipelines.hunyuan2d import cached_forward
 from skipdit.text_to_image import HunyuanDiT
 from skipdit.text_to_image.model import rotary_tables
-from skipdit.weights import from_released, load_weights, to_released
 
 
 @pytest.fixture

@@ -17,14 +17,15 @@ from commands import started
 from conftest import ROOT, assert_equal, short_training, state, tiny_dit
 from PIL import Image
 
+from skipdit.checkpoints.released import to_released
 from skipdit.class_to_image import sample as sampler
 from skipdit.class_to_image import train as trainer
-from skipdit.config import friendly_errors, to_yaml
+from skipdit.cli import friendly_errors
+from skipdit.config import to_yaml
 from skipdit.data.images import ImageData
-from skipdit.lock import hold
-from skipdit.sample import Job
-from skipdit.weights import to_released
-from skipdit.writing import replace_text, whole_file
+from skipdit.sampling.job import Job
+from skipdit.utils.files import replace_text, whole_file
+from skipdit.utils.lock import hold
 
 CODES = {signal.SIGINT: 130, signal.SIGTERM: 143}
 TRAIN = f"python {ROOT}/class-to-image/train.py --config run.yaml"
@@ -234,12 +235,12 @@ def test_a_sampler_that_is_stopped_leaves_whole_files(sampling, tmp_path, signum
 
 COMMANDS = {  # command -> what to wait for
     f"python {ROOT}/class-to-image/compare.py --config class-to-image/run.yaml num_samples=400": r"\b1/4 \[",
-    "python -m skipdit.plan --config class-to-image/run.yaml --budget 3 num_samples=2000": r"\d+/\d+ \[",
-    "python -m skipdit.analyze jacobian --config class-to-image/run.yaml num_samples=2000 --out kept": r"\d+/\d+ \[",
-    "python -m skipdit.evaluate fidelity a --reference b --out kept": r"\d+/\d+ \[",
-    "python -m skipdit.encode --data image_folder --path images --image-size 8 --shard 8 --vae vae --out kept "
+    "python -m skipdit plan --config class-to-image/run.yaml --budget 3 num_samples=2000": r"\d+/\d+ \[",
+    "python -m skipdit analyze jacobian --config class-to-image/run.yaml num_samples=2000 --out kept": r"\d+/\d+ \[",
+    "python -m skipdit evaluate fidelity a --reference b --out kept": r"\d+/\d+ \[",
+    "python -m skipdit encode --data image_folder --path images --image-size 8 --shard 8 --vae vae --out kept "
     "--workers 2": r"\b[1-9]/\d+ \[",
-    "python -m skipdit.data check data.yaml --workers 2": r"[1-9]\d*/\d+ \[",
+    "python -m skipdit data check data.yaml --workers 2": r"[1-9]\d*/\d+ \[",
 }
 
 
@@ -363,8 +364,8 @@ def test_a_sampler_on_a_full_disk(sampling, disk, capsys):
 @pytest.mark.parametrize("suffix", ["mp4", "gif", "png"])
 def test_writers_that_keep_a_full_disk_to_themselves(disk, suffix):
     """ffmpeg and libpng end well with half a file."""
-    from skipdit.media import write_gif, write_mp4
-    from skipdit.writing import write_png
+    from skipdit.utils.files import write_png
+    from skipdit.utils.video import write_gif, write_mp4
 
     clip = torch.randint(0, 256, (8, 3, 128, 128), dtype=torch.uint8)
     write = {

@@ -6,10 +6,14 @@ import pytest
 import torch
 from conftest import GOLDEN, assert_close, assert_rounding, tiny_latte
 
-from skipdit import SkipCache, checkpoint, convert
-from skipdit.cache import CacheStep
+from skipdit import SkipCache
+from skipdit.caching.runtime import CacheStep
+from skipdit.checkpoints import convert
+from skipdit.checkpoints.errors import WeightsError
+from skipdit.checkpoints.loading import load_weights
+from skipdit.checkpoints.released import from_released, to_released
 from skipdit.class_to_video import Latte
-from skipdit.weights import WeightsError, from_released, load_weights, to_released
+from skipdit.training import checkpoints as checkpoint
 
 
 @pytest.fixture(params=["latte_skip_extras1_0", "latte_skip_extras2_0"])

@@ -15,11 +15,11 @@ from PIL import Image
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcessor, CLIPTokenizer
 
-from skipdit.device import double
+from skipdit.checkpoints.errors import WeightsError
 from skipdit.metrics import frechet_distance, gaussian_frechet_distance, moments, psnr, ssim
 from skipdit.metrics.perceptual import BACKBONES, ClipScore, load_lpips
 from skipdit.metrics.sets import inception_score, kid, precision_recall
-from skipdit.weights import WeightsError
+from skipdit.utils.device import double
 
 
 def image_pairs(shape: tuple[int, ...], noise: float) -> tuple[torch.Tensor, torch.Tensor]:

@@ -78,7 +78,7 @@ def test_every_module_of_the_wheel_imports(installed, tmp_path):
     lines = run([sys.executable, "-c", IMPORT_ALL], tmp_path, PYTHONPATH=str(installed)).splitlines()
     modules = dict(line.split(" ", 1) for line in lines)  # also those that only the editable install could give
     of_tasks = {f"{package}.{file.stem}" for task, package in TASKS.items() for file in task.glob("[!_]*.py")}
-    assert of_tasks | {"skipdit.train"} <= set(modules)
+    assert of_tasks | {"skipdit.training.loop"} <= set(modules)
     assert [name for name, file in modules.items() if not Path(file).is_relative_to(installed)] == []
 
 

@@ -19,20 +19,20 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from skipdit import CacheSpec, SkipCache, enable_cache
-from skipdit.adaln import DiTBlock
-from skipdit.bench import step_flops
-from skipdit.cache import CachePlan
-from skipdit.class_sample import generate
+from skipdit.caching.policies import CachePlan
+from skipdit.checkpoints.released import to_released
 from skipdit.config import to_yaml
-from skipdit.diffusion import Diffusion
+from skipdit.diffusion.gaussian import Diffusion
+from skipdit.encoders.text import Encoded
+from skipdit.layers.adaln import DiTBlock
+from skipdit.layers.flops import step_flops
+from skipdit.layers.skip import SkipTransformer
 from skipdit.metrics import frechet_distance
-from skipdit.sample import generators
-from skipdit.skip import SkipTransformer
-from skipdit.text import Encoded
+from skipdit.sampling.class_conditional import generate
 from skipdit.text_to_image import sample_t2i
 from skipdit.text_to_image.model import Block as HunyuanBlock
 from skipdit.text_to_video import sample_t2v
-from skipdit.weights import to_released
+from skipdit.utils.seeding import generators
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 import compare

@@ -22,21 +22,26 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch.utils.data import Dataset
 
-from skipdit import encode
 from skipdit.config import ConfigError
-from skipdit.data.__main__ import main as check_main
+from skipdit.data import encode
+from skipdit.data.check import main as check_main
 from skipdit.data.clip_folder import ClipFolder
 from skipdit.data.clips import ClipData, load_section
+from skipdit.data.encode_text import captions_to_train
 from skipdit.data.files import read_picture
-from skipdit.data.images import ImageData, ImageFolder, centre_crop, to_float
-from skipdit.data.latents import ClipLatents, Latents, clean_latents, open_pictures
+from skipdit.data.images import ImageData, ImageFolder, centre_crop
+from skipdit.data.latents import ClipLatents, Latents, open_pictures
 from skipdit.data.pictures import PictureData, PictureFolder, bucket_sizes, nearest_bucket
-from skipdit.data.stream import BrokenSample, Stream, collate, make_loader, rows_of, seed_of
-from skipdit.encode_text import captions_to_train
+from skipdit.data.stream import Stream, collate, make_loader, rows_of
+from skipdit.encoders.autoencoder import encode as encode_pixels
+from skipdit.encoders.autoencoder import load_vae
 from skipdit.metrics.samples import open_samples
-from skipdit.train import Draw, TrainConfig, fit
-from skipdit.vae import encode as encode_pixels
-from skipdit.vae import load_vae
+from skipdit.training.latents import clean_latents
+from skipdit.training.loop import fit
+from skipdit.training.settings import Draw, TrainConfig
+from skipdit.utils.errors import BrokenSample
+from skipdit.utils.pixels import to_float
+from skipdit.utils.seeding import seed_of
 
 BUCKETS = ["8x8", "8x16", "16x8"]
 SHAPES = {"a/0.png": (9, 20), "a/1.jpg": (30, 31), "b/2.png": (40, 18), "3.webp": (8, 8), "b/c/4.bmp": (10, 18)}
@@ -624,7 +629,7 @@ def test_large_pictures_are_encoded_few_at_once(vae_folder, monkeypatch):
     expected, encode_some = encode_pixels(vae, images), vae.encode
     monkeypatch.setattr(vae, "encode", lambda chunk: calls.append(len(chunk)) or encode_some(chunk))
     for room, lengths in ((3 * 8 * 16, [3, 3, 1]), (1, [1] * 7)):
-        monkeypatch.setattr("skipdit.vae.CHUNK_PIXELS", room)
+        monkeypatch.setattr("skipdit.encoders.autoencoder.CHUNK_PIXELS", room)
         torch.testing.assert_close(encode_pixels(vae, images), expected)
         assert calls == lengths
         calls.clear()
@@ -746,7 +751,7 @@ def test_options_of_pictures_are_refused_for_others(root, encode_pictures, capsy
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The section of a config, and python -m skipdit.data check
+# The section of a config, and python -m skipdit data check
 
 
 @pytest.mark.parametrize(

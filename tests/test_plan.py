@@ -11,34 +11,25 @@ from conftest import ROOT, tiny_dit
 from tqdm import tqdm
 
 from skipdit import CacheSpec, SkipCache
-from skipdit.bench import replaced
-from skipdit.cache import CachePlan, CacheStep
-from skipdit.class_sample import generate
+from skipdit.caching.policies import CachePlan
+from skipdit.caching.runtime import CacheStep
 from skipdit.class_to_image.compare import open_sampler
 from skipdit.class_to_image.sample import Config
 from skipdit.class_to_image.sample import main as sample_classes
-from skipdit.compare import check_plans, rows_for
 from skipdit.config import load_config, to_yaml
-from skipdit.diffusion import Diffusion
-from skipdit.plan import (
-    NUDGE,
-    Bench,
-    Errors,
-    Watch,
-    fit,
-    forecast,
-    greedy,
-    interpolate,
-    main,
-    moved,
-    optimal,
-    uniform,
-    widened,
-)
-from skipdit.sample import generators
-from skipdit.task import find_task
+from skipdit.diffusion.gaussian import Diffusion
+from skipdit.evaluation.compare import check_plans, rows_for
+from skipdit.layers.inspect import replaced
+from skipdit.planning.calibration import NUDGE, Bench, Watch
+from skipdit.planning.command import main
+from skipdit.planning.errors import Errors
+from skipdit.planning.fitting import fit
+from skipdit.planning.schedules import forecast, greedy, interpolate, moved, optimal, uniform, widened
+from skipdit.sampling.class_conditional import generate
+from skipdit.tasks import find_task
 from skipdit.text_to_image import sample_t2i
-from skipdit.weights import fingerprint
+from skipdit.utils.provenance import fingerprint
+from skipdit.utils.seeding import generators
 
 
 def sample(model, cache="none", steps=12, labels=(1, 2), seed=0, **kwargs):
@@ -258,7 +249,7 @@ class Line:
 
 
 def test_joint_fit_is_least_squares_of_relative_errors(monkeypatch):
-    monkeypatch.setattr("skipdit.plan.DAMPING", (1e-9,))
+    monkeypatch.setattr("skipdit.planning.fitting.DAMPING", (1e-9,))
     bench = Bench(Line(), 7, 1)
     bench.reference = list(bench.sampler.images(7, CacheSpec()))
     start = widened((None, None, (0.5,), None, (1.0,), None, (0.1,)), 3)
@@ -292,7 +283,7 @@ def test_moved_weights_recompute_only_what_follows(batch_size, tmp_path):
 
 
 def test_joint_fit_takes_nothing_that_is_worse(monkeypatch):
-    monkeypatch.setattr("skipdit.plan.DAMPING", (-10.0,))  # a step the wrong way
+    monkeypatch.setattr("skipdit.planning.fitting.DAMPING", (-10.0,))  # a step the wrong way
     bench = Bench(Line(), 7, 1)
     bench.reference = list(bench.sampler.images(7, CacheSpec()))
     start = (None, None, (0.5,), None, (1.0, 0.0), None, (0.1, 0.0))

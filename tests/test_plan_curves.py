@@ -8,12 +8,12 @@ from conftest import ROOT
 from PIL import Image
 from test_plan import TINY
 
-from skipdit.cache import CachePlan
+from skipdit.caching.policies import CachePlan
 from skipdit.class_to_image.compare import open_sampler
 from skipdit.class_to_image.sample import Config
 from skipdit.config import load_config
 from skipdit.metrics import mean_psnr, psnr
-from skipdit.plan import forecast, uniform
+from skipdit.planning.schedules import forecast, uniform
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 import plans

@@ -18,15 +18,17 @@ from conftest import tiny_dit
 from hypothesis import HealthCheck, assume, example, given, settings
 from hypothesis import strategies as st
 
-from skipdit.cache import CachePlan, CacheSpec, DriftSpec, SkipCache
-from skipdit.class_sample import generate
+from skipdit.caching.policies import CachePlan, CacheSpec, DriftSpec
+from skipdit.caching.runtime import SkipCache
 from skipdit.class_to_image import sample, train
-from skipdit.compare import check_plans
 from skipdit.config import ConfigError, load_config, to_yaml
-from skipdit.diffusion import Diffusion
-from skipdit.sample import Job, generators
+from skipdit.diffusion.gaussian import Diffusion
+from skipdit.evaluation.compare import check_plans
+from skipdit.sampling.class_conditional import generate
+from skipdit.sampling.job import Job
 from skipdit.text_to_image import sample_t2i
 from skipdit.text_to_video import train as t2v_train
+from skipdit.utils.seeding import generators
 
 ROOT = Path(__file__).parents[1]
 settings.register_profile(

@@ -16,8 +16,8 @@ import pytest
 import torch
 from commands import forked
 
+from skipdit.checkpoints.released import to_released
 from skipdit.class_to_image import DiT
-from skipdit.weights import to_released
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -37,7 +37,7 @@ RUN = {
     f"{SAMPLE}demo.yaml": "num_samples=2 steps=3",
     f"{SAMPLE}demo.yaml --cache N2-1000-20-o1 out=samples/demo-cached": "num_samples=2 steps=5",
     "python class-to-image/compare.py --config configs/class-to-image/demo.yaml": "num_samples=2 steps=8",
-    "python -m skipdit.encode --data fashion_mnist --path data --image-size 32 "
+    "python -m skipdit encode --data fashion_mnist --path data --image-size 32 "
     "--vae class-to-image/weights/vae --out data/fashion-latents": "--workers 0",
     f"{TRAIN}fashion_plain.yaml": SMALL_TRAINING,
     f"{TRAIN}fashion_stage1.yaml": SMALL_TRAINING,
@@ -45,7 +45,7 @@ RUN = {
     f"{SAMPLE_VIDEO}demo.yaml": "num_samples=2 steps=3",
     f"{SAMPLE_VIDEO}demo.yaml --cache N2-900-49-o1 out=samples/video-cached": "num_samples=1 steps=5",
     "python class-to-video/compare.py --config configs/class-to-video/demo.yaml": "num_samples=1 steps=8",
-    "python -m skipdit.encode --data videos --path data/emoji-anim/videos --image-size 64 --classes face-smiling "
+    "python -m skipdit encode --data videos --path data/emoji-anim/videos --image-size 64 --classes face-smiling "
     "face-affection face-tongue face-negative face-costume cat-face heart hands --vae class-to-video/weights/vae "
     "--out data/emoji-latents": "--workers 0",
     "python class-to-video/train.py --config configs/class-to-video/emoji.yaml": SMALL_TRAINING,
@@ -67,14 +67,14 @@ AGAIN = [
     f'{SAMPLE_PICTURE} --config configs/text-to-image/demo.yaml --prompt "red apple"',
 ]
 RUN |= {
-    "python -m skipdit.plan --config configs/class-to-image/demo.yaml --budget 13 --out results/demo-plan.json "
+    "python -m skipdit plan --config configs/class-to-image/demo.yaml --budget 13 --out results/demo-plan.json "
     "num_samples=10 batch_size=10": "num_samples=1 --budget 3 --probes 2 --memory 2 --steps 6",
     f"{SAMPLE}demo.yaml --cache configs/class-to-image/demo_plan.json out=samples/demo-planned": "num_samples=1",
     "python class-to-image/compare.py --config configs/class-to-image/demo.yaml --intervals 4 "
     "--also N4-1000-0-o1 --also results/demo-plan.json": "num_samples=2 steps=6",
-    "python -m skipdit.evaluate fidelity samples/demo-cached --reference samples/demo": "",
+    "python -m skipdit evaluate fidelity samples/demo-cached --reference samples/demo": "",
 } | {
-    f"python -m skipdit.analyze {analysis} --config configs/class-to-image/demo.yaml": f"num_samples=1 steps=4 {small}"
+    f"python -m skipdit analyze {analysis} --config configs/class-to-image/demo.yaml": f"num_samples=1 steps=4 {small}"
     for analysis, small in {
         "perturb": "--points 3 --timesteps 1",
         "similarity": "--spec N2-1000-20",
@@ -105,7 +105,7 @@ ELSEWHERE = {
     "bash scripts/download.sh class-to-video": "test_download.py",
     "torchrun --nproc-per-node 8 class-to-video/sample.py "
     "--config configs/class-to-video/ucf101_sample_fvd.yaml": "test_video.py runs two processes",
-    "python -m skipdit.data check configs/class-to-video/ucf101_scratch.yaml": "test_clips.py, on small data sets",
+    "python -m skipdit data check configs/class-to-video/ucf101_scratch.yaml": "test_clips.py, on small data sets",
     "bash scripts/train_c2v_8gpu.sh ucf101 scratch": "test_video.py runs two processes",
     "python text-to-video/download.py": "test_download.py",
     "torchrun --nproc-per-node 8 text-to-video/sample_t2v.py "
@@ -119,7 +119,7 @@ ELSEWHERE = {
     "python scripts/nearest_training.py samples/wordings --data data/emoji-anim "
     "--wordings configs/text-to-video/emoji_wordings.jsonl": "needs all training clips",
     **{
-        f"python -m skipdit.plan --config configs/{task}/demo.yaml --budget {budget} --out {out} {settings}": (
+        f"python -m skipdit plan --config configs/{task}/demo.yaml --budget {budget} --out {out} {settings}": (
             "minutes; the first of its kind runs above, pipelines in test_plan.py"
         )
         for task, budget, out, settings in (
@@ -158,7 +158,7 @@ ELSEWHERE = {
             ),
         )
     },
-    "python -m skipdit.plan --config configs/class-to-image/demo.yaml --speedup 2.6 --branch 2 "
+    "python -m skipdit plan --config configs/class-to-image/demo.yaml --speedup 2.6 --branch 2 "
     "--out results/demo-plan-b2.json num_samples=10 batch_size=10": "minutes; test_plan.py has other branches",
     **{
         f"python {task}/compare.py --config configs/{task}/demo.yaml --intervals 4 --also N4-1000-0 "
@@ -202,7 +202,7 @@ ELSEWHERE = {
     "python benchmarks/efficiency.py --data data --seeds 0 1 2": "test_efficiency.py, on few pictures and steps",
     "python benchmarks/efficiency.py --data data --seeds 0 --spectral": "the same",
     **{
-        f"python -m skipdit.analyze {analysis} --config configs/class-to-image/demo.yaml --plain "
+        f"python -m skipdit analyze {analysis} --config configs/class-to-image/demo.yaml --plain "
         f"results/efficiency/runs/plain-seed0 weights=results/efficiency/runs/skip-seed0 num_samples={count}": "wants "
         "these runs; without --plain above, with it in test_analyze.py"
         for analysis, count in {"perturb": 4, "similarity": 10, "dynamics": 10, "jacobian": 4}.items()
@@ -211,7 +211,7 @@ ELSEWHERE = {
     "the demo's plan above",
     "bash scripts/demo.sh text-to-video": "minutes; its last line is compare.py above, with a plan as in test_plan.py",
     **{
-        f"python -m skipdit.evaluate {command}": "test_evaluate.py, with small networks"
+        f"python -m skipdit evaluate {command}": "test_evaluate.py, with small networks"
         for command in (
             "fid samples/imagenet256-50k --reference VIRTUAL_imagenet256_labeled.npz",
             "fvd samples/ucf101-fvd --reference data/UCF101/videos --i3d i3d_torchscript.pt",
@@ -230,16 +230,16 @@ ELSEWHERE = {
     "hf download Tencent-Hunyuan/HunyuanDiT-v1.2 --local-dir ./ckpts": "its layout is ckpts here",
     "torchrun --nproc-per-node 8 text-to-image/sample_t2i.py "
     "--config configs/text-to-image/t2i_sample_coco.yaml": "test_t2i_sample.py; its work list is that of the others",
-    "python -m skipdit.data check configs/text-to-image/t2i_train_stage2.yaml": "test_pictures.py, on small data sets",
+    "python -m skipdit data check configs/text-to-image/t2i_train_stage2.yaml": "test_pictures.py, on small data sets",
     "bash scripts/train_t2i_8gpu.sh stage2 model.skip=false init=null out=results/t2i-plain": "as the next two",
     "bash scripts/train_t2i_8gpu.sh stage1": "test_t2i_train.py runs both stages, and two processes",
     "bash scripts/train_t2i_8gpu.sh stage2": "test_t2i_train.py runs both stages, and two processes",
     "bash scripts/train_t2i_8gpu.sh lora": "test_t2i_train.py trains adapters",
 }
 # Command -> the folder of its task, the first thing that is missing, and the command that fetches it.
-DIT = ("class-to-image", "weights=checkpoints/DiT-XL-2-skip.pt, vae=", "python -m skipdit.download class-to-image")
-LATTE = ("class-to-video", "weights=checkpoints/ucf101-skip.pt, vae=", "python -m skipdit.download class-to-video")
-T2V = ("text-to-video", "weights=checkpoints/Latte-skip.pt, vae=", "python -m skipdit.download text-to-video")
+DIT = ("class-to-image", "weights=checkpoints/DiT-XL-2-skip.pt, vae=", "python -m skipdit download class-to-image")
+LATTE = ("class-to-video", "weights=checkpoints/ucf101-skip.pt, vae=", "python -m skipdit download class-to-video")
+T2V = ("text-to-video", "weights=checkpoints/Latte-skip.pt, vae=", "python -m skipdit download text-to-video")
 WITHOUT_CHECKPOINT = {
     f"{SAMPLE}imagenet256_sample.yaml": DIT,
     f"{SAMPLE}imagenet256_sample_cache.yaml": DIT,
@@ -248,7 +248,7 @@ WITHOUT_CHECKPOINT = {
     f"{SAMPLE_TEXT}t2v_sample_skip.yaml": T2V,
     f"{SAMPLE_TEXT}t2v_sample_skip_cache.yaml": T2V,
     f"{SAMPLE_TEXT}t2v_sample_skip_cache.yaml --cache N2-700-50 out=samples/t2v-reuse": T2V,
-    "python -m skipdit.plan --config configs/text-to-video/t2v_sample_skip.yaml --budget 20 --out plans/t2v-20.json "
+    "python -m skipdit plan --config configs/text-to-video/t2v_sample_skip.yaml --budget 20 --out plans/t2v-20.json "
     '"prompts=[A sailing boat leaves a harbour., Two children build a sandcastle., Rain falls on a city street at '
     'night.]"': T2V,
 }
@@ -310,7 +310,7 @@ def test_commands_that_fail_are_seen(tmp_path):
     (tmp_path / "fails.py").write_text("import sys\nprint(sys.argv, flush=True)\nraise OSError('as it should')\n")
     status, told = forked("python fails.py -x 1", tmp_path)
     assert status == 1 and "['fails.py', '-x', '1']" in told and "OSError: as it should" in told
-    assert forked("python -m skipdit.plan --config no/such.yaml --budget 3", tmp_path)[0] == 2
+    assert forked("python -m skipdit plan --config no/such.yaml --budget 3", tmp_path)[0] == 2
 
 
 @pytest.mark.parametrize(("command", "wanted"), WITHOUT_CHECKPOINT.items())

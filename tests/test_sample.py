@@ -17,18 +17,21 @@ from diffusers import AutoencoderKL
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from skipdit.bench import step_flops
-from skipdit.class_sample import generate
+from skipdit.checkpoints.errors import WeightsError
+from skipdit.checkpoints.released import to_released
 from skipdit.class_to_image.model import DiT
 from skipdit.class_to_image.sample import Config, ModelConfig, build_model, main, sample
 from skipdit.config import load_config, to_yaml
 from skipdit.data.images import ImageData
 from skipdit.data.latents import Latents, expected_latents
-from skipdit.diffusion import Diffusion
+from skipdit.diffusion.gaussian import Diffusion
+from skipdit.encoders.autoencoder import decode, encode, load_vae
+from skipdit.layers.flops import step_flops
 from skipdit.metrics.samples import open_samples
-from skipdit.sample import Ahead, Job, generators, resolve_dtype
-from skipdit.vae import decode, encode, load_vae
-from skipdit.weights import WeightsError, to_released
+from skipdit.sampling.class_conditional import generate
+from skipdit.sampling.job import Ahead, Job
+from skipdit.utils.dtypes import resolve_dtype
+from skipdit.utils.seeding import generators
 
 ROOT = Path(__file__).parent.parent
 
@@ -151,7 +154,7 @@ def test_report_of_drift(config, capsys):
         caches.append(cache)
         return latents
 
-    with mock.patch("skipdit.class_sample.generate", first_differs):
+    with mock.patch("skipdit.sampling.class_conditional.generate", first_differs):
         report = sample(config)
     ran = [cache.full_steps for cache in caches]
     assert len(ran) == config.num_samples and min(ran) < max(ran)
@@ -265,7 +268,7 @@ def test_values_computed_ahead_change_nothing():
     c_all = model.condition(torch.tensor([10, 500]), labels)
     c_outer = model.condition(torch.tensor([10, 500]), labels, branch=1)
     x = torch.randn(2, 4, 4, 4)
-    from skipdit.cache import CacheStep
+    from skipdit.caching.runtime import CacheStep
 
     for number, t in enumerate((10, 500)):
         times, full = torch.full((2,), t), CacheStep(1, None)
@@ -441,9 +444,9 @@ def test_models_take_their_channels_from_the_autoencoder(config, tmp_path):
 
 
 def test_encoding_and_training_on_latents(tmp_path, vae_folder, image_folder):
-    """`python -m skipdit.encode`: flipped copies, broken images left out and listed, a mismatch refused."""
+    """`python -m skipdit encode`: flipped copies, broken images left out and listed, a mismatch refused."""
     out = tmp_path / "latents"
-    command = [sys.executable, "-m", "skipdit.encode", "--data", "image_folder", "--path", str(image_folder)]
+    command = [sys.executable, "-m", "skipdit", "encode", "--data", "image_folder", "--path", str(image_folder)]
     command += ["--image-size", "8", "--vae", str(vae_folder), "--out", str(out), "--shard", "10", "--workers", "0"]
     result = subprocess.run(command, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr[-2000:]

@@ -8,12 +8,12 @@ import pytest
 import torch
 from conftest import FSDP, assert_equal, short_training, state, stats, tiny_dit, tiny_latte_t2v
 
-from skipdit import train as trainer
 from skipdit.class_to_image.sample import ModelConfig
 from skipdit.class_to_image.train import Config, train
 from skipdit.config import to_yaml
 from skipdit.data.images import ImageData
-from skipdit.spectral import SQUARINGS, SpectralLimit, largest_singular, skip_linears
+from skipdit.training import loop as trainer
+from skipdit.training.spectral import SQUARINGS, SpectralLimit, largest_singular, skip_linears
 
 CAP = 1.5
 ROUNDING = 1e-5  # by which float32 may miss the cap, relative

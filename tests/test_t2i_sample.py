@@ -13,9 +13,10 @@ from diffusers import HunyuanDiTPipeline
 from torchvision.io import read_image
 
 from skipdit import disable_cache, enable_cache, load_weights
+from skipdit.checkpoints.files import load_state
 from skipdit.config import to_yaml
+from skipdit.layers.embeddings import TimestepEmbedder
 from skipdit.metrics.fidelity import psnr
-from skipdit.nn import TimestepEmbedder
 from skipdit.text_to_image import HunyuanDiT, sample_t2i
 from skipdit.text_to_image.model import rotary_tables
 from skipdit.text_to_image.sample_t2i import (
@@ -29,7 +30,6 @@ from skipdit.text_to_image.sample_t2i import (
     open_pipeline,
     sample,
 )
-from skipdit.weights import load_state
 
 PROMPT = "一只小猫 sleeps on the warm sofa"
 
@@ -227,7 +227,7 @@ def test_everything_missing_is_listed_at_once(config, released_t2i, tmp_path):
     with pytest.raises(FileNotFoundError) as caught:
         sample(config)
     for name in ("pytorch_model_ema.pt", "sdxl-vae-fp16-fix", "clip_text_encoder", "t2i/tokenizer", "mt5/model",
-                 "python -m skipdit.download text-to-image"):  # fmt: skip
+                 "python -m skipdit download text-to-image"):  # fmt: skip
         assert name in str(caught.value)
 
 

@@ -14,16 +14,17 @@ from torch import nn
 from torchvision.io import read_image
 from transformers import BertModel
 
+from skipdit.checkpoints.files import load_state
+from skipdit.checkpoints.loading import load_weights
+from skipdit.data.encode import main as encode
+from skipdit.data.encode_text import main as encode_text
 from skipdit.data.pictures import PictureData
 from skipdit.data.texts import LiveTexts
-from skipdit.diffusion import Diffusion
-from skipdit.encode import main as encode
-from skipdit.encode_text import main as encode_text
-from skipdit.text import CLIP, T5, load_text_encoder
+from skipdit.diffusion.gaussian import Diffusion
+from skipdit.encoders.text import CLIP, T5, load_text_encoder
 from skipdit.text_to_image import HunyuanDiT, sample_t2i
 from skipdit.text_to_image.train import Config, ModelConfig, TextConfig, make_loss, train
-from skipdit.train import Draw
-from skipdit.weights import load_state, load_weights
+from skipdit.training.settings import Draw
 
 CAPTIONS = ["the red car drives", "a dog runs", "two birds fly", "一只小猫", "a man sleeps", "the cat", "the lake"]
 TOKENS = 16

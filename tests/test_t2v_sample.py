@@ -13,13 +13,13 @@ from diffusers import LattePipeline
 from transformers import AutoTokenizer, T5EncoderModel
 
 from skipdit.config import to_yaml
-from skipdit.data.images import to_uint8
-from skipdit.media import read_mp4
-from skipdit.prompts import read_prompts
-from skipdit.text_sample import SCHEDULERS
+from skipdit.data.video import read_mp4
+from skipdit.encoders.autoencoder import decode
+from skipdit.sampling.prompts import read_prompts
+from skipdit.sampling.text_conditional import SCHEDULERS
 from skipdit.text_to_video import sample_t2v
 from skipdit.text_to_video.sample_t2v import Config, check, make_scheduler, open_pipeline, sample
-from skipdit.vae import decode
+from skipdit.utils.pixels import to_uint8
 
 
 @pytest.fixture
@@ -349,7 +349,7 @@ def test_everything_missing_is_listed_at_once(config, released_t2v, tmp_path):
     with pytest.raises(FileNotFoundError) as caught:
         sample(config)
     for name in ("nowhere.pt", "half/vae", "transformer/config.json", "scheduler_config.json", "model.safetensors",
-                 "half/tokenizer", "python -m skipdit.download text-to-video"):  # fmt: skip
+                 "half/tokenizer", "python -m skipdit download text-to-video"):  # fmt: skip
         assert name in str(caught.value)
 
 

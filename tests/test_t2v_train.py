@@ -11,17 +11,18 @@ from conftest import FSDP, assert_equal, kill_at, run_script, short_training, st
 from torch import nn
 from transformers import T5EncoderModel
 
-from skipdit import convert
+from skipdit.checkpoints import convert
+from skipdit.checkpoints.loading import load_weights
 from skipdit.data.clips import ClipData
+from skipdit.data.encode import main as encode
+from skipdit.data.encode_text import main as encode_text
 from skipdit.data.texts import LiveTexts
-from skipdit.encode import main as encode
-from skipdit.encode_text import main as encode_text
-from skipdit.media import read_mp4, write_mp4
-from skipdit.text import load_text_encoder
+from skipdit.data.video import read_mp4
+from skipdit.encoders.text import load_text_encoder
 from skipdit.text_to_video import LatteT2V, sample_t2v
 from skipdit.text_to_video.train import Config, ModelConfig, make_loss, train
-from skipdit.train import Draw
-from skipdit.weights import load_weights
+from skipdit.training.settings import Draw
+from skipdit.utils.video import write_mp4
 
 CAPTIONS = ["the red car drives", "a dog runs", "two birds fly above the quiet lake", "the cat", "a man sleeps"]
 
@@ -134,7 +135,7 @@ def test_two_processes_equal_one(config, tmp_path, parallel):
 
 
 def test_files_of_latents_and_texts_train_like_clips_and_captions(config, captioned, tmp_path, monkeypatch):
-    """What `skipdit.encode` and `skipdit.encode_text` wrote gives the losses of the clips and captions themselves."""
+    """What `skipdit.data.encode` and `skipdit.data.encode_text` wrote gives the losses of the clips and captions themselves."""
     config.data.flip = False
     shutil.copytree(captioned, tmp_path / "clips")
     (tmp_path / "clips/5.mp4").unlink()  # the encoder leaves a broken clip out, and the order changes

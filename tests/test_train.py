@@ -14,13 +14,17 @@ from accelerate.state import AcceleratorState, GradientState
 from conftest import FSDP, assert_equal, kill_at, run_script, short_training, state, stats, tiny_dit
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from skipdit.checkpoint import latest
+from skipdit.checkpoints.errors import WeightsError
+from skipdit.checkpoints.loading import load_weights
+from skipdit.checkpoints.released import to_released
 from skipdit.class_to_image.sample import ModelConfig
 from skipdit.class_to_image.train import Config, train
 from skipdit.data.images import ImageData, ImageFolder
 from skipdit.data.stream import rows_of
-from skipdit.train import Draw, TrainConfig, describe, fit, learning_rate, peak_memory, set_trainable
-from skipdit.weights import WeightsError, load_weights, to_released
+from skipdit.training.checkpoints import latest
+from skipdit.training.loop import describe, fit
+from skipdit.training.parallel import peak_memory
+from skipdit.training.settings import Draw, TrainConfig, learning_rate, set_trainable
 
 
 @pytest.fixture
@@ -190,7 +194,9 @@ def test_the_model_of_a_sample_grid_is_dropped(tmp_path, parallel):
 
 
 def test_sampling_runs_in_the_precision_of_training(config, monkeypatch):
-    monkeypatch.setattr("skipdit.train.Accelerator.autocast", lambda self: torch.autocast("cpu", torch.bfloat16))
+    monkeypatch.setattr(
+        "skipdit.training.loop.Accelerator.autocast", lambda self: torch.autocast("cpu", torch.bfloat16)
+    )
     config.train.sample_every, sampled = 2, []
 
     def loss(model, batch, draw):
@@ -366,7 +372,7 @@ def test_full_disk_keeps_the_last_checkpoint(config, monkeypatch):
     def no_space(*args, **kwargs):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("skipdit.checkpoint.os.fsync", no_space)
+    monkeypatch.setattr("skipdit.training.checkpoints.os.fsync", no_space)
     with pytest.raises(RuntimeError, match=r"No space left on device.*last good checkpoint is .*0000002\.pt"):
         train(config)
     assert [p.name for p in (Path(config.out) / "checkpoints").iterdir()] == ["0000002.pt"]

@@ -14,20 +14,22 @@ from PIL import Image
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from skipdit import SkipCache
-from skipdit.bench import step_flops
-from skipdit.class_sample import generate
+from skipdit.checkpoints.convert import main as convert
+from skipdit.checkpoints.loading import load_weights
+from skipdit.checkpoints.released import to_released
 from skipdit.class_to_video import Latte
 from skipdit.class_to_video import sample as sampler
 from skipdit.class_to_video.sample import ModelConfig, sample
 from skipdit.class_to_video.train import Config, make_loss, train
 from skipdit.config import to_yaml
-from skipdit.convert import main as convert
 from skipdit.data.clips import ClipData
-from skipdit.diffusion import Diffusion
-from skipdit.media import contact_sheet, read_mp4, side_by_side, write_gif, write_mp4
-from skipdit.sample import generators
-from skipdit.train import Draw
-from skipdit.weights import load_weights, to_released
+from skipdit.data.video import read_mp4
+from skipdit.diffusion.gaussian import Diffusion
+from skipdit.layers.flops import step_flops
+from skipdit.sampling.class_conditional import generate
+from skipdit.training.settings import Draw
+from skipdit.utils.seeding import generators
+from skipdit.utils.video import contact_sheet, side_by_side, write_gif, write_mp4
 
 TINY = {"patch_size": 2, "hidden_size": 32, "depth": 8, "num_heads": 2, "num_classes": 5, "skip": True}
 
@@ -278,7 +280,7 @@ def test_clip_does_not_depend_on_the_number_of_processes(sampling, tmp_path):
         ({"fps": 0.0}, "fps is 0; it should be 0.01 to 1000"),
         ({"fps": -8.0}, "fps is -8"),
         ({"fps": float("nan")}, "fps is nan"),
-        ({"weights": "nowhere/a.pt"}, r"missing: weights=nowhere/a\.pt; `python -m skipdit\.download class-to-video`"),
+        ({"weights": "nowhere/a.pt"}, r"missing: weights=nowhere/a\.pt; `python -m skipdit download class-to-video`"),
     ],
 )
 def test_bad_input_is_named(sampling, change, complaint):
@@ -334,7 +336,7 @@ def test_two_graphs_without_breaks_or_read_backs(extras, monkeypatch):
         return generate(model, labels, noise, steps=steps, sampler="ddim", guidance_channels=None, cache=spec)
 
     expected = run("N2-900-49-o1")
-    monkeypatch.setattr("skipdit.class_sample.require_finite", lambda *_: None)  # after the last step
+    monkeypatch.setattr("skipdit.sampling.class_conditional.require_finite", lambda *_: None)  # after the last step
     with NoReadBack():
         run(SkipCache("N2-900-49-o1", Diffusion(10).sampling_timesteps))
     model.compile(fullgraph=True, backend=backend)

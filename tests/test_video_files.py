@@ -18,9 +18,8 @@ from PIL import Image
 
 from skipdit.data.clip_folder import ClipFolder
 from skipdit.data.clips import ClipData
-from skipdit.data.stream import BrokenSample
-from skipdit.data.video import Video
-from skipdit.media import read_mp4
+from skipdit.data.video import Video, read_mp4
+from skipdit.utils.errors import BrokenSample
 
 HEIGHT, WIDTH, COUNT = 96, 128, 75
 QUIET_X265 = "log-level=none"

@@ -15,18 +15,14 @@ from conftest import assert_close, assert_equal
 from safetensors.torch import save_file
 
 import skipdit
-from skipdit import checkpoint, convert
+from skipdit.checkpoints import convert
+from skipdit.checkpoints.errors import WeightsError
+from skipdit.checkpoints.files import load_checkpoint, load_state
+from skipdit.checkpoints.loading import identify, load_weights
+from skipdit.checkpoints.released import from_released, to_released
+from skipdit.checkpoints.sums import verify
 from skipdit.class_to_image import DiT
-from skipdit.weights import (
-    WeightsError,
-    from_released,
-    identify,
-    load_checkpoint,
-    load_state,
-    load_weights,
-    to_released,
-    verify,
-)
+from skipdit.training import checkpoints as checkpoint
 
 TINY = {"input_size": 4, "hidden_size": 24, "depth": 4, "num_heads": 2, "num_classes": 3}
 
@@ -197,7 +193,7 @@ def test_files_of_other_things_are_refused(tmp_path, content):
 
 
 def test_absent_file_says_how_to_get_it(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"nowhere\.pt.*`python -m skipdit\.download`"):
+    with pytest.raises(FileNotFoundError, match=r"nowhere\.pt.*`python -m skipdit download`"):
         load_state(tmp_path / "nowhere.pt")
 
 
@@ -580,7 +576,7 @@ def test_wrong_model_class_is_named(model, tmp_path, capsys, name):
 
 
 def test_module_runs_without_warnings(tmp_path):
-    command = [sys.executable, "-W", "error::RuntimeWarning", "-m", "skipdit.weights", "export"]
+    command = [sys.executable, "-W", "error::RuntimeWarning", "-m", "skipdit", "weights", "export"]
     run = subprocess.run([*command, tmp_path / "nowhere.pt", tmp_path / "out.pt"], capture_output=True, text=True)
     assert run.returncode == 2
     assert run.stderr.startswith("error: no checkpoint at")

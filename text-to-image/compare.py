@@ -6,8 +6,8 @@ Rows: the uncached run, reuse (order 0), forecast (order 1), and simply fewer st
 Every row starts from the same noise. Takes a sampler's config; writes compare.png and compare.json into its `out`.
 """
 
-from skipdit.cache import CacheSpec
-from skipdit.compare import run
+from skipdit.caching.policies import CacheSpec
+from skipdit.evaluation.compare import run
 from skipdit.text_to_image.sample_t2i import Config, TextSampler
 
 WINDOW = CacheSpec.parse("N2-700-50")

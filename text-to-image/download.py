@@ -3,12 +3,12 @@
     python text-to-image/download.py                       # into ckpts/, where the sampler and the trainer look
     python text-to-image/download.py --only diffusers      # as diffusers has it, into ckpts/HunyuanDiT-v1.2-Diffusers
 
-Short for `python -m skipdit.download text-to-image`; see its --help.
+Short for `python -m skipdit download text-to-image`; see its --help.
 """
 
 import sys
 
-from skipdit.download import main
+from skipdit.checkpoints.download import main
 
 if __name__ == "__main__":
     main(["text-to-image", *sys.argv[1:]])

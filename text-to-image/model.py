@@ -16,11 +16,12 @@ from diffusers.models.modeling_utils import ModelMixin  # noqa: F401 (diffusers 
 from timm.layers import Mlp
 from torch import Tensor, nn
 
-from skipdit.adaln import FinalLayer
-from skipdit.cache import CacheStep
-from skipdit.nn import GELU, Float32LayerNorm, PatchEmbed, TimestepEmbedder, rotary_2d, unpatchify
-from skipdit.skip import SkipTransformer, make_skips
-from skipdit.weights import count_members
+from skipdit.caching.runtime import CacheStep
+from skipdit.layers.adaln import FinalLayer
+from skipdit.layers.attention import GELU, Float32LayerNorm
+from skipdit.layers.embeddings import PatchEmbed, TimestepEmbedder, rotary_2d, unpatchify
+from skipdit.layers.skip import SkipTransformer, make_skips
+from skipdit.utils.provenance import count_members
 
 Rotary = tuple[Tensor, Tensor]  # cosines and sines, each (T, D / K)
 
@@ -119,7 +120,7 @@ class HunyuanDiT(SkipTransformer):
         text_states_dim_t5, text_len_t5: those of the T5's.
         qk_norm: normalise queries and keys.
         skip: whether block i is joined to block L-1-i, for every i < L // 2 - 1.
-        fuse: "replace" as released, or "residual"; see `skipdit.skip.LongSkip`.
+        fuse: "replace" as released, or "residual"; see `skipdit.layers.skip.LongSkip`.
     """
 
     _no_split_modules = ["Block"]  # noqa: RUF012 (diffusers' convention; also the unit that FSDP shards)
@@ -291,7 +292,7 @@ class HunyuanDiT(SkipTransformer):
         """Constructor arguments that fit a state dict, read off its shapes; those that leave no trace are as released.
 
         Args:
-            state: names as `skipdit.weights.load_state` gives them.
+            state: names as `skipdit.checkpoints.files.load_state` gives them.
             num_heads: None reads them off the norms of queries, or takes those of the released model.
 
         Raises ValueError if the state dict is another model's, or if its heads are not known.

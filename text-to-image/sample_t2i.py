@@ -24,14 +24,19 @@ from torchvision.io import ImageReadMode, read_image
 from torchvision.utils import make_grid
 from tqdm import tqdm
 
-from skipdit import text_sample
-from skipdit.cache import CacheSpec
-from skipdit.config import friendly_errors, load_config, make_parser, setting
-from skipdit.device import process_state
-from skipdit.prompts import file_names, read_prompts
-from skipdit.sample import Job, add_cache_arguments, cache_override, generators, preflight
-from skipdit.text import CLIP, T5, Encoded, Reading, load_text_encoder, missing_text_files
-from skipdit.text_sample import (
+from skipdit.caching.policies import CacheSpec
+from skipdit.checkpoints.files import load_state
+from skipdit.checkpoints.loading import identify
+from skipdit.checkpoints.released import BEFORE_V1_2
+from skipdit.cli import friendly_errors, make_parser
+from skipdit.config import load_config, setting
+from skipdit.encoders.autoencoder import downsampling, load_vae
+from skipdit.encoders.text import CLIP, T5, Encoded, Reading, load_text_encoder, missing_text_files
+from skipdit.sampling import text_conditional as text_sample
+from skipdit.sampling.arguments import add_cache_arguments, cache_override
+from skipdit.sampling.job import Job, preflight
+from skipdit.sampling.prompts import file_names, read_prompts
+from skipdit.sampling.text_conditional import (
     WINDOW,
     Parts,
     PromptConfig,
@@ -43,11 +48,11 @@ from skipdit.text_sample import (
     take_prompts,
 )
 from skipdit.text_to_image.model import HunyuanDiT, rotary_tables
-from skipdit.vae import downsampling, load_vae
-from skipdit.weights import BEFORE_V1_2, identify, load_state
-from skipdit.writing import write_png
+from skipdit.utils.device import process_state
+from skipdit.utils.files import write_png
+from skipdit.utils.seeding import generators
 
-FETCH = "python -m skipdit.download text-to-image"
+FETCH = "python -m skipdit download text-to-image"
 SHOWN = 16  # pictures on the contact sheet
 UNIT = 16  # pixels; diffusers' pipeline rounds heights and widths down to multiples of it
 RELEASED_WIDTH = 1408

@@ -16,22 +16,23 @@ from torch import Tensor
 from torchvision.utils import make_grid
 
 from skipdit.config import setting
-from skipdit.data.latents import clean_latents
 from skipdit.data.pictures import PictureData, bucket_sizes
 from skipdit.data.texts import Texts
-from skipdit.device import process_state
-from skipdit.diffusion import Diffusion
-from skipdit.lora import add_lora, save_lora
-from skipdit.pipeline import disable_cache, enable_cache
-from skipdit.prepare import open_texts, open_training, run_trainer
-from skipdit.sample import generators
-from skipdit.text import CLIP, T5, missing_text_files
+from skipdit.diffusion.gaussian import Diffusion
+from skipdit.encoders.autoencoder import latent_size, pixels
+from skipdit.encoders.text import CLIP, T5, missing_text_files
+from skipdit.pipelines.cache import disable_cache, enable_cache
 from skipdit.text_to_image.data import make_dataset
 from skipdit.text_to_image.model import HunyuanDiT, Rotary, rotary_tables
 from skipdit.text_to_image.sample_t2i import FETCH, NOISE, UNIT, TextPair, generate, make_pipeline, make_scheduler
-from skipdit.train import Draw, Loss, TrainConfig, fit
-from skipdit.vae import latent_size, pixels
-from skipdit.writing import write_png
+from skipdit.training.latents import clean_latents
+from skipdit.training.loop import fit
+from skipdit.training.lora import add_lora, save_lora
+from skipdit.training.prepare import open_texts, open_training, run_trainer
+from skipdit.training.settings import Draw, Loss, TrainConfig
+from skipdit.utils.device import process_state
+from skipdit.utils.files import write_png
+from skipdit.utils.seeding import generators
 
 SHOWN = 8  # pictures of a sample grid
 
@@ -59,7 +60,7 @@ class TextConfig:
 
     encoder: str | None = setting(None, "text encoder, folder or Hub name; frozen")
     tokenizer: str | None = setting(None, "folder or Hub name; unset: beside the text encoder")
-    files: str | None = setting(None, "embeddings of `python -m skipdit.encode_text`, in place of the text encoder")
+    files: str | None = setting(None, "embeddings of `python -m skipdit encode-text`, in place of the text encoder")
     fingerprint: str | None = setting(None, "of the text encoder; the trainer fills it in and refuses another")
     dropout: float = setting(0.2, "share of captions replaced by the empty one, for guidance")
 

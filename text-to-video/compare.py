@@ -7,8 +7,8 @@ Every row starts from the same noise. Takes a sampler's config; writes compare.p
 compare.gif (a line per row, all in motion) and compare.json into its `out`.
 """
 
-from skipdit.cache import CacheSpec
-from skipdit.compare import film, four_frames, run
+from skipdit.caching.policies import CacheSpec
+from skipdit.evaluation.compare import film, four_frames, run
 from skipdit.text_to_video.sample_t2v import Config, TextSampler
 
 WINDOW = CacheSpec.parse("N2-700-50")

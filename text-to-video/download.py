@@ -4,12 +4,12 @@
     python text-to-video/download.py --only plain              # the plain Latte, which training starts from
     python text-to-video/download.py --only data --dir data    # the published training clips, into data/video_seg
 
-Short for `python -m skipdit.download text-to-video`; see its --help.
+Short for `python -m skipdit download text-to-video`; see its --help.
 """
 
 import sys
 
-from skipdit.download import main
+from skipdit.checkpoints.download import main
 
 if __name__ == "__main__":
     main(["text-to-video", *sys.argv[1:]])

@@ -19,10 +19,11 @@ from diffusers.models.modeling_utils import ModelMixin  # noqa: F401 (diffusers 
 from diffusers.models.normalization import AdaLayerNormSingle
 from torch import Tensor, nn
 
-from skipdit.cache import CacheStep
-from skipdit.nn import PatchEmbed, modulate, normalize, sincos_1d, sincos_2d, unpatchify
-from skipdit.skip import SkipTransformer, make_skips
-from skipdit.weights import count_members
+from skipdit.caching.runtime import CacheStep
+from skipdit.layers.attention import modulate, normalize
+from skipdit.layers.embeddings import PatchEmbed, sincos_1d, sincos_2d, unpatchify
+from skipdit.layers.skip import SkipTransformer, make_skips
+from skipdit.utils.provenance import count_members
 
 
 class Text(NamedTuple):
@@ -129,7 +130,7 @@ class LatteT2V(SkipTransformer):
         caption_channels: width of the text encoder.
         video_length: frames it is made for; fewer work.
         skip: whether pair i is joined to pair L-1-i, for every i < L // 2.
-        fuse: "replace" as in the paper, or "residual"; see `skipdit.skip.LongSkip`.
+        fuse: "replace" as in the paper, or "residual"; see `skipdit.layers.skip.LongSkip`.
     """
 
     _no_split_modules = ["Block"]  # noqa: RUF012 (diffusers' convention; also the unit that FSDP shards)
@@ -318,7 +319,7 @@ class LatteT2V(SkipTransformer):
         """Constructor arguments that fit a state dict, read off its shapes; those that leave no trace are as released.
 
         Args:
-            state: names as `skipdit.weights.load_state` gives them.
+            state: names as `skipdit.checkpoints.files.load_state` gives them.
             num_heads: None takes those of the released model, if the width is its.
 
         Raises ValueError if the state dict is another model's, or if the heads of this width are not known.

@@ -20,15 +20,17 @@ from diffusers import LattePipeline, SchedulerMixin
 from torch import Tensor
 from torchvision.io import ImageReadMode, read_image
 
-from skipdit import text_sample
-from skipdit.cache import CacheSpec
-from skipdit.config import friendly_errors, load_config, make_parser, required, setting
-from skipdit.device import process_state
-from skipdit.media import add_gifs, check_fps, contact_sheet, read_mp4, side_by_side, write_gif, write_mp4
-from skipdit.prompts import file_names, read_prompts
-from skipdit.sample import Job, add_cache_arguments, cache_override, generators, preflight
-from skipdit.text import TextEncoder, load_text_encoder, missing_text_files
-from skipdit.text_sample import (
+from skipdit.caching.policies import CacheSpec
+from skipdit.cli import friendly_errors, make_parser
+from skipdit.config import load_config, required, setting
+from skipdit.data.video import add_gifs, read_mp4
+from skipdit.encoders.autoencoder import downsampling, load_vae
+from skipdit.encoders.text import TextEncoder, load_text_encoder, missing_text_files
+from skipdit.sampling import text_conditional as text_sample
+from skipdit.sampling.arguments import add_cache_arguments, cache_override
+from skipdit.sampling.job import Job, preflight
+from skipdit.sampling.prompts import file_names, read_prompts
+from skipdit.sampling.text_conditional import (
     WINDOW,
     Parts,
     PromptConfig,
@@ -40,10 +42,12 @@ from skipdit.text_sample import (
     take_prompts,
 )
 from skipdit.text_to_video.model import LatteT2V
-from skipdit.vae import downsampling, load_vae
-from skipdit.writing import write_png
+from skipdit.utils.device import process_state
+from skipdit.utils.files import write_png
+from skipdit.utils.seeding import generators
+from skipdit.utils.video import check_fps, contact_sheet, side_by_side, write_gif, write_mp4
 
-FETCH = "python -m skipdit.download text-to-video"
+FETCH = "python -m skipdit download text-to-video"
 SHOWN = 16  # clips on the contact sheet
 RELEASED_WIDTH = 1152
 NOISE = {"beta_start": 1e-4, "beta_end": 0.02, "beta_schedule": "linear"}  # that Latte was trained with

@@ -16,18 +16,19 @@ from torch import Tensor
 
 from skipdit.config import setting
 from skipdit.data.clips import ClipData
-from skipdit.data.latents import joint_latents
 from skipdit.data.texts import Texts
-from skipdit.diffusion import Diffusion
-from skipdit.media import write_look
-from skipdit.prepare import open_texts, open_training, run_trainer
-from skipdit.sample import generators
-from skipdit.text import missing_text_files
+from skipdit.diffusion.gaussian import Diffusion
+from skipdit.encoders.autoencoder import latent_size, pixels
+from skipdit.encoders.text import missing_text_files
 from skipdit.text_to_video.data import make_dataset
 from skipdit.text_to_video.model import LatteT2V
 from skipdit.text_to_video.sample_t2v import Prompt, generate, make_scheduler
-from skipdit.train import Draw, Loss, TrainConfig, fit
-from skipdit.vae import latent_size, pixels
+from skipdit.training.latents import joint_latents
+from skipdit.training.loop import fit
+from skipdit.training.prepare import open_texts, open_training, run_trainer
+from skipdit.training.settings import Draw, Loss, TrainConfig
+from skipdit.utils.seeding import generators
+from skipdit.utils.video import write_look
 
 SHOWN = 8  # clips of a sample grid
 
@@ -57,7 +58,7 @@ class Config:
     text_encoder: str = setting("checkpoints/Latte-0/text_encoder", "folder or Hub name; frozen")
     tokenizer: str | None = setting(None, "folder or Hub name; unset: beside the text encoder")
     text_dtype: str = setting("bfloat16", "of the text encoder: auto, float32, bfloat16 or float16")
-    texts: str | None = setting(None, "embeddings of `python -m skipdit.encode_text`, in place of the text encoder")
+    texts: str | None = setting(None, "embeddings of `python -m skipdit encode-text`, in place of the text encoder")
     text_fingerprint: str | None = setting(None, "of the text encoder; the trainer fills it in and refuses another")
     caption_dropout: float = setting(0.1, "share of captions replaced by the empty one, for guidance")
     grid_guidance: float = setting(7.5, "guidance scale of the sample clips")
@@ -121,7 +122,7 @@ def train(config: Config, dry_run: bool = False) -> LatteT2V:
         config,
         files | ({"model.folder": config.model.folder} if config.model.folder else {}),
         build,
-        "python -m skipdit.download text-to-video --only plain pipeline tokenizer",
+        "python -m skipdit download text-to-video --only plain pipeline tokenizer",
         absent=[] if config.texts else missing_text_files(config.text_encoder, config.tokenizer),
     )
     dataset = make_dataset(config.data, vae)

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from gpu.models import TIMESTEP, Case, build
-from skipdit.layouts import diffusers_config, to_diffusers
-from skipdit.nn import LabelEmbedder, TimestepEmbedder, unpatchify
-from skipdit.weights import to_released
+from skipdit.checkpoints.diffusers_layout import diffusers_config, to_diffusers
+from skipdit.checkpoints.released import to_released
+from skipdit.layers.embeddings import LabelEmbedder, TimestepEmbedder, unpatchify
 
 
 @dataclass

@@ -12,8 +12,8 @@ import torch
 from torch import nn
 
 from gpu.models import Case, build
-from skipdit.bench import step_flops
-from skipdit.device import set_tf32
+from skipdit.layers.flops import step_flops
+from skipdit.utils.device import set_tf32
 
 MODES = ("eager", "compiled", "graphs")  # graphs: CUDA graphs, torch.compile's "reduce-overhead"
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}

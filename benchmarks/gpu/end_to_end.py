@@ -11,9 +11,9 @@ from gpu.bench import Bench, form_of
 from gpu.latency import compile_steps
 from gpu.models import Case
 from gpu.plan import Row
-from skipdit.bench import run_flops
-from skipdit.cache import CacheStep, SkipCache
-from skipdit.skip import SkipTransformer, predicted_noise
+from skipdit.caching.runtime import CacheStep, SkipCache
+from skipdit.layers.flops import run_flops
+from skipdit.layers.skip import SkipTransformer, predicted_noise
 
 SECTION = "end-to-end"
 INTERVALS = (2, 3, 4)
@@ -92,9 +92,9 @@ class _ClassRun(_Run):
     """A run of DiT or Latte, by `class_sample.generate`."""
 
     def __call__(self, spec: str, steps: int) -> None:
-        from skipdit.class_sample import generate
-        from skipdit.diffusion import Diffusion
-        from skipdit.sample import generators
+        from skipdit.diffusion.gaussian import Diffusion
+        from skipdit.sampling.class_conditional import generate
+        from skipdit.utils.seeding import generators
 
         model, self.cache = self.model, self._cache(spec, Diffusion(steps).sampling_timesteps)
         labels = torch.arange(self.batch, device=model.device) % model.null_class
@@ -144,7 +144,7 @@ class _TextRun(_Run):
 
 def _scheduler(case: Case) -> Any:
     """The DDIM scheduler of a task. Its numbers do not change the time, but for what the model predicts."""
-    from skipdit.text_sample import make_scheduler
+    from skipdit.sampling.text_conditional import make_scheduler
 
     predicts = "v_prediction" if case.kind == "HunyuanDiT" else "epsilon"
     return make_scheduler("ddim", {"prediction_type": predicts, "clip_sample": False})

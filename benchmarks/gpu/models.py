@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from skipdit.cache import CacheStep
-from skipdit.skip import SkipTransformer
+from skipdit.caching.runtime import CacheStep
+from skipdit.layers.skip import SkipTransformer
 
 TIMESTEP = 500
 NOISE = 0.02  # standard deviation of weights that begin as zeros: products of zeros take less power, and time

@@ -1,6 +1,6 @@
 """Training steps of DiT-XL/2 by the trainer's own loop, from random latents: images per second, memory, largest batch.
 
-`skipdit.train.fit` runs as in a training; the loss counts its calls, and ends the run after enough of them. Between two
+`skipdit.training.loop.fit` runs as in a training; the loss counts its calls, and ends the run after enough of them. Between two
 calls lie one forward and backward pass, the optimizer, the average of the weights, and the loading of a batch.
 """
 
@@ -22,8 +22,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from gpu.bench import Bench
 from gpu.models import Case, build
 from gpu.plan import Row
-from skipdit.device import set_tf32
-from skipdit.diffusion import Diffusion
+from skipdit.diffusion.gaussian import Diffusion
+from skipdit.utils.device import set_tf32
 
 SECTION = "training"
 WARM_UP = 4  # steps
@@ -195,7 +195,8 @@ def train(bench: Bench, case: Case, stage: Stage, batch: int, pace: Pace) -> tup
 
 
 def _fit(bench: Bench, case: Case, stage: Stage, batch: int, pace: Pace, folder: str) -> None:
-    from skipdit.train import Draw, TrainConfig, fit
+    from skipdit.training.loop import fit
+    from skipdit.training.settings import Draw, TrainConfig
 
     @dataclass
     class Run:

@@ -2,13 +2,17 @@
 
 from importlib import import_module
 
-from skipdit.cache import CacheSpec, SkipCache
+from skipdit.caching import CacheSpec, SkipCache
 
 __all__ = ["CacheSpec", "SkipCache", "disable_cache", "enable_cache", "load_weights"]
 __version__ = "0.1.0"
 
-# Imported when first asked for: `python -m skipdit.weights` must not find it imported, and diffusers takes seconds.
-_LATER = {"load_weights": "weights", "enable_cache": "pipeline", "disable_cache": "pipeline"}
+# Imported when first asked for: diffusers takes seconds.
+_LATER = {
+    "load_weights": "checkpoints.loading",
+    "enable_cache": "pipelines.cache",
+    "disable_cache": "pipelines.cache",
+}
 
 
 def __getattr__(name: str):

@@ -4,18 +4,11 @@ A task describes its settings as nested dataclasses; their field comments are th
 types raise `ConfigError`, which names the file, the line and the nearest known key.
 """
 
-import argparse
 import difflib
-import errno
 import io
-import os
 import re
-import signal
-import sys
-import traceback
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import MISSING, field, fields, is_dataclass
+from dataclasses import field, fields, is_dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -23,9 +16,7 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from skipdit.reading import read_text, user_path
-from skipdit.stopping import stop_signals
-from skipdit.writing import FULL, explained
+from skipdit.utils.text import read_text, user_path
 
 T = TypeVar("T")
 PROJECT = Path(__file__).parents[2]  # of a checkout; an installed package has none
@@ -249,65 +240,3 @@ def to_yaml(config: Any) -> str:
 
 def to_dict(config: Any) -> dict:
     return OmegaConf.to_container(OmegaConf.structured(config))
-
-
-def make_parser(schema: type, description: str, default: str | None = None) -> argparse.ArgumentParser:
-    """The command line that all tasks share: `--config FILE [key=value ...]`.
-
-    Args:
-        default: what runs without --config; None requires it.
-    """
-    parser = argparse.ArgumentParser(
-        description=description,
-        epilog="settings:\n" + describe(schema),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument(
-        "--config",
-        required=default is None,
-        metavar="FILE",
-        help="YAML file with the run's settings" + (f"; without one: {default}" if default else ""),
-    )
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings that override the file's")
-    return parser
-
-
-@contextmanager
-def friendly_errors(again: str = "goes on with what is complete") -> Iterator[None]:
-    """Ends the program with a message, not a traceback, for what the user can mend: settings, files, checkpoints.
-
-    After Ctrl-C and SIGTERM the message says how to go on, by `again` what the same command does then unless the block
-    told more, and the exit code is that of the signal, 130 or 143. What
-    the terminal cannot show, such as names of files that are no UTF-8, is shown as escapes.
-    """
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")
-    try:
-        with stop_signals():
-            yield
-    except KeyboardInterrupt as stop:
-        traceback.clear_frames(stop.__traceback__)  # what holds processes that load data, which would be waited for
-        told = getattr(stop, "told", None)
-        told = f"stopped; the same command {again}" if told is None else told
-        if told and os.environ.get("RANK", "0") == "0":
-            print(told, file=sys.stderr)
-        raise SystemExit(128 + getattr(stop, "signum", signal.SIGINT)) from None
-    except (ValueError, OSError, ArithmeticError) as error:
-        if getattr(error, "errno", None) in (*FULL, errno.EROFS):
-            error = explained(error, error.filename or "a file")
-        print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(2) from error
-
-
-def describe(schema: type, prefix: str = "  ") -> str:
-    """Every setting with its default, one per line, for `--help`."""
-    lines = []
-    for entry in fields(schema):
-        if is_dataclass(entry.type):
-            lines.append(describe(entry.type, f"{prefix}{entry.name}."))
-        else:
-            default = entry.default if entry.default is not MISSING else entry.default_factory()
-            default = "(required)" if default == "???" else default
-            lines.append(f"{prefix}{entry.name}={default}".ljust(44) + f" {entry.metadata.get('help', '')}")
-    return "\n".join(lines)

@@ -10,7 +10,7 @@ from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
 
-from skipdit.reading import UTF16, read_text
+from skipdit.utils.text import UTF16, read_text
 
 BESIDE = "txt"  # as data.captions: every clip or picture has a text file of its name beside it
 

@@ -18,7 +18,7 @@ from skipdit.config import given_values, load_config, setting
 from skipdit.data.captions import BESIDE
 from skipdit.data.images import IMAGES, ImageData
 from skipdit.data.pictures import PictureData
-from skipdit.data.stream import BrokenSample
+from skipdit.utils.errors import BrokenSample
 
 CLIPS = ("videos", "frames")  # as data.kind
 ATTEMPTS = 10  # other pictures to try where one of those that ride along cannot be read
@@ -28,7 +28,7 @@ ATTEMPTS = 10  # other pictures to try where one of those that ride along cannot
 class ClipData:
     """Where training clips come from."""
 
-    kind: str = setting("videos", "videos (files), frames (in folders), or latents (of `python -m skipdit.encode`)")
+    kind: str = setting("videos", "videos (files), frames (in folders), or latents (of `python -m skipdit encode`)")
     path: str = setting("data/clips", "folder of the clips, nested as it may be, or of the latents")
     clip_list: str | None = setting(None, "text file with one clip per line, relative to path; unset: all clips there")
     labelled: bool = setting(False, "a clip's class is the folder right below path that it lies in")

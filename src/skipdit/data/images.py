@@ -7,7 +7,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision import datasets
 
@@ -23,7 +22,7 @@ REACH = 5  # pixels, more than a bicubic filter sees beside those it is at, of a
 class ImageData:
     """Where training images come from."""
 
-    kind: str = setting("image_folder", "image_folder, fashion_mnist, or latents (made by `python -m skipdit.encode`)")
+    kind: str = setting("image_folder", "image_folder, fashion_mnist, or latents (made by `python -m skipdit encode`)")
     path: str = setting("data/imagenet/train", "folder of the images or latents")
     image_size: int = setting(256, "pixels along a side")
     latents: str = setting("sample", "mean or sample: what of the autoencoder's posterior is trained on")
@@ -57,16 +56,6 @@ def centre_crop(image: Image.Image, height: int, width: int) -> Image.Image:
 def _stretch(side: int, resized: int, start: int, length: int) -> tuple[float, float]:
     """Where a stretch of a side that is resized comes from."""
     return start * side / resized, (start + length) * side / resized
-
-
-def to_float(images: Tensor) -> Tensor:
-    """uint8 (..., 3, H, W) to float32 in [-1, 1]."""
-    return images.float() / 127.5 - 1
-
-
-def to_uint8(images: Tensor) -> Tensor:
-    """float (..., 3, H, W) in [-1, 1] to uint8, rounded."""
-    return ((images.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
 
 
 class ImageFolder(Dataset):

@@ -10,13 +10,12 @@ and these are the labels. Captioned pictures are sorted by bucket, and a shard i
 
 import bisect
 import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import torch
 from diffusers import AutoencoderKL
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
@@ -24,14 +23,13 @@ from torch.utils.data import Dataset
 
 from skipdit.data.clip_folder import ClipFolder
 from skipdit.data.clips import CLIPS, Clip, ClipData, ClipDataset
-from skipdit.data.images import to_float
 from skipdit.data.pictures import PictureData, PictureFolder, bucket_sizes
-from skipdit.data.stream import BrokenSample
-from skipdit.vae import encode, latent_size, shift_factor
-from skipdit.weights import fingerprint
+from skipdit.encoders.autoencoder import latent_size, shift_factor
+from skipdit.utils.errors import BrokenSample
+from skipdit.utils.provenance import fingerprint
 
 if TYPE_CHECKING:
-    from skipdit.train import Draw
+    pass
 
 FOLDERS = {**dict.fromkeys(CLIPS, ClipFolder), "pictures": PictureFolder}  # by data.kind: what may have captions
 
@@ -58,7 +56,7 @@ class LatentInfo:
                 info = json.loads(file.metadata()["latents"])
                 return cls(**info | {"buckets": tuple(info.get("buckets", ()))})
         except (SafetensorError, KeyError, TypeError) as error:
-            raise ValueError(f"{path} is not a latent file of `python -m skipdit.encode`: {error}") from error
+            raise ValueError(f"{path} is not a latent file of `python -m skipdit encode`: {error}") from error
 
 
 @dataclass(frozen=True)
@@ -89,7 +87,7 @@ class Shards:
     """The shards of one encoded dataset, memory-mapped, as one table of rows.
 
     Args:
-        folder: what `python -m skipdit.encode` wrote.
+        folder: what `python -m skipdit encode` wrote.
         expected: how the trainer would have made them; a difference is refused.
         wanted: the `contents` that it takes.
 
@@ -104,7 +102,7 @@ class Shards:
     def __init__(self, folder: str | Path, expected: LatentInfo | None = None, wanted: str | None = None):
         self.paths, self._opened = sorted(Path(folder).glob("*.safetensors")), None
         if not self.paths:
-            raise FileNotFoundError(f"no latents in {folder}; `python -m skipdit.encode --help` tells how to make them")
+            raise FileNotFoundError(f"no latents in {folder}; `python -m skipdit encode --help` tells how to make them")
         self.info = LatentInfo.read(self.paths[0])
         for path in self.paths:
             _refuse_difference(path, LatentInfo.read(path), self.info)
@@ -113,7 +111,7 @@ class Shards:
         if encoded != total or len({(part.source, part.total) for part in parts}) > 1:
             raise ValueError(
                 f"{folder} holds latents of {encoded} of {total} samples: encoding was interrupted, or mixed with "
-                "another one; run the same `python -m skipdit.encode` command again, or encode into a new folder"
+                "another one; run the same `python -m skipdit encode` command again, or encode into a new folder"
             )
         captions = dict(pair for path, part in zip(self.paths, parts, strict=True) for pair in _captions(path, part))
         self.captions = [captions[number] for number in range(total)] if captions else None
@@ -287,35 +285,6 @@ def expected_latents(kind: str, image_size: int, vae: AutoencoderKL, buckets: Se
     return LatentInfo(fingerprint(vae), scale, kind, "float16", image_size, tuple(buckets), shift)
 
 
-def clean_latents(batch: dict, flipped: Tensor, kind: str, vae: AutoencoderKL, draw: Callable[..., Tensor]) -> Tensor:
-    """A batch of pictures or of latents -> clean latents (..., C, h, w), float32.
-
-    Args:
-        batch: "image" uint8 (..., 3, H, W), or "mean" and "std" (..., 2, C, h, w).
-        flipped: bool (...), which of them to flip horizontally.
-        kind: "mean", or "sample" from the autoencoder's posterior.
-        vae: encodes images, on their device.
-        draw: `draw(*shape)` gives normal noise of shape (N, *shape).
-    """
-    flipped = flipped[..., None, None, None]
-    if "mean" in batch:
-        keys = ("mean", "std") if kind == "sample" else ("mean",)
-        mean, *std = (torch.where(flipped, *batch[key].float().unbind(-4)[::-1]) for key in keys)
-    else:
-        images = to_float(batch["image"])
-        mean, *std = encode(vae.to(images.device), torch.where(flipped, images.flip(-1), images))
-    return mean + std[0] * draw(*mean.shape[1:]) if kind == "sample" else mean
-
-
-def joint_latents(batch: dict, config: ClipData, vae: AutoencoderKL, draw: "Draw") -> Tensor:
-    """Clean latents (N, F + I, C, h, w) of clips and the images beside them: a clip is flipped as a whole, an image by
-    itself. `draw` gives the step's random numbers; see `clean_latents` for the rest.
-    """
-    mirrored = (draw.rand(1 + config.images) < 0.5) & config.flip
-    flipped = torch.cat([mirrored[:, :1].expand(-1, config.num_frames), mirrored[:, 1:]], dim=1)
-    return clean_latents(batch, flipped, config.latents, vae, draw.randn)
-
-
 def _captions(path: Path, part: Part) -> Iterable[tuple[int, str]]:
     """(number in the whole dataset, caption) of the samples of a shard; none without captions."""
     with safe_open(path, framework="pt") as file:
@@ -333,5 +302,5 @@ def _refuse_difference(path: Path, found: LatentInfo, expected: LatentInfo) -> N
     ]
     if differ:
         raise ValueError(
-            f"latents {path} do not fit: {'; '.join(differ)}. Encode them again with `python -m skipdit.encode`."
+            f"latents {path} do not fit: {'; '.join(differ)}. Encode them again with `python -m skipdit encode`."
         )

@@ -17,14 +17,14 @@ from skipdit.config import setting
 from skipdit.data.captions import BESIDE, match, read_rows, texts_beside
 from skipdit.data.files import IMAGE_SUFFIXES, is_a, open_picture, orientation, read_list, read_picture, walk
 from skipdit.data.images import centre_crop
-from skipdit.data.stream import BrokenSample
+from skipdit.utils.errors import BrokenSample
 
 
 @dataclass
 class PictureData:
     """Where captioned pictures come from."""
 
-    kind: str = setting("pictures", "pictures, or latents (of `python -m skipdit.encode`)")
+    kind: str = setting("pictures", "pictures, or latents (of `python -m skipdit encode`)")
     path: str = setting("data/pictures", "folder of the pictures, nested as it may be, or of the latents")
     captions: str | None = setting(None, "JSONL or CSV of image (relative to path), caption; or txt: beside every one")
     picture_list: str | None = setting(None, "text file with one picture per line, relative to path; unset: all there")

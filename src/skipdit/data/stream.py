@@ -16,23 +16,11 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from skipdit.stopping import leave_signals_to_parent
+from skipdit.utils.errors import BrokenSample
+from skipdit.utils.seeding import seed_of
+from skipdit.utils.signals import leave_signals_to_parent
 
 TRIES = 100  # samples that are read to learn what one looks like, if the first are broken
-
-
-class BrokenSample(Exception):
-    """Raised by a dataset whose files cannot be read; every message, one line, names a file and the reason."""
-
-    def __init__(self, *messages: str):
-        super().__init__("\n".join(" ".join(message.split()) for message in messages))
-
-
-def seed_of(*numbers: int) -> int:
-    """One well-mixed 63-bit seed out of several non-negative numbers. Raises ValueError for a negative one."""
-    if min(numbers) < 0:
-        raise ValueError(f"seed is {min(numbers)}; a seed is 0 or larger")
-    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> np.uint64(1))
 
 
 class Stream(Dataset):

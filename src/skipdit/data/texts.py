@@ -22,7 +22,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from skipdit.text import CHUNK, LATTE, Encoded, Reading, TextEncoder
+from skipdit.encoders.text import CHUNK, LATTE, Encoded, Reading, TextEncoder
 
 
 class Row(NamedTuple):
@@ -161,7 +161,7 @@ class LiveTexts(Texts):
 
 
 class TextTable(Texts):
-    """Captions that `python -m skipdit.encode_text` encoded, memory-mapped.
+    """Captions that `python -m skipdit encode-text` encoded, memory-mapped.
 
     Args:
         folder: what it wrote.
@@ -175,7 +175,7 @@ class TextTable(Texts):
         paths = sorted(Path(folder).glob("*.safetensors"))
         if not paths:
             raise FileNotFoundError(
-                f"no text embeddings in {folder}; `python -m skipdit.encode_text --help` tells how to make them"
+                f"no text embeddings in {folder}; `python -m skipdit encode-text --help` tells how to make them"
             )
         parts = [TextPart.read(path) for path in paths]
         self.captions = [caption for part in parts for caption in part.captions]
@@ -239,7 +239,7 @@ class TextPart:
             with safe_open(path, framework="pt") as file:
                 return cls(**json.loads(file.metadata()["texts"]))
         except (SafetensorError, KeyError, TypeError) as error:
-            made = "a file of `python -m skipdit.encode_text`"
+            made = "a file of `python -m skipdit encode-text`"
             raise ValueError(f"{path} is damaged, or not {made} ({error}); remove it and encode again") from error
 
 
@@ -247,7 +247,7 @@ def _refuse_reading(folder: str | Path, part: TextPart, expected: Reading) -> No
     if (part.role, part.max_tokens) != (expected.role, expected.max_tokens):
         raise ValueError(
             f"{folder} was encoded for {part.role} with {part.max_tokens} tokens at most, what is needed is "
-            f"{expected.role} with {expected.max_tokens}. Encode the captions with `python -m skipdit.encode_text "
+            f"{expected.role} with {expected.max_tokens}. Encode the captions with `python -m skipdit encode-text "
             f"--role {expected.role} --max-tokens {expected.max_tokens}` into a new folder."
         )
 
@@ -259,5 +259,5 @@ def _refuse_difference(folder: str | Path, found: list[str], expected: list[str]
             raise ValueError(
                 f"{folder} holds the embeddings of {len(found)} captions, the dataset has {len(expected)}; caption "
                 f"{number} is {there} there and {wanted} in the dataset. Encode the dataset's captions with "
-                "`python -m skipdit.encode_text` into a new folder."
+                "`python -m skipdit encode-text` into a new folder."
             )

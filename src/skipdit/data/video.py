@@ -6,7 +6,7 @@ PyAV reads them. It is imported with the first video: training on latents, pictu
 from __future__ import annotations  # without PyAV its types are names only
 
 from bisect import bisect_right
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from itertools import pairwise
 from pathlib import Path
@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 
 from skipdit.data.files import check_size
-from skipdit.data.stream import BrokenSample
+from skipdit.utils.errors import BrokenSample
+from skipdit.utils.video import write_gif
 
 if TYPE_CHECKING:
     import av
@@ -237,3 +238,20 @@ def _turns(frame: av.VideoFrame) -> list[tuple[str, str]]:
     across, down = (c, b) if swapped else (a, d)
     turns = [("transpose", "cclock_flip")] * swapped + [("hflip", "")] * (across < 0) + [("vflip", "")] * (down < 0)
     return turns
+
+
+def read_mp4(path: Path) -> Tensor:
+    """All frames of a video file, uint8 (F, 3, H, W). Raises ValueError, naming the file, if one cannot be read."""
+    try:
+        video = Video(path)
+        return torch.stack(video.read(range(len(video))))
+    except BrokenSample as error:
+        raise ValueError(str(error)) from error
+
+
+def add_gifs(clips: Iterable[Path], fps: float) -> None:
+    """Beside every video file a GIF of the same name. One that is newer than its video is kept."""
+    for clip in clips:
+        gif = clip.with_suffix(".gif")
+        if not gif.exists() or gif.stat().st_mtime_ns < clip.stat().st_mtime_ns:
+            write_gif(gif, read_mp4(clip), fps)

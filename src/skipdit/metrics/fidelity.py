@@ -1,13 +1,13 @@
 """Image against image: PSNR and SSIM. Images are uint8 (N, C, H, W), as they are saved; frames of a video are N images.
 
-`skipdit.data.images.to_uint8` makes them of floats in [-1, 1].
+`skipdit.utils.pixels.to_uint8` makes them of floats in [-1, 1].
 """
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from skipdit.device import double
+from skipdit.utils.device import double
 
 PEAK = 255  # data range of 8-bit images
 WINDOW, SIGMA = 11, 1.5  # side and standard deviation of SSIM's Gaussian window, pixels
@@ -69,7 +69,7 @@ def _ssim_of_pair(a: Tensor, b: Tensor) -> Tensor:
 def _check(a: Tensor, b: Tensor) -> None:
     if a.dtype != torch.uint8 or b.dtype != torch.uint8:
         raise ValueError(
-            f"images are {a.dtype} and {b.dtype}, they must be uint8; `skipdit.data.images.to_uint8` converts [-1, 1]"
+            f"images are {a.dtype} and {b.dtype}, they must be uint8; `skipdit.utils.pixels.to_uint8` converts [-1, 1]"
         )
     if a.shape != b.shape or a.ndim != 4:
         raise ValueError(f"images are {tuple(a.shape)} and {tuple(b.shape)}; both must be the same (N, C, H, W)")

@@ -13,7 +13,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 import skipdit
-from skipdit.writing import naming, replace_text, whole_file
+from skipdit.utils.files import naming, replace_text, whole_file
 
 PART = 32  # samples of one file; as many are lost if an evaluation is killed
 

@@ -12,8 +12,10 @@ from unittest import mock
 import torch
 from torch import Tensor, nn
 
-from skipdit.data.images import to_float
-from skipdit.weights import WeightsError, load_checkpoint, require_sound, sha256
+from skipdit.checkpoints.errors import WeightsError
+from skipdit.checkpoints.files import load_checkpoint
+from skipdit.checkpoints.sums import require_sound, sha256
+from skipdit.utils.pixels import to_float
 
 I3D_SHAPE = "clips uint8 (N, 3, F, H, W), rescale=True, resize=True, return_features=True"
 

@@ -7,10 +7,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from skipdit.data.images import to_float
-from skipdit.download import hub_is_away
+from skipdit.checkpoints.download import hub_is_away
+from skipdit.checkpoints.errors import WeightsError
+from skipdit.checkpoints.files import load_checkpoint
+from skipdit.checkpoints.sums import require_sound
 from skipdit.metrics.networks import weights_file
-from skipdit.weights import WeightsError, fingerprint, load_checkpoint, require_sound
+from skipdit.utils.pixels import to_float
+from skipdit.utils.provenance import fingerprint
 
 BACKBONES = {  # as --lpips names them: torchvision's ImageNet weights, and the least side of a picture
     "alex": ("https://download.pytorch.org/models/alexnet-owt-7be5be79.pth", 31),

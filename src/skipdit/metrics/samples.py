@@ -22,9 +22,9 @@ from skipdit.data.clip_folder import VIDEO_SUFFIXES, ClipFolder
 from skipdit.data.clips import ClipData
 from skipdit.data.files import IMAGE_SUFFIXES, is_a, read_picture, walk
 from skipdit.data.images import centre_crop
-from skipdit.data.stream import BrokenSample, seed_of
-from skipdit.data.video import Video
-from skipdit.media import read_mp4
+from skipdit.data.video import Video, read_mp4
+from skipdit.utils.errors import BrokenSample
+from skipdit.utils.seeding import seed_of
 
 EVALUATION = "evaluation"  # folder inside of a run's
 _EXTRAS = {"grid", "sheet", "compare", "preview"}  # what a sampler writes beside its samples

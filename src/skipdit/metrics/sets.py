@@ -6,7 +6,7 @@ The Fréchet distance is in `skipdit.metrics.frechet`.
 import torch
 from torch import Tensor
 
-from skipdit.device import double
+from skipdit.utils.device import double
 
 ROWS = 1024  # of a matrix of distances at once
 

@@ -1,0 +1,192 @@
+"""Checkpoints from one layout to another; the commands of `python -m skipdit weights`.
+
+    python -m skipdit weights verify IN            # whether every byte is as it was saved, and every weight finite
+    python -m skipdit weights convert IN OUT       # a safetensors folder for `DiT.from_pretrained(OUT)`
+    python -m skipdit weights convert checkpoints/ffs-skip.pt latte-ffs --model-class skipdit.class_to_video.Latte
+    python -m skipdit weights convert results/t2i transformer --model-class diffusers.HunyuanDiT2DModel
+    python -m skipdit weights export IN OUT.pt     # the released layout {"ema": ...}, to ship
+
+IN is anything that `load_weights` reads. Of a training checkpoint the EMA is taken, and all of it is verified. OUT must
+not exist yet.
+"""
+
+import argparse
+import importlib
+import inspect
+import json
+import warnings
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import HunyuanDiT2DModel
+from torch import nn
+
+from skipdit.checkpoints.diffusers_layout import diffusers_config, to_diffusers
+from skipdit.checkpoints.errors import WeightsError
+from skipdit.checkpoints.files import is_finite, is_partial, load_checkpoint, load_state, model_settings, read
+from skipdit.checkpoints.loading import load_weights
+from skipdit.checkpoints.released import ORDERS, State, to_released
+from skipdit.checkpoints.sums import SUMS, require_sound, sha256, verify
+from skipdit.cli import friendly_errors
+from skipdit.utils.files import naming, whole_file
+
+
+def convert(
+    source: Path,
+    out: Path,
+    model_class: type[nn.Module],
+    dtype: torch.dtype,
+    num_heads: int | None = None,
+    skips: str | None = None,
+) -> None:
+    """Write a checkpoint as a diffusers folder (config.json, safetensors) that `model_class.from_pretrained` opens, and
+    the checksums of its files.
+
+    Args:
+        model_class: has `config_from_state`, which reads the constructor arguments off the shapes; or diffusers' own
+            `HunyuanDiT2DModel`.
+        num_heads: attention heads, where neither the checkpoint nor a published size of its width tells them.
+        skips: see `load_state`.
+
+    Raises ValueError for weights of another class, damaged ones, or some that are not finite in `dtype`; OSError if
+    `out` exists or cannot be written.
+    """
+    state = load_state(source, skips)
+    require_sound(source, state)
+    try:
+        model = _load(source, state, model_class, dtype, num_heads)
+    except (ValueError, LookupError, TypeError, ArithmeticError, RuntimeError) as error:  # no such model has the shapes
+        raise WeightsError(f"{source}, as {model_class.__name__}: {error}") from error
+    _require_finite(model.state_dict(), dtype)
+
+    def save(folder: Path) -> None:
+        model.save_pretrained(folder)
+        sums = "".join(f"{sha256(file)}  {file.name}\n" for file in sorted(folder.glob("*.safetensors")))
+        (folder / SUMS).write_text(sums, encoding="utf-8")
+
+    _write(out, save)
+
+
+def _load(
+    source: Path, state: State, model_class: type[nn.Module], dtype: torch.dtype, num_heads: int | None
+) -> nn.Module:
+    """The model that the shapes of its weights tell, with them."""
+    if model_class is HunyuanDiT2DModel:
+        if missing := {"mlp_t5.0.weight", "skips.0.linear.weight"} - state.keys():
+            raise ValueError(f"not the weights of a HunyuanDiT with skips as released: they lack {', '.join(missing)}")
+        state = to_diffusers(to_released(state))
+        config = diffusers_config(state)
+    else:
+        config = _config(source, state, model_class, num_heads)
+    with torch.device("meta"):
+        model = model_class(**config)
+    model = nn.Module.to(model, dtype=dtype).to_empty(device="cpu")  # not diffusers' own, which warns
+    if model_class is HunyuanDiT2DModel:
+        model.load_state_dict(state)
+    else:
+        load_weights(model, state)
+    return model
+
+
+def export(source: Path, out: Path, dtype: torch.dtype, skips: str | None = None) -> None:
+    """Write the weights of a checkpoint as a file of the released layout {"ema": ...}.
+
+    Skips between some pairs only keep our names, which say how they are numbered; see `load_state` for `skips`.
+
+    Raises WeightsError if they are damaged, or not finite in `dtype`; OSError if `out` exists or cannot be written.
+    """
+    state = load_state(source, skips)
+    require_sound(source, state)
+    state = {name: tensor.to(dtype, copy=True) for name, tensor in state.items()}
+    _require_finite(state, dtype)
+    state = state if is_partial(state) else to_released(state)
+
+    def save(path: Path) -> None:
+        torch.save({"ema": state}, path)
+        require_sound(path, load_checkpoint(path))
+
+    _write(out, save)
+
+
+def _config(source: Path, state: State, model_class: type[nn.Module], num_heads: int | None) -> dict[str, Any]:
+    """Constructor arguments: by the shapes of the weights, and, of those that leave no trace there, as recorded."""
+    recorded, known = _recorded(source), inspect.signature(model_class).parameters
+    heads = num_heads or recorded.get("num_heads") or recorded.get("num_attention_heads")
+    config = model_class.config_from_state(state, heads)
+    config |= {key: value for key, value in recorded.items() if key in known and key not in config}
+    if untold := [key for key in ("sample_size", "video_length") if key in known and key not in config]:
+        told = ", ".join(f"{key} {known[key].default}" for key in untold)
+        warnings.warn(f"nothing in {source} tells {told}, as released: mend config.json if that is wrong", stacklevel=3)
+    return config
+
+
+def _recorded(source: Path) -> Mapping[str, Any]:
+    """A model's settings, as the config.json beside safetensors or our trainer's checkpoints have them, if they do."""
+    file = (source.parent if source.suffix == ".safetensors" else source) / "config.json"
+    if file.is_file():
+        try:
+            return model_settings(json.loads(file.read_text(encoding="utf-8")))
+        except ValueError as error:
+            raise WeightsError(f"{file} is damaged ({error}); download or copy it again") from error
+    content = read(source)
+    return model_settings(content.get("config") or content.get("args"))
+
+
+def _require_finite(state: State, dtype: torch.dtype) -> None:
+    if bad := [name for name, tensor in state.items() if not is_finite(tensor)]:
+        raise WeightsError(f"not finite in {dtype}, so nothing was written: {', '.join(bad[:5])}")
+
+
+def _write(out: Path, save: Callable[[Path], None]) -> None:
+    """Give a file or folder its name only when it is complete, and never replace one."""
+    if out.exists():
+        raise FileExistsError(f"{out} exists and is kept; name another OUT, or remove it first")
+    with naming(out):
+        out.parent.mkdir(parents=True, exist_ok=True)
+    with whole_file(out) as partial:
+        save(partial)
+
+
+def _model_class(name: str) -> type[nn.Module]:
+    module, _, attribute = name.rpartition(".")
+    try:
+        model_class = getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ValueError(f"no model class {name}: {error}") from error
+    if not hasattr(model_class, "config_from_state") and model_class is not HunyuanDiT2DModel:
+        raise ValueError(f"{name} cannot be converted to: it has no config_from_state")
+    return model_class
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        "python -m skipdit weights", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+    titles = {"convert": "make a folder for from_pretrained", "export": "make a file to ship"}
+    for name, help in {"verify": "read all of it, compare with its checksums", **titles}.items():
+        command = commands.add_parser(name, help=help)
+        command.add_argument("source", type=Path, metavar="IN", help="a .pt or .safetensors file, or a folder")
+        if name == "verify":
+            continue
+        command.add_argument("out", type=Path, metavar="OUT", help="must not exist yet")
+        command.add_argument(
+            "--dtype", choices=["float32", "float16", "bfloat16"], default="float32", help="on disk [%(default)s]"
+        )
+        command.add_argument("--skips", choices=ORDERS, help="how IN numbers its skips, if it does not say so")
+    command = commands.choices["convert"]
+    command.add_argument("--model-class", default="skipdit.class_to_image.DiT", metavar="CLASS", help="[%(default)s]")
+    command.add_argument("--num-heads", type=int, metavar="H", help="attention heads, if the width is no published one")
+    args = parser.parse_args(argv)
+    with friendly_errors("starts anew"):
+        if args.command == "verify":
+            print(verify(args.source))
+            return
+        dtype = getattr(torch, args.dtype)
+        if args.command == "convert":
+            convert(args.source, args.out, _model_class(args.model_class), dtype, args.num_heads, args.skips)
+        else:
+            export(args.source, args.out, dtype, args.skips)
+    print(args.out)

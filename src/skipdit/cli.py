@@ -1,0 +1,77 @@
+"""The command line that all commands share: parsing, and errors as one line."""
+
+import argparse
+import errno
+import io
+import os
+import signal
+import sys
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import MISSING, fields, is_dataclass
+
+from skipdit.utils.files import FULL, explained
+from skipdit.utils.signals import stop_signals
+
+
+def make_parser(schema: type, description: str, default: str | None = None) -> argparse.ArgumentParser:
+    """The command line that all tasks share: `--config FILE [key=value ...]`.
+
+    Args:
+        default: what runs without --config; None requires it.
+    """
+    parser = argparse.ArgumentParser(
+        description=description,
+        epilog="settings:\n" + describe(schema),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "--config",
+        required=default is None,
+        metavar="FILE",
+        help="YAML file with the run's settings" + (f"; without one: {default}" if default else ""),
+    )
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings that override the file's")
+    return parser
+
+
+@contextmanager
+def friendly_errors(again: str = "goes on with what is complete") -> Iterator[None]:
+    """Ends the program with a message, not a traceback, for what the user can mend: settings, files, checkpoints.
+
+    After Ctrl-C and SIGTERM the message says how to go on, by `again` what the same command does then unless the block
+    told more, and the exit code is that of the signal, 130 or 143. What
+    the terminal cannot show, such as names of files that are no UTF-8, is shown as escapes.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+    try:
+        with stop_signals():
+            yield
+    except KeyboardInterrupt as stop:
+        traceback.clear_frames(stop.__traceback__)  # what holds processes that load data, which would be waited for
+        told = getattr(stop, "told", None)
+        told = f"stopped; the same command {again}" if told is None else told
+        if told and os.environ.get("RANK", "0") == "0":
+            print(told, file=sys.stderr)
+        raise SystemExit(128 + getattr(stop, "signum", signal.SIGINT)) from None
+    except (ValueError, OSError, ArithmeticError) as error:
+        if getattr(error, "errno", None) in (*FULL, errno.EROFS):
+            error = explained(error, error.filename or "a file")
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from error
+
+
+def describe(schema: type, prefix: str = "  ") -> str:
+    """Every setting with its default, one per line, for `--help`."""
+    lines = []
+    for entry in fields(schema):
+        if is_dataclass(entry.type):
+            lines.append(describe(entry.type, f"{prefix}{entry.name}."))
+        else:
+            default = entry.default if entry.default is not MISSING else entry.default_factory()
+            default = "(required)" if default == "???" else default
+            lines.append(f"{prefix}{entry.name}={default}".ljust(44) + f" {entry.metadata.get('help', '')}")
+    return "\n".join(lines)

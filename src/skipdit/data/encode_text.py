@@ -1,0 +1,119 @@
+"""Encode the captions of a training config once, so that training needs no text encoder in memory.
+
+    python -m skipdit encode-text configs/text-to-video/clips.yaml --out data/texts \\
+        --text-encoder checkpoints/Latte-0/text_encoder
+    torchrun --nproc-per-node 8 -m skipdit encode-text configs/text-to-video/clips.yaml --out data/texts \\
+        --text-encoder checkpoints/Latte-0/text_encoder data.kind=latents data.path=data/clips-latents
+
+Text-to-image reads every caption with two encoders:
+
+    python -m skipdit encode-text configs/text-to-image/t2i_train_stage2.yaml --out data/texts-clip --role clip \\
+        --text-encoder ckpts/t2i/clip_text_encoder
+    python -m skipdit encode-text configs/text-to-image/t2i_train_stage2.yaml --out data/texts-t5 --role t5 \\
+        --text-encoder ckpts/t2i/mt5
+
+Takes the captions that training will ask for. An interrupted run continues with the shards it lacks.
+"""
+
+import argparse
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from tqdm import tqdm
+
+from skipdit.cli import friendly_errors
+from skipdit.data.clips import ClipData, load_section
+from skipdit.data.images import ImageData
+from skipdit.data.latents import FOLDERS, Shards
+from skipdit.data.pictures import PictureData
+from skipdit.data.texts import LiveTexts, TextPart
+from skipdit.encoders.text import CHUNK, LATTE, READINGS, TextEncoder, load_text_encoder
+from skipdit.utils.device import process_state
+from skipdit.utils.files import naming, whole_file
+from skipdit.utils.text import with_home
+
+DTYPES = ("float16", "bfloat16", "float32")
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        "python -m skipdit encode-text", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("config", metavar="CONFIG", help="YAML file of a training run; its section `data` counts")
+    parser.add_argument("overrides", nargs="*", metavar="data.key=value", help="settings of that section to replace")
+    parser.add_argument("--text-encoder", required=True, metavar="NAME", help="folder or Hub name")
+    parser.add_argument("--tokenizer", metavar="NAME", help="folder or Hub name [that of the encoder]")
+    reads = "what reads the texts: Latte, or which of Hunyuan-DiT's two [%(default)s]"
+    parser.add_argument("--role", choices=READINGS, default=LATTE.role, help=reads)
+    limits = ", ".join(f"{reading.max_tokens} of {role}" for role, reading in READINGS.items())
+    parser.add_argument("--max-tokens", type=int, metavar="N", help=f"in place of the role's limit [{limits}]")
+    parser.add_argument("--out", type=Path, required=True, help="folder for the shards")
+    parser.add_argument("--dtype", choices=DTYPES, default="float16", help="of the files [%(default)s]")
+    parser.add_argument("--encoder-dtype", choices=DTYPES, default="float32", help="of the encoder [%(default)s]")
+    parser.add_argument("--batch-size", type=int, default=CHUNK, help="captions at once [%(default)s]")
+    parser.add_argument("--shard", type=int, default=1_000, help="captions per file [%(default)s]")
+    args = with_home(parser.parse_intermixed_args(argv))
+    with friendly_errors():
+        reading = READINGS[args.role]
+        reading = reading._replace(max_tokens=reading.max_tokens if args.max_tokens is None else args.max_tokens)
+        captions = captions_to_train(load_section(args.config, args.overrides))
+        state = process_state()
+        with state.local_main_process_first():  # an encoder from the Hub is fetched once
+            encoder_dtype = getattr(torch, args.encoder_dtype)
+            encoder = load_text_encoder(args.text_encoder, args.tokenizer, encoder_dtype, reading)
+        dtype = getattr(torch, args.dtype)
+        encode_captions(encoder.to(state.device), captions, args.out, dtype, args.batch_size, args.shard)
+    if state.is_main_process:
+        print(f"{len(captions)} captions, embeddings in {args.out}")
+
+
+def captions_to_train(config: ClipData | ImageData | PictureData) -> list[str]:
+    """What the labels of a dataset are indices of, in order. Raises ValueError for a dataset without captions."""
+    if config.kind in FOLDERS:
+        captions = FOLDERS[config.kind](config).captions
+    else:
+        captions = Shards(config.path).captions if config.kind == "latents" else None
+    if captions is None:
+        raise ValueError(
+            f"{config.path} ({config.kind}) has no captions: for clips set data.captions=FILE or txt, for latents run "
+            "`python -m skipdit encode --captions`"
+        )
+    return captions
+
+
+def encode_captions(
+    encoder: TextEncoder,
+    captions: list[str],
+    out: str | Path,
+    dtype: torch.dtype = torch.float16,
+    batch_size: int = CHUNK,
+    shard: int = 1_000,
+) -> None:
+    """Write the embeddings of captions in files of `dtype`, for `TextTable`; those that are there already stay.
+
+    `shard` captions go into a file, `batch_size` through the encoder at once; the processes of a launch share the
+    files. Raises ValueError if `out` holds other embeddings, FloatingPointError for some that `dtype` cannot hold.
+    """
+    state, out, texts = process_state(), Path(out), LiveTexts(encoder, captions, dtype, batch_size)
+    with naming(out):
+        out.mkdir(parents=True, exist_ok=True)
+    starts = range(0, len(captions), shard)[state.process_index :: state.num_processes]
+    for start in tqdm(starts, desc="encoding", unit="shard", disable=not state.is_main_process):
+        labels = range(start, min(start + shard, len(captions)))
+        made = (encoder.fingerprint, encoder.reading.max_tokens, str(dtype).removeprefix("torch."))
+        said = captions[start : labels.stop]
+        part = TextPart(*made, start, labels.stop, len(captions), said, encoder.reading.role)
+        target = out / f"texts-{start // shard:05d}.safetensors"
+        if target.exists():
+            if TextPart.read(target) != part:
+                raise ValueError(f"{out} holds other embeddings, or other shards; give these another folder (--out)")
+            continue
+        batches = tqdm(range(0, len(labels), batch_size), leave=False, desc="captions", unit="batch")
+        rows = [(row.cpu(), length) for i in batches for row, length in texts.rows(labels[i : i + batch_size])]
+        embeddings, lengths = zip(*rows, strict=True)
+        tensors = {"embeddings": torch.cat(embeddings), "lengths": torch.tensor(lengths)}
+        tensors |= {"null": texts.null.cpu(), "null_mask": texts.null_mask.cpu()}
+        with whole_file(target) as partial:
+            save_file(tensors, partial, metadata=part.metadata())
+    state.wait_for_everyone()

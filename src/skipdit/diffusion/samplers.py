@@ -1,0 +1,71 @@
+"""Sampling loops: plain functions of a model and noise (DDPM, DDIM)."""
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from skipdit.diffusion.gaussian import Diffusion
+
+Model = Callable[[Tensor, Tensor, int], Tensor]  # (x, timesteps (N,), step index from 0) -> (N, ..., 2C, H, W)
+Callback = Callable[[int, Tensor, Tensor], None]  # (step index, x after the step, predicted x0)
+Generators = torch.Generator | Sequence[torch.Generator] | None
+
+
+def randn(shape: Sequence[int], generators: Generators, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """Standard normal noise. With one generator per sample, row i depends on generator i alone."""
+    if generators is None or isinstance(generators, torch.Generator):
+        return torch.randn(shape, generator=generators, device=device, dtype=dtype)
+    return torch.stack([torch.randn(shape[1:], generator=g, device=device, dtype=dtype) for g in generators])
+
+
+def _walk(diffusion: Diffusion, x: Tensor, progress: bool) -> Iterator[tuple[int, int, Tensor]]:
+    """Step index i, table index k and timesteps (N,), noise to image."""
+    for i in tqdm(range(len(diffusion)), disable=not progress, desc="sampling", unit="step", leave=False):
+        k = len(diffusion) - 1 - i
+        yield i, k, torch.full((len(x),), diffusion.timesteps[k], device=x.device)
+
+
+@torch.no_grad()
+def ddpm(
+    model: Model, x: Tensor, diffusion: Diffusion, generators: Generators = None,
+    callback: Callback | None = None, progress: bool = False,
+) -> Tensor:  # fmt: skip
+    """Ancestral sampling with the learned variance (DDPM algorithm 2).
+
+    Args:
+        model: `model(x, timesteps, i)`; i is the step index that `SkipCache.at` wants.
+        x: noise (N, ..., C, H, W).
+        generators: one, or one per sample, on x's device.
+        callback: called after every step.
+    """
+    for i, k, t in _walk(diffusion, x, progress):
+        p = diffusion.posterior(model(x, t, i).to(x.dtype), x, k)
+        x = p.mean
+        if k > 0:
+            x = x + (p.log_variance / 2).exp() * randn(x.shape, generators, x.device, x.dtype)
+        if callback is not None:
+            callback(i, x, p.pred_x0)
+    return x
+
+
+@torch.no_grad()
+def ddim(
+    model: Model, x: Tensor, diffusion: Diffusion, generators: Generators = None, eta: float = 0.0,
+    callback: Callback | None = None, progress: bool = False,
+) -> Tensor:  # fmt: skip
+    """Deterministic sampling for eta 0, ancestral-like for 1 (DDIM eq. 12, 16). Arguments as in `ddpm`."""
+    for i, k, t in _walk(diffusion, x, progress):
+        out = model(x, t, i).to(x.dtype)
+        x0 = diffusion.pred_x0(out, x, k)
+        noise = (diffusion.coefficient("x0_from_x", k, x) * x - x0) / diffusion.coefficient("x0_from_noise", k, x)
+        signal, previous = diffusion.coefficient("signal", k, x), diffusion.coefficient("previous", k, x)
+        sigma = eta * math.sqrt((1 - previous) / (1 - signal) * (1 - signal / previous))
+        x = math.sqrt(previous) * x0 + math.sqrt(1 - previous - sigma**2) * noise
+        if sigma > 0:
+            x = x + sigma * randn(x.shape, generators, x.device, x.dtype)
+        if callback is not None:
+            callback(i, x, x0)
+    return x

@@ -1,0 +1,218 @@
+"""The same samples with several caches: a table of speed and fidelity, and pictures to look at.
+
+Rows: the uncached run, reuse (order 0), forecast (order 1), and simply fewer steps at the cost of the cached run. Every
+row starts from the same noise. A stochastic sampler draws more of it in every step: there fewer steps make another
+image, and their PSNR means nothing.
+"""
+
+import json
+import time
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from typing import TypeVar
+
+import torch
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+
+from skipdit.caching.policies import CachePlan, CacheSpec, DriftSpec, Policy
+from skipdit.caching.runtime import SkipCache
+from skipdit.cli import friendly_errors, make_parser
+from skipdit.config import load_config, to_dict
+from skipdit.layers.flops import run_flops, uncached_steps
+from skipdit.metrics.fidelity import mean_psnr, psnr, ssim
+from skipdit.sampling.sampler import Sampler
+from skipdit.utils.files import replace_text, whole_file
+from skipdit.utils.provenance import fingerprint, versions
+from skipdit.utils.video import side_by_side, write_gif
+
+T = TypeVar("T")
+
+
+@dataclass
+class Row:
+    """One way to sample."""
+
+    name: str
+    spec: Policy
+    steps: int
+
+    def cache(self, sampler: Sampler) -> SkipCache:
+        return SkipCache(self.spec, sampler.timesteps(self.steps))
+
+    def flops(self, sampler: Sampler) -> float:
+        return run_flops(self.cache(sampler), sampler.flops)
+
+
+def rows_for(
+    steps: int, intervals: list[int], window: CacheSpec, sampler: Sampler, also: Sequence[Policy] = ()
+) -> list[Row]:
+    """Uncached; per interval: reuse, forecast, and the number of uncached steps nearest to their FLOPs; other policies.
+
+    Raises ValueError for a policy that decides at run time, whose cost is not known here.
+    """
+    rows = [Row("uncached", CacheSpec(), steps)]
+    for interval in intervals:
+        reuse = Row(f"reuse N={interval}", CacheSpec(interval, window.start, window.stop, window.branch), steps)
+        forecast = Row(f"forecast N={interval}", reuse.spec.with_order(1), steps)
+        fewer = uncached_steps(reuse.flops(sampler), sampler.flops)
+        rows += [reuse, forecast, Row(f"{fewer} steps", CacheSpec(), fewer)]
+    if drifts := [str(policy) for policy in also if isinstance(policy, DriftSpec)]:
+        raise ValueError(f"--also {drifts[0]}: what it costs is not known before; benchmarks/compare.py counts it")
+    for policy in also:
+        if policy.caches and policy.branch != window.branch:
+            raise ValueError(
+                f"--also {policy}: its branch is {policy.branch}, of the others {window.branch}: see --branch"
+            )
+    names = [Path(policy.source).stem if isinstance(policy, CachePlan) else str(policy) for policy in also]
+    return rows + [Row(name, policy, steps) for name, policy in zip(names, also, strict=True)]
+
+
+def check_plans(policies: Sequence[Policy], sampler: Sampler, seeds: Sequence[int] = ()) -> None:
+    """Warn of plans that were made for other runs, or from a seed that they are to be judged by.
+
+    Args:
+        seeds: those of the samples, if not the config's alone.
+
+    Raises ValueError for a plan of other timesteps.
+    """
+    for plan in policies:
+        if isinstance(plan, CachePlan):
+            plan.plan(sampler.timesteps(sampler.config.steps))
+            plan.check(fingerprint(sampler.model), sampler.method, sampler.config.guidance_scale)
+            seed = plan.about.get("calibration", {}).get("seed")
+            if seed in (seeds or [sampler.config.seed]):
+                warnings.warn(f"{plan.source} was calibrated on seed {seed}, too: take another", stacklevel=2)
+
+
+def compare(sampler: Sampler, rows: list[Row], repeats: int) -> tuple[list[dict], list[Tensor]]:
+    """Sample every row `repeats` times in turn; medians of time, fidelity to the first row.
+
+    Returns one dict per row, and the samples (N, ..., 3, H, W), uint8, of each.
+    """
+    for spec in (CacheSpec(), CacheSpec(2, stop=0, branch=rows[1].spec.branch)):  # warm up
+        sampler.make(4, spec)
+    times: list[list[float]] = [[] for _ in rows]
+    samples: list[Tensor] = [torch.empty(0)] * len(rows)
+    for _ in range(repeats):  # interleaved: a machine that slows down slows all rows
+        for number, row in enumerate(rows):
+            began = time.perf_counter()
+            samples[number] = sampler.make(row.steps, row.spec)
+            times[number].append((time.perf_counter() - began) / len(samples[number]))
+    table = []
+    for row, seconds, made in zip(rows, times, samples, strict=True):
+        cache, middle = row.cache(sampler), median(seconds)
+        pictures = made.flatten(0, -4), samples[0].flatten(0, -4)
+        table.append(
+            {
+                "name": row.name,
+                "cache": str(row.spec),
+                "full_steps": cache.full_steps,
+                "cached_steps": cache.cached_steps,
+                "seconds_per_sample": middle,
+                "speedup": median(times[0]) / middle,
+                "flops_speedup": rows[0].flops(sampler) / row.flops(sampler),
+                "psnr": mean_psnr(psnr(*pictures)).item(),
+                "identical": torch.equal(*pictures),
+                "ssim": ssim(*pictures).mean().item(),
+            }
+        )
+    return table, samples
+
+
+def markdown(table: list[dict], unit: str) -> str:
+    """The table as the README shows it."""
+    lines = [
+        f"| | full + cached steps | s / {unit} | speedup | speedup in FLOPs | PSNR dB | SSIM |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for row in table:
+        fidelity = "| | |" if row["identical"] else f"| {row['psnr']:.1f} | {row['ssim']:.3f} |"
+        lines.append(
+            f"| {row['name']} | {row['full_steps']} + {row['cached_steps']} | {row['seconds_per_sample']:.3f} "
+            f"| {row['speedup']:.2f} | {row['flops_speedup']:.2f} {fidelity}"
+        )
+    return "\n".join(lines)
+
+
+def picture(table: list[dict], tiles: Sequence[Tensor]) -> Image.Image:
+    """One line of pictures (M, 3, H, W) per row of the table, with its name, speedup in FLOPs and PSNR on the left."""
+    margin, gap = 130, 2
+    count, _, height, width = tiles[0].shape
+    side = min(max(height, 64), 256)  # room for the text, and for several large pictures
+    across = side * width // height
+    canvas = Image.new("RGB", (margin + count * (across + gap), len(table) * (side + gap)), "white")
+    draw, font = ImageDraw.Draw(canvas), ImageFont.load_default(14)
+    for y, (row, line) in enumerate(zip(table, tiles, strict=True)):
+        cost = "" if row["identical"] else f"\n{row['flops_speedup']:.2f}x, {row['psnr']:.1f} dB"
+        draw.text((4, y * (side + gap) + side // 2 - 14), row["name"] + cost, fill="black", font=font)
+        for x, tile in enumerate(line):
+            shown = Image.fromarray(tile.permute(1, 2, 0).numpy()).resize((across, side), Image.Resampling.BICUBIC)
+            canvas.paste(shown, (margin + x * (across + gap), y * (side + gap)))
+    return canvas
+
+
+@friendly_errors("starts anew")
+def run(
+    schema: type[T],
+    description: str,
+    open_sampler: Callable[[T, int], Sampler],
+    window: CacheSpec,
+    unit: str,
+    tiles: Callable[[Tensor], Tensor],
+) -> tuple[T, list[Tensor]]:
+    """The command line of a task's compare.py; writes compare.png and compare.json into the config's `out`.
+
+    Args:
+        schema: the task's sampling settings.
+        description: for `--help`.
+        open_sampler: `open_sampler(config, branch)` loads all that a config asks for.
+        window: the timesteps between which to cache, and the default branch.
+        unit: what a sample is.
+        tiles: which pictures (M, 3, H, W) of the samples to show.
+
+    Returns:
+        The config, and the samples of every row.
+    """
+    parser = make_parser(schema, description)
+    parser.add_argument("--intervals", type=int, nargs="+", default=[2, 3, 4], help="cache intervals [2 3 4]")
+    parser.add_argument("--branch", type=int, default=window.branch, help="cache branch [%(default)s]")
+    parser.add_argument(
+        "--also", action="append", default=[], metavar="SPEC", help="another cache, or plan FILE.json; may come again"
+    )
+    parser.add_argument("--repeats", type=int, default=1, help="times to run each row; medians are shown [%(default)s]")
+    args = parser.parse_intermixed_args()
+    with friendly_errors("starts anew"):
+        also = [CacheSpec.parse(spec) for spec in args.also]
+        config = load_config(schema, args.config, args.overrides)
+        sampler = open_sampler(config, args.branch)
+        check_plans(also, sampler)
+        window = CacheSpec(2, window.start, window.stop, args.branch)
+        rows = rows_for(config.steps, args.intervals, window, sampler, also)
+        table, samples = compare(sampler, rows, args.repeats)
+    out = Path(config.out)
+    out.mkdir(parents=True, exist_ok=True)
+    with whole_file(out / "compare.png", keep_suffix=True) as partial:
+        picture(table, [tiles(made) for made in samples]).save(partial)
+    record = {"rows": table, "config": to_dict(config), **versions()}
+    replace_text(out / "compare.json", json.dumps(record, indent=2) + "\n")
+    guidance = "" if config.guidance_scale == 1 else f", guidance {config.guidance_scale}"
+    print(f"\n{len(samples[0])} {unit}s, {sampler.method} {config.steps} steps{guidance}\n")
+    print(markdown(table, unit))
+    print(f"\nside by side: {out / 'compare.png'}")
+    return config, samples
+
+
+def four_frames(clips: Tensor) -> Tensor:
+    """Four frames of each of the first two clips, (8, 3, H, W): the tiles of a comparison of clips."""
+    return clips[:2, :: max(1, clips.shape[1] // 4)][:, :4].flatten(0, 1)
+
+
+def film(rows: list[Tensor], out: str, fps: float) -> None:
+    """compare.gif in the folder `out`: a line of up to eight clips per row, all in motion."""
+    shown, file = min(8, len(rows[0])), Path(out) / "compare.gif"
+    write_gif(file, side_by_side([clip for row in rows for clip in row[:shown]], columns=shown), fps)
+    print(f"in motion: {file}")

@@ -1,0 +1,54 @@
+"""Attention, norms and activations."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class Float32LayerNorm(nn.LayerNorm):
+    """Runs in float32, as the released weights were trained, and gives the dtype of its input."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        normed = F.layer_norm(x.float(), self.normalized_shape, self.weight.float(), self.bias.float(), self.eps)
+        return normed.to(x.dtype)
+
+
+class GELU(nn.Module):
+    """GELU in its tanh form. Where no gradient flows it overwrites its input: on a CPU, writing the widest tensor of a
+    block anew takes some 4 % of a step.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        if torch.is_grad_enabled():
+            return F.gelu(x, approximate="tanh")
+        return torch.ops.aten.gelu_(x, approximate="tanh")
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention on PyTorch's fused kernel; parameter names as in timm (`qkv`, `proj`)."""
+
+    def __init__(self, dim: int, num_heads: int):
+        super().__init__()
+        if dim % num_heads:
+            raise ValueError(f"hidden_size {dim} is not a multiple of num_heads {num_heads}")
+        self.num_heads = num_heads
+        self.qkv = nn.Linear(dim, 3 * dim)
+        self.proj = nn.Linear(dim, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (..., T, D) -> (..., T, D); tokens attend within their row of T."""
+        groups = x.shape[:-2]
+        qkv = self.qkv(x.flatten(0, -3)).unflatten(-1, (3, self.num_heads, -1))  # (G, T, 3, H, D/H), G groups in all
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)
+        x = F.scaled_dot_product_attention(q, k, v)  # (G, H, T, D/H): the fused kernels want four axes
+        return self.proj(x.transpose(1, 2).flatten(2)).unflatten(0, groups)
+
+
+def normalize(x: Tensor) -> Tensor:
+    """Layer norm without weights; the modulation that follows it has them."""
+    return F.layer_norm(x, x.shape[-1:], eps=1e-6)
+
+
+def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    """x * (1 + scale) + shift, as one fused multiply-add over the tokens."""
+    return torch.addcmul(shift, x, 1 + scale)

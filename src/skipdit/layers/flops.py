@@ -1,0 +1,37 @@
+"""FLOPs of model calls and sampling runs."""
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from skipdit.caching.runtime import CacheStep, SkipCache
+from skipdit.layers.skip import SkipTransformer
+
+
+def step_flops(model: SkipTransformer, batch: int, branch: int = 1, **sizes: int) -> dict[str, float]:
+    """FLOPs of one full and one cached forward pass, two per multiply-add, attention included.
+
+    Counted on the meta device: nothing is computed. `sizes` are those that the model's `random_inputs` takes.
+    """
+    with torch.device("meta"):
+        model = type(model).from_config(model.config).to("meta").eval()
+    inputs = model.random_inputs(batch, **sizes)
+
+    def count(cache: CacheStep | None) -> float:
+        with torch.no_grad(), FlopCounterMode(display=False) as counter:
+            model(**inputs, cache=cache)
+        return float(counter.get_total_flops())
+
+    full = CacheStep(branch, None)
+    flops = {"full": count(full if model.n_skips else None)}
+    flops["cached"] = count(CacheStep(branch, full.output)) if model.n_skips else flops["full"]
+    return flops
+
+
+def run_flops(cache: SkipCache, per_step: dict[str, float]) -> float:
+    """FLOPs of a whole run, from those of one full and one cached step."""
+    return cache.full_steps * per_step["full"] + cache.cached_steps * per_step["cached"]
+
+
+def uncached_steps(flops: float, per_step: dict[str, float]) -> int:
+    """How many full steps come nearest to these FLOPs: what else they could be spent on."""
+    return max(1, round(flops / per_step["full"]))

@@ -1,0 +1,258 @@
+"""A resumable list of samples, made batch by batch."""
+
+import json
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, Generic, TypeVar
+
+import torch
+from accelerate.utils import gather_object
+from torch import Tensor
+from tqdm import tqdm
+
+from skipdit.caching.policies import CachePlan, DriftSpec, Policy
+from skipdit.caching.runtime import SkipCache
+from skipdit.checkpoints.download import is_hub_name
+from skipdit.checkpoints.files import holds_weights
+from skipdit.config import in_the_project
+from skipdit.sampling.report import StepTimer, report
+from skipdit.utils.device import process_state
+from skipdit.utils.files import naming, replace_text, whole_file
+from skipdit.utils.signals import telling
+
+T = TypeVar("T")
+
+
+def preflight(files: dict[str, str], fetch: str, absent: Sequence[str] = ()) -> None:
+    """Check that everything a run needs is there, before anything is loaded.
+
+    Args:
+        files: setting name -> path; of the `vae` also a Hub name, which cannot be checked offline; as `weights` and
+            `init` a folder has to hold some.
+        fetch: the command that fetches what is missing.
+        absent: what is known to be missing besides.
+
+    Raises FileNotFoundError that lists every missing file.
+    """
+    found = {
+        key: holds_weights(path) if key in ("weights", "init") else Path(path).exists() for key, path in files.items()
+    }
+    found["vae"] = found.get("vae") or is_hub_name(files.get("vae", ""))
+    missing = [f"{key}={path}" for key, path in files.items() if not found[key]]
+    missing += absent
+    if missing:
+        hints = "".join(in_the_project(path) for key, path in files.items() if not found[key])
+        raise FileNotFoundError(f"missing: {', '.join(missing)}{hints or f'; `{fetch}` fetches the released ones'}")
+
+
+def _dotted(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested settings under dotted names."""
+    flat: dict[str, Any] = {}
+    for key, value in settings.items():
+        flat |= _dotted(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return flat
+
+
+class Job:
+    """A numbered list of samples to make, shared out over processes, that can be interrupted and continued.
+
+    Sample i lives in `<folder>/<i>.<suffix>`, or under a name of its own. `job.json` holds what makes the samples what
+    they are; a folder with another one is refused.
+
+    Args:
+        folder: created if absent.
+        identity: settings that determine the samples.
+        total: number of samples.
+        suffix: of their files.
+        names: without suffix, one per sample; None numbers them.
+
+    Process r of `world` makes samples r, r + world, ...
+    """
+
+    def __init__(
+        self,
+        folder: str | Path,
+        identity: dict[str, Any],
+        total: int,
+        suffix: str = "png",
+        rank: int = 0,
+        world: int = 1,
+        names: Sequence[str] | None = None,
+    ):
+        self.folder, self.total, self.suffix, self.rank, self.world = Path(folder), total, suffix, rank, world
+        self._names = names
+        with naming(self.folder):
+            self.folder.mkdir(parents=True, exist_ok=True)
+        path = self.folder / "job.json"
+        text = json.dumps(identity | {"suffix": suffix}, indent=2, sort_keys=True, default=str) + "\n"
+        before, now = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}, json.loads(text)
+        before.setdefault("suffix", suffix)  # jobs of older versions do not have it
+        files = (file for file in self.folder.glob(f"*.{before['suffix']}") if not file.name.startswith("partial-"))
+        begun = any(file.stem not in ("grid", "sheet", "compare") for file in files)  # without samples it is free
+        if begun and path.exists():
+            before, now = _dotted(before), _dotted(now)
+            # Settings that are newer than the samples, and off, as they were then.
+            newer = {k for k in now if k not in before and (now[k] is None or now[k] is False)}
+            differ = [k for k in before | now if k not in newer and before.get(k) != now.get(k)]
+            if differ:
+                lines = [f"  {k}: {before.get(k)} there, {now.get(k)} now" for k in differ]
+                raise ValueError(
+                    f"{folder} holds samples made with other settings; use another folder:\n" + "\n".join(lines)
+                )
+        else:
+            replace_text(path, text, f".{rank}")
+
+    def path(self, index: int) -> Path:
+        name = f"{index:06d}" if self._names is None else self._names[index]
+        return self.folder / f"{name}.{self.suffix}"
+
+    def own(self) -> range:
+        """This process's samples."""
+        return range(self.rank, self.total, self.world)
+
+    def save(self, index: int, write: Callable[[Path], None]) -> None:
+        """Write a sample under a temporary name, then give it its own: a file that exists is complete."""
+        with whole_file(self.path(index), keep_suffix=True) as partial:  # encoders go by it
+            write(partial)
+
+    def pending(self) -> list[int]:
+        """This process's samples that do not exist yet."""
+        return [i for i in self.own() if not self.path(i).exists()]
+
+    def made(self) -> int:
+        """Samples that exist, of every process."""
+        return sum(self.path(i).exists() for i in range(self.total))
+
+    def is_complete(self) -> bool:
+        """Whether all samples exist, of every process."""
+        return all(self.path(i).exists() for i in range(self.total))
+
+    def batches(self, size: int) -> Iterator[list[int]]:
+        pending = self.pending()
+        for start in range(0, len(pending), size):
+            yield pending[start : start + size]
+
+
+def cache_identity(
+    policy: Policy, weights: str, sampler: str, guidance_scale: float, batch_size: int
+) -> dict[str, Any]:
+    """What of a caching policy determines the samples of a run. Warns of a plan for other runs.
+
+    Args:
+        weights: fingerprint of the model's.
+    """
+    if isinstance(policy, CachePlan):
+        policy.check(weights, sampler, guidance_scale)
+    together = {"batch_size": batch_size} if isinstance(policy, DriftSpec) else {}  # samples of a call decide together
+    return {"cache": str(policy), **together}
+
+
+def work_off(
+    job: Job,
+    batches: Iterable[list[int]],
+    make: Callable[[list[int], "StepTimer"], tuple[Tensor, SkipCache]],
+    save: Callable[[int, Tensor], None],
+    *,
+    idle: SkipCache,
+    flops: dict[str, float],
+    unit: str,
+    **more: Any,
+) -> dict:
+    """Make the samples of a job that are not there yet, and report.json.
+
+    Args:
+        batches: this process's pending samples, batch by batch.
+        make: `make(indices, timer)` gives the pixels of some samples, and the cache that their run had; it starts the
+            timer, and ticks after every step.
+        save: `save(index, pixels)` writes a sample.
+        idle: a cache of the run's spec and timesteps, for the report.
+        flops: of one full and one cached step, per sample.
+        unit: what a sample is, for people.
+        more: further entries of the report.
+
+    Returns:
+        The report, of what all processes made now. All samples exist then. If all of them existed before, it is the
+        one of then.
+    """
+    state, cache_bytes, made, full = process_state(), 0, 0, 0
+    timer, began, complete = StepTimer(state.device), time.perf_counter(), job.is_complete()
+    state.wait_for_everyone()
+    progress = tqdm(total=len(job.pending()), desc=f"{unit}s", unit=unit, disable=not state.is_main_process)
+
+    def how_to_go_on() -> str:
+        return f"stopped; {job.made()} of {job.total} {unit}s are in {job.folder}: the same command makes the others"
+
+    with progress, telling(how_to_go_on):
+        for indices in batches:
+            samples, cache = make(indices, timer)
+            for index, pixels in zip(indices, samples, strict=True):
+                save(index, pixels)
+            made, full = made + len(indices), full + len(indices) * cache.full_steps
+            cache_bytes = max(cache_bytes, cache.peak_bytes)
+            progress.update(len(indices))
+    seconds = time.perf_counter() - began
+    state.wait_for_everyone()
+    file = job.folder / "report.json"
+    if complete and file.exists() and (before := json.loads(file.read_bytes()))["num_samples"] >= job.total:
+        return before
+    of_all, full_of_all = map(sum, zip(*gather_object([(made, full)]), strict=True))
+    known = None if isinstance(idle.spec, DriftSpec) else idle.full_steps
+    full_steps = full_of_all / of_all if of_all else known
+    summary = report(
+        idle,
+        full_steps,
+        timer.seconds(),
+        flops,
+        cache_bytes=cache_bytes,
+        num_samples=job.total,
+        seconds_per_sample=seconds / made if made else None,  # of those that this process made now
+        processes=state.num_processes,
+        **more,
+    )
+    if state.is_main_process:
+        replace_text(file, json.dumps(summary, indent=2) + "\n")
+        told, steps = f"{job.total} {unit}s in {job.folder}", summary["steps"]
+        if full_steps is not None:
+            told += f": {steps['full']:g} full and {steps['cached']:g} cached steps"
+            told += f", {summary['flops_speedup']:.2f}x fewer FLOPs"
+        times = summary["seconds_per_step"].items()
+        print(told + "".join(f", {kind} step {value * 1e3:.1f} ms" for kind, value in times if value))
+    return summary
+
+
+def require_finite(finite: list[torch.Tensor], timesteps: list[int], dtype: torch.dtype) -> None:
+    """Check the flags that a run collected, one per step; the one place that waits for the device.
+
+    Raises FloatingPointError that names the first step whose latents were not finite.
+    """
+    bad = (~torch.stack(finite)).nonzero().flatten().tolist()
+    if bad:
+        raise FloatingPointError(
+            f"latents are not finite from step {bad[0]} (timestep {timesteps[bad[0]]}) on, in {dtype}; "
+            "sample in bfloat16 or float32, or check the weights"
+        )
+
+
+class Ahead(Generic[T]):
+    """What does not depend on the samples, computed for many steps of a run at once and handed out step by step.
+
+    One large matrix product reads its weights once, where a small one per step would read them at every step.
+
+    Args:
+        compute: `compute(steps, full)` gives the values of several steps of one kind.
+        plan: the run's plan; steps of a kind are computed together, since cached ones need less.
+        chunk: the most steps at once; bounds the memory.
+    """
+
+    def __init__(self, compute: Callable[[list[int], bool], list[T]], plan: list[bool], chunk: int):
+        self._compute, self._plan, self._chunk = compute, plan, chunk
+        self._ready: dict[tuple[int, bool], T] = {}
+
+    def at(self, i: int, full: bool) -> T:
+        """The value of step i, asked for in ascending order."""
+        if (i, full) not in self._ready:
+            alike = [j for j in range(i, len(self._plan)) if self._plan[j] == full] if self._plan[i] == full else [i]
+            steps = alike[: self._chunk]
+            self._ready |= {(j, full): value for j, value in zip(steps, self._compute(steps, full), strict=True)}
+        return self._ready.pop((i, full))

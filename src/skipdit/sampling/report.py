@@ -1,0 +1,74 @@
+"""Timing of sampling runs, and their report."""
+
+import time
+from typing import Any
+
+import torch
+
+from skipdit.caching.runtime import SkipCache
+from skipdit.utils.provenance import versions
+
+
+class StepTimer:
+    """Seconds of every sampling step, split by kind, without a device sync until they are read.
+
+    Pass `tick` as a sampler's callback, after `start`.
+    """
+
+    def __init__(self, device: torch.device):
+        self._cuda = device.type == "cuda"
+        self._marks: list[tuple[str, Any]] = []
+
+    def _now(self):
+        if not self._cuda:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def start(self) -> None:
+        self._marks.append(("start", self._now()))
+
+    def tick(self, full: bool) -> None:
+        self._marks.append(("full" if full else "cached", self._now()))
+
+    def seconds(self) -> dict[str, list[float]]:
+        """Durations by kind. The first step of a run is left out: it warms up kernels and compiles."""
+        if self._cuda:
+            torch.cuda.synchronize()
+        times: dict[str, list[float]] = {"full": [], "cached": []}
+        for (before, begin), (kind, end) in zip(self._marks, self._marks[1:], strict=False):
+            if kind != "start" and before != "start":
+                times[kind].append(begin.elapsed_time(end) / 1e3 if self._cuda else end - begin)
+        return times
+
+
+def report(
+    cache: SkipCache,
+    full_steps: float | None,
+    seconds: dict[str, list[float]],
+    flops: dict[str, float],
+    **more: Any,
+) -> dict[str, Any]:
+    """The common part of a sampler's report.json. Times are medians in seconds, FLOPs count two per multiply-add.
+
+    Args:
+        cache: of the runs.
+        full_steps: their mean number; None where it is unknown.
+    """
+    median = {kind: float(torch.tensor(values).median()) if values else None for kind, values in seconds.items()}
+    total, cached_steps, speedup = len(cache.plan), None, None
+    if full_steps is not None:
+        full_steps = int(full_steps) if full_steps == int(full_steps) else full_steps
+        cached_steps = total - full_steps
+        speedup = total * flops["full"] / (full_steps * flops["full"] + cached_steps * flops["cached"])
+    return {
+        "cache": str(cache.spec),
+        "steps": {"full": full_steps, "cached": cached_steps},
+        "seconds_per_step": median,
+        "flops_per_step": flops,
+        "flops_speedup": speedup,
+        "peak_memory_bytes": torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None,
+        **versions(),
+        **more,
+    }

@@ -1,0 +1,367 @@
+"""What the samplers of prompts share: settings, schedulers, the call of a diffusers pipeline, a job of samples."""
+
+import argparse
+import hashlib
+import inspect
+import json
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import diffusers
+import torch
+from diffusers import AutoencoderKL, ConfigMixin, DiffusionPipeline, SchedulerMixin
+from torch import Tensor, nn
+
+from skipdit.caching.policies import CacheSpec, Policy
+from skipdit.caching.runtime import SkipCache
+from skipdit.checkpoints.loading import load_weights
+from skipdit.config import require_seed, setting, to_dict
+from skipdit.encoders.autoencoder import decode, downsampling, pixels
+from skipdit.layers.flops import step_flops
+from skipdit.layers.skip import SkipTransformer
+from skipdit.pipelines.cache import enable_cache
+from skipdit.sampling.job import Job, cache_identity, require_finite, work_off
+from skipdit.sampling.prompts import slug
+from skipdit.sampling.report import StepTimer
+from skipdit.utils.device import compile_mode, process_state, set_tf32
+from skipdit.utils.dtypes import resolve_dtype
+from skipdit.utils.files import replace_text
+from skipdit.utils.pixels import to_uint8
+from skipdit.utils.provenance import fingerprint
+
+WINDOW = "N{}-700-50"  # the released code's caching window, of both tasks
+SCHEDULERS = {
+    "ddim": "DDIMScheduler",
+    "ddpm": "DDPMScheduler",
+    "deis": "DEISMultistepScheduler",
+    "dpm": "DPMSolverMultistepScheduler",
+    "dpmms": "DPMSolverMultistepScheduler",  # Hunyuan-DiT's name for it
+    "euler": "EulerDiscreteScheduler",
+    "euler-ancestral": "EulerAncestralDiscreteScheduler",
+    "heun": "HeunDiscreteScheduler",
+    "kdpm2-ancestral": "KDPM2AncestralDiscreteScheduler",
+    "pndm": "PNDMScheduler",
+    "unipc": "UniPCMultistepScheduler",
+}
+
+
+@dataclass
+class PromptConfig:
+    """Settings of a run from prompts that do not depend on the task."""
+
+    out: str = setting("samples", "folder for the samples and the report")
+    prompts: list[str] = field(default_factory=list, metadata={"help": "what to show, as --prompt"})
+    prompt_file: str | None = setting(
+        None, "text file with a prompt per line, folder of such files, or CSV, JSON, JSONL of captions"
+    )
+    negative_prompt: str = setting("", "what not to show")
+    height: int | None = setting(None, "pixels; unset: as the model was made for")
+    width: int | None = setting(None, "pixels; unset: as the model was made for")
+    batch_size: int = setting(1, "samples per model call and process (guidance doubles it)")
+    seed: int = setting(0, "seed of the run; sample i depends on it and on i")
+    scheduler: str = setting("ddim", f"one of {', '.join(SCHEDULERS)}")
+    steps: int = setting(50, "sampling steps")
+    guidance_scale: float = setting(7.5, "classifier-free guidance; 1 is none")
+    cache: str = setting("none", "Skip-Cache spec, as --cache")
+    dtype: str = setting("auto", "auto, float32, bfloat16 or float16")
+    vae_slicing: bool = setting(False, "decode one picture at a time, to save memory")
+    vae_tiling: bool = setting(False, "decode pictures in tiles, to save more")
+    offload: str = setting("none", "keep on the GPU only what runs: none, model (one by one) or group (layer by layer)")
+    tf32: bool = setting(False, "let float32 products run in TF32 on the GPU: faster, to about three digits")
+    compile: str = setting("none", "torch.compile: none, default, reduce-overhead (CUDA graphs) or max-autotune")
+
+    def __post_init__(self):
+        require_seed(self.seed)
+
+
+# Settings that say where and how fast, not what is made; and those that the identity has in another form: weights by
+# their fingerprints, the size in pixels, models and scheduler by their configs.
+_FREE = {"out", "batch_size", "compile", "vae_slicing", "prompts", "prompt_file", "height", "width"}
+_FREE |= {"weights", "pipeline", "vae", "text_encoder", "tokenizer", "offload"}
+
+
+def make_scheduler(name: str, settings: dict[str, Any]) -> SchedulerMixin:
+    """A diffusers scheduler with those of the settings that it knows. Raises ValueError for an unknown name."""
+    if name not in SCHEDULERS:
+        raise ValueError(f"scheduler is {name!r}; known: {', '.join(SCHEDULERS)}")
+    kind = getattr(diffusers, SCHEDULERS[name])
+    known = set(inspect.signature(kind.__init__).parameters)
+    return kind(**{key: value for key, value in settings.items() if key in known})
+
+
+def scheduler_settings(folder: Path | None) -> dict[str, Any]:
+    """The settings of a diffusers scheduler's folder; none without a folder."""
+    return diffusers.DDIMScheduler.load_config(folder) if folder else {}  # the file is the same for every class
+
+
+class Parts(NamedTuple):
+    """A checked config's pipeline, but for the weights of the transformer."""
+
+    model: SkipTransformer  # on the meta device, until it is loaded
+    vae: AutoencoderKL
+    scheduler: SchedulerMixin
+    size: tuple[int, int]  # height and width in pixels
+
+    def load(self, weights: str) -> None:
+        """Read the transformer's weights, on the CPU."""
+        self.model.to_empty(device="cpu")
+        load_weights(self.model, weights)
+        self.model.eval().requires_grad_(False)
+
+
+def check_settings(
+    config: PromptConfig,
+    model: SkipTransformer,
+    vae: AutoencoderKL,
+    size: tuple[int, int],
+    branch: int | None,
+    unit: int = 8,
+    released: torch.dtype | None = None,
+) -> None:
+    """Check that settings fit the model and each other, and set the autoencoder's.
+
+    Args:
+        model: on the meta device; takes the dtype.
+        size: height and width in pixels.
+        branch: the cache's, None without a cache.
+        unit: pixels of which the pipeline takes multiples.
+        released: dtype of a released model; see `resolve_dtype`.
+
+    Raises ValueError for those that do not.
+    """
+    unit = max(unit, downsampling(vae) * model.config.patch_size)
+    if size[0] % unit or size[1] % unit:
+        raise ValueError(f"height {size[0]} and width {size[1]} must be multiples of {unit} pixels")
+    if branch is not None and branch > model.n_skips:
+        raise ValueError(f"cache branch {branch} is larger than the model's number of skips, {model.n_skips}")
+    if model.config.in_channels != vae.config.latent_channels:
+        raise ValueError(
+            f"the model is for {model.config.in_channels} latent channels, and the autoencoder has "
+            f"{vae.config.latent_channels}: set vae to the one that it was trained with"
+        )
+    if config.offload not in ("none", "model", "group"):
+        raise ValueError(f"offload is {config.offload!r}; known: none, model, group")
+    if compile_mode(config.compile) and config.offload == "group":
+        raise ValueError("offload=group moves weights within the model, which cannot be compiled: set offload=model")
+    if config.guidance_scale < 1:
+        raise ValueError(f"guidance_scale is {config.guidance_scale}; 1 is no guidance, and less is not possible")
+    set_tf32(config.tf32)
+    dtype = resolve_dtype(config.dtype, process_state().device, released)
+    nn.Module.to(model, dtype=dtype)  # not diffusers' own, which warns
+    if config.vae_slicing:
+        vae.enable_slicing()
+    if config.vae_tiling:
+        vae.enable_tiling()
+
+
+def run_pipeline(pipe: DiffusionPipeline, callback: Callable[[int], None] | None = None, **arguments: Any) -> Tensor:
+    """Latents, float32, that a pipeline's call ends with.
+
+    Args:
+        pipe: its transformer in eval mode.
+        callback: called with the number of every step, after it.
+        arguments: of the call.
+
+    Raises FloatingPointError, naming the step, if latents stop being finite.
+    """
+    finite = []  # flags per step, on the device: read once, after the run
+
+    def after_step(pipe: DiffusionPipeline, i: int, t: Tensor, tensors: dict) -> dict:
+        finite.append(tensors["latents"].isfinite().all())
+        if callback is not None:
+            callback(i)
+        return {}
+
+    latents = pipe(**arguments, callback_on_step_end=after_step, output_type="latent")[0]
+    require_finite(finite, pipe.scheduler.timesteps.tolist(), latents.dtype)
+    return latents.float()
+
+
+def place(pipe: DiffusionPipeline, offload: str, device: torch.device) -> None:
+    """Put a pipeline's models on a device, or let diffusers bring them there when they run.
+
+    Args:
+        offload: "none"; "model", one model at a time; "group", layer by layer, the next ones while one runs.
+    """
+    if offload == "model":
+        pipe.enable_model_cpu_offload(device=device)
+        return
+    if offload == "group":
+        streams = {"use_stream": True, "non_blocking": True} if device.type == "cuda" else {}
+        pipe.transformer.enable_group_offload(device, torch.device("cpu"), "leaf_level", **streams)
+    else:
+        pipe.transformer.to(device)
+    pipe.vae.to(device)
+
+
+class PromptSampler(ABC):
+    """All that a config asks for, on the device, ready to sample.
+
+    Attributes:
+        config: the run's.
+        pipe: without text encoders; its transformer may be compiled.
+        model: the transformer itself.
+        prompts: `copies` samples of each are made.
+        encoder: fingerprint of the text encoder, or of both.
+        size: height and width in pixels.
+        flops: of one full and one cached step, per sample.
+    """
+
+    config: PromptConfig
+    pipe: DiffusionPipeline
+    model: SkipTransformer
+    prompts: list[str]
+    copies: int
+    encoder: str
+    size: tuple[int, int]
+    flops: dict[str, float]
+
+    @abstractmethod
+    def batch(self, indices: list[int], steps: int, callback: Callable[[int], None] | None = None) -> Tensor:
+        """Latents of a batch of samples, (N, ..., C, h, w) float32."""
+
+    def samples(self, indices: list[int], steps: int, callback: Callable[[int], None] | None = None) -> Tensor:
+        """Pixels of a batch of samples, (N, ..., 3, H, W) uint8, on the CPU."""
+        return pixels(self.pipe.vae, self.batch(indices, steps, callback))
+
+    def batches(self, indices: Sequence[int]) -> Iterator[list[int]]:
+        """Samples that can be made together."""
+        for start in range(0, len(indices), self.config.batch_size):
+            yield list(indices[start : start + self.config.batch_size])
+
+    @property
+    def method(self) -> str:
+        return self.config.scheduler
+
+    @property
+    def vae(self) -> AutoencoderKL:
+        return self.pipe.vae
+
+    def timesteps(self, steps: int) -> list[float]:
+        scheduler = type(self.pipe.scheduler).from_config(self.pipe.scheduler.config)  # the pipe's would begin a run
+        scheduler.set_timesteps(steps)
+        return scheduler.timesteps.tolist()
+
+    def images(self, steps: int, spec: Policy) -> Iterator[Tensor]:
+        """(N, ..., 3, H, W) float32 in [-1, 1], of every batch."""
+        enable_cache(self.pipe, spec)
+        for indices in self.batches(range(len(self.prompts) * self.copies)):
+            yield decode(self.pipe.vae, self.batch(indices, steps)).clamp(-1, 1).cpu()
+
+    def make(self, steps: int, spec: Policy) -> Tensor:
+        """All samples of the config, (N, ..., 3, H, W) uint8."""
+        return torch.cat([to_uint8(images) for images in self.images(steps, spec)])
+
+    def _open(
+        self, parts: Parts, branch: int | None, make: Callable[[PromptConfig, Parts], DiffusionPipeline], **sizes: int
+    ) -> None:
+        """Count what a step costs, then load the pipeline; the text encoders have left the device by now.
+
+        Args:
+            branch: the cache's, None without a cache.
+            make: loads the parts, and makes the pipeline of them.
+            sizes: of the samples, as the model's `random_inputs` takes them.
+        """
+        state, factor = process_state(), downsampling(parts.vae)
+        height, width = (side // factor for side in parts.size)
+        rows = 2 if self.config.guidance_scale > 1 else 1
+        self.size = parts.size
+        self.flops = step_flops(parts.model, rows, branch or 1, height=height, width=width, **sizes)
+        if state.device.type == "cuda":
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()  # the report is of sampling
+        self.pipe = make(self.config, parts)
+        self.pipe.set_progress_bar_config(disable=not state.is_main_process, leave=False, desc="sampling", unit="step")
+        self.model = self.pipe.transformer
+        if mode := compile_mode(self.config.compile):
+            self.pipe.transformer = torch.compile(self.model, fullgraph=True, mode=mode)
+        place(self.pipe, self.config.offload, state.device)
+
+
+def run_job(
+    sampler: PromptSampler,
+    names: list[str],
+    save: Callable[[Job, int, Tensor], None],
+    suffix: str,
+    unit: str,
+    free: set[str],
+) -> tuple[Job, dict]:
+    """Make the samples of a config that are not there yet, report.json, and prompts.json, which says what is what.
+
+    Args:
+        names: of the samples' files, without suffix.
+        save: `save(job, index, pixels)` writes a sample.
+        suffix: of its file.
+        unit: what a sample is, for people.
+        free: the task's settings that do not determine the samples.
+
+    Returns:
+        The job, all of whose samples exist then, and the run's report.
+    """
+    state, config, model, pipe = process_state(), sampler.config, sampler.model, sampler.pipe
+    spec = CacheSpec.parse(config.cache)
+    cache = enable_cache(pipe, spec)
+    identity = {key: value for key, value in to_dict(config).items() if key not in _FREE | free}
+    identity |= {"size": sampler.size, "prompts": sampler.prompts, "text_encoder": sampler.encoder}
+    identity |= {"weights": fingerprint(model), "vae": fingerprint(pipe.vae)}
+    identity |= {"model": _settings(model), "scheduler_config": _settings(pipe.scheduler)}
+    identity |= {"dtype": str(model.dtype), "device": state.device.type}  # devices draw different noise from one seed
+    identity |= cache_identity(spec, identity["weights"], sampler.method, config.guidance_scale, config.batch_size)
+    job = Job(config.out, identity, len(names), suffix, state.process_index, state.num_processes, names)
+
+    def make(indices: list[int], timer: StepTimer) -> tuple[Tensor, SkipCache]:
+        timer.start()
+        return sampler.samples(indices, config.steps, lambda i: timer.tick(cache.run.ran[i])), cache.run
+
+    summary = work_off(
+        job,
+        sampler.batches(job.pending()),
+        make,
+        lambda index, pixels: save(job, index, pixels),
+        idle=SkipCache(spec, sampler.timesteps(config.steps)),
+        flops=sampler.flops,
+        unit=unit,
+        seed=config.seed,
+        config=to_dict(config) | {"prompts": sampler.prompts},
+    )
+    if state.is_main_process:
+        table = {job.path(i).name: sampler.prompts[i // sampler.copies] for i in range(job.total)}
+        text = json.dumps(table, indent=2, ensure_ascii=False) + "\n"
+        replace_text(job.folder / "prompts.json", text)
+    return job, summary
+
+
+def _settings(part: ConfigMixin) -> dict[str, Any]:
+    """A part's config. Which of its entries are defaults diffusers lists in an order of chance, and is left out."""
+    return {key: value for key, value in part.config.items() if key != "_use_default_values"}
+
+
+def add_prompt_argument(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--prompt",
+        action="append",
+        default=[],
+        metavar="TEXT",
+        help="what to show, instead of the config's prompts; more than once for several",
+    )
+
+
+def take_prompts(config: PromptConfig, args: argparse.Namespace) -> None:
+    """Put the prompts of a command line into a config, if there are some.
+
+    They get a folder of their own, named after the first of them and all settings, unless the command line names one:
+    one command after the other, and the same one again, can be given without thinking of `out`. Raises ValueError if
+    the command line says otherwise, too, what to show.
+    """
+    if not args.prompt:
+        return
+    for name in ("prompts", "prompt_file"):
+        if any(text.startswith(f"{name}=") for text in args.overrides):
+            raise ValueError(f"--prompt and {name}= both say what to show: leave one out")
+    config.prompts, config.prompt_file = args.prompt, None
+    if not any(text.startswith("out=") for text in args.overrides):
+        digest = hashlib.sha256(json.dumps(to_dict(config), sort_keys=True).encode()).hexdigest()[:8]
+        config.out = str(Path(config.out, f"{slug(args.prompt[0])}-{digest}".strip("-")))

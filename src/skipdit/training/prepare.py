@@ -1,0 +1,105 @@
+"""How a training run begins: its command line; all files are there, the model is made, its weights are loaded."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Protocol, TypeVar
+
+import torch
+from accelerate.utils import broadcast_object_list
+from diffusers import AutoencoderKL
+
+from skipdit.checkpoints.files import saved
+from skipdit.checkpoints.loading import load_weights
+from skipdit.cli import friendly_errors, make_parser
+from skipdit.config import load_config
+from skipdit.data.texts import LiveTexts, Texts, TextTable
+from skipdit.encoders.autoencoder import load_vae
+from skipdit.encoders.text import LATTE, Reading, load_text_encoder
+from skipdit.layers.skip import SkipTransformer
+from skipdit.sampling.job import preflight
+from skipdit.training.settings import TrainConfig
+from skipdit.utils.device import process_state
+from skipdit.utils.dtypes import resolve_dtype
+from skipdit.utils.provenance import fingerprint
+
+T = TypeVar("T")
+
+
+def run_trainer(schema: type[T], description: str, train: Callable[[T, bool], Any]) -> None:
+    """The command line of a task's train.py.
+
+    Args:
+        schema: the task's settings.
+        description: for `--help`.
+        train: `train(config, dry_run)` runs a config.
+    """
+    parser = make_parser(schema, description)
+    parser.add_argument("--dry-run", action="store_true", help="take two steps, print their peak memory, write nothing")
+    args = parser.parse_intermixed_args()
+    with friendly_errors():
+        train(load_config(schema, args.config, args.overrides), args.dry_run)
+
+
+class TrainerConfig(Protocol):
+    """What all trainers' settings have."""
+
+    out: str  # run folder; a run that goes on has its own weights and needs no `init`
+    init: str | None  # checkpoint to start from; it may lack the long skips (stage 1)
+    vae: str  # folder or Hub name
+    vae_fingerprint: str | None
+    train: TrainConfig
+
+
+def open_training(
+    config: TrainerConfig,
+    files: dict[str, str],
+    build: Callable[[AutoencoderKL], SkipTransformer],
+    fetch: str,
+    absent: Sequence[str] = (),
+) -> tuple[SkipTransformer, AutoencoderKL]:
+    """Check that all files are there, then make the model of a training run and load its autoencoder.
+
+    The autoencoder's fingerprint is kept in the config, and so with the run, which goes on with no other.
+
+    Args:
+        files: setting name -> path of the data, and whatever else has to be there.
+        build: makes the model, for latents of this autoencoder.
+        fetch: the command that fetches the released weights.
+        absent: files that are known to be missing besides.
+
+    Raises FileNotFoundError that lists every missing file, before anything is loaded; WeightsError.
+    """
+    process_state()  # the main process decides for all, as it does which checkpoint they go on from
+    (begun,) = broadcast_object_list([bool(saved(Path(config.out, "checkpoints")))])
+    needed = {"vae": config.vae} | ({"init": config.init} if config.init and not begun else {}) | files
+    preflight(needed, fetch, absent)
+    vae = load_vae(config.vae)
+    config.vae_fingerprint = fingerprint(vae)
+    torch.manual_seed(config.train.seed)
+    model = build(vae)
+    if "init" in needed:
+        new = load_weights(model, config.init, allow_missing="skips.*")
+        if new and process_state().is_main_process:
+            print(f"{len(new)} skip parameters are not in {config.init} and start anew:\n  " + "\n  ".join(new))
+    return model, vae
+
+
+def open_texts(
+    captions: list[str],
+    files: str | None,
+    encoder: str | None,
+    tokenizer: str | None,
+    dtype: str,
+    reading: Reading = LATTE,
+) -> Texts:
+    """The captions' embeddings: from `files`, if there are some, or by an encoder on this process's device.
+
+    Args:
+        files: see `TextTable`.
+        encoder, tokenizer: see `load_text_encoder`.
+        dtype: of the encoder, see `resolve_dtype`.
+    """
+    if files:
+        return TextTable(files, captions, reading)
+    device = process_state().device
+    return LiveTexts(load_text_encoder(encoder, tokenizer, resolve_dtype(dtype, device), reading).to(device), captions)
