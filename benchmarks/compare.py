@@ -36,7 +36,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
-from skipdit.caching.policies import CacheSpec, DriftSpec
+from skipdit.caching.policies import CacheSpec, parse_policy
 from skipdit.cli import friendly_errors
 from skipdit.config import load_config, to_dict
 from skipdit.evaluation.compare import check_plans
@@ -139,7 +139,7 @@ def measure(backbone: Backbone, row: Row) -> tuple[dict[str, Any], Tensor]:
         samples = backbone.sampler.make(row.steps, row.spec)
     calls = meter.full + meter.cached
     full, partial = (run.full, run.partial) if run else (meter.full, meter.cached)
-    features = row.spec.order + 1 + isinstance(row.spec, DriftSpec) if meter.cached else 0
+    features = row.spec.order + 1 + row.spec.adaptive if meter.cached else 0
     kept = run.peak_bytes if run else meter.feature_bytes * features
     result = {
         "flops": meter.flops / len(samples),
@@ -414,7 +414,7 @@ def main() -> None:
 
 def benchmark(args: argparse.Namespace) -> None:
     out, methods = Path(args.out), {METHODS[name] for name in args.methods}
-    also = [CacheSpec.parse(spec) for spec in args.also]
+    also = [parse_policy(spec) for spec in args.also]
     lpips, protocol = None, {}
     if args.lpips:
         from skipdit.metrics.perceptual import load_lpips

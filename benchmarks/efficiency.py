@@ -11,8 +11,8 @@ the same, Fréchet distance and class of samples without guidance by the judge o
 which step has Skip-DiT what the plain model has at the end? The same question put to the plain model itself tells how
 much of the answer is noise.
 
-With --spectral, Skip-DiT without a constraint on its skips, with a penalty and with a cap (skipdit.training.spectral): their
-largest singular values, how far the output moves when all weights do, and what caching costs.
+With --spectral, Skip-DiT without a constraint on its skips, with a penalty and with a cap (skipdit.training.spectral):
+their largest singular values, how far the output moves when all weights do, and what caching costs.
 
 Trained by class-to-image's trainer, sampled by its sampler. Writes convergence or spectral .json, .png and .md. The
 same command again continues an interrupted run, and with more seeds or train.steps adds to it.
@@ -34,7 +34,7 @@ from diffusers import AutoencoderKL
 from torch import Tensor
 
 from skipdit.analysis.measure import moved, random_direction, relative
-from skipdit.caching.policies import CacheSpec
+from skipdit.caching.policies import parse_policy
 from skipdit.checkpoints.files import saved
 from skipdit.class_to_image.model import DiT
 from skipdit.class_to_image.sample import build_model
@@ -70,7 +70,7 @@ METRICS = {"loss": "loss on test images", "frechet": "Fréchet distance", "accur
 FALLING = ("loss", "frechet")  # the others are better the higher
 SAMPLER = {"sampler": "ddim", "steps": 20, "guidance_scale": 1.0}  # of the samples that are judged
 CACHED = {"sampler": "ddim", "steps": 50, "guidance_scale": 2.0}  # of those with and without a cache
-REUSE, FORECAST = (CacheSpec.parse(f"N3-1000-20{order}") for order in ("", "-o1"))
+REUSE, FORECAST = (parse_policy(f"N3-1000-20{order}") for order in ("", "-o1"))
 CACHED_SAMPLES, MOVED, DIRECTIONS = 32, 0.05, 8  # a perturbation has 5 % of every filter's norm
 BATCH = 64  # samples per model call
 PAPER = (

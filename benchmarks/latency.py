@@ -18,7 +18,8 @@ from statistics import median
 
 import torch
 
-from skipdit.caching.runtime import CacheStep, SkipCache
+from skipdit.caching.runtime import SkipCache
+from skipdit.caching.steps import CacheStep
 from skipdit.class_to_image import DiT
 from skipdit.class_to_video import Latte
 from skipdit.cli import friendly_errors

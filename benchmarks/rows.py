@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 from peers import FORA, PAB, DBCache, DeltaDiT, Peer, TaylorSeer, TeaCache, TGate, parts_of
 
-from skipdit.caching.policies import CachePlan, CacheSpec, DriftSpec, Policy
+from skipdit.caching.policies import CachePlan, CachePolicy, CacheSpec, DriftSpec
 from skipdit.caching.runtime import SkipCache
 from skipdit.layers.adaln import AdaLNTransformer
 from skipdit.layers.flops import run_flops
@@ -47,7 +47,7 @@ class Row:
     method: str
     name: str
     steps: int
-    spec: Policy = field(default_factory=CacheSpec)
+    spec: CachePolicy = field(default_factory=CacheSpec)
     peer: Peer | None = None
 
     @property
@@ -57,12 +57,12 @@ class Row:
     @property
     def varies(self) -> bool:
         """Whether what a batch costs depends on its samples."""
-        return isinstance(self.spec, DriftSpec) or (self.peer is not None and not self.peer.static)
+        return self.spec.adaptive or (self.peer is not None and not self.peer.static)
 
     @property
     def window(self) -> str:
         """Timesteps between which an interval caches."""
-        return f"{self.spec.start}-{self.spec.stop}" if isinstance(self.spec, CacheSpec) else ""
+        return self.spec.window
 
 
 def depth_of(model: SkipTransformer) -> int:
@@ -106,7 +106,7 @@ def rows_for(
     flops: dict[str, float],
     polynomial: Sequence[float],
     quick: bool,
-    also: Sequence[Policy] = (),
+    also: Sequence[CachePolicy] = (),
 ) -> list[Row]:
     """Everything that runs on a backbone, the uncached run first.
 
@@ -131,7 +131,7 @@ def rows_for(
     for policy in also:
         if policy in [row.spec for row in own]:
             continue
-        if not isinstance(policy, DriftSpec) and policy.branch == window.branch:
+        if not policy.adaptive and policy.branch == window.branch:
             costs.append(run_flops(SkipCache(policy, timesteps), flops) / flops["full"])
         kind = {CachePlan: PLANNED, DriftSpec: DRIFT}.get(type(policy), FORECAST if policy.order else REUSE)
         own.append(Row(backbone, kind, f"{REUSE} {policy}", steps, policy))

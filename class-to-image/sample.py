@@ -8,6 +8,7 @@ again continues an interrupted run; any number of processes makes the same image
 """
 
 from dataclasses import dataclass, field, fields
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -16,14 +17,14 @@ from torch import Tensor
 from torchvision.utils import make_grid
 from tqdm import tqdm
 
-from skipdit.caching.policies import CacheSpec
+from skipdit.caching.policies import parse_policy
 from skipdit.class_to_image.model import DiT
 from skipdit.cli import friendly_errors, make_parser
-from skipdit.config import load_config, setting
+from skipdit.config import Settings, load_config, setting
 from skipdit.encoders.autoencoder import latent_size
 from skipdit.sampling.arguments import add_cache_arguments, cache_override, original_model_name
-from skipdit.sampling.class_conditional import Models, SamplingConfig, open_models, run_job
-from skipdit.sampling.job import Job
+from skipdit.sampling.class_conditional import ClassSampler, SamplingConfig
+from skipdit.sampling.job import Job, run_job
 from skipdit.utils.device import process_state
 from skipdit.utils.files import whole_file, write_png
 
@@ -31,15 +32,15 @@ WINDOW = "N{}-1000-20-b4"  # the original code's caching window for this task
 
 
 @dataclass
-class ModelConfig:
+class ModelConfig(Settings):
     """A model by name, or by its constructor's arguments; unset ones are the class's defaults or the name's."""
 
     name: str | None = setting(None, "DiT-skip, DiT-{S,B,L,XL}/{2,4,8}[-skip]; unset: the arguments below")
-    patch_size: int | None = setting(None, "side of a patch in latent pixels")
-    hidden_size: int | None = setting(None, "width")
-    depth: int | None = setting(None, "number of blocks")
-    num_heads: int | None = setting(None, "attention heads")
-    num_classes: int = setting(1000, "classes; the null class is added")
+    patch_size: int | None = setting(None, "side of a patch in latent pixels", least=1)
+    hidden_size: int | None = setting(None, "width", least=1)
+    depth: int | None = setting(None, "number of blocks", least=1)
+    num_heads: int | None = setting(None, "attention heads", least=1)
+    num_classes: int = setting(1000, "classes; the null class is added", least=1)
     skip: bool | None = setting(None, "long skips")
     fuse: str | None = setting(None, "how skips join: replace as in the paper, or residual, which start at zero")
 
@@ -48,10 +49,10 @@ class ModelConfig:
 class Config(SamplingConfig):
     """A class-to-image sampling run."""
 
-    out: str = setting("samples/class-to-image", "folder for the images and the report")
-    guidance_scale: float = setting(4.0, "classifier-free guidance; 1 is none")
-    guidance_channels: int | None = setting(3, "latent channels to guide; null for all")
-    npz: bool = setting(False, "also pack all images into samples.npz for ADM's evaluation suite")
+    out: str = setting("samples/class-to-image", "folder for the images and the report", identity=False)
+    guidance_scale: float = setting(4.0, "classifier-free guidance; 1 is none", least=0)
+    guidance_channels: int | None = setting(3, "latent channels to guide; null for all", least=1)
+    npz: bool = setting(False, "also pack all images into samples.npz for ADM's evaluation suite", identity=False)
     model: ModelConfig = field(default_factory=ModelConfig)
 
 
@@ -63,29 +64,26 @@ def build_model(config: ModelConfig, input_size: int, in_channels: int = 4) -> D
     return DiT.from_name(config.name, **given) if config.name else DiT(**given)
 
 
-def load(config: Config, branch: int | None) -> Models:
-    """The model and autoencoder of a config; see `open_models`."""
-    return open_models(
-        config,
-        lambda vae: build_model(config.model, latent_size(config.image_size, vae), vae.config.latent_channels),
-        branch,
-        "python -m skipdit download class-to-image",
-    )
+class ImageSampler(ClassSampler):
+    """All images of a config; see `ClassSampler`."""
+
+    fetch = "python -m skipdit download class-to-image"
+
+    def build(self) -> DiT:
+        side = latent_size(self.config.image_size, self.vae)
+        return build_model(self.config.model, side, self.vae.config.latent_channels)
+
+    def write(self, path: Path, pixels: Tensor) -> None:
+        Image.fromarray(pixels.permute(1, 2, 0).numpy()).save(path, format="png")
 
 
 def sample(config: Config) -> dict:
     """Run a config. Returns the report that is also written to report.json."""
-    spec = CacheSpec.parse(config.cache)
-    models = load(config, spec.branch if spec.caches else None)
-    job, report = run_job(config, models, save, "png", "image", free={"npz"})
+    policy = parse_policy(config.cache)
+    job, report = run_job(ImageSampler(config, policy.branch if policy.caches else None))
     if process_state().is_main_process:
         write_outputs(config, job)
     return report
-
-
-def save(job: Job, index: int, pixels: Tensor) -> None:
-    image = Image.fromarray(pixels.permute(1, 2, 0).numpy())
-    job.save(index, lambda path: image.save(path, format="png"))
 
 
 def write_outputs(config: Config, job: Job) -> None:

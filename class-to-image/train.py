@@ -12,11 +12,11 @@ from pathlib import Path
 import torch
 from torchvision.utils import make_grid
 
-from skipdit.class_to_image.data import make_dataset
 from skipdit.class_to_image.model import DiT
 from skipdit.class_to_image.sample import ModelConfig, build_model
-from skipdit.config import setting
+from skipdit.config import Settings, setting
 from skipdit.data.images import ImageData
+from skipdit.data.latents import open_images
 from skipdit.diffusion.gaussian import Diffusion
 from skipdit.encoders.autoencoder import decode, latent_size
 from skipdit.sampling.class_conditional import generate
@@ -31,15 +31,17 @@ from skipdit.utils.seeding import generators
 
 
 @dataclass
-class Config:
+class Config(Settings):
     """A class-to-image training run."""
 
-    out: str = setting("results/class-to-image", "run folder")
-    init: str | None = setting(None, "checkpoint to start from; a plain DiT may start a skip model (stage 1)")
-    vae: str = setting("stabilityai/sd-vae-ft-ema", "autoencoder, folder or Hub name")
+    out: str = setting("results/class-to-image", "run folder", identity=False)
+    init: str | None = setting(
+        None, "checkpoint to start from; a plain DiT may start a skip model (stage 1)", identity=False
+    )
+    vae: str = setting("stabilityai/sd-vae-ft-ema", "autoencoder, folder or Hub name", identity=False)
     vae_fingerprint: str | None = setting(None, "of the autoencoder; the trainer fills it in and refuses another")
-    label_dropout: float = setting(0.1, "share of labels replaced by the null class, for guidance")
-    grid_guidance: float = setting(4.0, "guidance scale of the sample grids")
+    label_dropout: float = setting(0.1, "share of labels replaced by the null class, for guidance", least=0, most=1)
+    grid_guidance: float = setting(4.0, "guidance scale of the sample grids", identity=False, least=0)
     model: ModelConfig = field(default_factory=ModelConfig)
     data: ImageData = field(default_factory=ImageData)
     train: TrainConfig = field(default_factory=TrainConfig)
@@ -54,7 +56,7 @@ def train(config: Config, dry_run: bool = False) -> DiT:
         "python -m skipdit download class-to-image",
     )
     with process_state().local_main_process_first():  # a data set that downloads itself does so once
-        dataset = make_dataset(config.data, vae)
+        dataset = open_images(config.data, vae)
     if dataset.num_classes > config.model.num_classes:
         raise ValueError(f"{config.data.path} has {dataset.num_classes} classes; set model.num_classes to that")
     diffusion = Diffusion()

@@ -12,7 +12,7 @@ from diffusers.configuration_utils import register_to_config
 from diffusers.models.modeling_utils import ModelMixin  # noqa: F401 (diffusers loads a pipeline's model by it)
 from torch import Tensor
 
-from skipdit.caching.runtime import CacheStep
+from skipdit.caching.steps import CacheStep
 from skipdit.layers.adaln import AdaLNTransformer, Conditioning
 from skipdit.layers.embeddings import sincos_1d
 from skipdit.utils.provenance import count_members

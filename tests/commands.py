@@ -12,10 +12,13 @@ PRELOADED = [
     "skipdit.planning.command",
     "skipdit.evaluation.command",
     "skipdit.data.encode",
-    "skipdit.analysis",
+    "skipdit.analysis.command",
 ]
 PRELOADED += [
-    f"skipdit.{task}.compare" for task in ("class_to_image", "class_to_video", "text_to_video", "text_to_image")
+    "skipdit.class_to_image.train",
+    "skipdit.class_to_video.train",
+    "skipdit.text_to_video.train",
+    "skipdit.text_to_image.train",
 ]
 
 

@@ -12,14 +12,13 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from skipdit.analysis import measure
 from skipdit.analysis.command import main
 from skipdit.analysis.trace import Call, predict, record, spread_out, trace
-from skipdit.caching.policies import CacheSpec
-from skipdit.caching.runtime import CacheStep
+from skipdit.caching.policies import CacheSpec, parse_policy
+from skipdit.caching.steps import CacheStep
 from skipdit.checkpoints.released import to_released
-from skipdit.class_to_image.sample import Config, ModelConfig, load
+from skipdit.class_to_image.sample import Config, ImageSampler, ModelConfig
 from skipdit.class_to_video import Latte
 from skipdit.class_to_video import sample as sample_c2v
 from skipdit.config import to_yaml
-from skipdit.sampling.class_conditional import ClassSampler
 from skipdit.text_to_image import sample_t2i
 from skipdit.text_to_video import sample_t2v
 
@@ -41,8 +40,8 @@ def config(tmp_path, vae_folder) -> Config:
 
 
 @pytest.fixture
-def sampler(config) -> ClassSampler:
-    return ClassSampler(config, load(config, None))
+def sampler(config) -> ImageSampler:
+    return ImageSampler(config, None)
 
 
 def call_of(model, rows: int = 2) -> Call:
@@ -135,7 +134,7 @@ def test_similarity_without_a_cache_is_one(sampler):
 
 def test_similarity_is_that_of_cached_and_true(sampler):
     """Reuse with N=2: at step 1 the feature is that of step 0, which is the uncached run's as well."""
-    model, spec = sampler.model, CacheSpec.parse("N2-1000-0")
+    model, spec = sampler.model, parse_policy("N2-1000-0")
     found = measure.similarity(sampler, 6, spec)
     assert found["cached"] == [False, True] * 3
     runs = record(sampler, 6)

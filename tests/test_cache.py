@@ -8,7 +8,8 @@ import pytest
 import torch
 from conftest import assert_rounding, tiny_dit
 
-from skipdit import CacheSpec, SkipCache
+from skipdit import SkipCache
+from skipdit.caching import CachePolicy, CacheSpec, parse_policy
 from skipdit.diffusion.gaussian import Diffusion
 from skipdit.sampling.class_conditional import generate
 from skipdit.utils.seeding import generators
@@ -25,7 +26,7 @@ def sample(model, cache="none", steps=12, labels=(1, 2), seed=0, **kwargs):
     "text", ["none", "N2-700-50", "N3-1000-20-b4", "N4-800-100-o1", "N2-900-49-b2-o1", "D0.2", "D0.05-m3-b2-o1"]
 )
 def test_spec_round_trips(text):
-    assert str(CacheSpec.parse(text)) == text
+    assert str(parse_policy(text)) == text
 
 
 @pytest.mark.parametrize(
@@ -36,7 +37,7 @@ def test_spec_round_trips(text):
 )
 def test_bad_spec_is_refused(text, complaint):
     with pytest.raises(ValueError, match=complaint):
-        CacheSpec.parse(text)
+        parse_policy(text)
 
 
 def test_branch_larger_than_the_model_is_refused():
@@ -244,8 +245,8 @@ def test_drift_without_limit_is_an_interval():
     model = tiny_dit()
     drift = SkipCache("D1000-m2-b2-o1", Diffusion(12).sampling_timesteps)
     assert_rounding(sample(model, drift), sample(model, "N3-1000-0-b2-o1"))
-    assert drift.ran == CacheSpec.parse("N3-1000-0").plan(drift.timesteps)
-    assert not drift._stored and not drift._shallow  # nothing survives the run
+    assert drift.ran == parse_policy("N3-1000-0").full_mask(drift.timesteps)
+    assert not drift._stored and not drift._memory  # nothing survives the run
 
 
 def test_drift_cannot_be_compiled():
@@ -253,3 +254,38 @@ def test_drift_cannot_be_compiled():
     model.compile()
     with pytest.raises(ValueError, match="set compile=none"):
         sample(model, "D0.1")
+
+
+class FirstAndLast(CachePolicy):
+    """A user's own policy."""
+
+    def full_mask(self, timesteps):
+        return [i in (0, len(timesteps) - 1) for i in range(len(timesteps))]
+
+
+def test_a_policy_of_ones_own_works_everywhere():
+    model, steps = tiny_dit(), 6
+    cache = SkipCache(FirstAndLast(), Diffusion(steps).sampling_timesteps)
+    generate(model, torch.tensor([1]), generators(0, [0], "cpu"), steps=steps, sampler="ddim", cache=cache)
+    assert cache.ran == [True, False, False, False, False, True]
+    policy = FirstAndLast()
+    assert parse_policy(policy) is policy and policy.coefficients(3, (0,)) == ()
+    assert (policy.caches, policy.adaptive, policy.calibration_seed) == (True, False, None)
+
+
+def test_a_policy_of_ones_own_that_forecasts():
+    class Forecast(FirstAndLast):
+        order = 1
+
+        def full_mask(self, timesteps):
+            return [i < 2 for i in range(len(timesteps))]
+
+    timesteps = Diffusion(5).sampling_timesteps
+    own = SkipCache(Forecast(), timesteps)
+    interval = SkipCache(CacheSpec(9, start=timesteps[1], stop=-1, order=1), timesteps)
+    assert own.plan == interval.plan
+    results = [
+        generate(tiny_dit(), torch.tensor([1]), generators(0, [0], "cpu"), steps=5, sampler="ddim", cache=cache)
+        for cache in (own, interval)
+    ]
+    assert torch.equal(*results)

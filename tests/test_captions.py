@@ -15,12 +15,11 @@ import pytest
 import torch
 from test_clips import LENGTHS, cut_index_last, marks, paint, rng, write_pictures, write_video
 
-from skipdit.class_to_video.data import make_dataset
 from skipdit.data import encode
 from skipdit.data.check import main as check_main
 from skipdit.data.clip_folder import ClipFolder
 from skipdit.data.clips import ClipData, ClipDataset
-from skipdit.data.latents import ClipLatents
+from skipdit.data.latents import ClipLatents, open_clips
 from skipdit.data.stream import Stream, collate
 from skipdit.encoders.autoencoder import load_vae
 from skipdit.utils.errors import BrokenSample
@@ -312,7 +311,7 @@ def test_latents_keep_captions(root, tmp_path, captions, vae_folder, encode_clip
     assert len(list((tmp_path / "latents").glob("*.safetensors"))) == 2
     config = ClipData("latents", str(tmp_path / "latents"), num_frames=4, frame_interval=5, image_size=8)
     config = replace(config, images=6, images_from=images_from)
-    latents = make_dataset(config, load_vae(str(vae_folder)))
+    latents = open_clips(config, load_vae(str(vae_folder)))
     assert latents.captions == [TEXTS[clip] for clip in ORDER]
     assert latents.labels == [0, 2], "clip 1 has 14 frames"
     wholes = [latents[i]["mean"] for i in range(2)]
@@ -374,7 +373,7 @@ def test_captions_are_given_where_they_count(films, captions, vae_folder, encode
         encode_clips("image_folder", films / "frames", "--captions", captions)
     assert "--captions are of clips, and --data image_folder is of images" in capsys.readouterr().err
     with pytest.raises(ValueError, match=r"images are their frames: unset data\.captions$"):
-        make_dataset(clips_at(films, captions, kind="latents"), load_vae(str(vae_folder)))
+        open_clips(clips_at(films, captions, kind="latents"), load_vae(str(vae_folder)))
 
 
 # ---------------------------------------------------------------------------------------------------------------------

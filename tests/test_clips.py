@@ -19,12 +19,11 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from skipdit.class_to_video.data import make_dataset
 from skipdit.data import clip_folder, encode
 from skipdit.data.check import main as check_main
 from skipdit.data.clip_folder import ClipFolder, to_square
 from skipdit.data.clips import ClipData, load_section
-from skipdit.data.latents import ClipLatents, Latents
+from skipdit.data.latents import ClipLatents, Latents, open_clips
 from skipdit.data.stream import Stream, collate, make_loader, rows_of
 from skipdit.encoders.autoencoder import encode as encode_pixels
 from skipdit.encoders.autoencoder import load_vae
@@ -650,8 +649,8 @@ def test_latents_are_those_of_the_pixels_drawn(tmp_path, vae_folder, encode_clip
     encode_clips("frames", tmp_path / "clips", tmp_path / "latents", "--labelled", "--shard", "2")
     config = ClipData("frames", str(tmp_path / "clips"), labelled=True, num_frames=4, images=2, image_size=8)
     vae = load_vae(str(vae_folder))
-    pixels = make_dataset(config, vae)
-    latents = make_dataset(replace(config, kind="latents", path=str(tmp_path / "latents")), vae)
+    pixels = open_clips(config, vae)
+    latents = open_clips(replace(config, kind="latents", path=str(tmp_path / "latents")), vae)
     assert (len(latents), latents.labels, latents.num_classes) == (4, [0, 0, 1, 2], 3)
     assert [len(latents[i]["mean"]) for i in range(4)] == list(LENGTHS)
     for index in range(4):
@@ -729,9 +728,9 @@ def test_encoding_goes_on_only_with_the_same_clips(layouts, tmp_path, encode_cli
 def test_latents_of_other_settings_are_refused(layouts, tmp_path, vae_folder, encode_clips, settings, said):
     encode_clips("videos", layouts / "classes", tmp_path / "latents")
     config = ClipData("latents", str(tmp_path / "latents"), num_frames=4, image_size=8)
-    assert len(make_dataset(config, load_vae(str(vae_folder)))) == 4
+    assert len(open_clips(config, load_vae(str(vae_folder)))) == 4
     with pytest.raises(ValueError, match=said):
-        make_dataset(replace(config, **settings), load_vae(str(vae_folder)))
+        open_clips(replace(config, **settings), load_vae(str(vae_folder)))
 
 
 def test_latents_of_another_autoencoder_are_refused(layouts, tmp_path, vae_folder, encode_clips):
@@ -739,7 +738,7 @@ def test_latents_of_another_autoencoder_are_refused(layouts, tmp_path, vae_folde
     vae = load_vae(str(vae_folder))
     vae.decoder.conv_in.weight.data += 1
     with pytest.raises(ValueError, match="do not fit: vae_id is"):
-        make_dataset(ClipData("latents", str(tmp_path / "latents"), image_size=8), vae)
+        open_clips(ClipData("latents", str(tmp_path / "latents"), image_size=8), vae)
 
 
 def test_labels_of_pictures_stay_with_them(tmp_path, image_folder, encode_clips):

@@ -6,7 +6,8 @@ import pytest
 import torch
 from conftest import GOLDEN, assert_close, tiny_dit, tiny_hunyuan, tiny_latte, tiny_latte_t2v
 
-from skipdit import CacheSpec, SkipCache
+from skipdit import SkipCache
+from skipdit.caching.policies import parse_policy
 from skipdit.checkpoints.files import load_state
 from skipdit.checkpoints.loading import load_weights
 from skipdit.checkpoints.released import to_released
@@ -70,7 +71,7 @@ def test_full_size_model_has_the_released_keys():
 def test_spec_of_golden_text_t2v_windows():
     """The window rule on the other tasks' golden timesteps, so that the rule is known before the models are."""
     timesteps = list(range(980, -1, -20))
-    counts = {n: sum(CacheSpec.parse(f"N{n}-700-50").plan(timesteps)) for n in (2, 3, 4)}
+    counts = {n: sum(parse_policy(f"N{n}-700-50").full_mask(timesteps)) for n in (2, 3, 4)}
     assert counts == {2: 33, 3: 28, 4: 25}  # as the paper's FLOPs imply
 
 

@@ -10,7 +10,7 @@ from conftest import GOLDEN, assert_close, assert_rounding
 from diffusers import DDIMScheduler, HunyuanDiT2DModel
 
 from skipdit import SkipCache, disable_cache, enable_cache
-from skipdit.caching.runtime import CacheStep
+from skipdit.caching.steps import CacheStep
 from skipdit.checkpoints import convert
 from skipdit.checkpoints.diffusers_layout import to_diffusers
 from skipdit.checkpoints.loading import load_weights

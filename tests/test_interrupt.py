@@ -234,7 +234,7 @@ def test_a_sampler_that_is_stopped_leaves_whole_files(sampling, tmp_path, signum
 
 
 COMMANDS = {  # command -> what to wait for
-    f"python {ROOT}/class-to-image/compare.py --config class-to-image/run.yaml num_samples=400": r"\b1/4 \[",
+    "python -m skipdit compare --config class-to-image/run.yaml num_samples=400": r"\b1/4 \[",
     "python -m skipdit plan --config class-to-image/run.yaml --budget 3 num_samples=2000": r"\d+/\d+ \[",
     "python -m skipdit analyze jacobian --config class-to-image/run.yaml num_samples=2000 --out kept": r"\d+/\d+ \[",
     "python -m skipdit evaluate fidelity a --reference b --out kept": r"\d+/\d+ \[",

@@ -7,7 +7,7 @@ import torch
 from conftest import GOLDEN, assert_close, assert_rounding, tiny_latte
 
 from skipdit import SkipCache
-from skipdit.caching.runtime import CacheStep
+from skipdit.caching.steps import CacheStep
 from skipdit.checkpoints import convert
 from skipdit.checkpoints.errors import WeightsError
 from skipdit.checkpoints.loading import load_weights

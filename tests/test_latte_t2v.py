@@ -8,7 +8,7 @@ from conftest import GOLDEN, assert_close, assert_rounding, tiny_latte_t2v
 from diffusers import LatteTransformer3DModel
 
 from skipdit import SkipCache
-from skipdit.caching.runtime import CacheStep
+from skipdit.caching.steps import CacheStep
 from skipdit.checkpoints.loading import load_weights
 from skipdit.checkpoints.released import from_released, to_released
 from skipdit.text_to_video import LatteT2V

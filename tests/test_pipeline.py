@@ -21,7 +21,8 @@ from diffusers import (
 )
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from skipdit import CacheSpec, SkipCache, disable_cache, enable_cache
+from skipdit import SkipCache, disable_cache, enable_cache
+from skipdit.caching.policies import parse_policy
 
 SMALL = {"height": 8, "width": 8, "video_length": 4, "output_type": "latent"}
 SCHEDULE = {"beta_start": 1e-4, "beta_end": 0.02, "beta_schedule": "linear"}
@@ -143,7 +144,7 @@ def test_plan_follows_custom_timesteps(pipe):
     cache, timesteps = enable_cache(pipe, "N2-900-50"), [950, 800, 620, 400, 100, 0]
     run(pipe, timesteps=timesteps)
     assert cache.run.timesteps == timesteps
-    assert cache.run.ran == CacheSpec.parse("N2-900-50").plan(timesteps)
+    assert cache.run.ran == parse_policy("N2-900-50").full_mask(timesteps)
 
 
 def test_text_is_encoded_once_per_call(pipe, monkeypatch):

@@ -11,10 +11,9 @@ from conftest import ROOT, tiny_dit
 from tqdm import tqdm
 
 from skipdit import CacheSpec, SkipCache
-from skipdit.caching.policies import CachePlan
-from skipdit.caching.runtime import CacheStep
-from skipdit.class_to_image.compare import open_sampler
-from skipdit.class_to_image.sample import Config
+from skipdit.caching.policies import CachePlan, parse_policy
+from skipdit.caching.steps import CacheStep
+from skipdit.class_to_image.sample import Config, ImageSampler
 from skipdit.class_to_image.sample import main as sample_classes
 from skipdit.config import load_config, to_yaml
 from skipdit.diffusion.gaussian import Diffusion
@@ -138,9 +137,9 @@ def test_plan_goes_the_way_of_intervals():
     timesteps = Diffusion(steps).sampling_timesteps
     for order in (0, 1):
         spec = CacheSpec(3, 1000, 20, 1, order)
-        full = [i for i, f in enumerate(spec.plan(timesteps)) if f]
+        full = [i for i, f in enumerate(spec.full_mask(timesteps)) if f]
         plan = CachePlan(tuple(timesteps), forecast(steps, full, order))
-        assert plan.plan(timesteps) == spec.plan(timesteps) and plan.order == order
+        assert plan.full_mask(timesteps) == spec.full_mask(timesteps) and plan.order == order
         torch.testing.assert_close(sample(model, SkipCache(plan, timesteps)), sample(model, str(spec)))
 
 
@@ -169,17 +168,17 @@ def test_weights_are_those_of_the_plan():
 
 def test_a_stream_with_other_full_steps_forecasts_linearly():
     plan = CachePlan((4, 3, 2, 1), (None, None, (3.0,), (3.0,)))
-    assert plan.weights_at(2, (0, 1)) == (3.0,)
-    assert plan.weights_at(3, (1, 2)) == (1.0,)
-    assert plan.weights_at(3, (1,)) == ()
+    assert plan.coefficients(2, (0, 1)) == (3.0,)
+    assert plan.coefficients(3, (1, 2)) == (1.0,)
+    assert plan.coefficients(3, (1,)) == ()
     reuse = CachePlan((4, 3, 2, 1), (None, None, (3.0,), ()))
-    assert reuse.weights_at(3, (1,)) == ()  # what it uses is there
+    assert reuse.coefficients(3, (1,)) == ()  # what it uses is there
 
 
 def test_plan_files_round_trip(tmp_path):
     plan = CachePlan((3.0, 2.0, 1.0), (None, None, (1.25,)), 2, {"model": "abc"})
     plan.save(tmp_path / "plan.json")
-    again = CacheSpec.parse(str(tmp_path / "plan.json"))
+    again = parse_policy(str(tmp_path / "plan.json"))
     assert again == plan and again.about == {"model": "abc"} and str(again) == str(plan)
     assert str(plan).startswith("plan of 2/3 full steps ")
     other = CachePlan((3.0, 2.0, 1.0), (None, None, (1.0,)), 2)
@@ -204,7 +203,7 @@ def test_plan_files_round_trip(tmp_path):
 def test_broken_plan_files_are_refused(content, complaint, tmp_path):
     (tmp_path / "plan.json").write_text(content)
     with pytest.raises(ValueError, match=complaint) as error:
-        CacheSpec.parse(str(tmp_path / "plan.json"))
+        parse_policy(str(tmp_path / "plan.json"))
     assert "plan.json" in str(error.value)
 
 
@@ -215,7 +214,7 @@ def test_plans_for_other_timesteps_are_refused(tmp_path):
     with pytest.raises(ValueError, match=r"plan\.json is for 12 steps .*; this run has 10 steps"):
         sample(tiny_dit(), str(tmp_path / "plan.json"), steps=10)
     with pytest.raises(FileNotFoundError, match=r"no plan .*none\.json"):
-        CacheSpec.parse(str(tmp_path / "none.json"))
+        parse_policy(str(tmp_path / "none.json"))
 
 
 WEIGHTS = Path(__file__).parents[1] / "class-to-image/weights"
@@ -269,7 +268,7 @@ def test_moved_weights_recompute_only_what_follows(batch_size, tmp_path):
     """Runs that begin like another one are what they are without a record of it, to the last bit."""
     (tmp_path / "tiny.yaml").write_text(TINY)
     config = load_config(Config, tmp_path / "tiny.yaml", ["steps=6", f"batch_size={batch_size}", "sampler=ddpm"])
-    bench = Bench(open_sampler(config, 1), 6, 1)
+    bench = Bench(ImageSampler(config, 1), 6, 1)
     bench.reference = list(bench.sampler.images(6, CacheSpec()))
     start, places, calls = (None, None, (1.0,), (0.5,), None, (1.0,)), [(2, 0), (5, 0), (3, 0)], []
     handle = next(bench.model.children()).register_forward_hook(lambda *_: calls.append(1))
@@ -297,7 +296,7 @@ def test_comparison_with_a_plan():
     assert [row.name for row in rows] == ["uncached", "reuse N=2", "forecast N=2", "2 steps", "a plan"]
     assert rows[-1].flops(model) == 22.0
     with pytest.raises(ValueError, match=r"--also D0\.2-o1: what it costs is not known"):
-        rows_for(4, [2], CacheSpec(2), model, [CacheSpec.parse("D0.2-o1")])
+        rows_for(4, [2], CacheSpec(2), model, [parse_policy("D0.2-o1")])
 
 
 def test_comparisons_check_their_plans():
@@ -338,7 +337,7 @@ def test_budget(command, capsys, tmp_path):
     assert sum(weight is None for weight in plan.weights) == 5
     assert f"5 of 10 steps full, {plan.about['speedup']:.2f}x fewer FLOPs" in capsys.readouterr().out
     config = load_config(Config, str(tmp_path / "class-to-image/tiny.yaml"), ["seed=10000"])
-    bench = Bench(open_sampler(config, 1), 10, 1)
+    bench = Bench(ImageSampler(config, 1), 10, 1)
     bench.reference = list(bench.sampler.images(10, CacheSpec()))
     alone = {order: bench.error(bench.plan(forecast(10, uniform(10, 5), order))) for order in (0, 1)}
     assert plan.about["errors"]["uniform, reuse"] == pytest.approx(alone[0], rel=1e-4)
@@ -385,7 +384,7 @@ def test_pipelines_are_planned_too(released_t2i, tmp_path, monkeypatch):
     errors = plan.about["errors"]
     assert plan.weights.count(None) == 3 and plan.order > 0
     assert 0 < min(errors.values()) <= min(errors["uniform, linear forecast"], errors["uniform, reuse"]) < 0.5
-    sampler = sample_t2i.TextSampler(config, 1)
+    sampler = sample_t2i.ImageSampler(config, 1)
     assert sampler.make(6, plan).shape == (2, 3, 64, 64)
     assert len(sampler.timesteps(4)) == 4  # to ask is not to sample, which the plan would refuse
 

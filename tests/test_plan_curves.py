@@ -9,8 +9,7 @@ from PIL import Image
 from test_plan import TINY
 
 from skipdit.caching.policies import CachePlan
-from skipdit.class_to_image.compare import open_sampler
-from skipdit.class_to_image.sample import Config
+from skipdit.class_to_image.sample import Config, ImageSampler
 from skipdit.config import load_config
 from skipdit.metrics import mean_psnr, psnr
 from skipdit.planning.schedules import forecast, uniform
@@ -22,7 +21,7 @@ import plans
 @pytest.fixture
 def sampler(tmp_path):
     (tmp_path / "tiny.yaml").write_text(TINY)
-    return open_sampler(load_config(Config, tmp_path / "tiny.yaml", ["seed=7"]), 1)
+    return ImageSampler(load_config(Config, tmp_path / "tiny.yaml", ["seed=7"]), 1)
 
 
 @pytest.fixture

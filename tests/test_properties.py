@@ -18,7 +18,7 @@ from conftest import tiny_dit
 from hypothesis import HealthCheck, assume, example, given, settings
 from hypothesis import strategies as st
 
-from skipdit.caching.policies import CachePlan, CacheSpec, DriftSpec
+from skipdit.caching.policies import CachePlan, CacheSpec, DriftSpec, parse_policy
 from skipdit.caching.runtime import SkipCache
 from skipdit.class_to_image import sample, train
 from skipdit.config import ConfigError, load_config, to_yaml
@@ -50,8 +50,8 @@ schedules = st.lists(st.integers(0, 999), min_size=1, max_size=60, unique=True).
 @example(DriftSpec(1e-7))
 def test_a_spec_is_what_it_says_it_is(spec):
     """What a job keeps of a spec is its text."""
-    assert CacheSpec.parse(str(spec)) == spec
-    assert CacheSpec.parse(f"  {spec} ") == spec
+    assert parse_policy(str(spec)) == spec
+    assert parse_policy(f"  {spec} ") == spec
 
 
 @given(st.text(max_size=30) | st.text("ND0123456789.-bmo+e ", max_size=30) | st.text("N0-1b", max_size=12))
@@ -61,17 +61,17 @@ def test_a_spec_is_what_it_says_it_is(spec):
 @example("\x00.json")
 def test_any_other_text_is_refused_in_a_sentence(text):
     try:
-        spec = CacheSpec.parse(text)
+        spec = parse_policy(text)
     except (ValueError, FileNotFoundError) as error:
         assert len(str(error)) > 20
     else:
-        assert CacheSpec.parse(str(spec)) == spec
+        assert parse_policy(str(spec)) == spec
 
 
 @pytest.mark.filterwarnings("ignore:cache .* never engages")
 @given(specs, schedules)
 def test_the_plan_of_a_spec(spec, timesteps):
-    plan = spec.plan(timesteps)
+    plan = spec.full_mask(timesteps)
     assert len(plan) == len(timesteps) and plan[0] is True
     assert all(full for full, t in zip(plan, timesteps, strict=True) if t >= spec.start)
     runs = "".join("f" if full else "c" for full in plan).split("f")
@@ -97,7 +97,7 @@ def plans(draw) -> CachePlan:
 def test_a_plan_is_read_as_it_was_written(plan):
     with tempfile.TemporaryDirectory() as folder:
         plan.save(f"{folder}/plan.json")
-        again = CacheSpec.parse(f"{folder}/plan.json")
+        again = parse_policy(f"{folder}/plan.json")
     assert again == plan and str(again) == str(plan)
     assert SkipCache(again, plan.timesteps).full_steps == plan.weights.count(None)
 
@@ -138,7 +138,7 @@ def test_a_thousand_mutated_plans(tmp_path):
         content = scribbled(whole, rng) if number % 4 == 0 else json.dumps(mutated(json.loads(whole), rng)).encode()
         file.write_bytes(content)
         try:
-            plan = CacheSpec.parse(str(file))
+            plan = parse_policy(str(file))
         except ValueError as error:
             assert str(file) in str(error)
             refused += 1
@@ -166,12 +166,11 @@ def test_a_thousand_mutated_plans(tmp_path):
 @given(
     total=st.integers(0, 30),
     world=st.integers(1, 5),
-    size=st.integers(1, 9),
     made=st.sets(st.integers(0, 29)),
     data=st.data(),
 )
-def test_processes_share_a_job(total, world, size, made, data):
-    """Between them they make every sample that is not there, once, in batches of the size."""
+def test_processes_share_a_job(total, world, made, data):
+    """Between them they make every sample that is not there, once."""
     names = data.draw(st.none() | st.just([f"{i:03d}-é" for i in range(total)]))
     with tempfile.TemporaryDirectory() as folder:
         jobs = [Job(folder, {"seed": 1}, total, "png", rank, world, names) for rank in range(world)]
@@ -179,9 +178,7 @@ def test_processes_share_a_job(total, world, size, made, data):
         for i in made:
             jobs[0].save(i, lambda path: path.write_bytes(b"sample"))
         assert jobs[0].made() == len(made) and jobs[0].is_complete() == (len(made) == total)
-        batches = [batch for job in jobs for batch in job.batches(size)]
-        assert sorted(i for batch in batches for i in batch) == sorted(set(range(total)) - made)
-        assert all(0 < len(batch) <= size for batch in batches)
+        assert sorted(i for job in jobs for i in job.pending()) == sorted(set(range(total)) - made)
         again = Job(folder, {"seed": 1}, total, "png", 0, 1, names)
         assert again.pending() == sorted(set(range(total)) - made)
         if made:

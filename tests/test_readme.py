@@ -36,7 +36,7 @@ ORIGINAL = f'{SAMPLE_PICTURE} --prompt "渔舟唱晚" --no-enhance --infer-steps
 RUN = {
     f"{SAMPLE}demo.yaml": "num_samples=2 steps=3",
     f"{SAMPLE}demo.yaml --cache N2-1000-20-o1 out=samples/demo-cached": "num_samples=2 steps=5",
-    "python class-to-image/compare.py --config configs/class-to-image/demo.yaml": "num_samples=2 steps=8",
+    "python -m skipdit compare --config configs/class-to-image/demo.yaml": "num_samples=2 steps=8",
     "python -m skipdit encode --data fashion_mnist --path data --image-size 32 "
     "--vae class-to-image/weights/vae --out data/fashion-latents": "--workers 0",
     f"{TRAIN}fashion_plain.yaml": SMALL_TRAINING,
@@ -44,17 +44,17 @@ RUN = {
     f"{TRAIN}fashion_stage2.yaml": SMALL_TRAINING,
     f"{SAMPLE_VIDEO}demo.yaml": "num_samples=2 steps=3",
     f"{SAMPLE_VIDEO}demo.yaml --cache N2-900-49-o1 out=samples/video-cached": "num_samples=1 steps=5",
-    "python class-to-video/compare.py --config configs/class-to-video/demo.yaml": "num_samples=1 steps=8",
+    "python -m skipdit compare --config configs/class-to-video/demo.yaml": "num_samples=1 steps=8",
     "python -m skipdit encode --data videos --path data/emoji-anim/videos --image-size 64 --classes face-smiling "
     "face-affection face-tongue face-negative face-costume cat-face heart hands --vae class-to-video/weights/vae "
     "--out data/emoji-latents": "--workers 0",
     "python class-to-video/train.py --config configs/class-to-video/emoji.yaml": SMALL_TRAINING,
     f'{SAMPLE_TEXT}demo.yaml --prompt "a police car"': "steps=3 num_frames=4",
-    "python text-to-video/compare.py --config configs/text-to-video/demo.yaml": "prompts=[fish] steps=8 num_frames=4",
+    "python -m skipdit compare --config configs/text-to-video/demo.yaml": "prompts=[fish] steps=8 num_frames=4",
     f"{SAMPLE_TEXT}demo.yaml seed=0 prompts=[] prompt_file=configs/text-to-video/emoji_captions.txt "
     "out=samples/captions": "steps=1 num_frames=1 prompt_file=null prompts=[fish]",
     f'{SAMPLE_PICTURE} --config configs/text-to-image/demo.yaml --prompt "red apple"': "steps=3",
-    "python text-to-image/compare.py --config configs/text-to-image/demo.yaml": "prompts=[fish] steps=8",
+    "python -m skipdit compare --config configs/text-to-image/demo.yaml": "prompts=[fish] steps=8",
     f"{SAMPLE_PICTURE} --config configs/text-to-image/demo.yaml prompts=[] "
     "prompt_file=configs/text-to-image/emoji_captions.txt "
     "out=samples/picture-captions": "steps=1 prompt_file=null prompts=[fish]",
@@ -70,7 +70,7 @@ RUN |= {
     "python -m skipdit plan --config configs/class-to-image/demo.yaml --budget 13 --out results/demo-plan.json "
     "num_samples=10 batch_size=10": "num_samples=1 --budget 3 --probes 2 --memory 2 --steps 6",
     f"{SAMPLE}demo.yaml --cache configs/class-to-image/demo_plan.json out=samples/demo-planned": "num_samples=1",
-    "python class-to-image/compare.py --config configs/class-to-image/demo.yaml --intervals 4 "
+    "python -m skipdit compare --config configs/class-to-image/demo.yaml --intervals 4 "
     "--also N4-1000-0-o1 --also results/demo-plan.json": "num_samples=2 steps=6",
     "python -m skipdit evaluate fidelity samples/demo-cached --reference samples/demo": "",
 } | {
@@ -92,26 +92,26 @@ OTHERS = {  # that no plan has seen
 }
 # Commands that need a download, eight GPUs or minutes: what they do first, or why not even that.
 ELSEWHERE = {
-    "bash scripts/demo.sh": "minutes; its last line is compare.py above, with a plan as in test_plan.py",
+    "bash scripts/demo.sh": "minutes; its last line is compare above, with a plan as in test_plan.py",
     "bash scripts/demo.sh class-to-image": "the default",
-    "bash scripts/demo.sh class-to-video": "minutes; its last line is compare.py above, with a plan as in test_plan.py",
+    "bash scripts/demo.sh class-to-video": "minutes; its last line is compare above, with a plan as in test_plan.py",
     "bash scripts/test.sh": "runs this test",
     "bash scripts/setup.sh": "test.sh begins with it",
     "conda env create --file environment.yaml": "no conda here; test_environment below",
     "bash scripts/download.sh class-to-image": "test_download.py",
     "torchrun --nproc-per-node 8 class-to-image/sample.py "
     "--config configs/class-to-image/imagenet256_sample_50k.yaml": "test_sample.py runs two processes",
-    "bash scripts/train_c2i_8gpu.sh scratch": "test_train.py runs two processes",
+    "bash scripts/train.sh class-to-image imagenet256_scratch": "test_train.py runs two processes",
     "bash scripts/download.sh class-to-video": "test_download.py",
     "torchrun --nproc-per-node 8 class-to-video/sample.py "
     "--config configs/class-to-video/ucf101_sample_fvd.yaml": "test_video.py runs two processes",
     "python -m skipdit data check configs/class-to-video/ucf101_scratch.yaml": "test_clips.py, on small data sets",
-    "bash scripts/train_c2v_8gpu.sh ucf101 scratch": "test_video.py runs two processes",
+    "bash scripts/train.sh class-to-video ucf101_scratch": "test_video.py runs two processes",
     "python text-to-video/download.py": "test_download.py",
     "torchrun --nproc-per-node 8 text-to-video/sample_t2v.py "
     "--config configs/text-to-video/t2v_sample_vbench.yaml": "test_t2v_sample.py, with VBench's files",
-    "bash scripts/train_t2v_8gpu.sh stage1": "test_t2v_train.py runs both stages, and two processes",
-    "bash scripts/train_t2v_8gpu.sh stage2": "test_t2v_train.py runs both stages, and two processes",
+    "bash scripts/train.sh text-to-video t2v_train_stage1": "test_t2v_train.py runs both stages, and two processes",
+    "bash scripts/train.sh text-to-video t2v_train_stage2": "test_t2v_train.py runs both stages, and two processes",
     "python scripts/fetch_emoji.py --out data/emoji-anim": "test_fetch_emoji.py, on small packages",
     f"{SAMPLE_TEXT}demo.yaml seed=0 prompts=[] prompt_file=configs/text-to-video/emoji_wordings.jsonl "
     "out=samples/wordings": "as with the captions above",
@@ -161,7 +161,7 @@ ELSEWHERE = {
     "python -m skipdit plan --config configs/class-to-image/demo.yaml --speedup 2.6 --branch 2 "
     "--out results/demo-plan-b2.json num_samples=10 batch_size=10": "minutes; test_plan.py has other branches",
     **{
-        f"python {task}/compare.py --config configs/{task}/demo.yaml --intervals 4 --also N4-1000-0 "
+        f"python -m skipdit compare --config configs/{task}/demo.yaml --intervals 4 --also N4-1000-0 "
         f"--also N4-1000-0-o1 --also results/{plan}-plan-ddpm.json {settings}": "minutes; with another plan above"
         for task, plan, settings in (
             ("class-to-video", "video", 'num_samples=4 batch_size=1 "classes=[4,5,6,7]" sampler=ddpm'),
@@ -169,9 +169,9 @@ ELSEWHERE = {
             ("text-to-image", "picture", f"{OTHERS['pictures']} batch_size=2 scheduler=ddpm"),
         )
     },
-    "python class-to-video/compare.py --config configs/class-to-video/demo.yaml --intervals 2 --repeats 1 "
+    "python -m skipdit compare --config configs/class-to-video/demo.yaml --intervals 2 --repeats 1 "
     "sampler=ddpm steps=250 num_samples=2": "minutes; with fewer steps above",
-    "python text-to-image/compare.py --config configs/text-to-image/demo.yaml --intervals 2 3 --repeats 1 "
+    "python -m skipdit compare --config configs/text-to-image/demo.yaml --intervals 2 3 --repeats 1 "
     f"scheduler=ddpm steps=100 {OTHERS['pictures']} batch_size=2": "minutes; with fewer steps above",
     **{
         f"python benchmarks/compare.py --task {task} --out results/{task} --also configs/{task}/demo_plan.json {more}"
@@ -192,9 +192,9 @@ ELSEWHERE = {
             ("text-to-image", f"{OTHERS['pictures']} batch_size=2"),
         )
     },
-    "python class-to-image/compare.py --config configs/class-to-image/demo.yaml --intervals 2 3 4 --also N4-1000-0 "
+    "python -m skipdit compare --config configs/class-to-image/demo.yaml --intervals 2 3 4 --also N4-1000-0 "
     "--also N4-1000-0-o1 --also results/demo-plan-ddpm.json sampler=ddpm": "minutes; with another plan above",
-    "python class-to-image/compare.py --config configs/class-to-image/demo.yaml --intervals 2 4 --repeats 1 "
+    "python -m skipdit compare --config configs/class-to-image/demo.yaml --intervals 2 4 --repeats 1 "
     "sampler=ddpm steps=250 num_samples=8": "minutes; with fewer steps above",
     "python scripts/evaluate_fashion.py --data data --cache configs/class-to-image/demo_plan.json --cache N4-1000-0-o1 "
     "--cache N4-1000-0 --cache 19 --cache benchmarks/plans/class-to-image-10.json --cache N5-1000-0-o1 "
@@ -209,7 +209,7 @@ ELSEWHERE = {
     },
     f"{SAMPLE_TEXT}t2v_sample_skip_cache.yaml --cache plans/t2v-20.json out=samples/t2v-plan": "wants that plan; as "
     "the demo's plan above",
-    "bash scripts/demo.sh text-to-video": "minutes; its last line is compare.py above, with a plan as in test_plan.py",
+    "bash scripts/demo.sh text-to-video": "minutes; its last line is compare above, with a plan as in test_plan.py",
     **{
         f"python -m skipdit evaluate {command}": "test_evaluate.py, with small networks"
         for command in (
@@ -219,7 +219,7 @@ ELSEWHERE = {
             "vbench samples/t2v-vbench --prompts data/vbench/prompts_per_dimension",
         )
     },
-    "bash scripts/demo.sh text-to-image": "minutes; its last line is compare.py above, with a plan as in test_plan.py",
+    "bash scripts/demo.sh text-to-image": "minutes; its last line is compare above, with a plan as in test_plan.py",
     f"{SAMPLE_PICTURE} --config configs/text-to-image/demo.yaml prompts=[] "
     "prompt_file=configs/text-to-image/emoji_wordings.jsonl out=samples/picture-wordings": "as with the captions above",
     "python scripts/nearest_training.py samples/picture-captions --data data/emoji-3d": "needs all training pictures",
@@ -231,10 +231,11 @@ ELSEWHERE = {
     "torchrun --nproc-per-node 8 text-to-image/sample_t2i.py "
     "--config configs/text-to-image/t2i_sample_coco.yaml": "test_t2i_sample.py; its work list is that of the others",
     "python -m skipdit data check configs/text-to-image/t2i_train_stage2.yaml": "test_pictures.py, on small data sets",
-    "bash scripts/train_t2i_8gpu.sh stage2 model.skip=false init=null out=results/t2i-plain": "as the next two",
-    "bash scripts/train_t2i_8gpu.sh stage1": "test_t2i_train.py runs both stages, and two processes",
-    "bash scripts/train_t2i_8gpu.sh stage2": "test_t2i_train.py runs both stages, and two processes",
-    "bash scripts/train_t2i_8gpu.sh lora": "test_t2i_train.py trains adapters",
+    "bash scripts/train.sh text-to-image t2i_train_stage2 model.skip=false init=null "
+    "out=results/t2i-plain": "as the next two",
+    "bash scripts/train.sh text-to-image t2i_train_stage1": "test_t2i_train.py runs both stages, and two processes",
+    "bash scripts/train.sh text-to-image t2i_train_stage2": "test_t2i_train.py runs both stages, and two processes",
+    "bash scripts/train.sh text-to-image t2i_lora": "test_t2i_train.py trains adapters",
 }
 # Command -> the folder of its task, the first thing that is missing, and the command that fetches it.
 DIT = ("class-to-image", "weights=checkpoints/DiT-XL-2-skip.pt, vae=", "python -m skipdit download class-to-image")

@@ -268,7 +268,7 @@ def test_values_computed_ahead_change_nothing():
     c_all = model.condition(torch.tensor([10, 500]), labels)
     c_outer = model.condition(torch.tensor([10, 500]), labels, branch=1)
     x = torch.randn(2, 4, 4, 4)
-    from skipdit.caching.runtime import CacheStep
+    from skipdit.caching.steps import CacheStep
 
     for number, t in enumerate((10, 500)):
         times, full = torch.full((2,), t), CacheStep(1, None)
@@ -469,20 +469,20 @@ def test_encoding_and_training_on_latents(tmp_path, vae_folder, image_folder):
     assert item["std"].min() > 0
     assert latents.info.kind == "sample"
     assert torch.equal(pickle.loads(pickle.dumps(latents))[21]["mean"], item["mean"])  # to spawned workers
-    from skipdit.class_to_image.data import make_dataset
+    from skipdit.data.latents import open_images
 
     with pytest.raises(ValueError, match="image_size is 8 there, 16 wanted"):
-        make_dataset(ImageData("latents", str(out), 16), load_vae(str(vae_folder)))
+        open_images(ImageData("latents", str(out), 16), load_vae(str(vae_folder)))
     with pytest.raises(ValueError, match="kind is 'sample' there, 'mean' wanted"):
-        make_dataset(ImageData("latents", str(out), 8, latents="mean"), load_vae(str(vae_folder)))
+        open_images(ImageData("latents", str(out), 8, latents="mean"), load_vae(str(vae_folder)))
     rescaled = load_vae(str(vae_folder))
     rescaled.register_to_config(scaling_factor=0.18215)
     with pytest.raises(ValueError, match=r"scaling_factor is 0\.5 there, 0\.18215 wanted"):
-        make_dataset(ImageData("latents", str(out), 8), rescaled)
+        open_images(ImageData("latents", str(out), 8), rescaled)
     other = load_vae(str(vae_folder))
     other.decoder.conv_in.weight.data += 1
     with pytest.raises(ValueError, match="vae_id is"):
-        make_dataset(ImageData("latents", str(out), 8), other)
+        open_images(ImageData("latents", str(out), 8), other)
 
 
 def test_autoencoders_with_weights_that_are_no_good(tmp_path, vae_folder):

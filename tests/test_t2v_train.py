@@ -135,7 +135,7 @@ def test_two_processes_equal_one(config, tmp_path, parallel):
 
 
 def test_files_of_latents_and_texts_train_like_clips_and_captions(config, captioned, tmp_path, monkeypatch):
-    """What `skipdit.data.encode` and `skipdit.data.encode_text` wrote gives the losses of the clips and captions themselves."""
+    """What `encode` and `encode-text` wrote gives the losses of the clips and captions themselves."""
     config.data.flip = False
     shutil.copytree(captioned, tmp_path / "clips")
     (tmp_path / "clips/5.mp4").unlink()  # the encoder leaves a broken clip out, and the order changes

@@ -16,7 +16,7 @@ from diffusers.models.modeling_utils import ModelMixin  # noqa: F401 (diffusers 
 from timm.layers import Mlp
 from torch import Tensor, nn
 
-from skipdit.caching.runtime import CacheStep
+from skipdit.caching.steps import CacheStep
 from skipdit.layers.adaln import FinalLayer
 from skipdit.layers.attention import GELU, Float32LayerNorm
 from skipdit.layers.embeddings import PatchEmbed, TimestepEmbedder, rotary_2d, unpatchify

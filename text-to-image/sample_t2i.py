@@ -24,7 +24,7 @@ from torchvision.io import ImageReadMode, read_image
 from torchvision.utils import make_grid
 from tqdm import tqdm
 
-from skipdit.caching.policies import CacheSpec
+from skipdit.caching.policies import parse_policy
 from skipdit.checkpoints.files import load_state
 from skipdit.checkpoints.loading import identify
 from skipdit.checkpoints.released import BEFORE_V1_2
@@ -34,7 +34,7 @@ from skipdit.encoders.autoencoder import downsampling, load_vae
 from skipdit.encoders.text import CLIP, T5, Encoded, Reading, load_text_encoder, missing_text_files
 from skipdit.sampling import text_conditional as text_sample
 from skipdit.sampling.arguments import add_cache_arguments, cache_override
-from skipdit.sampling.job import Job, preflight
+from skipdit.sampling.job import preflight, run_job
 from skipdit.sampling.prompts import file_names, read_prompts
 from skipdit.sampling.text_conditional import (
     WINDOW,
@@ -43,9 +43,9 @@ from skipdit.sampling.text_conditional import (
     PromptSampler,
     add_prompt_argument,
     check_settings,
-    run_job,
     run_pipeline,
     take_prompts,
+    write_prompts,
 )
 from skipdit.text_to_image.model import HunyuanDiT, rotary_tables
 from skipdit.utils.device import process_state
@@ -67,23 +67,29 @@ NEGATIVE = "错误的眼睛，糟糕的人脸，毁容，糟糕的艺术，变�
 class Config(PromptConfig):
     """A text-to-image sampling run."""
 
-    pipeline: str = setting("ckpts", "folder of the released files (t2i/...), or of a diffusers pipeline")
-    load_key: str = setting("ema", "which t2i/model/pytorch_model_<key>.pt of the released files: ema, module ...")
-    weights: str | None = setting(None, "checkpoint of the transformer; unset: the pipeline's")
-    vae: str | None = setting(None, "autoencoder, folder or Hub name; unset: the pipeline's")
-    text_encoder: str | None = setting(None, "the CLIP, folder or Hub name; unset: the pipeline's")
-    tokenizer: str | None = setting(None, "folder or Hub name; unset: beside the text encoder")
-    text_encoder_2: str | None = setting(None, "the multilingual T5, folder or Hub name; unset: the pipeline's")
-    tokenizer_2: str | None = setting(None, "folder or Hub name; unset: beside the text encoder")
-    out: str = setting("samples/text-to-image", "folder for the pictures and the report")
-    height: int = setting(1024, "pixels")
-    width: int = setting(1024, "pixels")
+    pipeline: str = setting(
+        "ckpts", "folder of the released files (t2i/...), or of a diffusers pipeline", identity=False
+    )
+    load_key: str = setting(
+        "ema", "which t2i/model/pytorch_model_<key>.pt of the released files: ema, module ...", identity=False
+    )
+    weights: str | None = setting(None, "checkpoint of the transformer; unset: the pipeline's", identity=False)
+    vae: str | None = setting(None, "autoencoder, folder or Hub name; unset: the pipeline's", identity=False)
+    text_encoder: str | None = setting(None, "the CLIP, folder or Hub name; unset: the pipeline's", identity=False)
+    tokenizer: str | None = setting(None, "folder or Hub name; unset: beside the text encoder", identity=False)
+    text_encoder_2: str | None = setting(
+        None, "the multilingual T5, folder or Hub name; unset: the pipeline's", identity=False
+    )
+    tokenizer_2: str | None = setting(None, "folder or Hub name; unset: beside the text encoder", identity=False)
+    out: str = setting("samples/text-to-image", "folder for the pictures and the report", identity=False)
+    height: int = setting(1024, "pixels", identity=False, least=1)
+    width: int = setting(1024, "pixels", identity=False, least=1)
     negative_prompt: str = setting(NEGATIVE, "what not to show")
-    images_per_prompt: int = setting(1, "pictures of each prompt")
-    seed: int = setting(42, "seed of the run; picture i depends on it and on i")
+    images_per_prompt: int = setting(1, "pictures of each prompt", least=1)
+    seed: int = setting(42, "seed of the run; picture i depends on it and on i", least=0)
     scheduler: str = setting("ddpm", f"one of {', '.join(text_sample.SCHEDULERS)}")
-    steps: int = setting(100, "sampling steps")
-    guidance_scale: float = setting(6.0, "classifier-free guidance; 1 is none")
+    steps: int = setting(100, "sampling steps", least=1)
+    guidance_scale: float = setting(6.0, "classifier-free guidance; 1 is none", least=1)
 
     def places(self) -> dict[str, str]:
         """Where models come from that are not set directly: the released layout, or that of diffusers."""
@@ -256,7 +262,7 @@ def _readings(config: Config, model: HunyuanDiT) -> list[tuple[str, str | None, 
     ]
 
 
-class TextSampler(PromptSampler):
+class ImageSampler(PromptSampler):
     """All that a config asks for, on the device, ready to sample.
 
     Args:
@@ -274,10 +280,9 @@ class TextSampler(PromptSampler):
         own = dict.fromkeys(index // self.copies for index in samples)  # a text of the released size takes 1.4 MB
         self._rows = {prompt: row for row, prompt in enumerate(own)}
         self.text, self.negative, self.encoder = encode_prompts(config, parts.model, [self.prompts[p] for p in own])
-        self._open(parts, branch, open_pipeline)
+        self._open(parts, file_names(self.prompts, self.copies, vbench=False), branch, open_pipeline)
 
-    def batch(self, indices: list[int], steps: int, callback: Callable[[int], None] | None = None) -> Tensor:
-        """Latents (N, C, h, w)."""
+    def call(self, indices: list[int], steps: int, callback: Callable[[int], None] | None) -> Tensor:
         place = self.pipe._execution_device, self.model.dtype
         return generate(
             self.pipe,
@@ -290,21 +295,20 @@ class TextSampler(PromptSampler):
             callback=callback,
         )
 
+    def write(self, path: Path, pixels: Tensor) -> None:
+        write_png(pixels, str(path))
+
 
 def sample(config: Config) -> dict:
     """Run a config. Returns the report that is also written to report.json."""
-    spec = CacheSpec.parse(config.cache)
-    sampler = TextSampler(config, spec.branch if spec.caches else None)
-    names = file_names(sampler.prompts, config.images_per_prompt, vbench=False)
-
-    def save(job: Job, index: int, pixels: Tensor) -> None:
-        job.save(index, lambda path: write_png(pixels, str(path)))
-
-    job, summary = run_job(sampler, names, save, "png", "picture", {"load_key", "text_encoder_2", "tokenizer_2"})
+    policy = parse_policy(config.cache)
+    sampler = ImageSampler(config, policy.branch if policy.caches else None)
+    job, report = run_job(sampler)
     if process_state().is_main_process:
+        write_prompts(job, sampler)
         shown = [read_image(str(job.path(i)), ImageReadMode.RGB) for i in range(min(job.total, SHOWN))]
         write_png(make_grid(shown, nrow=4, pad_value=255), str(job.folder / "sheet.png"))
-    return summary
+    return report
 
 
 def add_original_arguments(parser: argparse.ArgumentParser) -> None:

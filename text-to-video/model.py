@@ -19,7 +19,7 @@ from diffusers.models.modeling_utils import ModelMixin  # noqa: F401 (diffusers 
 from diffusers.models.normalization import AdaLayerNormSingle
 from torch import Tensor, nn
 
-from skipdit.caching.runtime import CacheStep
+from skipdit.caching.steps import CacheStep
 from skipdit.layers.attention import modulate, normalize
 from skipdit.layers.embeddings import PatchEmbed, sincos_1d, sincos_2d, unpatchify
 from skipdit.layers.skip import SkipTransformer, make_skips

@@ -20,7 +20,7 @@ from diffusers import LattePipeline, SchedulerMixin
 from torch import Tensor
 from torchvision.io import ImageReadMode, read_image
 
-from skipdit.caching.policies import CacheSpec
+from skipdit.caching.policies import parse_policy
 from skipdit.cli import friendly_errors, make_parser
 from skipdit.config import load_config, required, setting
 from skipdit.data.video import add_gifs, read_mp4
@@ -28,7 +28,7 @@ from skipdit.encoders.autoencoder import downsampling, load_vae
 from skipdit.encoders.text import TextEncoder, load_text_encoder, missing_text_files
 from skipdit.sampling import text_conditional as text_sample
 from skipdit.sampling.arguments import add_cache_arguments, cache_override
-from skipdit.sampling.job import Job, preflight
+from skipdit.sampling.job import Job, preflight, run_job
 from skipdit.sampling.prompts import file_names, read_prompts
 from skipdit.sampling.text_conditional import (
     WINDOW,
@@ -37,9 +37,9 @@ from skipdit.sampling.text_conditional import (
     PromptSampler,
     add_prompt_argument,
     check_settings,
-    run_job,
     run_pipeline,
     take_prompts,
+    write_prompts,
 )
 from skipdit.text_to_video.model import LatteT2V
 from skipdit.utils.device import process_state
@@ -57,20 +57,26 @@ NOISE = {"beta_start": 1e-4, "beta_end": 0.02, "beta_schedule": "linear"}  # tha
 class Config(PromptConfig):
     """A text-to-video sampling run."""
 
-    weights: str = required("checkpoint of the transformer: .pt, .safetensors, or folder")
-    pipeline: str = setting("checkpoints/Latte-0", "folder with transformer/config.json, scheduler, vae, text_encoder")
-    skip: bool = setting(True, "the weights have long skips")
-    fuse: str | None = setting(None, "replace or residual long skips; unset: as the pipeline's config.json says")
-    vae: str | None = setting(None, "autoencoder, folder or Hub name; unset: the pipeline's")
-    temporal_decoder: bool = setting(False, "use the pipeline's vae_temporal_decoder, whose clips flicker less")
-    text_encoder: str | None = setting(None, "folder or Hub name; unset: the pipeline's")
-    tokenizer: str | None = setting(None, "folder or Hub name; unset: beside the text encoder")
-    out: str = setting("samples/text-to-video", "folder for the clips and the report")
-    videos_per_prompt: int = setting(1, "clips of each prompt; VBench wants 5")
+    weights: str = required("checkpoint of the transformer: .pt, .safetensors, or folder", identity=False)
+    pipeline: str = setting(
+        "checkpoints/Latte-0", "folder with transformer/config.json, scheduler, vae, text_encoder", identity=False
+    )
+    skip: bool = setting(True, "the weights have long skips", identity=False)
+    fuse: str | None = setting(
+        None, "replace or residual long skips; unset: as the pipeline's config.json says", identity=False
+    )
+    vae: str | None = setting(None, "autoencoder, folder or Hub name; unset: the pipeline's", identity=False)
+    temporal_decoder: bool = setting(
+        False, "use the pipeline's vae_temporal_decoder, whose clips flicker less", identity=False
+    )
+    text_encoder: str | None = setting(None, "folder or Hub name; unset: the pipeline's", identity=False)
+    tokenizer: str | None = setting(None, "folder or Hub name; unset: beside the text encoder", identity=False)
+    out: str = setting("samples/text-to-video", "folder for the clips and the report", identity=False)
+    videos_per_prompt: int = setting(1, "clips of each prompt; VBench wants 5", least=1)
     vbench_names: bool = setting(False, "call the files <prompt>-<n>.mp4, as VBench wants them")
-    num_frames: int = setting(16, "frames of a clip; 1 makes pictures")
-    fps: float = setting(8.0, "frames per second of the files")
-    gif: bool = setting(False, "also write every clip as GIF")
+    num_frames: int = setting(16, "frames of a clip; 1 makes pictures", least=1)
+    fps: float = setting(8.0, "frames per second of the files", least=0.01, most=1000)
+    gif: bool = setting(False, "also write every clip as GIF", identity=False)
     temporal_attention: bool = setting(True, "run the temporal blocks; without them frames know nothing of each other")
 
     def places(self) -> dict[str, str]:
@@ -197,7 +203,7 @@ def open_text_encoder(config: Config, dtype: torch.dtype) -> TextEncoder:
     return encoder.to(process_state().device)
 
 
-class TextSampler(PromptSampler):
+class ClipSampler(PromptSampler):
     """All that a config asks for, on the device, ready to sample.
 
     Args:
@@ -216,15 +222,17 @@ class TextSampler(PromptSampler):
         del encoder  # before the transformer comes
         tokens = max(text.embeddings.shape[1] for text in self.texts.values())
         sizes = {"frames": config.num_frames, "temporal": config.temporal_attention, "tokens": tokens}
-        self._open(parts, branch, open_pipeline, **sizes)
+        names = file_names(self.prompts, self.copies, config.vbench_names)
+        self._open(parts, names, branch, open_pipeline, **sizes)
+        if config.num_frames > 1:
+            self.unit, self.suffix = "clip", "mp4"
 
     def batches(self, indices: Sequence[int]) -> Iterator[list[int]]:
         """Samples of one prompt at a time: prompts differ in length, and padding one would change its clip."""
         for _, group in groupby(indices, key=lambda index: index // self.copies):
             yield from super().batches(list(group))
 
-    def batch(self, indices: list[int], steps: int, callback: Callable[[int], None] | None = None) -> Tensor:
-        """Latents of clips of one prompt, (N, F, C, h, w)."""
+    def call(self, indices: list[int], steps: int, callback: Callable[[int], None] | None) -> Tensor:
         return generate(
             self.pipe,
             self.texts[self.prompts[indices[0] // self.copies]],
@@ -237,24 +245,22 @@ class TextSampler(PromptSampler):
             callback=callback,
         )
 
+    def write(self, path: Path, pixels: Tensor) -> None:
+        if self.suffix == "png":
+            write_png(pixels[0], str(path))
+        else:
+            write_mp4(path, pixels, self.config.fps)
+
 
 def sample(config: Config) -> dict:
     """Run a config. Returns the report that is also written to report.json."""
-    spec, pictures = CacheSpec.parse(config.cache), config.num_frames == 1
-    prompts = read_prompts(config.prompts, config.prompt_file, each_once=config.vbench_names)
-    names = file_names(prompts, config.videos_per_prompt, config.vbench_names)
-    sampler = TextSampler(config, spec.branch if spec.caches else None)
-
-    def save(job: Job, index: int, frames: Tensor) -> None:
-        if pictures:
-            job.save(index, lambda path: write_png(frames[0], str(path)))
-        else:
-            job.save(index, lambda path: write_mp4(path, frames, config.fps))
-
-    suffix, unit = ("png", "picture") if pictures else ("mp4", "clip")
-    job, summary = run_job(sampler, names, save, suffix, unit, {"gif", "skip", "fuse", "temporal_decoder"})
+    policy = parse_policy(config.cache)
+    sampler = ClipSampler(config, policy.branch if policy.caches else None)
+    job, report = run_job(sampler)
+    if process_state().is_main_process:
+        write_prompts(job, sampler)
     write_look(config, job)
-    return summary
+    return report
 
 
 def write_look(config: Config, job: Job) -> None:

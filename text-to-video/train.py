@@ -14,13 +14,13 @@ import torch
 from diffusers import AutoencoderKL, LattePipeline
 from torch import Tensor
 
-from skipdit.config import setting
+from skipdit.config import Settings, setting
 from skipdit.data.clips import ClipData
+from skipdit.data.latents import open_clips
 from skipdit.data.texts import Texts
 from skipdit.diffusion.gaussian import Diffusion
 from skipdit.encoders.autoencoder import latent_size, pixels
 from skipdit.encoders.text import missing_text_files
-from skipdit.text_to_video.data import make_dataset
 from skipdit.text_to_video.model import LatteT2V
 from skipdit.text_to_video.sample_t2v import Prompt, generate, make_scheduler
 from skipdit.training.latents import joint_latents
@@ -34,34 +34,40 @@ SHOWN = 8  # clips of a sample grid
 
 
 @dataclass
-class ModelConfig:
+class ModelConfig(Settings):
     """A model by the config.json of its folder, or by its constructor's arguments; unset ones are the class's."""
 
-    folder: str | None = setting(None, "folder of a transformer's config.json; unset: the arguments below")
-    num_attention_heads: int | None = setting(None, "attention heads")
-    attention_head_dim: int | None = setting(None, "width of a head; times the heads it is the model's")
-    num_layers: int | None = setting(None, "pairs of blocks")
-    patch_size: int | None = setting(None, "side of a patch in latent pixels")
-    caption_channels: int | None = setting(None, "channels of the text encoder")
+    folder: str | None = setting(
+        None, "folder of a transformer's config.json; unset: the arguments below", identity=False
+    )
+    num_attention_heads: int | None = setting(None, "attention heads", least=1)
+    attention_head_dim: int | None = setting(None, "width of a head; times the heads it is the model's", least=1)
+    num_layers: int | None = setting(None, "pairs of blocks", least=1)
+    patch_size: int | None = setting(None, "side of a patch in latent pixels", least=1)
+    caption_channels: int | None = setting(None, "channels of the text encoder", least=1)
     skip: bool = setting(True, "long skips")
     fuse: str = setting("replace", "replace, as in the paper, or residual, which starts at the plain model")
 
 
 @dataclass
-class Config:
+class Config(Settings):
     """A text-to-video training run."""
 
-    out: str = setting("results/text-to-video", "run folder")
-    init: str | None = setting(None, "checkpoint to start from; a plain Latte may start a skip model (stage 1)")
-    vae: str = setting("checkpoints/Latte-0/vae", "autoencoder, folder or Hub name")
+    out: str = setting("results/text-to-video", "run folder", identity=False)
+    init: str | None = setting(
+        None, "checkpoint to start from; a plain Latte may start a skip model (stage 1)", identity=False
+    )
+    vae: str = setting("checkpoints/Latte-0/vae", "autoencoder, folder or Hub name", identity=False)
     vae_fingerprint: str | None = setting(None, "of the autoencoder; the trainer fills it in and refuses another")
-    text_encoder: str = setting("checkpoints/Latte-0/text_encoder", "folder or Hub name; frozen")
-    tokenizer: str | None = setting(None, "folder or Hub name; unset: beside the text encoder")
+    text_encoder: str = setting("checkpoints/Latte-0/text_encoder", "folder or Hub name; frozen", identity=False)
+    tokenizer: str | None = setting(None, "folder or Hub name; unset: beside the text encoder", identity=False)
     text_dtype: str = setting("bfloat16", "of the text encoder: auto, float32, bfloat16 or float16")
-    texts: str | None = setting(None, "embeddings of `python -m skipdit encode-text`, in place of the text encoder")
+    texts: str | None = setting(
+        None, "embeddings of `python -m skipdit encode-text`, in place of the text encoder", identity=False
+    )
     text_fingerprint: str | None = setting(None, "of the text encoder; the trainer fills it in and refuses another")
     caption_dropout: float = setting(0.1, "share of captions replaced by the empty one, for guidance")
-    grid_guidance: float = setting(7.5, "guidance scale of the sample clips")
+    grid_guidance: float = setting(7.5, "guidance scale of the sample clips", identity=False)
     model: ModelConfig = field(default_factory=ModelConfig)
     data: ClipData = field(default_factory=ClipData)
     train: TrainConfig = field(default_factory=TrainConfig)
@@ -125,7 +131,10 @@ def train(config: Config, dry_run: bool = False) -> LatteT2V:
         "python -m skipdit download text-to-video --only plain pipeline tokenizer",
         absent=[] if config.texts else missing_text_files(config.text_encoder, config.tokenizer),
     )
-    dataset = make_dataset(config.data, vae)
+    dataset = open_clips(config.data, vae)
+    if dataset.captions is None:
+        fix = "encode them again with --captions" if config.data.kind == "latents" else "set data.captions"
+        raise ValueError(f"{config.data.path}: the clips have no captions; {fix}")
     texts = open_texts(dataset.captions, config.texts, config.text_encoder, config.tokenizer, config.text_dtype)
     dim, known = model.config.caption_channels, config.text_fingerprint
     config.text_fingerprint = texts.require("texts", dim, known)  # kept with the run, which goes on with no other

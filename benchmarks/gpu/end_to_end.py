@@ -11,7 +11,8 @@ from gpu.bench import Bench, form_of
 from gpu.latency import compile_steps
 from gpu.models import Case
 from gpu.plan import Row
-from skipdit.caching.runtime import CacheStep, SkipCache
+from skipdit.caching.runtime import SkipCache
+from skipdit.caching.steps import CacheStep
 from skipdit.layers.flops import run_flops
 from skipdit.layers.skip import SkipTransformer, predicted_noise
 

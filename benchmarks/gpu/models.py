@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from skipdit.caching.runtime import CacheStep
+from skipdit.caching.steps import CacheStep
 from skipdit.layers.skip import SkipTransformer
 
 TIMESTEP = 500

@@ -1,7 +1,8 @@
 """Training steps of DiT-XL/2 by the trainer's own loop, from random latents: images per second, memory, largest batch.
 
-`skipdit.training.loop.fit` runs as in a training; the loss counts its calls, and ends the run after enough of them. Between two
-calls lie one forward and backward pass, the optimizer, the average of the weights, and the loading of a batch.
+`skipdit.training.loop.fit` runs as in a training; the loss counts its calls, and ends the run after enough of them.
+Between two calls lie one forward and backward pass, the optimizer, the average of the weights, and the loading of a
+batch.
 """
 
 import itertools

@@ -2,9 +2,17 @@
 
 from importlib import import_module
 
-from skipdit.caching import CacheSpec, SkipCache
+from skipdit.caching import CachePolicy, CacheSpec, SkipCache, parse_policy
 
-__all__ = ["CacheSpec", "SkipCache", "disable_cache", "enable_cache", "load_weights"]
+__all__ = [
+    "CachePolicy",
+    "CacheSpec",
+    "SkipCache",
+    "disable_cache",
+    "enable_cache",
+    "load_weights",
+    "parse_policy",
+]
 __version__ = "0.1.0"
 
 # Imported when first asked for: diffusers takes seconds.

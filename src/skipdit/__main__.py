@@ -4,6 +4,7 @@ import sys
 from importlib import import_module
 
 COMMANDS = {  # name -> module whose `main` runs it, and what it does
+    "compare": ("evaluation.compare", "the same samples with several caches: speed, fidelity, pictures"),
     "plan": ("planning.command", "plan which steps are cached, measured on the model itself"),
     "analyze": ("analysis.command", "features, skips and caching of a model, in numbers and pictures"),
     "evaluate": ("evaluation.command", "FID, FVD, CLIP score, PSNR and more of samples"),

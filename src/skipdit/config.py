@@ -6,6 +6,7 @@ types raise `ConfigError`, which names the file, the line and the nearest known 
 
 import difflib
 import io
+import math
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import field, fields, is_dataclass
@@ -28,20 +29,37 @@ class ConfigError(ValueError):
     """A config that names an unknown key, has a value of the wrong type, or lacks a required one."""
 
 
-def setting(default: Any, help: str) -> Any:
-    """A dataclass field with a default and the line that `--help` shows."""
-    return field(default=default, metadata={"help": help})
+def setting(
+    default: Any, help: str, identity: bool = True, least: float | None = None, most: float | None = None
+) -> Any:
+    """A dataclass field with a default and the line that `--help` shows.
+
+    Args:
+        default: a list makes each config its own.
+        identity: whether what a run makes depends on it. One that says where, how fast or how long may differ when a
+            run goes on.
+        least, most: bounds of a number, both included, which `Settings` checks.
+    """
+    given = {"default_factory": lambda: list(default)} if isinstance(default, list) else {"default": default}
+    return field(**given, metadata={"help": help, "identity": identity, "least": least, "most": most})
 
 
-def require_seed(seed: int) -> None:
-    """Raise ConfigError for a negative seed: other programs draw one then, and nobody can repeat the run."""
-    if seed < 0:
-        raise ConfigError(f"seed is {seed}; a seed is 0 or larger")
+class Settings:
+    """Base of dataclasses of settings: numbers outside their bounds are refused, nan among them."""
+
+    def __post_init__(self):
+        for entry in fields(self):
+            value, least, most = getattr(self, entry.name), entry.metadata.get("least"), entry.metadata.get("most")
+            if least is None or not isinstance(value, int | float):
+                continue
+            if not (math.isfinite(value) and least <= value and (most is None or value <= most)):
+                bounds = f"{least:g} or more" if most is None else f"{least:g} to {most:g}"
+                raise ConfigError(f"{entry.name} is {value:g}; it should be {bounds}")
 
 
-def required(help: str) -> Any:
-    """A dataclass field that a config must set."""
-    return field(default="???", metadata={"help": help})
+def required(help: str, identity: bool = True) -> Any:
+    """A dataclass field that a config must set; arguments as of `setting`."""
+    return setting("???", help, identity)
 
 
 def load_config(schema: type[T], file: str | Path | None, overrides: list[str] = (), section: str | None = None) -> T:
@@ -240,3 +258,25 @@ def to_yaml(config: Any) -> str:
 
 def to_dict(config: Any) -> dict:
     return OmegaConf.to_container(OmegaConf.structured(config))
+
+
+def free_settings(schema: type, prefix: str = "") -> set[str]:
+    """Dotted names of the settings on which what a run makes does not depend."""
+    names: set[str] = set()
+    for entry in fields(schema):
+        if not entry.metadata.get("identity", True):
+            names.add(f"{prefix}{entry.name}")
+        elif is_dataclass(entry.type):
+            names |= free_settings(entry.type, f"{prefix}{entry.name}.")
+    return names
+
+
+def identity_of(config: Any) -> dict[str, Any]:
+    """Settings on which what a run makes depends."""
+
+    def chosen(values: dict[str, Any], prefix: str) -> dict[str, Any]:
+        kept = {key: value for key, value in values.items() if f"{prefix}{key}" not in free}
+        return {k: chosen(v, f"{prefix}{k}.") if isinstance(v, dict) else v for k, v in kept.items()}
+
+    free = free_settings(type(config))
+    return chosen(to_dict(config), "")

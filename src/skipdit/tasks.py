@@ -1,28 +1,42 @@
-"""The tasks, found by the name of their folder. The library imports none by itself: a command asks for its config's."""
+"""The tasks. The library imports a task's modules only through this table, when a command's config asks for them."""
 
-import importlib
-from collections.abc import Callable
-from dataclasses import fields
+from dataclasses import dataclass, fields
+from importlib import import_module
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-from skipdit.caching.policies import CacheSpec
+from skipdit.caching.policies import CacheSpec, parse_policy
 from skipdit.sampling.sampler import Sampler
 
 
-class Task(NamedTuple):
-    """What a command needs of a task.
+@dataclass(frozen=True)
+class Task:
+    """A task of the project.
 
     Attributes:
-        schema: of its sampler's settings.
-        open_sampler: `open_sampler(config, branch)` loads all that a config asks for; the branch is that of a cache,
-            None without one.
-        window: the timesteps between which it caches by default.
+        name: of its folder, and of that of its configs.
+        module: of its sampler, below `skipdit`; its `Config` has the sampler's settings.
+        sampler: the sampler's class there.
+        window: the cache of comparisons: their timesteps, and the branch by default.
     """
 
-    schema: type
-    open_sampler: Callable[[Any, int | None], Sampler]
+    name: str
+    module: str
+    sampler: str
     window: CacheSpec
+
+    @property
+    def schema(self) -> type:
+        """Settings of the sampler."""
+        return import_module(f"skipdit.{self.module}").Config
+
+    def open_sampler(self, config: Any, branch: int | None) -> Sampler:
+        """Load all that a config asks for.
+
+        Args:
+            branch: the cache's, None without a cache.
+        """
+        return getattr(import_module(f"skipdit.{self.module}"), self.sampler)(config, branch)
 
     @property
     def plain(self) -> list[str]:
@@ -31,20 +45,26 @@ class Task(NamedTuple):
         return ["model.skip=false"] if "model" in names else ["skip=false"] * ("skip" in names)
 
 
+TASKS = {
+    task.name: task
+    for task in (
+        Task("class-to-image", "class_to_image.sample", "ImageSampler", parse_policy("N2-1000-20")),
+        Task("class-to-video", "class_to_video.sample", "ClipSampler", parse_policy("N2-900-49")),
+        Task("text-to-video", "text_to_video.sample_t2v", "ClipSampler", parse_policy("N2-700-50")),
+        Task("text-to-image", "text_to_image.sample_t2i", "ImageSampler", parse_policy("N2-700-50")),
+    )
+}
+
+
 def find_task(config: str, name: str | None = None) -> Task:
-    """The task of a config: that which the config's folder is named after, or the one called `name`.
+    """Return the task of a config: that which the config's folder is named after, or the one called `name`.
 
     Raises ValueError if there is none of this name.
     """
     folder = name or Path(config).resolve().parent.name
-    module_name = f"skipdit.{folder.replace('-', '_')}.compare"
-    try:
-        module = importlib.import_module(module_name)
-    except ModuleNotFoundError as error:
-        if not module_name.startswith(str(error.name)):
-            raise
+    if folder not in TASKS:
         raise ValueError(
             f"{folder!r} is no task: keep a config in a folder named after its own, for example class-to-image, or say "
             "--task class-to-image"
-        ) from error
-    return Task(module.Config, module.open_sampler, module.WINDOW)
+        )
+    return TASKS[folder]

@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 
 from skipdit.analysis import measure, plot
 from skipdit.analysis.trace import record, spread_out
-from skipdit.caching.policies import CacheSpec, DriftSpec
+from skipdit.caching.policies import parse_policy
 from skipdit.cli import friendly_errors
 from skipdit.config import load_config, to_dict
 from skipdit.layers.skip import SkipTransformer
@@ -54,7 +54,7 @@ class Subject(NamedTuple):
 
 def open_subjects(task: Task, args: argparse.Namespace) -> dict[str, Subject]:
     """The config's model and, if asked for, the plain one; by name."""
-    branches = [CacheSpec.parse(spec).branch for spec in getattr(args, "spec", [])]
+    branches = [parse_policy(spec).branch for spec in getattr(args, "spec", [])]
     branch = max([getattr(args, "branch", 1), *branches])
     runs = [args.overrides] + ([[*args.overrides, f"weights={args.plain}", *task.plain]] if args.plain else [])
     subjects = {}
@@ -81,7 +81,7 @@ def perturb(subject: Subject, args: argparse.Namespace) -> Numbers:
 
 
 def similarity(subject: Subject, args: argparse.Namespace) -> Numbers:
-    specs, found = [CacheSpec.parse(spec) for spec in args.spec], {}
+    specs, found = [parse_policy(spec) for spec in args.spec], {}
     if subject.model.n_skips:
         runs = {str(spec): measure.similarity(subject.sampler, subject.steps, spec) for spec in specs}
         found["cached_runs"] = runs
@@ -195,7 +195,7 @@ def check(analysis: str, args: argparse.Namespace) -> None:
     for name, value in least.items():
         if getattr(args, name, value) < value:
             raise ValueError(f"--{name} is {getattr(args, name)}; it must be at least {value}")
-    drifts = [spec for spec in getattr(args, "spec", []) if isinstance(CacheSpec.parse(spec), DriftSpec)]
+    drifts = [spec for spec in getattr(args, "spec", []) if parse_policy(spec).adaptive]
     if drifts and args.plain:
         raise ValueError(
             f"--spec {drifts[0]} decides in a cached run, which a plain backbone has not: leave out --plain"

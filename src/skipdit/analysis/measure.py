@@ -13,7 +13,8 @@ from tqdm import tqdm
 
 from skipdit.analysis.trace import Call, Trace, predict, record, trace
 from skipdit.caching.policies import CacheSpec
-from skipdit.caching.runtime import CacheStep, SkipCache
+from skipdit.caching.runtime import SkipCache
+from skipdit.caching.steps import CacheStep
 from skipdit.layers.skip import SkipTransformer
 from skipdit.sampling.sampler import Sampler
 from skipdit.utils.device import double
@@ -173,7 +174,7 @@ def foresight(model: SkipTransformer, runs: list[list[Call]], specs: list[CacheS
     For a plain backbone, which has no cached pass, and for one with skips to set beside it.
     """
     found = [Likeness() for _ in specs]
-    plans = [spec.plan([call.timestep for call in runs[0]]) for spec in specs]
+    plans = [spec.full_mask([call.timestep for call in runs[0]]) for spec in specs]
     for run in runs:
         caches = [SkipCache(spec, [call.timestep for call in run]) for spec in specs]
         for i, call in enumerate(tqdm(run, desc="features", unit="step")):

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from skipdit.caching.policies import CacheSpec
-from skipdit.caching.runtime import CacheStep
+from skipdit.caching.steps import CacheStep
 from skipdit.layers.skip import SkipTransformer, predicted_noise
 from skipdit.sampling.sampler import Sampler
 

@@ -1,6 +1,7 @@
 """Skip-Cache: which sampling steps run every layer, and what the others see in their place."""
 
-from skipdit.caching.policies import CachePlan, CacheSpec, DriftSpec, Policy
-from skipdit.caching.runtime import CacheStep, SkipCache
+from skipdit.caching.policies import CachePlan, CachePolicy, CacheSpec, DriftSpec, parse_policy
+from skipdit.caching.runtime import SkipCache
+from skipdit.caching.steps import CacheStep
 
-__all__ = ["CachePlan", "CacheSpec", "CacheStep", "DriftSpec", "Policy", "SkipCache"]
+__all__ = ["CachePlan", "CachePolicy", "CacheSpec", "CacheStep", "DriftSpec", "SkipCache", "parse_policy"]

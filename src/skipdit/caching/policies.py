@@ -9,13 +9,17 @@ import json
 import math
 import re
 import warnings
-from collections.abc import Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from torch import Tensor
+
+from skipdit.caching.steps import CacheStep, DriftStep
 
 _GRAMMAR = re.compile(r"N(\d+)-(\d+)-(\d+)(?:-b(\d+))?(?:-o(\d+))?")
 _DRIFT_GRAMMAR = re.compile(r"D(\d+\.?\d*|\.\d+)(?:-m(\d+))?(?:-b(\d+))?(?:-o(\d+))?")
@@ -25,8 +29,91 @@ _EXAMPLE = (
 )
 
 
+class CachePolicy(ABC):
+    """Which steps of a sampling run are full, and what the cached ones see in place of the middle layers.
+
+    A policy of your own needs `full_mask`, and works wherever a cache is asked for:
+
+        class FirstAndLast(CachePolicy):
+            def full_mask(self, timesteps):
+                return [i in (0, len(timesteps) - 1) for i in range(len(timesteps))]
+
+        cache = SkipCache(FirstAndLast(), timesteps)
+        enable_cache(pipe, FirstAndLast())
+
+    Attributes:
+        branch: b, the number of outer layers on each side that a cached step runs.
+        order: how many differences of stored features a cached step may add to the last one; 0 reuses that.
+        adaptive: whether steps decide at run time. Such a policy cannot be compiled, and its cost is not known before.
+    """
+
+    branch: int = 1
+    order: int = 0
+    adaptive: bool = False
+
+    @abstractmethod
+    def full_mask(self, timesteps: Sequence[float]) -> list[bool]:
+        """Return True for each step that is full, the first one at least.
+
+        Args:
+            timesteps: of the run, in sampling order.
+
+        Raises ValueError for timesteps that it is not for.
+        """
+
+    @property
+    def caches(self) -> bool:
+        """Whether any step may be cached."""
+        return True
+
+    @property
+    def label(self) -> str:
+        """A short name for tables."""
+        return str(self)
+
+    @property
+    def window(self) -> str:
+        """The timesteps between which steps are cached, where the policy has some."""
+        return ""
+
+    @property
+    def calibration_seed(self) -> int | None:
+        """The seed of the samples that the policy was fitted on; None if it was not."""
+        return None
+
+    def coefficients(self, i: int, full: tuple[int, ...]) -> Sequence[float]:
+        """Return the coefficients u, v, ... of cached step i, at most `order`: it uses f0 + u (f0 - f1) + v (f1 - f2)
+        + ... of the last features, f0 the newest. By default those of a linear forecast.
+
+        Args:
+            full: the steps whose features are stored, newest last, at most `order` + 1.
+        """
+        return linear_coefficients(i, full) if self.order else ()
+
+    def oldest(self, i: int, full_mask: Sequence[bool]) -> int:
+        """Return the oldest step whose feature step i may use; by default the last full one."""
+        return max(j for j in range(i + 1) if full_mask[j])
+
+    def step(self, feature: Tensor | None, memory: Tensor | None, on_full: Callable[[], None]) -> CacheStep:
+        """Return the cache of one model call.
+
+        Args:
+            feature: what a cached step uses; None if nothing is stored, or the step is to be full.
+            memory: `CacheStep.memory` of the stream's last full step.
+            on_full: an adaptive step calls it if it decides to be full.
+        """
+        return CacheStep(self.branch, feature)
+
+    def check(self, model: str, sampler: str, guidance_scale: float) -> None:  # noqa: B027 (most are for anything)
+        """Warn if the policy was made for something else.
+
+        Args:
+            model: fingerprint of the weights.
+        """
+
+
 @dataclass(frozen=True)
-class CacheSpec:
+class CacheSpec(CachePolicy):
     """A caching policy: every `interval`-th step between timesteps `start` and `stop` is full, the others are cached.
 
     Attributes:
@@ -48,31 +135,14 @@ class CacheSpec:
             raise ValueError(f"cache interval is {self.interval}; it must be at least 1 (1 caches nothing)")
         _check(self.branch, self.order)
 
-    @classmethod
-    def parse(cls, spec: "str | Policy | None") -> "Policy":
-        """Read the grammar of the command line, or the plan that it names.
-
-        Raises ValueError, with the grammar, for anything else, and as `CachePlan.load`.
-        """
-        if isinstance(spec, Policy):
-            return spec
-        if spec is None or spec.lower() == "none":
-            return cls()
-        if spec.endswith(".json"):
-            return CachePlan.load(spec)
-        if match := _DRIFT_GRAMMAR.fullmatch(spec.strip()):
-            threshold, most, branch, order = match.groups()
-            return DriftSpec(float(threshold), int(most or DriftSpec.most), int(branch or 1), int(order or 0))
-        match = _GRAMMAR.fullmatch(spec.strip())
-        if not match:
-            raise ValueError(f"cache spec {spec!r} does not parse; write {_EXAMPLE}")
-        interval, start, stop, branch, order = match.groups()
-        return cls(int(interval), int(start), int(stop), int(branch or 1), int(order or 0))
-
     def __str__(self) -> str:
         if self == CacheSpec():
             return "none"
         return f"N{self.interval}-{self.start}-{self.stop}" + _suffix(self.branch, self.order)
+
+    @property
+    def window(self) -> str:
+        return f"{self.start}-{self.stop}"
 
     def with_order(self, order: int) -> "CacheSpec":
         return replace(self, order=order)
@@ -82,7 +152,7 @@ class CacheSpec:
         """Whether any step may be cached."""
         return self.interval > 1
 
-    def plan(self, timesteps: Sequence[float]) -> list[bool]:
+    def full_mask(self, timesteps: Sequence[float]) -> list[bool]:
         """True where a step is full. A counter walks down the timesteps: a step is full when the counter is a multiple
         of `interval`, when nothing is stored, or when t >= start. A step with t <= stop resets both.
         """
@@ -95,13 +165,9 @@ class CacheSpec:
                 counter, stored = 0, False
         return plan
 
-    def weights_at(self, i: int, full: tuple[int, ...]) -> Sequence[float]:
-        """Those of a linear forecast."""
-        return linear_weights(i, full)
-
 
 @dataclass(frozen=True)
-class CachePlan:
+class CachePlan(CachePolicy):
     """A policy for the timesteps of one kind of run, made by calibration: see `skipdit.planning.command`.
 
     Of the last full steps' features f, newest first, a cached step with the weights u, v, ... uses
@@ -172,6 +238,14 @@ class CachePlan:
                 stacklevel=3,
             )
 
+    @property
+    def label(self) -> str:
+        return Path(self.source).stem
+
+    @property
+    def calibration_seed(self) -> int | None:
+        return self.about.get("calibration", {}).get("seed")
+
     def __str__(self) -> str:
         own = json.dumps([self.timesteps, self.weights, self.branch])
         full = self.weights.count(None)
@@ -186,7 +260,7 @@ class CachePlan:
         """Whether any step is cached."""
         return self.weights.count(None) < len(self.weights)
 
-    def plan(self, timesteps: Sequence[float]) -> list[bool]:
+    def full_mask(self, timesteps: Sequence[float]) -> list[bool]:
         """True where a step is full. Raises ValueError for other timesteps than the plan's own."""
         if list(timesteps) != list(self.timesteps):
             told = (f"{len(ts)} steps from {ts[0]:g} to {ts[-1]:g}" for ts in (self.timesteps, list(timesteps)))
@@ -195,11 +269,11 @@ class CachePlan:
             )
         return [weight is None for weight in self.weights]
 
-    def weights_at(self, i: int, full: tuple[int, ...]) -> Sequence[float]:
+    def coefficients(self, i: int, full: tuple[int, ...]) -> Sequence[float]:
         """Those of step i; if a stream sat out one of the plan's full steps, those of a linear forecast."""
         own = tuple(j for j in range(i) if self.weights[j] is None)
         used = 1 + len(self.weights[i])
-        return self.weights[i] if own[-used:] == full[-used:] else linear_weights(i, full)
+        return self.weights[i] if own[-used:] == full[-used:] else linear_coefficients(i, full)
 
 
 def _listed(value: Any) -> list:
@@ -222,7 +296,7 @@ def _whole(value: Any) -> int:
 
 
 @dataclass(frozen=True)
-class DriftSpec:
+class DriftSpec(CachePolicy):
     """A policy that looks: a step is full once the output of the first `branch` layers, which every step runs, has
     moved too far from where it was at the last full step.
 
@@ -247,6 +321,8 @@ class DriftSpec:
             raise ValueError(f"cache most is {self.most}; it must be 0, which caches nothing, or more")
         _check(self.branch, self.order)
 
+    adaptive = True
+
     def __str__(self) -> str:
         most = f"-m{self.most}" if self.most != DriftSpec.most else ""
         return f"D{np.format_float_positional(self.threshold, trim='-')}{most}" + _suffix(self.branch, self.order)
@@ -256,19 +332,39 @@ class DriftSpec:
         """Whether any step may be cached."""
         return self.most > 0
 
-    def plan(self, timesteps: Sequence[float]) -> list[bool]:
+    def full_mask(self, timesteps: Sequence[float]) -> list[bool]:
         """True where a step is sure to be full: the first."""
         return [i == 0 or not self.most for i in range(len(timesteps))]
 
-    def weights_at(self, i: int, full: tuple[int, ...]) -> Sequence[float]:
-        """Those of a linear forecast."""
-        return linear_weights(i, full)
+    def oldest(self, i: int, full_mask: Sequence[bool]) -> int:
+        return i - self.most
+
+    def step(self, feature: Tensor | None, memory: Tensor | None, on_full: Callable[[], None]) -> CacheStep:
+        return DriftStep(self.branch, feature, memory, self.threshold, on_full)
 
 
-Policy = CacheSpec | CachePlan | DriftSpec
+def parse_policy(spec: str | CachePolicy | None) -> CachePolicy:
+    """Read a policy as the command line writes it, or the plan that it names; a policy stays what it is.
+
+    Raises ValueError, with the grammar, for anything else, and as `CachePlan.load`.
+    """
+    if isinstance(spec, CachePolicy):
+        return spec
+    if spec is None or spec.lower() == "none":
+        return CacheSpec()
+    if spec.endswith(".json"):
+        return CachePlan.load(spec)
+    if match := _DRIFT_GRAMMAR.fullmatch(spec.strip()):
+        threshold, most, branch, order = match.groups()
+        return DriftSpec(float(threshold), int(most or DriftSpec.most), int(branch or 1), int(order or 0))
+    match = _GRAMMAR.fullmatch(spec.strip())
+    if not match:
+        raise ValueError(f"cache spec {spec!r} does not parse; write {_EXAMPLE}")
+    interval, start, stop, branch, order = match.groups()
+    return CacheSpec(int(interval), int(start), int(stop), int(branch or 1), int(order or 0))
 
 
-def linear_weights(i: int, full: Sequence[int]) -> tuple[float, ...]:
+def linear_coefficients(i: int, full: Sequence[int]) -> tuple[float, ...]:
     """How far step i lies ahead of the last two of these full steps, in units of their distance; none of one step."""
     return ((i - full[-1]) / (full[-1] - full[-2]),) if len(full) > 1 else ()
 

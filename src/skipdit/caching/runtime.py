@@ -5,78 +5,13 @@ from the device, except by a `DriftSpec`.
 """
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from skipdit.caching.policies import CacheSpec, DriftSpec, Policy
-
-
-class CacheStep:
-    """What one model call sees of the cache, and what it leaves: a mailbox, so that it compiles.
-
-    Attributes:
-        branch: b, how many outer layers a cached pass runs.
-        feature: the input of layer L-b to use instead of the middle layers; None makes the pass a full one.
-        output: set by a full pass to its own input of layer L-b.
-    """
-
-    __slots__ = ("branch", "feature", "output")
-
-    def __init__(self, branch: int, feature: Tensor | None):
-        self.branch = branch
-        self.feature = feature
-        self.output: Tensor | None = None
-
-    @property
-    def may_be_full(self) -> bool:
-        """Whether the middle layers may run, as far as is known before the call."""
-        return self.feature is None
-
-    def is_full(self, shallow: Tensor) -> bool:
-        """Whether the middle layers run. `shallow` is the output of the first `branch` layers."""
-        return self.feature is None
-
-
-class DriftStep(CacheStep):
-    """A call that decides by itself, from how far its shallow feature has moved; it waits for the device.
-
-    Attributes:
-        shallow: that of this call; set by it.
-        before: that of the last full step.
-        threshold: see `DriftSpec`.
-        tell: called if it is a full one.
-    """
-
-    __slots__ = ("before", "shallow", "tell", "threshold")
-
-    def __init__(
-        self,
-        branch: int,
-        feature: Tensor | None,
-        before: Tensor | None,
-        threshold: float,
-        tell: Callable[[], None],
-    ):
-        super().__init__(branch, feature)
-        self.before, self.threshold, self.tell = before, threshold, tell
-        self.shallow: Tensor | None = None
-
-    @property
-    def may_be_full(self) -> bool:
-        return True
-
-    def is_full(self, shallow: Tensor) -> bool:
-        full = self.feature is None
-        if not full:
-            dtype = torch.promote_types(shallow.dtype, torch.float32)  # float16 overflows in a norm
-            moved, norm = (torch.linalg.vector_norm(x, dtype=dtype) for x in (shallow - self.before, self.before))
-            full = (moved / norm).item() > self.threshold
-        if full:
-            self.shallow = shallow
-            self.tell()
-        return full
+from skipdit.caching.policies import CachePolicy, parse_policy
+from skipdit.caching.steps import CacheStep
 
 
 class SkipCache:
@@ -96,15 +31,15 @@ class SkipCache:
         peak_bytes: the most memory the stored features took.
     """
 
-    def __init__(self, spec: str | Policy, timesteps: Sequence[float] | Tensor):
-        self.spec = CacheSpec.parse(spec)
+    def __init__(self, spec: str | CachePolicy, timesteps: Sequence[float] | Tensor):
+        self.spec = parse_policy(spec)
         self.timesteps = timesteps.tolist() if isinstance(timesteps, Tensor) else list(timesteps)
-        self.plan = self.spec.plan(self.timesteps)
+        self.plan = self.spec.full_mask(self.timesteps)
         self.ran = list(self.plan)
         self.peak_bytes = 0
         self._last_cached = max((i for i, full in enumerate(self.plan) if not full), default=-1)
         self._stored: dict[str, list[tuple[int, Tensor]]] = {}  # stream -> [(step, feature)], oldest first
-        self._shallow: dict[str, Tensor] = {}  # stream -> that of its last full step; only for drift
+        self._memory: dict[str, Tensor] = {}  # stream -> `CacheStep.memory` of its last full step
         self._open: dict[str, tuple[int, CacheStep]] = {}  # steps handed out, their output not collected yet
         if self.spec.caches and all(self.plan):
             warnings.warn(f"cache {self.spec} never engages on these {len(self.plan)} timesteps", stacklevel=2)
@@ -129,27 +64,22 @@ class SkipCache:
         if i == len(self.plan) - 1 and all(self.ran[:i]) and not all(self.plan[:i]):
             warnings.warn(f"cache {self.spec} cached none of the {i} steps before the last", stacklevel=2)
         stored, spec = self._stored.get(stream), self.spec
-        drifts = isinstance(spec, DriftSpec)
-        oldest = i - spec.most if drifts else max(j for j in range(i + 1) if self.plan[j])
-        fresh = not self.plan[i] and stored and stored[-1][0] >= oldest
+        fresh = not self.plan[i] and stored and stored[-1][0] >= spec.oldest(i, self.plan)
         feature = self._feature(i, stored) if fresh else None
-        if drifts:
-            before = self._shallow.get(stream)
-            step = DriftStep(spec.branch, feature, before, spec.threshold, lambda: self.ran.__setitem__(i, True))
-        else:
-            step = CacheStep(spec.branch, feature)
+        step = spec.step(feature, self._memory.get(stream), lambda: self.ran.__setitem__(i, True))
+        if not spec.adaptive:
             self.ran[i] = self.ran[i] or not fresh
         if i >= self._last_cached:  # no later step reads the cache: free it now, not when the run's objects die
             self._stored.pop(stream, None)
-            self._shallow.pop(stream, None)
-        elif drifts or not fresh:
+            self._memory.pop(stream, None)
+        elif spec.adaptive or not fresh:
             self._open[stream] = (i, step)
         return step
 
     def clear(self) -> None:
         """Forget the stored features; the counts stay. For the end of a run."""
         self._stored.clear()
-        self._shallow.clear()
+        self._memory.clear()
         self._open.clear()
 
     def _collect(self) -> None:
@@ -164,17 +94,17 @@ class SkipCache:
             stored = self._stored.setdefault(stream, [])
             stored.append((i, step.output.detach().clone()))
             del stored[: -1 - self.spec.order]
-            if isinstance(step, DriftStep):
-                self._shallow[stream] = step.shallow.detach()
+            if step.memory is not None:
+                self._memory[stream] = step.memory.detach()
             step.output = None
         self._open.clear()
-        kept = [f for s in self._stored.values() for _, f in s] + list(self._shallow.values())
+        kept = [f for s in self._stored.values() for _, f in s] + list(self._memory.values())
         self.peak_bytes = max(self.peak_bytes, sum(f.nbytes for f in kept))
 
     def _feature(self, i: int, stored: list[tuple[int, Tensor]]) -> Tensor:
         """The last stored feature, or its forecast from the last ones: of two, one fused kernel."""
         steps, features = zip(*stored, strict=True)
-        weights = self.spec.weights_at(i, steps)
+        weights = self.spec.coefficients(i, steps)
         if not weights:
             return features[-1]
         feature = torch.lerp(features[-2], features[-1], 1 + weights[0])

@@ -10,7 +10,7 @@ from PIL import Image
 from torch.utils.data import Dataset
 from torchvision import datasets
 
-from skipdit.config import setting
+from skipdit.config import Settings, setting
 from skipdit.data.files import IMAGE_SUFFIXES, is_a, is_visible, read_picture, walk
 
 SUFFIXES = IMAGE_SUFFIXES | {".pgm", ".ppm", ".tif", ".tiff"}  # of images in class folders
@@ -19,12 +19,12 @@ REACH = 5  # pixels, more than a bicubic filter sees beside those it is at, of a
 
 
 @dataclass
-class ImageData:
+class ImageData(Settings):
     """Where training images come from."""
 
     kind: str = setting("image_folder", "image_folder, fashion_mnist, or latents (made by `python -m skipdit encode`)")
-    path: str = setting("data/imagenet/train", "folder of the images or latents")
-    image_size: int = setting(256, "pixels along a side")
+    path: str = setting("data/imagenet/train", "folder of the images or latents", identity=False)
+    image_size: int = setting(256, "pixels along a side", least=1)
     latents: str = setting("sample", "mean or sample: what of the autoencoder's posterior is trained on")
     flip: bool = setting(True, "flip half of the images horizontally")
 

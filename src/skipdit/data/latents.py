@@ -23,6 +23,7 @@ from torch.utils.data import Dataset
 
 from skipdit.data.clip_folder import ClipFolder
 from skipdit.data.clips import CLIPS, Clip, ClipData, ClipDataset
+from skipdit.data.images import IMAGES, ImageData
 from skipdit.data.pictures import PictureData, PictureFolder, bucket_sizes
 from skipdit.encoders.autoencoder import latent_size, shift_factor
 from skipdit.utils.errors import BrokenSample
@@ -236,6 +237,16 @@ class _EncodedClip(Clip):
 
     def read(self, frames: range) -> dict[str, Tensor]:
         return self._table.read(self._rows[frames.start : frames.stop : frames.step])
+
+
+def open_images(config: ImageData, vae: AutoencoderKL) -> Dataset:
+    """The dataset of a config. Raises ValueError or FileNotFoundError that names what is wrong with it."""
+    expected = expected_latents(config.latents, config.image_size, vae)
+    if config.kind in IMAGES:
+        return IMAGES[config.kind](config.path, config.image_size)
+    if config.kind == "latents":
+        return Latents(config.path, expected)
+    raise ValueError(f"data.kind is {config.kind!r}; it is {', '.join(IMAGES)} or latents")
 
 
 def open_clips(config: ClipData, vae: AutoencoderKL) -> ClipDataset:

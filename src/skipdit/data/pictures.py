@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from torch.utils.data import Dataset
 
-from skipdit.config import setting
+from skipdit.config import Settings, setting
 from skipdit.data.captions import BESIDE, match, read_rows, texts_beside
 from skipdit.data.files import IMAGE_SUFFIXES, is_a, open_picture, orientation, read_list, read_picture, walk
 from skipdit.data.images import centre_crop
@@ -21,14 +21,18 @@ from skipdit.utils.errors import BrokenSample
 
 
 @dataclass
-class PictureData:
+class PictureData(Settings):
     """Where captioned pictures come from."""
 
     kind: str = setting("pictures", "pictures, or latents (of `python -m skipdit encode`)")
-    path: str = setting("data/pictures", "folder of the pictures, nested as it may be, or of the latents")
-    captions: str | None = setting(None, "JSONL or CSV of image (relative to path), caption; or txt: beside every one")
+    path: str = setting(
+        "data/pictures", "folder of the pictures, nested as it may be, or of the latents", identity=False
+    )
+    captions: str | None = setting(
+        None, "JSONL or CSV of image (relative to path), caption; or txt: beside every one", identity=False
+    )
     picture_list: str | None = setting(None, "text file with one picture per line, relative to path; unset: all there")
-    image_size: int = setting(1024, "pixels along a side of the square bucket")
+    image_size: int = setting(1024, "pixels along a side of the square bucket", least=1)
     buckets: list[str] = field(
         default_factory=list, metadata={"help": "shapes of pictures, HEIGHTxWIDTH in pixels; empty: only the square"}
     )

@@ -1,35 +1,40 @@
 """The same samples with several caches: a table of speed and fidelity, and pictures to look at.
 
+    python -m skipdit compare --config configs/class-to-image/demo.yaml
+    python -m skipdit compare --config configs/text-to-video/demo.yaml --also configs/text-to-video/demo_plan.json
+
 Rows: the uncached run, reuse (order 0), forecast (order 1), and simply fewer steps at the cost of the cached run. Every
 row starts from the same noise. A stochastic sampler draws more of it in every step: there fewer steps make another
 image, and their PSNR means nothing.
+
+Takes a sampler's config; writes compare.png (of clips, four frames of two) and compare.json into its `out`, and of
+clips compare.gif: a line per row, all in motion.
 """
 
+import argparse
 import json
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
-from typing import TypeVar
 
 import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from skipdit.caching.policies import CachePlan, CacheSpec, DriftSpec, Policy
+from skipdit.caching.policies import CachePolicy, CacheSpec, parse_policy
 from skipdit.caching.runtime import SkipCache
-from skipdit.cli import friendly_errors, make_parser
+from skipdit.cli import friendly_errors
 from skipdit.config import load_config, to_dict
 from skipdit.layers.flops import run_flops, uncached_steps
 from skipdit.metrics.fidelity import mean_psnr, psnr, ssim
 from skipdit.sampling.sampler import Sampler
+from skipdit.tasks import find_task
 from skipdit.utils.files import replace_text, whole_file
 from skipdit.utils.provenance import fingerprint, versions
 from skipdit.utils.video import side_by_side, write_gif
-
-T = TypeVar("T")
 
 
 @dataclass
@@ -37,7 +42,7 @@ class Row:
     """One way to sample."""
 
     name: str
-    spec: Policy
+    spec: CachePolicy
     steps: int
 
     def cache(self, sampler: Sampler) -> SkipCache:
@@ -48,7 +53,7 @@ class Row:
 
 
 def rows_for(
-    steps: int, intervals: list[int], window: CacheSpec, sampler: Sampler, also: Sequence[Policy] = ()
+    steps: int, intervals: list[int], window: CacheSpec, sampler: Sampler, also: Sequence[CachePolicy] = ()
 ) -> list[Row]:
     """Uncached; per interval: reuse, forecast, and the number of uncached steps nearest to their FLOPs; other policies.
 
@@ -60,18 +65,17 @@ def rows_for(
         forecast = Row(f"forecast N={interval}", reuse.spec.with_order(1), steps)
         fewer = uncached_steps(reuse.flops(sampler), sampler.flops)
         rows += [reuse, forecast, Row(f"{fewer} steps", CacheSpec(), fewer)]
-    if drifts := [str(policy) for policy in also if isinstance(policy, DriftSpec)]:
+    if drifts := [str(policy) for policy in also if policy.adaptive]:
         raise ValueError(f"--also {drifts[0]}: what it costs is not known before; benchmarks/compare.py counts it")
     for policy in also:
         if policy.caches and policy.branch != window.branch:
             raise ValueError(
                 f"--also {policy}: its branch is {policy.branch}, of the others {window.branch}: see --branch"
             )
-    names = [Path(policy.source).stem if isinstance(policy, CachePlan) else str(policy) for policy in also]
-    return rows + [Row(name, policy, steps) for name, policy in zip(names, also, strict=True)]
+    return rows + [Row(policy.label, policy, steps) for policy in also]
 
 
-def check_plans(policies: Sequence[Policy], sampler: Sampler, seeds: Sequence[int] = ()) -> None:
+def check_plans(policies: Sequence[CachePolicy], sampler: Sampler, seeds: Sequence[int] = ()) -> None:
     """Warn of plans that were made for other runs, or from a seed that they are to be judged by.
 
     Args:
@@ -79,13 +83,12 @@ def check_plans(policies: Sequence[Policy], sampler: Sampler, seeds: Sequence[in
 
     Raises ValueError for a plan of other timesteps.
     """
-    for plan in policies:
-        if isinstance(plan, CachePlan):
-            plan.plan(sampler.timesteps(sampler.config.steps))
-            plan.check(fingerprint(sampler.model), sampler.method, sampler.config.guidance_scale)
-            seed = plan.about.get("calibration", {}).get("seed")
-            if seed in (seeds or [sampler.config.seed]):
-                warnings.warn(f"{plan.source} was calibrated on seed {seed}, too: take another", stacklevel=2)
+    model = fingerprint(sampler.model) if policies else ""
+    for policy in policies:
+        policy.full_mask(sampler.timesteps(sampler.config.steps))
+        policy.check(model, sampler.method, sampler.config.guidance_scale)
+        if (seed := policy.calibration_seed) is not None and seed in (seeds or [sampler.config.seed]):
+            warnings.warn(f"{policy.label} was calibrated on seed {seed}, too: take another", stacklevel=2)
 
 
 def compare(sampler: Sampler, rows: list[Row], repeats: int) -> tuple[list[dict], list[Tensor]]:
@@ -155,55 +158,45 @@ def picture(table: list[dict], tiles: Sequence[Tensor]) -> Image.Image:
     return canvas
 
 
-@friendly_errors("starts anew")
-def run(
-    schema: type[T],
-    description: str,
-    open_sampler: Callable[[T, int], Sampler],
-    window: CacheSpec,
-    unit: str,
-    tiles: Callable[[Tensor], Tensor],
-) -> tuple[T, list[Tensor]]:
-    """The command line of a task's compare.py; writes compare.png and compare.json into the config's `out`.
-
-    Args:
-        schema: the task's sampling settings.
-        description: for `--help`.
-        open_sampler: `open_sampler(config, branch)` loads all that a config asks for.
-        window: the timesteps between which to cache, and the default branch.
-        unit: what a sample is.
-        tiles: which pictures (M, 3, H, W) of the samples to show.
-
-    Returns:
-        The config, and the samples of every row.
-    """
-    parser = make_parser(schema, description)
+def make_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", required=True, metavar="FILE", help="YAML file of a sampler's settings")
+    parser.add_argument("--task", help="class-to-image ... [the name of the config's folder]")
     parser.add_argument("--intervals", type=int, nargs="+", default=[2, 3, 4], help="cache intervals [2 3 4]")
-    parser.add_argument("--branch", type=int, default=window.branch, help="cache branch [%(default)s]")
+    parser.add_argument("--branch", type=int, default=1, help="cache branch [%(default)s]")
     parser.add_argument(
         "--also", action="append", default=[], metavar="SPEC", help="another cache, or plan FILE.json; may come again"
     )
     parser.add_argument("--repeats", type=int, default=1, help="times to run each row; medians are shown [%(default)s]")
-    args = parser.parse_intermixed_args()
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings that override the config's")
+    return parser
+
+
+@friendly_errors("starts anew")
+def main(argv: list[str] | None = None) -> None:
+    args = make_parser().parse_intermixed_args(argv)
     with friendly_errors("starts anew"):
-        also = [CacheSpec.parse(spec) for spec in args.also]
-        config = load_config(schema, args.config, args.overrides)
-        sampler = open_sampler(config, args.branch)
+        task, also = find_task(args.config, args.task), [parse_policy(spec) for spec in args.also]
+        config = load_config(task.schema, args.config, args.overrides)
+        sampler = task.open_sampler(config, args.branch)
         check_plans(also, sampler)
-        window = CacheSpec(2, window.start, window.stop, args.branch)
+        window = CacheSpec(2, task.window.start, task.window.stop, args.branch)
         rows = rows_for(config.steps, args.intervals, window, sampler, also)
         table, samples = compare(sampler, rows, args.repeats)
-    out = Path(config.out)
+    out, unit = Path(config.out), sampler.unit
     out.mkdir(parents=True, exist_ok=True)
     with whole_file(out / "compare.png", keep_suffix=True) as partial:
-        picture(table, [tiles(made) for made in samples]).save(partial)
+        picture(table, [four_frames(made) if unit == "clip" else made.flatten(0, -4)[:10] for made in samples]).save(
+            partial
+        )
     record = {"rows": table, "config": to_dict(config), **versions()}
     replace_text(out / "compare.json", json.dumps(record, indent=2) + "\n")
     guidance = "" if config.guidance_scale == 1 else f", guidance {config.guidance_scale}"
     print(f"\n{len(samples[0])} {unit}s, {sampler.method} {config.steps} steps{guidance}\n")
     print(markdown(table, unit))
     print(f"\nside by side: {out / 'compare.png'}")
-    return config, samples
+    if unit == "clip":
+        film(samples, config.out, config.fps)
 
 
 def four_frames(clips: Tensor) -> Tensor:

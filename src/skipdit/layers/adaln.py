@@ -13,7 +13,7 @@ import torch
 from timm.layers import Mlp
 from torch import Tensor, nn
 
-from skipdit.caching.runtime import CacheStep
+from skipdit.caching.steps import CacheStep
 from skipdit.layers.attention import GELU, Attention, modulate, normalize
 from skipdit.layers.embeddings import LabelEmbedder, PatchEmbed, TimestepEmbedder, sincos_2d, unpatchify
 from skipdit.layers.skip import SkipTransformer, make_skips

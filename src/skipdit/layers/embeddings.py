@@ -4,6 +4,7 @@ import math
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor, nn
 
 
@@ -13,8 +14,7 @@ class _PatchLinear(nn.Conv2d):
     def forward(self, x: Tensor) -> Tensor:
         """(N, C, H, W) -> (N, HW / p^2, D)"""
         p = self.kernel_size[0]
-        x = x.unflatten(3, (-1, p)).unflatten(2, (-1, p))  # (N, C, H/p, p, W/p, p)
-        x = x.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)  # (N, T, C * p * p)
+        x = rearrange(x, "n c (h p) (w q) -> n (h w) (c p q)", p=p, q=p)
         return F.linear(x, self.weight.flatten(1), self.bias)
 
 
@@ -83,8 +83,7 @@ def sincos_2d(rows: Tensor, columns: Tensor, dim: int) -> Tensor:
 
 def unpatchify(x: Tensor, patch_size: int, rows: int) -> Tensor:
     """Tokens (..., T, p * p * C), `rows` lines of patches -> pictures (..., C, H, W)."""
-    x = x.unflatten(-1, (patch_size, patch_size, -1)).unflatten(-4, (rows, -1))  # (..., h, w, p, p, C)
-    return x.movedim(-1, -5).transpose(-3, -2).flatten(-2).flatten(-3, -2)
+    return rearrange(x, "... (h w) (p q c) -> ... c (h p) (w q)", h=rows, p=patch_size, q=patch_size)
 
 
 def rotary_2d(rows: Tensor, columns: Tensor, dim: int) -> tuple[Tensor, Tensor]:

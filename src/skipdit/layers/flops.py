@@ -3,7 +3,8 @@
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from skipdit.caching.runtime import CacheStep, SkipCache
+from skipdit.caching.runtime import SkipCache
+from skipdit.caching.steps import CacheStep
 from skipdit.layers.skip import SkipTransformer
 
 

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch._dynamo import OptimizedModule
 from torch.utils._pytree import tree_map_only
 
-from skipdit.caching.policies import CacheSpec, DriftSpec, Policy
+from skipdit.caching.policies import CachePolicy, parse_policy
 from skipdit.caching.runtime import SkipCache
 from skipdit.layers.skip import SkipTransformer
 from skipdit.pipelines import hunyuan2d
@@ -33,7 +33,7 @@ MAX_CALLS = 4  # of the model within one step: guidance takes one or two
 RECOMPILES = 64  # torch's limit is 8; full and cached steps, guided or not, of clips and single images take more
 
 
-def enable_cache(pipe: DiffusionPipeline, spec: str | Policy) -> "PipelineCache":
+def enable_cache(pipe: DiffusionPipeline, spec: str | CachePolicy) -> "PipelineCache":
     """Let a pipeline cache from its next call on, in place of a cache that its transformer or scheduler may have.
 
     What the model computes from the text alone is computed once per call then, too. Calls may differ in everything:
@@ -49,7 +49,7 @@ def enable_cache(pipe: DiffusionPipeline, spec: str | Policy) -> "PipelineCache"
 
     Raises TypeError for another transformer, ValueError for a spec that does not fit it or a model compiled in place.
     """
-    spec = CacheSpec.parse(spec)
+    spec = parse_policy(spec)
     model = _cacheable(pipe.transformer, spec)
     for owner in (model, pipe.scheduler):
         if old := owner.__dict__.get("_skip_cache"):
@@ -84,7 +84,7 @@ def _ending_runs(kind: type[DiffusionPipeline]) -> type[DiffusionPipeline]:
     return type(kind.__name__, (kind,), named | {"__call__": __call__})
 
 
-def _cacheable(transformer: nn.Module, spec: Policy) -> nn.Module:
+def _cacheable(transformer: nn.Module, spec: CachePolicy) -> nn.Module:
     """A transformer without the wrapper that torch.compile puts around it. Raises as `enable_cache`."""
     model = getattr(transformer, "_orig_mod", transformer)
     if not isinstance(model, SkipTransformer | HunyuanDiT2DModel):
@@ -95,7 +95,7 @@ def _cacheable(transformer: nn.Module, spec: Policy) -> nn.Module:
     n_skips = model.n_skips if isinstance(model, SkipTransformer) else hunyuan2d.n_skips(model)
     if spec.caches and spec.branch > n_skips:
         raise ValueError(f"cache branch {spec.branch} is larger than the model's number of skips, {n_skips}")
-    if isinstance(spec, DriftSpec) and model is not transformer:
+    if spec.adaptive and model is not transformer:
         raise ValueError(f"cache {spec} decides within the transformer, which cannot be compiled then")
     if model._compiled_call_impl is not None:
         raise ValueError(
@@ -136,7 +136,7 @@ class PipelineCache:
             run lasts.
     """
 
-    def __init__(self, pipe: DiffusionPipeline, spec: Policy):
+    def __init__(self, pipe: DiffusionPipeline, spec: CachePolicy):
         self.run: SkipCache | None = None
         self._pipe, self._spec = weakref.ref(pipe), spec
         self._hooks, self._scheduler = [], None

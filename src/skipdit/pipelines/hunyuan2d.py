@@ -7,7 +7,7 @@ from diffusers import HunyuanDiT2DModel
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from torch import Tensor
 
-from skipdit.caching.runtime import CacheStep
+from skipdit.caching.steps import CacheStep
 from skipdit.layers.embeddings import unpatchify
 from skipdit.layers.skip import skip_stack
 

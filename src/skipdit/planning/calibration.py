@@ -11,8 +11,9 @@ from torch import Tensor
 from torch.utils._pytree import tree_map_only
 from tqdm import tqdm
 
-from skipdit.caching.policies import CachePlan, CacheSpec, Policy
-from skipdit.caching.runtime import CacheStep, SkipCache
+from skipdit.caching.policies import CachePlan, CachePolicy, CacheSpec
+from skipdit.caching.runtime import SkipCache
+from skipdit.caching.steps import CacheStep
 from skipdit.layers.flops import run_flops
 from skipdit.layers.inspect import replaced
 from skipdit.layers.skip import SkipTransformer, predicted_noise
@@ -181,7 +182,7 @@ class Bench:
     def plan(self, weights: Weights) -> CachePlan:
         return CachePlan(self.timesteps, tuple(weights), self.branch)
 
-    def changes(self, policy: Policy, steps: int | None = None) -> list[Tensor]:
+    def changes(self, policy: CachePolicy, steps: int | None = None) -> list[Tensor]:
         """Images (N, ..., 3, H, W), of a range of 1, minus those of the uncached run, of every batch."""
         made = self.sampler.images(steps or self.steps, policy)
         return [(a - b).div(2) for a, b in zip(made, self.reference, strict=True)]
@@ -198,7 +199,7 @@ class Bench:
                 replay.rewind(place[0])
                 yield self.changes(self.plan(moved(weights, [place], [NUDGE])))
 
-    def error(self, policy: Policy, steps: int | None = None) -> float:
+    def error(self, policy: CachePolicy, steps: int | None = None) -> float:
         """Root of the mean squared error of the images, of their range: the geometric mean over samples, as a mean of
         PSNRs is."""
         key = f"{policy} {steps}"
@@ -212,10 +213,10 @@ class Bench:
         """Of a cached step, over that of a full one."""
         return self.sampler.flops["cached"] / self.sampler.flops["full"]
 
-    def flops(self, policy: Policy) -> float:
+    def flops(self, policy: CachePolicy) -> float:
         return run_flops(SkipCache(policy, self.timesteps), self.sampler.flops)
 
-    def speedup(self, policy: Policy) -> float:
+    def speedup(self, policy: CachePolicy) -> float:
         return self.steps * self.sampler.flops["full"] / self.flops(policy)
 
 

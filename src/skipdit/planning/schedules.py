@@ -4,14 +4,14 @@ import math
 from collections.abc import Sequence
 from itertools import accumulate
 
-from skipdit.caching.policies import linear_weights
+from skipdit.caching.policies import linear_coefficients
 from skipdit.planning.errors import Errors, T, Weights
 
 
 def forecast(steps: int, full: Sequence[int], order: int) -> Weights:
     """Weights of a plan with these full steps that reuses (order 0) or forecasts linearly (order 1)."""
     return tuple(
-        None if k in full else linear_weights(k, [j for j in full if j < k][-1 - order :]) for k in range(steps)
+        None if k in full else linear_coefficients(k, [j for j in full if j < k][-1 - order :]) for k in range(steps)
     )
 
 

@@ -1,28 +1,26 @@
 """What the samplers of DiT and Latte share: models whose only condition is a class, or nothing."""
 
-from collections.abc import Callable, Iterator, Sequence
+from abc import abstractmethod
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any
 
 import torch
-from diffusers import AutoencoderKL
 from torch import Tensor, nn
 
-from skipdit.caching.policies import CacheSpec, DriftSpec, Policy
+from skipdit.caching.policies import CachePolicy
 from skipdit.caching.runtime import SkipCache
 from skipdit.checkpoints.loading import load_weights
-from skipdit.config import require_seed, required, setting, to_dict
+from skipdit.config import ConfigError, Settings, required, setting
 from skipdit.diffusion.gaussian import Diffusion
 from skipdit.diffusion.samplers import ddim, ddpm, randn
-from skipdit.encoders.autoencoder import decode, load_vae, pixels
+from skipdit.encoders.autoencoder import load_vae
 from skipdit.layers.adaln import AdaLNTransformer, Conditioning
 from skipdit.layers.flops import step_flops
-from skipdit.sampling.job import Ahead, Job, cache_identity, preflight, require_finite, work_off
-from skipdit.sampling.report import StepTimer
+from skipdit.sampling.job import Ahead, preflight, require_finite
+from skipdit.sampling.sampler import Sampler, check_branch
 from skipdit.utils.device import compile_mode, process_state, set_tf32
 from skipdit.utils.dtypes import resolve_dtype
-from skipdit.utils.pixels import to_uint8
-from skipdit.utils.provenance import fingerprint
 from skipdit.utils.seeding import generators
 
 SAMPLERS = {"ddpm": ddpm, "ddim": ddim}
@@ -30,36 +28,36 @@ AHEAD_BYTES = 2**28  # memory for modulations that are computed ahead of their s
 
 
 @dataclass
-class SamplingConfig:
+class SamplingConfig(Settings):
     """Settings of a sampling run that do not depend on the task."""
 
-    weights: str = required("checkpoint: .pt, .safetensors, or folder")
-    out: str = setting("samples", "folder for the samples and the report")
-    vae: str = setting("stabilityai/sd-vae-ft-ema", "autoencoder, folder or Hub name")
-    image_size: int = setting(256, "pixels along a side")
+    weights: str = required("checkpoint: .pt, .safetensors, or folder", identity=False)
+    out: str = setting("samples", "folder for the samples and the report", identity=False)
+    vae: str = setting("stabilityai/sd-vae-ft-ema", "autoencoder, folder or Hub name", identity=False)
+    image_size: int = setting(256, "pixels along a side", least=1)
     classes: list[int] = field(
         default_factory=list, metadata={"help": "class ids, repeated over the samples; empty: all of them"}
     )
-    num_samples: int = setting(8, "samples to make")
-    batch_size: int = setting(8, "samples per model call and process (guidance doubles it)")
-    seed: int = setting(0, "seed of the run; sample i depends on it and on i")
+    num_samples: int = setting(8, "samples to make", identity=False, least=1)
+    batch_size: int = setting(8, "samples per model call and process (guidance doubles it)", identity=False, least=1)
+    seed: int = setting(0, "seed of the run; sample i depends on it and on i", least=0)
     sampler: str = setting("ddpm", "ddpm or ddim")
-    steps: int = setting(250, "sampling steps")
-    guidance_scale: float = setting(1.0, "classifier-free guidance; 1 is none")
-    guidance_channels: int | None = setting(None, "latent channels to guide; null for all")
-    guidance_low: int = setting(0, "guide at timesteps from here ...")
-    guidance_high: int = setting(1000, "... to here")
+    steps: int = setting(250, "sampling steps", least=1)
+    guidance_scale: float = setting(1.0, "classifier-free guidance; 1 is none", least=0)
+    guidance_channels: int | None = setting(None, "latent channels to guide; null for all", least=1)
+    guidance_low: int = setting(0, "guide at timesteps from here ...", least=0)
+    guidance_high: int = setting(1000, "... to here", least=0)
     cache: str = setting("none", "Skip-Cache spec, as --cache")
     dtype: str = setting("auto", "auto, float32, bfloat16 or float16")
     tf32: bool = setting(False, "let float32 products run in TF32 on the GPU: faster, to about three digits")
-    compile: str = setting("none", "torch.compile: none, default, reduce-overhead (CUDA graphs) or max-autotune")
+    compile: str = setting(
+        "none", "torch.compile: none, default, reduce-overhead (CUDA graphs) or max-autotune", identity=False
+    )
 
     def __post_init__(self):
-        require_seed(self.seed)
-
-
-# Settings that say where and how fast, not what is made. Of the weights the fingerprints count.
-_FREE = {"out", "batch_size", "compile", "num_samples", "weights", "vae"}
+        super().__post_init__()
+        if self.guidance_low > self.guidance_high:
+            raise ConfigError(f"guidance_low is {self.guidance_low}, above guidance_high, {self.guidance_high}")
 
 
 def generate_settings(config: SamplingConfig) -> dict:
@@ -115,7 +113,7 @@ def generate(
     diffusion, count = Diffusion(steps), len(generators)
     timesteps = diffusion.sampling_timesteps
     run = cache if isinstance(cache, SkipCache) else SkipCache(cache, timesteps)
-    if (drifts := isinstance(run.spec, DriftSpec)) and model._compiled_call_impl is not None:
+    if run.spec.adaptive and model._compiled_call_impl is not None:
         raise ValueError(f"cache {run.spec} decides within the model, which cannot be compiled then: set compile=none")
     x = randn((count, *model.sample_shape), generators, model.device, torch.float32)
     both = None if labels is None else torch.cat([labels, torch.full_like(labels, model.null_class)])
@@ -130,7 +128,7 @@ def generate(
 
     rows = 1 if both is None else len(both)
     step_bytes = 6 * model.config.hidden_size * rows * len(model.blocks) * model.dtype.itemsize
-    plan = [full or drifts for full in run.plan]  # a step that decides by itself needs what a full one does
+    plan = [full or run.spec.adaptive for full in run.plan]  # a step that decides by itself needs what a full one does
     ahead = Ahead(condition, plan, max(1, AHEAD_BYTES // step_bytes))
 
     def guided(x: Tensor, t: Tensor, i: int) -> Tensor:
@@ -161,64 +159,50 @@ def generate(
     return x
 
 
-class Models(NamedTuple):
-    """What a config asks for, on the device, ready to sample."""
-
-    model: AdaLNTransformer
-    vae: AutoencoderKL
-    flops: dict[str, float]  # of one full and one cached step, per sample
-
-
-def open_models(
-    config: SamplingConfig, build: Callable[[AutoencoderKL], AdaLNTransformer], branch: int | None, fetch: str
-) -> Models:
-    """Check a config, then load its model and autoencoder.
+class ClassSampler(Sampler):
+    """All samples of a config by a model whose only condition is a class, or nothing.
 
     Args:
-        build: makes the model of the config, for latents of this autoencoder; called on the meta device.
         branch: the cache's, None without a cache.
-        fetch: the command that fetches the released weights.
 
     Raises ValueError or FileNotFoundError for settings that do not fit each other, before the model's weights are read.
     """
-    device, mode = process_state().device, compile_mode(config.compile)
-    set_tf32(config.tf32)
-    preflight({"weights": config.weights, "vae": config.vae}, fetch)
-    vae = load_vae(config.vae).to(device)
-    with torch.device("meta"):
-        model = build(vae)
-    if bad := [c for c in config.classes if not 0 <= c < (model.null_class or 0)]:
-        known = f"0 .. {model.null_class - 1}" if model.null_class else "no classes"
-        raise ValueError(f"class ids {bad} are out of range; this model knows {known}")
-    Diffusion(config.steps)
-    if config.sampler not in SAMPLERS:
-        raise ValueError(f"sampler is {config.sampler!r}; known: {', '.join(SAMPLERS)}")
-    guided = config.guidance_scale != 1
-    if guided and model.null_class is None:
-        raise ValueError(f"guidance_scale is {config.guidance_scale}, and the model is unconditional: set it to 1")
-    if branch is not None and branch > model.n_skips:
-        raise ValueError(f"cache branch {branch} is larger than the model's number of skips, {model.n_skips}")
-    flops = step_flops(model, 2 if guided else 1, branch or 1)
-    dtype = resolve_dtype(config.dtype, device)
-    nn.Module.to(model, dtype=dtype)  # not diffusers' own, which warns of float32 modules that this model has not
-    model.to_empty(device="cpu")
-    load_weights(model, config.weights)
-    model.to(device).eval().requires_grad_(False)
-    if mode:
-        model.compile(fullgraph=True, mode=mode)
-    return Models(model, vae, flops)
 
+    fetch: str  # the command that fetches the released weights
 
-@dataclass
-class ClassSampler:
-    """All samples of a config, by any cache and number of steps: what `skipdit.evaluation.compare` runs."""
+    def __init__(self, config: SamplingConfig, branch: int | None):
+        self.config, self.total = config, config.num_samples
+        device, mode = process_state().device, compile_mode(config.compile)
+        set_tf32(config.tf32)
+        preflight({"weights": config.weights, "vae": config.vae}, self.fetch)
+        self.vae = load_vae(config.vae).to(device)
+        with torch.device("meta"):
+            model = self.build()
+        if bad := [c for c in config.classes if not 0 <= c < (model.null_class or 0)]:
+            known = f"0 .. {model.null_class - 1}" if model.null_class else "no classes"
+            raise ValueError(f"class ids {bad} are out of range; this model knows {known}")
+        Diffusion(config.steps)
+        if config.sampler not in SAMPLERS:
+            raise ValueError(f"sampler is {config.sampler!r}; known: {', '.join(SAMPLERS)}")
+        guided = config.guidance_scale != 1
+        if guided and model.null_class is None:
+            raise ValueError(f"guidance_scale is {config.guidance_scale}, and the model is unconditional: set it to 1")
+        if guided and (config.guidance_channels or 1) > (channels := model.config.in_channels):
+            raise ValueError(f"guidance_channels is {config.guidance_channels}; the latents have {channels}")
+        check_branch(model, branch)
+        self.flops = step_flops(model, 2 if guided else 1, branch or 1)
+        dtype = resolve_dtype(config.dtype, device)
+        nn.Module.to(model, dtype=dtype)  # not diffusers' own, which warns of float32 modules that this model has not
+        model.to_empty(device="cpu")
+        load_weights(model, config.weights)
+        model.to(device).eval().requires_grad_(False)
+        if mode:
+            model.compile(fullgraph=True, mode=mode)
+        self.model = model
 
-    config: SamplingConfig
-    models: Models
-
-    @property
-    def flops(self) -> dict[str, float]:
-        return self.models.flops
+    @abstractmethod
+    def build(self) -> AdaLNTransformer:
+        """Make the model of the config for latents of the autoencoder; called on the meta device."""
 
     @property
     def method(self) -> str:
@@ -227,81 +211,20 @@ class ClassSampler:
     def timesteps(self, steps: int) -> list[int]:
         return Diffusion(steps).sampling_timesteps
 
-    @property
-    def model(self) -> AdaLNTransformer:
-        return self.models.model
+    def identity(self) -> dict[str, Any]:
+        return {}
 
-    @property
-    def vae(self) -> AutoencoderKL:
-        return self.models.vae
-
-    def images(self, steps: int, spec: Policy) -> Iterator[Tensor]:
-        """(N, ..., 3, H, W) float32 in [-1, 1], of every batch."""
-        config, model = self.config, self.model
-        for start in range(0, config.num_samples, config.batch_size):
-            indices = range(start, min(start + config.batch_size, config.num_samples))
-            labels, noise = labels_of(config, model, indices), generators(config.seed, indices, model.device)
-            settings = generate_settings(config) | {"steps": steps, "cache": SkipCache(spec, self.timesteps(steps))}
-            latents = generate(model, labels, noise, **settings, progress=True)
-            yield decode(self.models.vae, latents).clamp(-1, 1).cpu()
-
-    def make(self, steps: int, spec: Policy) -> Tensor:
-        """(N, ..., 3, H, W) uint8."""
-        return torch.cat([to_uint8(images) for images in self.images(steps, spec)])
-
-
-def run_job(
-    config: SamplingConfig,
-    models: Models,
-    save: Callable[[Job, int, Tensor], None],
-    suffix: str,
-    unit: str,
-    free: set[str],
-) -> tuple[Job, dict]:
-    """Make the samples of a config that are not there yet, and report.json.
-
-    Args:
-        save: `save(job, index, pixels)` writes a sample, uint8 of the shape that the autoencoder gives.
-        suffix: of the samples' files.
-        unit: what a sample is, for people.
-        free: the task's settings that do not determine the samples.
-
-    Returns:
-        The job, all of whose samples exist then, and the run's report. If all of them existed before, the report is the
-        one of then.
-    """
-    state, spec = process_state(), CacheSpec.parse(config.cache)
-    model, vae, flops = models
-    device, timesteps = state.device, Diffusion(config.steps).sampling_timesteps
-    identity = {key: value for key, value in to_dict(config).items() if key not in _FREE | free}
-    identity |= {"weights": fingerprint(model), "vae": fingerprint(vae)}
-    identity |= {"dtype": str(model.dtype), "device": device.type}  # devices draw different noise from one seed
-    identity |= cache_identity(spec, identity["weights"], config.sampler, config.guidance_scale, config.batch_size)
-    job = Job(config.out, identity, config.num_samples, suffix, rank=state.process_index, world=state.num_processes)
-
-    def make(indices: list[int], timer: StepTimer) -> tuple[Tensor, SkipCache]:
-        cache = SkipCache(spec, timesteps)
-        timer.start()
+    def latents(
+        self, indices: list[int], steps: int, policy: CachePolicy, on_step: Callable[[int, bool], None] | None = None
+    ) -> tuple[Tensor, SkipCache]:
+        cache = SkipCache(policy, self.timesteps(steps))
         latents = generate(
-            model,
-            labels_of(config, model, indices),
-            generators(config.seed, indices, device),
-            **generate_settings(config),
+            self.model,
+            labels_of(self.config, self.model, indices),
+            generators(self.config.seed, indices, self.model.device),
+            **generate_settings(self.config) | {"steps": steps},
             cache=cache,
-            callback=lambda i, x, x0: timer.tick(cache.ran[i]),
-            progress=state.is_main_process,
+            callback=None if on_step is None else lambda i, x, x0: on_step(i, cache.ran[i]),
+            progress=process_state().is_main_process,
         )
-        return pixels(vae, latents), cache
-
-    summary = work_off(
-        job,
-        job.batches(config.batch_size),
-        make,
-        lambda index, pixels: save(job, index, pixels),
-        idle=SkipCache(spec, timesteps),
-        flops=flops,
-        unit=unit,
-        seed=config.seed,
-        config=to_dict(config),
-    )
-    return job, summary
+        return latents, cache

@@ -2,23 +2,26 @@
 
 import json
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 import torch
 from accelerate.utils import gather_object
-from torch import Tensor
 from tqdm import tqdm
 
-from skipdit.caching.policies import CachePlan, DriftSpec, Policy
+from skipdit.caching.policies import CachePolicy, parse_policy
 from skipdit.caching.runtime import SkipCache
 from skipdit.checkpoints.download import is_hub_name
 from skipdit.checkpoints.files import holds_weights
-from skipdit.config import in_the_project
+from skipdit.config import identity_of, in_the_project, to_dict
+from skipdit.encoders.autoencoder import pixels
 from skipdit.sampling.report import StepTimer, report
+from skipdit.sampling.sampler import Sampler
 from skipdit.utils.device import process_state
 from skipdit.utils.files import naming, replace_text, whole_file
+from skipdit.utils.provenance import fingerprint
 from skipdit.utils.signals import telling
 
 T = TypeVar("T")
@@ -128,66 +131,31 @@ class Job:
         """Whether all samples exist, of every process."""
         return all(self.path(i).exists() for i in range(self.total))
 
-    def batches(self, size: int) -> Iterator[list[int]]:
-        pending = self.pending()
-        for start in range(0, len(pending), size):
-            yield pending[start : start + size]
 
-
-def cache_identity(
-    policy: Policy, weights: str, sampler: str, guidance_scale: float, batch_size: int
-) -> dict[str, Any]:
-    """What of a caching policy determines the samples of a run. Warns of a plan for other runs.
-
-    Args:
-        weights: fingerprint of the model's.
-    """
-    if isinstance(policy, CachePlan):
-        policy.check(weights, sampler, guidance_scale)
-    together = {"batch_size": batch_size} if isinstance(policy, DriftSpec) else {}  # samples of a call decide together
-    return {"cache": str(policy), **together}
-
-
-def work_off(
-    job: Job,
-    batches: Iterable[list[int]],
-    make: Callable[[list[int], "StepTimer"], tuple[Tensor, SkipCache]],
-    save: Callable[[int, Tensor], None],
-    *,
-    idle: SkipCache,
-    flops: dict[str, float],
-    unit: str,
-    **more: Any,
-) -> dict:
-    """Make the samples of a job that are not there yet, and report.json.
-
-    Args:
-        batches: this process's pending samples, batch by batch.
-        make: `make(indices, timer)` gives the pixels of some samples, and the cache that their run had; it starts the
-            timer, and ticks after every step.
-        save: `save(index, pixels)` writes a sample.
-        idle: a cache of the run's spec and timesteps, for the report.
-        flops: of one full and one cached step, per sample.
-        unit: what a sample is, for people.
-        more: further entries of the report.
+def run_job(sampler: Sampler) -> tuple[Job, dict]:
+    """Make the samples of a config that are not there yet, and report.json.
 
     Returns:
-        The report, of what all processes made now. All samples exist then. If all of them existed before, it is the
-        one of then.
+        The job, all of whose samples exist then, and the report, of what all processes made now. If all of them
+        existed before, the report is the one of then.
     """
-    state, cache_bytes, made, full = process_state(), 0, 0, 0
+    state, config, policy = process_state(), sampler.config, parse_policy(sampler.config.cache)
+    job = _open_job(sampler, policy)
+    cache_bytes, made, full = 0, 0, 0
     timer, began, complete = StepTimer(state.device), time.perf_counter(), job.is_complete()
     state.wait_for_everyone()
-    progress = tqdm(total=len(job.pending()), desc=f"{unit}s", unit=unit, disable=not state.is_main_process)
+    unit, pending = sampler.unit, job.pending()
+    progress = tqdm(total=len(pending), desc=f"{unit}s", unit=unit, disable=not state.is_main_process)
 
     def how_to_go_on() -> str:
         return f"stopped; {job.made()} of {job.total} {unit}s are in {job.folder}: the same command makes the others"
 
     with progress, telling(how_to_go_on):
-        for indices in batches:
-            samples, cache = make(indices, timer)
-            for index, pixels in zip(indices, samples, strict=True):
-                save(index, pixels)
+        for indices in sampler.batches(pending):
+            timer.start()
+            latents, cache = sampler.latents(indices, config.steps, policy, lambda _, full: timer.tick(full))
+            for index, sample in zip(indices, pixels(sampler.vae, latents), strict=True):
+                job.save(index, partial(sampler.write, pixels=sample))
             made, full = made + len(indices), full + len(indices) * cache.full_steps
             cache_bytes = max(cache_bytes, cache.peak_bytes)
             progress.update(len(indices))
@@ -195,20 +163,22 @@ def work_off(
     state.wait_for_everyone()
     file = job.folder / "report.json"
     if complete and file.exists() and (before := json.loads(file.read_bytes()))["num_samples"] >= job.total:
-        return before
+        return job, before
     of_all, full_of_all = map(sum, zip(*gather_object([(made, full)]), strict=True))
-    known = None if isinstance(idle.spec, DriftSpec) else idle.full_steps
+    idle = SkipCache(policy, sampler.timesteps(config.steps))
+    known = None if policy.adaptive else idle.full_steps
     full_steps = full_of_all / of_all if of_all else known
     summary = report(
         idle,
         full_steps,
         timer.seconds(),
-        flops,
+        sampler.flops,
         cache_bytes=cache_bytes,
         num_samples=job.total,
         seconds_per_sample=seconds / made if made else None,  # of those that this process made now
         processes=state.num_processes,
-        **more,
+        seed=config.seed,
+        config=to_dict(config) | sampler.record(),
     )
     if state.is_main_process:
         replace_text(file, json.dumps(summary, indent=2) + "\n")
@@ -218,7 +188,21 @@ def work_off(
             told += f", {summary['flops_speedup']:.2f}x fewer FLOPs"
         times = summary["seconds_per_step"].items()
         print(told + "".join(f", {kind} step {value * 1e3:.1f} ms" for kind, value in times if value))
-    return summary
+    return job, summary
+
+
+def _open_job(sampler: Sampler, policy: CachePolicy) -> Job:
+    """The job of a sampler's config. Warns of a plan that was made for another run."""
+    state, config, model = process_state(), sampler.config, sampler.model
+    identity = identity_of(config) | sampler.identity()
+    identity |= {"weights": fingerprint(model), "vae": fingerprint(sampler.vae)}
+    identity |= {"dtype": str(model.dtype), "device": state.device.type}  # devices draw different noise from one seed
+    policy.check(identity["weights"], sampler.method, config.guidance_scale)
+    if policy.adaptive:  # samples of a call decide together
+        identity["batch_size"] = config.batch_size
+    identity["cache"] = str(policy)
+    place = state.process_index, state.num_processes
+    return Job(config.out, identity, sampler.total, sampler.suffix, *place, sampler.names)
 
 
 def require_finite(finite: list[torch.Tensor], timesteps: list[int], dtype: torch.dtype) -> None:

@@ -1,28 +1,96 @@
-"""The interface of samplers."""
+"""The interface of samplers, of which there are two: class-conditional and text-conditional."""
 
-from collections.abc import Iterator
-from typing import Any, Protocol
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
 
-from torch import Tensor, nn
+import torch
+from diffusers import AutoencoderKL
+from torch import Tensor
 
-from skipdit.caching.policies import Policy
+from skipdit.caching.policies import CachePolicy
+from skipdit.caching.runtime import SkipCache
+from skipdit.encoders.autoencoder import decode
 from skipdit.layers.skip import SkipTransformer
+from skipdit.utils.pixels import to_uint8
 
 
-class Sampler(Protocol):
-    """One config's model, ready to sample."""
+class Sampler(ABC):
+    """All samples of a config, with the models that make them on the device.
+
+    Attributes:
+        config: settings of the run.
+        model: the transformer itself, in eval mode.
+        vae: the autoencoder.
+        flops: FLOPs of one "full" and one "cached" step, per sample, guidance included.
+        total: number of samples.
+        names: of the samples' files, without suffix; None numbers them.
+        unit: what a sample is: "image" or "clip".
+        suffix: of a sample's file.
+    """
 
     config: Any
     model: SkipTransformer
-    vae: nn.Module
-    flops: dict[str, float]  # of one full and one cached step, per sample
-    method: str  # of sampling, as people call it
+    vae: AutoencoderKL
+    flops: dict[str, float]
+    total: int
+    names: Sequence[str] | None = None
+    unit: str = "image"
+    suffix: str = "png"
 
+    @property
+    @abstractmethod
+    def method(self) -> str:
+        """Name of the sampling method, as the config has it."""
+
+    @abstractmethod
     def timesteps(self, steps: int) -> list[float]:
-        """Of a run of so many steps, in sampling order."""
+        """Timesteps of a run of `steps` steps, in sampling order."""
 
-    def images(self, steps: int, spec: Policy) -> Iterator[Tensor]:
-        """Of every batch of the config's samples, (N, ..., 3, H, W) float32 in [-1, 1], on the CPU."""
+    @abstractmethod
+    def latents(
+        self, indices: list[int], steps: int, policy: CachePolicy, on_step: Callable[[int, bool], None] | None = None
+    ) -> tuple[Tensor, SkipCache]:
+        """Sample a batch.
 
-    def make(self, steps: int, spec: Policy) -> Tensor:
-        """All samples of the config, (N, ..., 3, H, W) uint8."""
+        Args:
+            indices: samples that can be made together, see `batches`.
+            on_step: called after every step, with its number and whether it was full.
+
+        Returns:
+            Latents (N, ..., C, h, w), float32, and the cache that the run had.
+        """
+
+    @abstractmethod
+    def identity(self) -> dict[str, Any]:
+        """What the samples depend on besides the config's settings, the weights and the policy."""
+
+    @abstractmethod
+    def write(self, path: Path, pixels: Tensor) -> None:
+        """Write a sample, uint8 of the shape that the autoencoder gives."""
+
+    def record(self) -> dict[str, Any]:
+        """Entries that the config gets in report.json."""
+        return {}
+
+    def batches(self, indices: Sequence[int]) -> Iterator[list[int]]:
+        """Divide samples into batches that can be made together."""
+        for start in range(0, len(indices), self.config.batch_size):
+            yield list(indices[start : start + self.config.batch_size])
+
+    def images(self, steps: int, policy: CachePolicy) -> Iterator[Tensor]:
+        """Make every batch of samples, (N, ..., 3, H, W) float32 in [-1, 1], on the CPU."""
+        for indices in self.batches(range(self.total)):
+            latents, _ = self.latents(indices, steps, policy)
+            yield decode(self.vae, latents).clamp(-1, 1).cpu()
+
+    def make(self, steps: int, policy: CachePolicy) -> Tensor:
+        """Make all samples, (N, ..., 3, H, W) uint8."""
+        return torch.cat([to_uint8(images) for images in self.images(steps, policy)])
+
+
+def check_branch(model: SkipTransformer, branch: int | None) -> None:
+    """Raise ValueError if a cache's branch, None without a cache, goes beyond a model's long skips."""
+    if branch is not None and branch > model.n_skips:
+        raise ValueError(f"cache branch {branch} is larger than the model's number of skips, {model.n_skips}")

@@ -4,8 +4,8 @@ import argparse
 import hashlib
 import inspect
 import json
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from abc import abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,22 +15,20 @@ import torch
 from diffusers import AutoencoderKL, ConfigMixin, DiffusionPipeline, SchedulerMixin
 from torch import Tensor, nn
 
-from skipdit.caching.policies import CacheSpec, Policy
+from skipdit.caching.policies import CachePolicy
 from skipdit.caching.runtime import SkipCache
 from skipdit.checkpoints.loading import load_weights
-from skipdit.config import require_seed, setting, to_dict
-from skipdit.encoders.autoencoder import decode, downsampling, pixels
+from skipdit.config import Settings, setting, to_dict
+from skipdit.encoders.autoencoder import downsampling
 from skipdit.layers.flops import step_flops
 from skipdit.layers.skip import SkipTransformer
 from skipdit.pipelines.cache import enable_cache
-from skipdit.sampling.job import Job, cache_identity, require_finite, work_off
+from skipdit.sampling.job import Job, require_finite
 from skipdit.sampling.prompts import slug
-from skipdit.sampling.report import StepTimer
+from skipdit.sampling.sampler import Sampler, check_branch
 from skipdit.utils.device import compile_mode, process_state, set_tf32
 from skipdit.utils.dtypes import resolve_dtype
 from skipdit.utils.files import replace_text
-from skipdit.utils.pixels import to_uint8
-from skipdit.utils.provenance import fingerprint
 
 WINDOW = "N{}-700-50"  # the released code's caching window, of both tasks
 SCHEDULERS = {
@@ -49,38 +47,33 @@ SCHEDULERS = {
 
 
 @dataclass
-class PromptConfig:
+class PromptConfig(Settings):
     """Settings of a run from prompts that do not depend on the task."""
 
-    out: str = setting("samples", "folder for the samples and the report")
-    prompts: list[str] = field(default_factory=list, metadata={"help": "what to show, as --prompt"})
+    out: str = setting("samples", "folder for the samples and the report", identity=False)
+    prompts: list[str] = field(default_factory=list, metadata={"identity": False, "help": "what to show, as --prompt"})
     prompt_file: str | None = setting(
-        None, "text file with a prompt per line, folder of such files, or CSV, JSON, JSONL of captions"
+        None, "text file with a prompt per line, folder of such files, or CSV, JSON, JSONL of captions", identity=False
     )
     negative_prompt: str = setting("", "what not to show")
-    height: int | None = setting(None, "pixels; unset: as the model was made for")
-    width: int | None = setting(None, "pixels; unset: as the model was made for")
-    batch_size: int = setting(1, "samples per model call and process (guidance doubles it)")
-    seed: int = setting(0, "seed of the run; sample i depends on it and on i")
+    height: int | None = setting(None, "pixels; unset: as the model was made for", identity=False, least=1)
+    width: int | None = setting(None, "pixels; unset: as the model was made for", identity=False, least=1)
+    batch_size: int = setting(1, "samples per model call and process (guidance doubles it)", identity=False, least=1)
+    seed: int = setting(0, "seed of the run; sample i depends on it and on i", least=0)
     scheduler: str = setting("ddim", f"one of {', '.join(SCHEDULERS)}")
-    steps: int = setting(50, "sampling steps")
-    guidance_scale: float = setting(7.5, "classifier-free guidance; 1 is none")
+    steps: int = setting(50, "sampling steps", least=1)
+    guidance_scale: float = setting(7.5, "classifier-free guidance; 1 is none", least=1)
     cache: str = setting("none", "Skip-Cache spec, as --cache")
     dtype: str = setting("auto", "auto, float32, bfloat16 or float16")
-    vae_slicing: bool = setting(False, "decode one picture at a time, to save memory")
+    vae_slicing: bool = setting(False, "decode one picture at a time, to save memory", identity=False)
     vae_tiling: bool = setting(False, "decode pictures in tiles, to save more")
-    offload: str = setting("none", "keep on the GPU only what runs: none, model (one by one) or group (layer by layer)")
+    offload: str = setting(
+        "none", "keep on the GPU only what runs: none, model (one by one) or group (layer by layer)", identity=False
+    )
     tf32: bool = setting(False, "let float32 products run in TF32 on the GPU: faster, to about three digits")
-    compile: str = setting("none", "torch.compile: none, default, reduce-overhead (CUDA graphs) or max-autotune")
-
-    def __post_init__(self):
-        require_seed(self.seed)
-
-
-# Settings that say where and how fast, not what is made; and those that the identity has in another form: weights by
-# their fingerprints, the size in pixels, models and scheduler by their configs.
-_FREE = {"out", "batch_size", "compile", "vae_slicing", "prompts", "prompt_file", "height", "width"}
-_FREE |= {"weights", "pipeline", "vae", "text_encoder", "tokenizer", "offload"}
+    compile: str = setting(
+        "none", "torch.compile: none, default, reduce-overhead (CUDA graphs) or max-autotune", identity=False
+    )
 
 
 def make_scheduler(name: str, settings: dict[str, Any]) -> SchedulerMixin:
@@ -135,8 +128,7 @@ def check_settings(
     unit = max(unit, downsampling(vae) * model.config.patch_size)
     if size[0] % unit or size[1] % unit:
         raise ValueError(f"height {size[0]} and width {size[1]} must be multiples of {unit} pixels")
-    if branch is not None and branch > model.n_skips:
-        raise ValueError(f"cache branch {branch} is larger than the model's number of skips, {model.n_skips}")
+    check_branch(model, branch)
     if model.config.in_channels != vae.config.latent_channels:
         raise ValueError(
             f"the model is for {model.config.in_channels} latent channels, and the autoencoder has "
@@ -197,40 +189,41 @@ def place(pipe: DiffusionPipeline, offload: str, device: torch.device) -> None:
     pipe.vae.to(device)
 
 
-class PromptSampler(ABC):
-    """All that a config asks for, on the device, ready to sample.
+class PromptSampler(Sampler):
+    """All samples of a config from prompts, by a diffusers pipeline.
 
     Attributes:
-        config: the run's.
-        pipe: without text encoders; its transformer may be compiled.
-        model: the transformer itself.
-        prompts: `copies` samples of each are made.
+        pipe: the pipeline, without text encoders; its transformer may be compiled.
+        prompts: what to show.
+        copies: samples of each prompt.
         encoder: fingerprint of the text encoder, or of both.
         size: height and width in pixels.
-        flops: of one full and one cached step, per sample.
     """
 
     config: PromptConfig
     pipe: DiffusionPipeline
-    model: SkipTransformer
     prompts: list[str]
     copies: int
     encoder: str
     size: tuple[int, int]
-    flops: dict[str, float]
 
     @abstractmethod
-    def batch(self, indices: list[int], steps: int, callback: Callable[[int], None] | None = None) -> Tensor:
-        """Latents of a batch of samples, (N, ..., C, h, w) float32."""
+    def call(self, indices: list[int], steps: int, callback: Callable[[int], None] | None) -> Tensor:
+        """Call the pipeline for a batch of samples.
 
-    def samples(self, indices: list[int], steps: int, callback: Callable[[int], None] | None = None) -> Tensor:
-        """Pixels of a batch of samples, (N, ..., 3, H, W) uint8, on the CPU."""
-        return pixels(self.pipe.vae, self.batch(indices, steps, callback))
+        Args:
+            callback: called with the number of every step, after it.
 
-    def batches(self, indices: Sequence[int]) -> Iterator[list[int]]:
-        """Samples that can be made together."""
-        for start in range(0, len(indices), self.config.batch_size):
-            yield list(indices[start : start + self.config.batch_size])
+        Returns:
+            Latents (N, ..., C, h, w), float32.
+        """
+
+    def latents(
+        self, indices: list[int], steps: int, policy: CachePolicy, on_step: Callable[[int, bool], None] | None = None
+    ) -> tuple[Tensor, SkipCache]:
+        cache = enable_cache(self.pipe, policy)
+        latents = self.call(indices, steps, None if on_step is None else lambda i: on_step(i, cache.run.ran[i]))
+        return latents, cache.run
 
     @property
     def method(self) -> str:
@@ -245,22 +238,30 @@ class PromptSampler(ABC):
         scheduler.set_timesteps(steps)
         return scheduler.timesteps.tolist()
 
-    def images(self, steps: int, spec: Policy) -> Iterator[Tensor]:
-        """(N, ..., 3, H, W) float32 in [-1, 1], of every batch."""
-        enable_cache(self.pipe, spec)
-        for indices in self.batches(range(len(self.prompts) * self.copies)):
-            yield decode(self.pipe.vae, self.batch(indices, steps)).clamp(-1, 1).cpu()
+    def identity(self) -> dict[str, Any]:
+        return {
+            "size": self.size,
+            "prompts": self.prompts,
+            "text_encoder": self.encoder,
+            "model": _settings(self.model),
+            "scheduler_config": _settings(self.pipe.scheduler),
+        }
 
-    def make(self, steps: int, spec: Policy) -> Tensor:
-        """All samples of the config, (N, ..., 3, H, W) uint8."""
-        return torch.cat([to_uint8(images) for images in self.images(steps, spec)])
+    def record(self) -> dict[str, Any]:
+        return {"prompts": self.prompts}
 
     def _open(
-        self, parts: Parts, branch: int | None, make: Callable[[PromptConfig, Parts], DiffusionPipeline], **sizes: int
+        self,
+        parts: Parts,
+        names: list[str],
+        branch: int | None,
+        make: Callable[[PromptConfig, Parts], DiffusionPipeline],
+        **sizes: int,
     ) -> None:
         """Count what a step costs, then load the pipeline; the text encoders have left the device by now.
 
         Args:
+            names: of the samples' files, without suffix.
             branch: the cache's, None without a cache.
             make: loads the parts, and makes the pipeline of them.
             sizes: of the samples, as the model's `random_inputs` takes them.
@@ -268,7 +269,7 @@ class PromptSampler(ABC):
         state, factor = process_state(), downsampling(parts.vae)
         height, width = (side // factor for side in parts.size)
         rows = 2 if self.config.guidance_scale > 1 else 1
-        self.size = parts.size
+        self.size, self.names, self.total = parts.size, names, len(names)
         self.flops = step_flops(parts.model, rows, branch or 1, height=height, width=width, **sizes)
         if state.device.type == "cuda":
             torch.cuda.empty_cache()
@@ -281,57 +282,10 @@ class PromptSampler(ABC):
         place(self.pipe, self.config.offload, state.device)
 
 
-def run_job(
-    sampler: PromptSampler,
-    names: list[str],
-    save: Callable[[Job, int, Tensor], None],
-    suffix: str,
-    unit: str,
-    free: set[str],
-) -> tuple[Job, dict]:
-    """Make the samples of a config that are not there yet, report.json, and prompts.json, which says what is what.
-
-    Args:
-        names: of the samples' files, without suffix.
-        save: `save(job, index, pixels)` writes a sample.
-        suffix: of its file.
-        unit: what a sample is, for people.
-        free: the task's settings that do not determine the samples.
-
-    Returns:
-        The job, all of whose samples exist then, and the run's report.
-    """
-    state, config, model, pipe = process_state(), sampler.config, sampler.model, sampler.pipe
-    spec = CacheSpec.parse(config.cache)
-    cache = enable_cache(pipe, spec)
-    identity = {key: value for key, value in to_dict(config).items() if key not in _FREE | free}
-    identity |= {"size": sampler.size, "prompts": sampler.prompts, "text_encoder": sampler.encoder}
-    identity |= {"weights": fingerprint(model), "vae": fingerprint(pipe.vae)}
-    identity |= {"model": _settings(model), "scheduler_config": _settings(pipe.scheduler)}
-    identity |= {"dtype": str(model.dtype), "device": state.device.type}  # devices draw different noise from one seed
-    identity |= cache_identity(spec, identity["weights"], sampler.method, config.guidance_scale, config.batch_size)
-    job = Job(config.out, identity, len(names), suffix, state.process_index, state.num_processes, names)
-
-    def make(indices: list[int], timer: StepTimer) -> tuple[Tensor, SkipCache]:
-        timer.start()
-        return sampler.samples(indices, config.steps, lambda i: timer.tick(cache.run.ran[i])), cache.run
-
-    summary = work_off(
-        job,
-        sampler.batches(job.pending()),
-        make,
-        lambda index, pixels: save(job, index, pixels),
-        idle=SkipCache(spec, sampler.timesteps(config.steps)),
-        flops=sampler.flops,
-        unit=unit,
-        seed=config.seed,
-        config=to_dict(config) | {"prompts": sampler.prompts},
-    )
-    if state.is_main_process:
-        table = {job.path(i).name: sampler.prompts[i // sampler.copies] for i in range(job.total)}
-        text = json.dumps(table, indent=2, ensure_ascii=False) + "\n"
-        replace_text(job.folder / "prompts.json", text)
-    return job, summary
+def write_prompts(job: Job, sampler: PromptSampler) -> None:
+    """Write prompts.json, which says what each sample shows."""
+    table = {job.path(i).name: sampler.prompts[i // sampler.copies] for i in range(job.total)}
+    replace_text(job.folder / "prompts.json", json.dumps(table, indent=2, ensure_ascii=False) + "\n")
 
 
 def _settings(part: ConfigMixin) -> dict[str, Any]:

@@ -9,8 +9,7 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 from omegaconf import OmegaConf
 
-from skipdit.config import flatten, to_yaml
-from skipdit.training.settings import _FREE
+from skipdit.config import flatten, free_settings, to_yaml
 from skipdit.utils.files import naming, replace_text
 from skipdit.utils.lock import hold
 
@@ -39,7 +38,9 @@ def claim_folder(out: Path, run_config: Any, accelerator: Accelerator) -> None:
     if path.exists():
         defaults = flatten(OmegaConf.structured(type(run_config)))  # of settings that are newer than the run
         before, now = defaults | flatten(OmegaConf.load(path)), flatten(OmegaConf.create(text))
-        free = _FREE - ({"train.steps"} if now.get("train.decay_steps") else set())  # which counts back from the end
+        free = free_settings(type(run_config))
+        if now.get("train.decay_steps"):  # which counts back from the end
+            free.discard("train.steps")
         differ = [k for k in before | now if before.get(k) != now.get(k) and k not in free]
         if differ:
             raise ValueError(

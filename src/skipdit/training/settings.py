@@ -7,58 +7,52 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from skipdit.config import require_seed, setting
+from skipdit.config import Settings, setting
 from skipdit.utils.seeding import seed_of
 
 
 @dataclass
-class TrainConfig:
+class TrainConfig(Settings):
     """Settings of `fit`."""
 
-    steps: int = setting(400_000, "optimizer steps")
-    batch_size: int = setting(256, "samples per optimizer step, over all processes")
-    micro_batch_size: int | None = setting(None, "samples per forward pass and process; fewer accumulate gradients")
+    steps: int = setting(400_000, "optimizer steps", identity=False, least=0)
+    batch_size: int = setting(256, "samples per optimizer step, over all processes", least=1)
+    micro_batch_size: int | None = setting(
+        None, "samples per forward pass and process; fewer accumulate gradients", identity=False, least=1
+    )
     optimizer: str = setting("adamw", "adamw, or muon: Muon for the matrices of blocks and skips, AdamW for the rest")
-    lr: float = setting(1e-4, "learning rate")
-    muon_lr: float | None = setting(None, "Muon's learning rate; as lr by default")
-    warmup: int = setting(0, "steps of linear warm-up")
-    decay_steps: int = setting(0, "steps of linear decay to zero at the end")
-    weight_decay: float = setting(0.0, "weight decay")
+    lr: float = setting(1e-4, "learning rate", least=0)
+    muon_lr: float | None = setting(None, "Muon's learning rate; as lr by default", least=0)
+    warmup: int = setting(0, "steps of linear warm-up", least=0)
+    decay_steps: int = setting(0, "steps of linear decay to zero at the end", least=0)
+    weight_decay: float = setting(0.0, "weight decay", least=0)
     betas: tuple[float, float] = setting((0.9, 0.999), "AdamW betas")
-    grad_clip: float = setting(0.0, "largest gradient norm; 0 leaves gradients alone")
-    ema_decay: float = setting(0.9999, "decay of the averaged weights")
+    grad_clip: float = setting(0.0, "largest gradient norm; 0 leaves gradients alone", least=0)
+    ema_decay: float = setting(0.9999, "decay of the averaged weights", least=0, most=1)
     freeze: bool = setting(False, "stage 1: train the long skips only")
     spectral: str = setting("none", "bound the skips' largest singular values: none, penalty or cap")
-    spectral_weight: float = setting(0.01, "of the penalty, half the sum of their squares")
-    spectral_cap: float = setting(1.0, "the largest one that a cap leaves")
+    spectral_weight: float = setting(0.01, "of the penalty, half the sum of their squares", least=0)
+    spectral_cap: float = setting(1.0, "the largest one that a cap leaves", least=0)
     precision: str = setting("bf16", "fp32 or bf16: automatic mixed precision; weights stay float32")
     tf32: bool = setting(True, "let float32 products run in TF32 on the GPU, as the released code does")
-    gradient_checkpointing: bool = setting(False, "recompute activations in the backward pass to save memory")
-    compile: bool = setting(False, "compile the model with torch.compile")
-    parallel: str = setting("ddp", "ddp, or fsdp to shard weights, gradients and optimizer over the processes")
-    seed: int = setting(0, "seed of everything")
-    workers: int = setting(4, "data loading processes per training process")
-    log_every: int = setting(50, "steps between lines of stats.jsonl and tensorboard; 0: the last only")
-    save_every: int = setting(5_000, "steps between checkpoints; 0: the last only")
-    keep: int = setting(3, "checkpoints to keep; 0 for all")
-    sample_every: int = setting(10_000, "steps between sample grids; 0 for none")
-    max_bad_steps: int = setting(10, "abort after this many steps in a row with a non-finite loss")
-
-    def __post_init__(self):
-        require_seed(self.seed)
-
-
-# Settings that may differ when a run is resumed: places, and what does not change what is computed.
-_FREE = {"out", "init", "vae", "text_encoder", "tokenizer", "texts", "model.folder", "grid_guidance"}
-_FREE |= {"data.path", "data.image_path", "data.captions"}
-_FREE |= {f"{text}.{name}" for text in ("clip", "t5") for name in ("encoder", "tokenizer", "files")}
-_FREE |= {
-    f"train.{name}"
-    for name in (
-        *("steps", "micro_batch_size", "parallel", "compile", "gradient_checkpointing", "workers"),
-        *("log_every", "save_every", "keep", "sample_every", "max_bad_steps"),
+    gradient_checkpointing: bool = setting(
+        False, "recompute activations in the backward pass to save memory", identity=False
     )
-}
+    compile: bool = setting(False, "compile the model with torch.compile", identity=False)
+    parallel: str = setting(
+        "ddp", "ddp, or fsdp to shard weights, gradients and optimizer over the processes", identity=False
+    )
+    seed: int = setting(0, "seed of everything", least=0)
+    workers: int = setting(4, "data loading processes per training process", identity=False, least=0)
+    log_every: int = setting(
+        50, "steps between lines of stats.jsonl and tensorboard; 0: the last only", identity=False, least=0
+    )
+    save_every: int = setting(5_000, "steps between checkpoints; 0: the last only", identity=False, least=0)
+    keep: int = setting(3, "checkpoints to keep; 0 for all", identity=False, least=0)
+    sample_every: int = setting(10_000, "steps between sample grids; 0 for none", identity=False, least=0)
+    max_bad_steps: int = setting(
+        10, "abort after this many steps in a row with a non-finite loss", identity=False, least=1
+    )
 
 
 class Draw:
