@@ -12,6 +12,7 @@ from torchvision import datasets
 
 from skipdit.config import Settings, setting
 from skipdit.data.files import IMAGE_SUFFIXES, is_a, is_visible, read_picture, walk
+from skipdit.utils.pixels import to_float, to_uint8  # noqa: F401 (their place in version 0.1)
 
 SUFFIXES = IMAGE_SUFFIXES | {".pgm", ".ppm", ".tif", ".tiff"}  # of images in class folders
 TOO_LONG = 16  # times as long as its size wants it
