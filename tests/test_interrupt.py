@@ -124,8 +124,9 @@ def test_a_second_signal_ends_at_once(config, tmp_path):
     script = f"""
 import sys, time
 sys.path.insert(0, {str(ROOT / "tests")!r})
-from skipdit.config import friendly_errors
-from skipdit.train import TrainConfig, fit
+from skipdit.cli import friendly_errors
+from skipdit.training.loop import fit
+from skipdit.training.settings import TrainConfig
 from conftest import tiny_dit
 
 def loss(model, batch, draw):

@@ -323,7 +323,7 @@ def test_table_refuses_another_reading(table_folder, reading):
     with pytest.raises(ValueError, match=r"texts was encoded for latte with 120 tokens at most") as error:
         TextTable(table_folder, CAPTIONS, reading)
     assert f"what is needed is {reading.role} with {reading.max_tokens}. " in str(error.value)
-    assert f"encode_text --role {reading.role} --max-tokens {reading.max_tokens}` into" in str(error.value)
+    assert f"encode-text --role {reading.role} --max-tokens {reading.max_tokens}` into" in str(error.value)
 
 
 def test_refuses_to_continue_with_another_reading(encoder, table_folder):
@@ -371,7 +371,7 @@ def test_table_refuses_mixed_encoders(encoder, table_folder, copy):
 
 
 def test_table_refuses_a_folder_without_files(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"no text embeddings in .*nowhere; .*skipdit.data.encode_text --help"):
+    with pytest.raises(FileNotFoundError, match=r"no text embeddings in .*nowhere; .*skipdit encode-text --help"):
         TextTable(tmp_path / "nowhere")
 
 
@@ -516,7 +516,7 @@ def test_a_hub_that_answers_is_not_away(away, monkeypatch):
 )
 def test_refuses_damaged_files(copy, file, content):
     (copy / file).write_bytes(content)
-    with pytest.raises(ValueError, match=r"cannot load text encoder .*/text_encoder with tokenizer .*\.download"):
+    with pytest.raises(ValueError, match=r"cannot load text encoder .*/text_encoder with tokenizer .*skipdit download"):
         load_text_encoder(str(copy / "text_encoder"))
 
 

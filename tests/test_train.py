@@ -166,7 +166,8 @@ COUNT_MODELS = """
 import gc, sys
 import torch
 from skipdit.class_to_image import DiT
-from skipdit.train import TrainConfig, fit
+from skipdit.training.loop import fit
+from skipdit.training.settings import TrainConfig
 
 def count():
     return sum(isinstance(thing, DiT) and not next(thing.parameters()).is_meta for thing in gc.get_objects())

@@ -456,7 +456,7 @@ def test_only_what_is_used_is_read(tmp_path):
     torch.save({"model": big, "ema": torch.nn.Linear(4, 4).state_dict(), "opt": {}}, path)
     script = f"""
         import re, torch
-        from skipdit.weights import load_weights
+        from skipdit import load_weights
 
         def peak():  # MiB; unlike getrusage's it is not inherited from the process that started this one
             return int(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1]) / 1024
