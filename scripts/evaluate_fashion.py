@@ -93,8 +93,8 @@ def evaluate(config: Config, data: Path, out: Path, caches: list[str]) -> dict:
         )
     if not 2 <= count <= 10_000:
         raise ValueError(f"--samples is {count}; 2 to 10000 can be compared with the real test images")
-    branches = [policy.branch for policy in policies if not isinstance(policy, int)]
-    sampler = ImageSampler(replace(config, dtype="float32", classes=list(range(CLASSES))), max(branches))
+    branches = [policy.branch for policy in policies if not isinstance(policy, int) and policy.caches]
+    sampler = ImageSampler(replace(config, dtype="float32", classes=list(range(CLASSES))), max(branches, default=None))
     model, vae = sampler.model, sampler.vae
 
     out.mkdir(parents=True, exist_ok=True)
