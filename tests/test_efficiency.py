@@ -3,6 +3,7 @@
 import copy
 import json
 import os
+import re
 import runpy
 import struct
 import sys
@@ -14,6 +15,7 @@ from conftest import ROOT, tiny_dit
 from PIL import Image
 
 from skipdit.caching.policies import CachePlan
+from skipdit.checkpoints.released import to_released
 from skipdit.data import encode
 from skipdit.diffusion.gaussian import Diffusion
 from skipdit.evaluation.fashion import Classifier, Judge, load_judge
@@ -253,3 +255,21 @@ def test_evaluate_fashion(data, tmp_path, monkeypatch, capsys):
     with pytest.raises(SystemExit):
         runpy.run_path("scripts/evaluate_fashion.py", run_name="__main__")
     assert "give an interval, a plan, or a number of uncached steps" in capsys.readouterr().err
+
+
+def test_evaluate_fashion_of_a_plain_model(data, tmp_path, monkeypatch, capsys):
+    """It has no cache, but fewer steps; by default the config's own weights are judged."""
+    (tmp_path / "results").mkdir()
+    torch.save(Classifier().state_dict(), tmp_path / "results/classifier.pt")
+    torch.save(
+        {"ema": to_released(tiny_dit(input_size=8, patch_size=1, skip=False).state_dict())}, tmp_path / "plain.pt"
+    )
+    demo = (ROOT / "configs/class-to-image/demo.yaml").read_text()
+    demo = re.sub("model: .*", "model: {patch_size: 1, hidden_size: 32, depth: 4, num_heads: 2, num_classes: 10}", demo)
+    (tmp_path / "plain.yaml").write_text(demo.replace("vae: ", f"vae: {ROOT}/"))
+    monkeypatch.setattr("skipdit.evaluation.fashion.LEAST_ACCURACY", 0.0)
+    command = f"evaluate --data {data / 'data'} --config {tmp_path / 'plain.yaml'} --weights {tmp_path / 'plain.pt'}"
+    command += f" --out {tmp_path / 'results'} --samples 3 --batch-size 3 --steps 4 --cache 2"
+    monkeypatch.setattr(sys, "argv", command.split())
+    runpy.run_path(str(ROOT / "scripts/evaluate_fashion.py"), run_name="__main__")
+    assert "| 2 steps | 2 + 0 | 2.00x |" in capsys.readouterr().out
