@@ -265,7 +265,8 @@ def test_evaluate_fashion_of_a_plain_model(data, tmp_path, monkeypatch, capsys):
         {"ema": to_released(tiny_dit(input_size=8, patch_size=1, skip=False).state_dict())}, tmp_path / "plain.pt"
     )
     demo = (ROOT / "configs/class-to-image/demo.yaml").read_text()
-    demo = re.sub("model: .*", "model: {patch_size: 1, hidden_size: 32, depth: 4, num_heads: 2, num_classes: 10}", demo)
+    sizes = "patch_size: 1, hidden_size: 32, depth: 4, num_heads: 2, num_classes: 10, skip: false"
+    demo = re.sub("model: .*", f"model: {{{sizes}}}", demo)
     (tmp_path / "plain.yaml").write_text(demo.replace("vae: ", f"vae: {ROOT}/"))
     monkeypatch.setattr("skipdit.evaluation.fashion.LEAST_ACCURACY", 0.0)
     command = f"evaluate --data {data / 'data'} --config {tmp_path / 'plain.yaml'} --weights {tmp_path / 'plain.pt'}"
