@@ -440,9 +440,9 @@ def test_frames_of_one_number_have_an_order(tmp_path):
         ("classes", {"clip_list": "EMPTY/list"}, ValueError, "EMPTY/list holds no video files"),
         ("faces", {"images": 1, "image_list": "nowhere.txt"}, FileNotFoundError, "no list nowhere.txt: No such file"),
         ("faces", {"images": 1, "image_list": "EMPTY/list"}, ValueError, "EMPTY/list lists no pictures"),
-        ("classes", {"num_frames": 0}, ValueError, "num_frames 0 and frame_interval 3 must be at least 1"),
-        ("classes", {"frame_interval": 0}, ValueError, "frame_interval 0 must be at least 1"),
-        ("classes", {"images": -1}, ValueError, "images -1"),
+        ("classes", {"num_frames": 0}, ValueError, "num_frames is 0; it should be 1 or more"),
+        ("classes", {"frame_interval": 0}, ValueError, "frame_interval is 0; it should be 1 or more"),
+        ("classes", {"images": -1}, ValueError, "images is -1; it should be 0 or more"),
         ("frames", {"num_frames": 9}, ValueError, "all 4 clips are too short, for example film0/shot0: 20 frames"),
     ],
 )

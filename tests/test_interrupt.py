@@ -282,6 +282,22 @@ def test_commands_of_files_end_with_the_code_of_the_signal():
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
 
 
+def test_what_a_signal_meets_half_made_says_nothing(capsys, monkeypatch):
+    monkeypatch.setattr(sys, "unraisablehook", sys.__unraisablehook__)
+
+    class Bar:
+        def __init__(self):
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(5)
+
+        def __del__(self):
+            print(self.position)
+
+    with pytest.raises(SystemExit) as caught, friendly_errors():
+        Bar()
+    assert caught.value.code == 130 and "Exception ignored" not in capsys.readouterr().err
+
+
 # Disks
 
 

@@ -66,7 +66,7 @@ def test_wheel_holds_every_package_and_data_file(wheel):
     for task, package in TASKS.items():
         weights = [path for path in task.glob("weights/**/*") if path.is_file()]
         assert weights, f"{task} has no embedded model"
-        assert sum(path.stat().st_size for path in weights) < 15e6, "the embedded model is to stay small"
+        assert sum(path.stat().st_size for path in weights) < 20e6, "the embedded models are to stay small"
         files = [*task.rglob("*.py"), *weights]
         expected |= {f"{package.replace('.', '/')}/{path.relative_to(task).as_posix()}" for path in files}
     assert TASKS
