@@ -51,9 +51,8 @@ def friendly_errors(again: str = "goes on with what is complete") -> Iterator[No
         with stop_signals():
             yield
     except KeyboardInterrupt as stop:
-        sys.unraisablehook = lambda _: (
-            None
-        )  # what the signal met half made, such as a progress bar, complains as it goes
+        # What the signal met half made, such as a progress bar, complains as it goes.
+        sys.unraisablehook = lambda _: None
         traceback.clear_frames(stop.__traceback__)  # what holds processes that load data, which would be waited for
         told = getattr(stop, "told", None)
         told = f"stopped; the same command {again}" if told is None else told
