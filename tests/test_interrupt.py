@@ -298,6 +298,23 @@ def test_what_a_signal_meets_half_made_says_nothing(capsys, monkeypatch):
     assert caught.value.code == 130 and "Exception ignored" not in capsys.readouterr().err
 
 
+def test_a_signal_that_meets_a_destructor_is_not_lost(monkeypatch):
+    """Python drops what is raised there. The end of a data loader's processes is waited for in one."""
+    monkeypatch.setattr(sys, "unraisablehook", sys.__unraisablehook__)
+
+    class Loader:
+        def __del__(self):
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(1)
+
+    with pytest.raises(SystemExit) as caught, friendly_errors():
+        loader = Loader()
+        del loader
+        time.sleep(5)
+        pytest.fail("the signal is lost")
+    assert caught.value.code == 130
+
+
 # Disks
 
 

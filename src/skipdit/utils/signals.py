@@ -1,13 +1,16 @@
 """Ctrl-C and SIGTERM: a program ends early, leaves nothing half done, and says how to go on."""
 
+import _thread
 import multiprocessing
 import os
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
+from typing import Any
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 _SAME = 0.2  # seconds within which a second signal is the first once more: `timeout` and some launchers send two
@@ -62,12 +65,34 @@ def stop_signals(finish: bool = False) -> Iterator[StopSignals]:
     if threading.current_thread() is not threading.main_thread():
         yield stop
         return
-    before = {number: signal.signal(number, stop.receive) for number in SIGNALS}
+    before, hook = {number: signal.signal(number, stop.receive) for number in SIGNALS}, sys.unraisablehook
+
+    def dropped(unraisable: Any) -> None:
+        """Python drops what is raised in a destructor, such as that of a data loader that ends: send it once more."""
+        error = unraisable.exc_value
+        if not isinstance(error, Stopped):
+            hook(unraisable)
+            return
+        stop.signum = None
+        timer = threading.Timer(0.05, _send, (error.signum,))
+        timer.daemon = True
+        timer.start()
+
+    sys.unraisablehook = dropped
     try:
         yield stop
     finally:
+        sys.unraisablehook = hook
         for number, handler in before.items():
             signal.signal(number, signal.SIG_DFL if handler is None else handler)
+
+
+def _send(signum: int) -> None:
+    """Send a signal to this process."""
+    if os.name == "posix":
+        os.kill(os.getpid(), signum)
+    else:
+        _thread.interrupt_main(signum)
 
 
 @contextmanager
