@@ -14,7 +14,7 @@ from torch import nn
 
 from skipdit.class_to_image.model import DiT
 from skipdit.cli import friendly_errors
-from skipdit.training.settings import set_trainable
+from skipdit.training.steps import set_trainable
 from skipdit.utils.timing import interleaved_seconds
 
 

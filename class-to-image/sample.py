@@ -7,7 +7,14 @@ Writes single PNGs, grid.png, report.json and, with npz=true, samples.npz for AD
 again continues an interrupted run; any number of processes makes the same images, to rounding.
 """
 
-from dataclasses import dataclass, field, fields
+from skipdit.class_to_image.settings import ModelConfig, read_arguments
+from skipdit.class_to_image.settings import SampleConfig as Config
+
+if __name__ == "__main__":
+    read_arguments(__doc__)  # answers --help and mistakes before the imports below, which take seconds
+
+
+from dataclasses import fields
 from pathlib import Path
 
 import numpy as np
@@ -19,41 +26,12 @@ from tqdm import tqdm
 
 from skipdit.caching.policies import parse_policy
 from skipdit.class_to_image.model import DiT
-from skipdit.cli import friendly_errors, make_parser
-from skipdit.config import Settings, load_config, setting
+from skipdit.cli import friendly_errors
 from skipdit.encoders.autoencoder import latent_size
-from skipdit.sampling.arguments import add_cache_arguments, cache_override, original_model_name
-from skipdit.sampling.class_conditional import ClassSampler, SamplingConfig
+from skipdit.sampling.class_conditional import ClassSampler
 from skipdit.sampling.job import Job, run_job
 from skipdit.utils.device import process_state
 from skipdit.utils.files import whole_file, write_png
-
-WINDOW = "N{}-1000-20-b4"  # the original code's caching window for this task
-
-
-@dataclass
-class ModelConfig(Settings):
-    """A model by name, or by its constructor's arguments; unset ones are the class's defaults or the name's."""
-
-    name: str | None = setting(None, "DiT-skip, DiT-{S,B,L,XL}/{2,4,8}[-skip]; unset: the arguments below")
-    patch_size: int | None = setting(None, "side of a patch in latent pixels", least=1)
-    hidden_size: int | None = setting(None, "width", least=1)
-    depth: int | None = setting(None, "number of blocks", least=1)
-    num_heads: int | None = setting(None, "attention heads", least=1)
-    num_classes: int = setting(1000, "classes; the null class is added", least=1)
-    skip: bool | None = setting(None, "long skips")
-    fuse: str | None = setting(None, "how skips join: replace as in the paper, or residual, which start at zero")
-
-
-@dataclass
-class Config(SamplingConfig):
-    """A class-to-image sampling run."""
-
-    out: str = setting("samples/class-to-image", "folder for the images and the report", identity=False)
-    guidance_scale: float = setting(4.0, "classifier-free guidance; 1 is none", least=0)
-    guidance_channels: int | None = setting(3, "latent channels to guide; null for all", least=1)
-    npz: bool = setting(False, "also pack all images into samples.npz for ADM's evaluation suite", identity=False)
-    model: ModelConfig = field(default_factory=ModelConfig)
 
 
 def build_model(config: ModelConfig, input_size: int, in_channels: int = 4) -> DiT:
@@ -104,19 +82,9 @@ def _pixels(job: Job, index: int) -> np.ndarray:
 
 
 def main() -> None:
-    parser = make_parser(Config, __doc__)
-    add_cache_arguments(parser, WINDOW)
-    parser.add_argument(
-        "--model", metavar="NAME", help="model name, as model.name; the original's DiT-cache-N also sets the cache"
-    )
-    args = parser.parse_intermixed_args()
+    config = read_arguments(__doc__)
     with friendly_errors():
-        if args.model:
-            name, interval = original_model_name(args.model)
-            args.overrides.append(f"model.name={name}")
-            args.cache_step = args.cache_step or interval
-        spec = cache_override(args, WINDOW)
-        sample(load_config(Config, args.config, args.overrides + spec))
+        sample(config)
 
 
 if __name__ == "__main__":

@@ -6,16 +6,20 @@
 The same command again continues an interrupted run.
 """
 
-from dataclasses import dataclass, field
+from skipdit.class_to_image.settings import TrainingConfig as Config
+from skipdit.training.arguments import read_arguments
+
+if __name__ == "__main__":
+    read_arguments(Config, __doc__)  # answers --help and mistakes before the imports below, which take seconds
+
+
 from pathlib import Path
 
 import torch
 from torchvision.utils import make_grid
 
 from skipdit.class_to_image.model import DiT
-from skipdit.class_to_image.sample import ModelConfig, build_model
-from skipdit.config import Settings, setting
-from skipdit.data.images import ImageData
+from skipdit.class_to_image.sample import build_model
 from skipdit.data.latents import open_images
 from skipdit.diffusion.gaussian import Diffusion
 from skipdit.encoders.autoencoder import decode, latent_size
@@ -23,28 +27,11 @@ from skipdit.sampling.class_conditional import generate
 from skipdit.training.latents import clean_latents
 from skipdit.training.loop import fit
 from skipdit.training.prepare import open_training, run_trainer
-from skipdit.training.settings import Draw, TrainConfig
+from skipdit.training.steps import Draw
 from skipdit.utils.device import process_state
 from skipdit.utils.files import write_png
 from skipdit.utils.pixels import to_uint8
 from skipdit.utils.seeding import generators
-
-
-@dataclass
-class Config(Settings):
-    """A class-to-image training run."""
-
-    out: str = setting("results/class-to-image", "run folder", identity=False)
-    init: str | None = setting(
-        None, "checkpoint to start from; a plain DiT may start a skip model (stage 1)", identity=False
-    )
-    vae: str = setting("stabilityai/sd-vae-ft-ema", "autoencoder, folder or Hub name", identity=False)
-    vae_fingerprint: str | None = setting(None, "of the autoencoder; the trainer fills it in and refuses another")
-    label_dropout: float = setting(0.1, "share of labels replaced by the null class, for guidance", least=0, most=1)
-    grid_guidance: float = setting(4.0, "guidance scale of the sample grids", identity=False, least=0)
-    model: ModelConfig = field(default_factory=ModelConfig)
-    data: ImageData = field(default_factory=ImageData)
-    train: TrainConfig = field(default_factory=TrainConfig)
 
 
 def train(config: Config, dry_run: bool = False) -> DiT:

@@ -8,53 +8,30 @@ them in motion, and report.json. The same command again continues an interrupted
 same clips, to rounding.
 """
 
-from dataclasses import dataclass, field, fields
+from skipdit.class_to_video.settings import ModelConfig, read_arguments
+from skipdit.class_to_video.settings import SampleConfig as Config
+
+if __name__ == "__main__":
+    read_arguments(__doc__)  # answers --help and mistakes before the imports below, which take seconds
+
+
+from dataclasses import fields
 from pathlib import Path
 
 from torch import Tensor
 
 from skipdit.caching.policies import parse_policy
 from skipdit.class_to_video.model import Latte
-from skipdit.cli import friendly_errors, make_parser
-from skipdit.config import Settings, load_config, setting
+from skipdit.cli import friendly_errors
 from skipdit.data.video import add_gifs, read_mp4
 from skipdit.encoders.autoencoder import latent_size
-from skipdit.sampling.arguments import add_cache_arguments, cache_override
-from skipdit.sampling.class_conditional import ClassSampler, SamplingConfig
+from skipdit.sampling.class_conditional import ClassSampler
 from skipdit.sampling.job import run_job
 from skipdit.utils.device import process_state
 from skipdit.utils.files import write_png
 from skipdit.utils.video import check_fps, contact_sheet, side_by_side, write_gif, write_mp4
 
-WINDOW = "N{}-900-49"  # the original code's caching window for this task
 SHOWN = 16  # clips on the contact sheet
-
-
-@dataclass
-class ModelConfig(Settings):
-    """A model by name, or by its constructor's arguments; unset ones are the class's defaults or the name's."""
-
-    name: str | None = setting(None, "Latte-skip, Latte-{S,B,L,XL}/{2,4,8}[-skip]; unset: the arguments below")
-    patch_size: int | None = setting(None, "side of a patch in latent pixels", least=1)
-    hidden_size: int | None = setting(None, "width", least=1)
-    depth: int | None = setting(None, "number of blocks, two per pair", least=1)
-    num_heads: int | None = setting(None, "attention heads", least=1)
-    num_classes: int | None = setting(None, "classes; unset: unconditional", least=1)
-    skip: bool | None = setting(None, "long skips")
-    n_skips: int | None = setting(None, "long skips, counted from the outer pairs; unset: all of them", least=0)
-    fuse: str | None = setting(None, "how skips join: replace as in the paper, or residual, which start at zero")
-
-
-@dataclass
-class Config(SamplingConfig):
-    """A class-to-video sampling run."""
-
-    out: str = setting("samples/class-to-video", "folder for the clips and the report", identity=False)
-    num_frames: int = setting(16, "frames of a clip, as the model was trained", least=1)
-    fps: float = setting(8.0, "frames per second of the files", least=0.01, most=1000)
-    gif: bool = setting(True, "also write every clip as GIF", identity=False)
-    batch_size: int = setting(2, "clips per model call and process (guidance doubles it)", identity=False, least=1)
-    model: ModelConfig = field(default_factory=ModelConfig)
 
 
 def build_model(config: ModelConfig, input_size: int, num_frames: int, in_channels: int = 4) -> Latte:
@@ -98,12 +75,9 @@ def sample(config: Config) -> dict:
 
 
 def main() -> None:
-    parser = make_parser(Config, __doc__)
-    add_cache_arguments(parser, WINDOW)
-    args = parser.parse_intermixed_args()
+    config = read_arguments(__doc__)
     with friendly_errors():
-        spec = cache_override(args, WINDOW)
-        sample(load_config(Config, args.config, args.overrides + spec))
+        sample(config)
 
 
 if __name__ == "__main__":

@@ -6,16 +6,20 @@
 The same command again continues an interrupted run.
 """
 
-from dataclasses import dataclass, field
+from skipdit.class_to_video.settings import TrainingConfig as Config
+from skipdit.training.arguments import read_arguments
+
+if __name__ == "__main__":
+    read_arguments(Config, __doc__)  # answers --help and mistakes before the imports below, which take seconds
+
+
 from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKL
 
 from skipdit.class_to_video.model import Latte
-from skipdit.class_to_video.sample import ModelConfig, build_model
-from skipdit.config import Settings, setting
-from skipdit.data.clips import ClipData
+from skipdit.class_to_video.sample import build_model
 from skipdit.data.latents import open_clips
 from skipdit.diffusion.gaussian import Diffusion
 from skipdit.encoders.autoencoder import latent_size, pixels
@@ -23,26 +27,9 @@ from skipdit.sampling.class_conditional import generate
 from skipdit.training.latents import joint_latents
 from skipdit.training.loop import fit
 from skipdit.training.prepare import open_training, run_trainer
-from skipdit.training.settings import Draw, Loss, TrainConfig
+from skipdit.training.steps import Draw, Loss
 from skipdit.utils.seeding import generators
 from skipdit.utils.video import write_look
-
-
-@dataclass
-class Config(Settings):
-    """A class-to-video training run."""
-
-    out: str = setting("results/class-to-video", "run folder", identity=False)
-    init: str | None = setting(
-        None, "checkpoint to start from; a plain Latte may start a skip model (stage 1)", identity=False
-    )
-    vae: str = setting("stabilityai/sd-vae-ft-ema", "autoencoder, folder or Hub name", identity=False)
-    vae_fingerprint: str | None = setting(None, "of the autoencoder; the trainer fills it in and refuses another")
-    label_dropout: float = setting(0.1, "share of labels replaced by the null class, for guidance", least=0, most=1)
-    grid_guidance: float = setting(1.0, "guidance scale of the sample clips", identity=False, least=0)
-    model: ModelConfig = field(default_factory=ModelConfig)
-    data: ClipData = field(default_factory=ClipData)
-    train: TrainConfig = field(default_factory=TrainConfig)
 
 
 def make_loss(config: Config, vae: AutoencoderKL) -> Loss:

@@ -27,8 +27,8 @@ from tqdm import tqdm
 from skipdit.cli import friendly_errors
 from skipdit.data.captions import read_rows
 from skipdit.data.clip_folder import ClipFolder
-from skipdit.data.clips import ClipData
-from skipdit.data.pictures import PictureData, PictureFolder
+from skipdit.data.pictures import PictureFolder
+from skipdit.data.settings import ClipData, PictureData
 from skipdit.data.video import read_mp4
 from skipdit.utils.video import contact_sheet
 

@@ -10,7 +10,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 # Bit-equality needs the same number of threads here and in the processes started here.
@@ -26,6 +26,7 @@ from safetensors import safe_open
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import BertConfig, BertModel, T5Config, T5EncoderModel
 
+from skipdit.__main__ import main as run_command
 from skipdit.checkpoints.diffusers_layout import diffusers_config, to_diffusers
 from skipdit.checkpoints.released import to_released
 from skipdit.class_to_image import DiT
@@ -51,6 +52,15 @@ SENTENCES = [  # what the tokenizers know
     "a man plays the guitar in the street, and children dance around him",
     "the dog runs, waves",
 ]
+
+
+def skipdit_command(name: str) -> Callable[[list[str] | None], None]:
+    """`python -m skipdit NAME`, to call with its arguments; without them the program's own count."""
+
+    def run(argv: list[str] | None = None) -> None:
+        run_command([name, *(sys.argv[1:] if argv is None else argv)])
+
+    return run
 
 
 class Golden:

@@ -5,12 +5,11 @@ import json
 import numpy as np
 import pytest
 import torch
-from conftest import tiny_dit, tiny_hunyuan, tiny_latte, tiny_latte_t2v
+from conftest import skipdit_command, tiny_dit, tiny_hunyuan, tiny_latte, tiny_latte_t2v
 from PIL import Image
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from skipdit.analysis import measure
-from skipdit.analysis.command import main
 from skipdit.analysis.trace import Call, predict, record, spread_out, trace
 from skipdit.caching.policies import CacheSpec, parse_policy
 from skipdit.caching.steps import CacheStep
@@ -21,6 +20,8 @@ from skipdit.class_to_video import sample as sample_c2v
 from skipdit.config import to_yaml
 from skipdit.text_to_image import sample_t2i
 from skipdit.text_to_video import sample_t2v
+
+main = skipdit_command("analyze")
 
 
 @pytest.fixture

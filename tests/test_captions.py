@@ -13,16 +13,18 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import skipdit_command
 from test_clips import LENGTHS, cut_index_last, marks, paint, rng, write_pictures, write_video
 
-from skipdit.data import encode
-from skipdit.data.check import main as check_main
 from skipdit.data.clip_folder import ClipFolder
-from skipdit.data.clips import ClipData, ClipDataset
+from skipdit.data.clips import ClipDataset
 from skipdit.data.latents import ClipLatents, open_clips
+from skipdit.data.settings import ClipData
 from skipdit.data.stream import Stream, collate
 from skipdit.encoders.autoencoder import load_vae
 from skipdit.utils.errors import BrokenSample
+
+check_main = skipdit_command("data")
 
 NAMES = ("cat/0.mp4", "cat/1.mp4", "dog/2.mp4", "dog/3.mp4")
 TEXTS = ("a cat, asleep", 'two lines:\n"one"', "ein Häßlicher 🐕", "dog")
@@ -296,7 +298,7 @@ def encode_clips(monkeypatch, vae_folder, tmp_path, capsys):
         command = f"encode --data {kind} --path {path} --out {tmp_path}/latents --vae {vae_folder} --image-size 8"
         monkeypatch.setattr(sys, "argv", [*command.split(), "--workers", "0", *arguments])
         capsys.readouterr()
-        encode.main()
+        skipdit_command("encode")()
         return capsys.readouterr().out
 
     return run

@@ -16,19 +16,22 @@ import imageio.v3 as imageio
 import numpy as np
 import pytest
 import torch
+from conftest import skipdit_command
 from PIL import Image
 from safetensors.torch import load_file
 
-from skipdit.data import clip_folder, encode
-from skipdit.data.check import main as check_main
+from skipdit.data import clip_folder
 from skipdit.data.clip_folder import ClipFolder, to_square
-from skipdit.data.clips import ClipData, load_section
+from skipdit.data.clips import load_section
 from skipdit.data.latents import ClipLatents, Latents, open_clips
+from skipdit.data.settings import ClipData
 from skipdit.data.stream import Stream, collate, make_loader, rows_of
 from skipdit.encoders.autoencoder import encode as encode_pixels
 from skipdit.encoders.autoencoder import load_vae
 from skipdit.utils.errors import BrokenSample
 from skipdit.utils.pixels import to_float
+
+check_main = skipdit_command("data")
 
 LENGTHS = (20, 14, 18, 22)  # frames of clips 0 to 3
 OTHERS = {clip: {0, 1, 2, 3} - {clip} for clip in range(4)}
@@ -635,7 +638,7 @@ def encode_clips(monkeypatch, vae_folder, capsys):
         command = f"encode --data {kind} --path {path} --out {out} --vae {vae_folder} --image-size 8 --workers 0"
         monkeypatch.setattr(sys, "argv", [*command.split(), *arguments])
         capsys.readouterr()
-        encode.main()
+        skipdit_command("encode")()
         return capsys.readouterr().out
 
     return run

@@ -23,21 +23,22 @@ from diffusers import ModelMixin
 
 from skipdit.caching.policies import parse_policy
 from skipdit.caching.runtime import SkipCache
-from skipdit.checkpoints.download import FOLDERS, TASKS, Item, select
+from skipdit.checkpoints.catalogue import FOLDERS, TASKS, Item, select
 from skipdit.checkpoints.files import load_state
 from skipdit.checkpoints.loading import identify
 from skipdit.class_to_image import sample, train
 from skipdit.class_to_video import sample as video_sample
 from skipdit.class_to_video import train as video_train
 from skipdit.config import ConfigError, load_config, to_yaml
-from skipdit.data.clips import ClipData
+from skipdit.data.settings import ClipData
 from skipdit.data.stream import rows_of
 from skipdit.diffusion.gaussian import Diffusion
-from skipdit.encoders.text import READINGS, missing_text_files
+from skipdit.encoders.reading import READINGS
+from skipdit.encoders.text import missing_text_files
 from skipdit.layers.flops import run_flops, step_flops
 from skipdit.sampling.class_conditional import SAMPLERS
 from skipdit.sampling.prompts import read_prompts
-from skipdit.sampling.text_conditional import SCHEDULERS
+from skipdit.sampling.settings import SCHEDULERS
 from skipdit.text_to_image import HunyuanDiT
 from skipdit.text_to_image import sample_t2i as t2i_sample
 from skipdit.text_to_image import train as t2i_train

@@ -13,9 +13,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from conftest import skipdit_command
 from safetensors.torch import save
 
 from skipdit.checkpoints import download as tool
+from skipdit.checkpoints.catalogue import TASKS
 from skipdit.checkpoints.errors import WeightsError
 from skipdit.text_to_image import sample_t2i
 from skipdit.text_to_image import train as train_t2i
@@ -141,7 +143,7 @@ EXPECTED = {
 }
 
 
-@pytest.mark.parametrize("task", tool.TASKS)
+@pytest.mark.parametrize("task", TASKS)
 def test_each_task_fetches_its_files(hub, tmp_path, task):
     files = tool.download(task, tmp_path)
     assert hub.fetched == EXPECTED[task]
@@ -167,7 +169,7 @@ def test_optional_files_are_fetched_where_they_are_named(hub, tmp_path, only):
 
 
 def test_every_optional_item_is_among_those_above():
-    optional = {name for items in tool.TASKS.values() for name, item in items.items() if item.optional}
+    optional = {name for items in TASKS.values() for name, item in items.items() if item.optional}
     assert optional == set(OPTIONAL)
 
 
@@ -184,7 +186,7 @@ def test_true_addresses_of_a_dataset(monkeypatch, tmp_path):
 
 
 def test_files_land_where_pipelines_look(hub, tmp_path):
-    for task, items in tool.TASKS.items():
+    for task, items in TASKS.items():
         tool.download(task, tmp_path)
         if optional := [name for name, item in items.items() if item.optional]:
             tool.download(task, tmp_path, optional)
@@ -356,7 +358,7 @@ def test_every_absent_file_is_named_before_anything_is_fetched(hub, tmp_path):
 
 
 def run_cli(*args) -> None:
-    tool.main([str(arg) for arg in args])
+    skipdit_command("download")([str(arg) for arg in args])
 
 
 @pytest.mark.parametrize("when", ["listing", "fetching"])

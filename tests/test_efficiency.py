@@ -11,12 +11,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, tiny_dit
+from conftest import ROOT, skipdit_command, tiny_dit
 from PIL import Image
 
 from skipdit.caching.policies import CachePlan
 from skipdit.checkpoints.released import to_released
-from skipdit.data import encode
 from skipdit.diffusion.gaussian import Diffusion
 from skipdit.evaluation.fashion import Classifier, Judge, load_judge
 from skipdit.training.checkpoints import latest
@@ -42,7 +41,7 @@ def data(tmp_path_factory) -> Path:
     command += f" --vae {ROOT / 'class-to-image/weights/vae'} --out {folder / 'latents'}"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", command.split())
-        encode.main()
+        skipdit_command("encode")()
     return folder
 
 

@@ -12,22 +12,23 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import skipdit_command
 from PIL import Image
 
 from skipdit.class_to_image.train import Config
 from skipdit.config import ConfigError, to_yaml
-from skipdit.data import encode
-from skipdit.data.check import main as check_main
 from skipdit.data.clip_folder import ClipFolder
-from skipdit.data.clips import ClipData
 from skipdit.data.files import read_list
 from skipdit.data.images import ImageFolder
-from skipdit.data.pictures import PictureData, PictureFolder
+from skipdit.data.pictures import PictureFolder
+from skipdit.data.settings import ClipData, PictureData
 from skipdit.data.stream import Stream
 from skipdit.data.video import Video
 from skipdit.metrics.samples import open_samples
 from skipdit.training.runlog import BrokenFiles
 from skipdit.utils.video import write_mp4
+
+check_main = skipdit_command("data")
 
 ROOT = Path(__file__).parents[1]
 SOURCES = [p for where in ("src", "scripts", "benchmarks", "*-to-*") for p in sorted(ROOT.glob(f"{where}/**/*.py"))]
@@ -138,7 +139,7 @@ def test_training_and_encoding_go_on_past_such_names(old_names, tmp_path, vae_fo
     out = tmp_path / "latents"
     command = f"encode --data image_folder --path {old_names}/images --out {out} --vae {vae_folder} --image-size 8"
     monkeypatch.setattr(sys, "argv", [*command.split(), "--workers", "0"])
-    encode.main()
+    skipdit_command("encode")()
     assert r"caf\udce9-broken.png" in (out / "broken_files.txt").read_text("utf-8")
 
 
@@ -170,7 +171,7 @@ def test_a_tilde_on_the_command_line_is_the_home_folder(image_folder, tmp_path, 
     place = image_folder.relative_to(tmp_path)
     command = f"encode --data image_folder --path=~/{place} --out=~/latents --vae {vae_folder} --image-size 8"
     monkeypatch.setattr(sys, "argv", [*command.split(), "--workers", "0"])
-    encode.main()
+    skipdit_command("encode")()
     assert list((tmp_path / "latents").glob("*.safetensors"))
     assert not (tmp_path / "~").exists()
 

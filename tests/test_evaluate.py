@@ -14,7 +14,7 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
-from conftest import Pooled
+from conftest import Pooled, skipdit_command
 from PIL import Image
 from pytorch_fid import fid_score, inception
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
@@ -92,7 +92,7 @@ def run(*arguments, out: Path | None = None) -> dict:
     """The command in this process; what it wrote."""
     more = ["--out", str(out)] if out else []
     with mock.patch.object(sys, "argv", ["evaluate", *map(str, arguments), *more]):
-        evaluate.main()
+        skipdit_command("evaluate")()
     return json.loads((out or Path(arguments[1], "evaluation")).joinpath(f"{arguments[0]}.json").read_text())
 
 

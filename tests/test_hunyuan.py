@@ -6,12 +6,11 @@ from functools import partial
 import pytest
 import torch
 from accelerate.hooks import ModelHook, add_hook_to_module, remove_hook_from_module
-from conftest import GOLDEN, assert_close, assert_rounding
+from conftest import GOLDEN, assert_close, assert_rounding, skipdit_command
 from diffusers import DDIMScheduler, HunyuanDiT2DModel
 
 from skipdit import SkipCache, disable_cache, enable_cache
 from skipdit.caching.steps import CacheStep
-from skipdit.checkpoints import convert
 from skipdit.checkpoints.diffusers_layout import to_diffusers
 from skipdit.checkpoints.loading import load_weights
 from skipdit.checkpoints.released import from_released, to_released
@@ -96,14 +95,14 @@ def test_command_converts_to_diffusers_and_back(theirs, tmp_path):
         ("convert", "released.pt", "ours", "--model-class", "skipdit.text_to_image.HunyuanDiT"),
         ("convert", "ours", "again", "--model-class", "diffusers.HunyuanDiT2DModel"),
     ]:
-        convert.main([command, str(tmp_path / source), str(tmp_path / out), *more])
+        skipdit_command("weights")([command, str(tmp_path / source), str(tmp_path / out), *more])
     again = HunyuanDiT2DModel.from_pretrained(tmp_path / "again")
     differ = {name for name, value in theirs.config.items() if name[0] != "_" and again.config[name] != value}
     assert differ == {"sample_size", "mlp_ratio"}  # which leave no trace, or less than all
     assert all(torch.equal(again.state_dict()[name], tensor) for name, tensor in theirs.state_dict().items())
     HunyuanDiT(**TINY, skip=False).save_pretrained(tmp_path / "plain")
     with pytest.raises(SystemExit):
-        convert.main(
+        skipdit_command("weights")(
             ["convert", str(tmp_path / "plain"), str(tmp_path / "no"), "--model-class", "diffusers.HunyuanDiT2DModel"]
         )
 

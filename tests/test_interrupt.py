@@ -22,7 +22,7 @@ from skipdit.class_to_image import sample as sampler
 from skipdit.class_to_image import train as trainer
 from skipdit.cli import friendly_errors
 from skipdit.config import to_yaml
-from skipdit.data.images import ImageData
+from skipdit.data.settings import ImageData
 from skipdit.sampling.job import Job
 from skipdit.utils.files import replace_text, whole_file
 from skipdit.utils.lock import hold

@@ -4,11 +4,10 @@ import json
 
 import pytest
 import torch
-from conftest import GOLDEN, assert_close, assert_rounding, tiny_latte
+from conftest import GOLDEN, assert_close, assert_rounding, skipdit_command, tiny_latte
 
 from skipdit import SkipCache
 from skipdit.caching.steps import CacheStep
-from skipdit.checkpoints import convert
 from skipdit.checkpoints.errors import WeightsError
 from skipdit.checkpoints.loading import load_weights
 from skipdit.checkpoints.released import from_released, to_released
@@ -157,7 +156,7 @@ def test_skips_of_the_original_partial_model_are_taken_in_their_order(tmp_path, 
     outputs = {}
     for order in ("outside-in", "inside-out"):
         export = ["export", str(tmp_path / "partial.pt"), str(tmp_path / f"{order}.pt"), "--skips", order]
-        convert.main(export)
+        skipdit_command("weights")(export)
         load_weights(model, tmp_path / f"{order}.pt")
         outputs[order] = model(x, t, y)
     load_weights(model, tmp_path / "outside-in.pt")
@@ -165,7 +164,7 @@ def test_skips_of_the_original_partial_model_are_taken_in_their_order(tmp_path, 
     assert_close(outputs["outside-in"], expected, 1e-4 * expected.abs().max().item())
     assert (outputs["inside-out"] - expected).abs().max() > 0.1 * expected.abs().max()
     folder = ["convert", str(tmp_path / "partial.pt"), str(tmp_path / "folder"), "--skips", "outside-in"]
-    convert.main([*folder, "--model-class", "skipdit.class_to_video.Latte", "--num-heads", "2"])
+    skipdit_command("weights")([*folder, "--model-class", "skipdit.class_to_video.Latte", "--num-heads", "2"])
     assert torch.equal(Latte.from_pretrained(tmp_path / "folder").eval()(x, t, y), outputs["outside-in"])
 
 
@@ -175,7 +174,7 @@ def test_partial_models_of_our_own_runs_need_no_word(tmp_path):
     optimizer = torch.optim.AdamW(model.parameters())
     for config in ({}, {"model": {"n_skips": 1}}):
         checkpoint.save(tmp_path / "run", 1, model, model, optimizer, config, keep=1, writer=True)
-        convert.main(["export", str(tmp_path / "run"), str(tmp_path / f"out-{len(config)}.pt")])
+        skipdit_command("weights")(["export", str(tmp_path / "run"), str(tmp_path / f"out-{len(config)}.pt")])
         model.save_pretrained(tmp_path / "folder")
         for source in (tmp_path / "run", tmp_path / f"out-{len(config)}.pt", tmp_path / "folder"):
             other = tiny_latte(seed=1, n_skips=1)

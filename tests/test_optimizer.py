@@ -17,7 +17,7 @@ from conftest import (
 
 from skipdit.class_to_image.sample import ModelConfig
 from skipdit.class_to_image.train import Config, train
-from skipdit.data.images import ImageData
+from skipdit.data.settings import ImageData
 from skipdit.training.optimizer import hidden_matrices, make_optimizers
 
 needs_muon = pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="this torch has no Muon")

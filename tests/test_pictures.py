@@ -18,30 +18,33 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import skipdit_command
 from PIL import Image
 from safetensors.torch import load_file
 from torch.utils.data import Dataset
 
 from skipdit.config import ConfigError
-from skipdit.data import encode
-from skipdit.data.check import main as check_main
 from skipdit.data.clip_folder import ClipFolder
-from skipdit.data.clips import ClipData, load_section
+from skipdit.data.clips import load_section
 from skipdit.data.encode_text import captions_to_train
 from skipdit.data.files import read_picture
-from skipdit.data.images import ImageData, ImageFolder, centre_crop
+from skipdit.data.images import ImageFolder, centre_crop
 from skipdit.data.latents import ClipLatents, Latents, open_pictures
-from skipdit.data.pictures import PictureData, PictureFolder, bucket_sizes, nearest_bucket
+from skipdit.data.pictures import PictureFolder, bucket_sizes, nearest_bucket
+from skipdit.data.settings import ClipData, ImageData, PictureData
 from skipdit.data.stream import Stream, collate, make_loader, rows_of
 from skipdit.encoders.autoencoder import encode as encode_pixels
 from skipdit.encoders.autoencoder import load_vae
 from skipdit.metrics.samples import open_samples
 from skipdit.training.latents import clean_latents
 from skipdit.training.loop import fit
-from skipdit.training.settings import Draw, TrainConfig
+from skipdit.training.settings import TrainConfig
+from skipdit.training.steps import Draw
 from skipdit.utils.errors import BrokenSample
 from skipdit.utils.pixels import to_float
 from skipdit.utils.seeding import seed_of
+
+check_main = skipdit_command("data")
 
 BUCKETS = ["8x8", "8x16", "16x8"]
 SHAPES = {"a/0.png": (9, 20), "a/1.jpg": (30, 31), "b/2.png": (40, 18), "3.webp": (8, 8), "b/c/4.bmp": (10, 18)}
@@ -580,7 +583,7 @@ def encode_pictures(monkeypatch, vae_folder, tmp_path, capsys):
         command = f"encode --data {kind} --path {path} --out {tmp_path}/latents --vae {vae_folder} --image-size {size}"
         monkeypatch.setattr(sys, "argv", [*command.split(), "--workers", "0", *arguments])
         capsys.readouterr()
-        encode.main()
+        skipdit_command("encode")()
         return capsys.readouterr().out
 
     return run

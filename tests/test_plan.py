@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import ROOT, tiny_dit
+from conftest import ROOT, skipdit_command, tiny_dit
 from tqdm import tqdm
 
 from skipdit import CacheSpec, SkipCache
@@ -20,7 +20,6 @@ from skipdit.diffusion.gaussian import Diffusion
 from skipdit.evaluation.compare import check_plans, rows_for
 from skipdit.layers.inspect import replaced
 from skipdit.planning.calibration import NUDGE, Bench, Watch
-from skipdit.planning.command import main
 from skipdit.planning.errors import Errors
 from skipdit.planning.fitting import fit
 from skipdit.planning.schedules import forecast, greedy, interpolate, moved, optimal, uniform, widened
@@ -29,6 +28,8 @@ from skipdit.tasks import find_task
 from skipdit.text_to_image import sample_t2i
 from skipdit.utils.provenance import fingerprint
 from skipdit.utils.seeding import generators
+
+main = skipdit_command("plan")
 
 
 def sample(model, cache="none", steps=12, labels=(1, 2), seed=0, **kwargs):
@@ -333,7 +334,7 @@ def command(tmp_path, monkeypatch):
 
 
 def test_budget(command, capsys, tmp_path):
-    plan = CachePlan.load(command("--budget", "5"))
+    plan = CachePlan.load(skipdit_command("--budget", "5"))
     assert sum(weight is None for weight in plan.weights) == 5
     assert f"5 of 10 steps full, {plan.about['speedup']:.2f}x fewer FLOPs" in capsys.readouterr().out
     config = load_config(Config, str(tmp_path / "class-to-image/tiny.yaml"), ["seed=10000"])
@@ -360,7 +361,7 @@ def test_a_plan_for_other_runs_is_told(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(("budget", "branch"), [(1, 1), (2, 2), (10, 1)])
 def test_extreme_budgets(command, budget, branch):
-    plan = CachePlan.load(command("--budget", str(budget), "--branch", str(branch)))
+    plan = CachePlan.load(skipdit_command("--budget", str(budget), "--branch", str(branch)))
     assert (plan.weights.count(None), plan.branch) == (budget, branch)
     assert (plan.about["errors"]["uniform, reuse"] < 1e-6) == (budget == 10)
 
@@ -390,11 +391,11 @@ def test_pipelines_are_planned_too(released_t2i, tmp_path, monkeypatch):
 
 
 def test_speedup_and_error(command, capsys):
-    fast = CachePlan.load(command("--speedup", "2"))
+    fast = CachePlan.load(skipdit_command("--speedup", "2"))
     assert fast.about["speedup"] >= 2
-    near = CachePlan.load(command("--max-error", "0.05"))
+    near = CachePlan.load(skipdit_command("--max-error", "0.05"))
     assert near.about["errors"][near.about["chosen"]] <= 0.05
-    fewer = CachePlan.load(command("--budget", str(near.weights.count(None) - 1)))
+    fewer = CachePlan.load(skipdit_command("--budget", str(near.weights.count(None) - 1)))
     assert fewer.about["errors"][fewer.about["chosen"]] > 0.05
     for wrong in (["--budget", "11"], ["--speedup", "100"], ["--speedup", "0"]):
         with pytest.raises(SystemExit):

@@ -22,6 +22,7 @@ ROOMS = [
     {"tasks"},
     {"metrics", "evaluation"},
     {"planning", "analysis"},
+    {"commands"},
     {"__main__"},
 ]
 LEVEL = {room: level for level, rooms in enumerate(ROOMS) for room in rooms}

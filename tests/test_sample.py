@@ -22,8 +22,8 @@ from skipdit.checkpoints.released import to_released
 from skipdit.class_to_image.model import DiT
 from skipdit.class_to_image.sample import Config, ModelConfig, build_model, main, sample
 from skipdit.config import load_config, to_yaml
-from skipdit.data.images import ImageData
 from skipdit.data.latents import Latents, expected_latents
+from skipdit.data.settings import ImageData
 from skipdit.diffusion.gaussian import Diffusion
 from skipdit.encoders.autoencoder import decode, encode, load_vae
 from skipdit.layers.flops import step_flops

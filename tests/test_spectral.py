@@ -11,7 +11,7 @@ from conftest import FSDP, assert_equal, short_training, state, stats, tiny_dit,
 from skipdit.class_to_image.sample import ModelConfig
 from skipdit.class_to_image.train import Config, train
 from skipdit.config import to_yaml
-from skipdit.data.images import ImageData
+from skipdit.data.settings import ImageData
 from skipdit.training import loop as trainer
 from skipdit.training.spectral import SQUARINGS, SpectralLimit, largest_singular, skip_linears
 

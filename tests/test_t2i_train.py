@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import FSDP, assert_equal, kill_at, run_script, short_training, state, stats
+from conftest import FSDP, assert_equal, kill_at, run_script, short_training, skipdit_command, state, stats
 from diffusers import AutoencoderKL
 from PIL import Image
 from torch import nn
@@ -16,15 +16,17 @@ from transformers import BertModel
 
 from skipdit.checkpoints.files import load_state
 from skipdit.checkpoints.loading import load_weights
-from skipdit.data.encode import main as encode
-from skipdit.data.encode_text import main as encode_text
-from skipdit.data.pictures import PictureData
+from skipdit.data.settings import PictureData
 from skipdit.data.texts import LiveTexts
 from skipdit.diffusion.gaussian import Diffusion
-from skipdit.encoders.text import CLIP, T5, load_text_encoder
+from skipdit.encoders.reading import CLIP, T5
+from skipdit.encoders.text import load_text_encoder
 from skipdit.text_to_image import HunyuanDiT, sample_t2i
 from skipdit.text_to_image.train import Config, ModelConfig, TextConfig, make_loss, train
-from skipdit.training.settings import Draw
+from skipdit.training.steps import Draw
+
+encode = skipdit_command("encode")
+encode_text = skipdit_command("encode-text")
 
 CAPTIONS = ["the red car drives", "a dog runs", "two birds fly", "一只小猫", "a man sleeps", "the cat", "the lake"]
 TOKENS = 16

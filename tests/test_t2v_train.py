@@ -7,22 +7,22 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import FSDP, assert_equal, kill_at, run_script, short_training, state, stats
+from conftest import FSDP, assert_equal, kill_at, run_script, short_training, skipdit_command, state, stats
 from torch import nn
 from transformers import T5EncoderModel
 
-from skipdit.checkpoints import convert
 from skipdit.checkpoints.loading import load_weights
-from skipdit.data.clips import ClipData
-from skipdit.data.encode import main as encode
-from skipdit.data.encode_text import main as encode_text
+from skipdit.data.settings import ClipData
 from skipdit.data.texts import LiveTexts
 from skipdit.data.video import read_mp4
 from skipdit.encoders.text import load_text_encoder
 from skipdit.text_to_video import LatteT2V, sample_t2v
 from skipdit.text_to_video.train import Config, ModelConfig, make_loss, train
-from skipdit.training.settings import Draw
+from skipdit.training.steps import Draw
 from skipdit.utils.video import write_mp4
+
+encode = skipdit_command("encode")
+encode_text = skipdit_command("encode-text")
 
 CAPTIONS = ["the red car drives", "a dog runs", "two birds fly above the quiet lake", "the cat", "a man sleeps"]
 
@@ -265,10 +265,12 @@ def test_stage_1_weights_load_as_released(config, tmp_path):
 def test_what_the_weights_do_not_tell_is_recorded(config, tmp_path):
     """Heads, side of the latents and frames of a run, which `convert` has to write down; of bare weights it warns."""
     trained, latte = train(config), ["--model-class", "skipdit.text_to_video.LatteT2V"]
-    convert.main(["convert", config.out, str(tmp_path / "folder"), *latte])
+    skipdit_command("weights")(["convert", config.out, str(tmp_path / "folder"), *latte])
     again = LatteT2V.from_pretrained(tmp_path / "folder")
     names = ("num_attention_heads", "sample_size", "video_length")
     assert [again.config[name] for name in names] == [2, 4, 4] == [trained.config[name] for name in names]
-    convert.main(["export", config.out, str(tmp_path / "bare.pt")])
+    skipdit_command("weights")(["export", config.out, str(tmp_path / "bare.pt")])
     with pytest.warns(UserWarning, match=r"nothing in .*bare\.pt tells sample_size 64, video_length 16, as released"):
-        convert.main(["convert", str(tmp_path / "bare.pt"), str(tmp_path / "guess"), "--num-heads", "2", *latte])
+        skipdit_command("weights")(
+            ["convert", str(tmp_path / "bare.pt"), str(tmp_path / "guess"), "--num-heads", "2", *latte]
+        )

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import assert_rounding
+from conftest import assert_rounding, skipdit_command
 from diffusers import HunyuanDiTPipeline, LattePipeline
 from huggingface_hub import constants
 from huggingface_hub.utils import HfHubHTTPError
@@ -26,13 +26,16 @@ from transformers import (
 
 from skipdit.checkpoints.download import hub_is_away
 from skipdit.data.clip_folder import ClipFolder
-from skipdit.data.clips import ClipData
-from skipdit.data.encode_text import encode_captions, main
+from skipdit.data.encode_text import encode_captions
+from skipdit.data.settings import ClipData
 from skipdit.data.texts import LiveTexts, TextPart, TextTable
 from skipdit.encoders import text
 from skipdit.encoders.autoencoder import load_vae
-from skipdit.encoders.text import CLIP, LATTE, READINGS, T5, TextEncoder, load_text_encoder, missing_text_files
+from skipdit.encoders.reading import CLIP, LATTE, READINGS, T5
+from skipdit.encoders.text import TextEncoder, load_text_encoder, missing_text_files
 from skipdit.metrics.perceptual import ClipScore
+
+main = skipdit_command("encode-text")
 
 CAPTIONS = [
     "a small cat sleeps on the warm sofa",

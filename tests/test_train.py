@@ -19,12 +19,14 @@ from skipdit.checkpoints.loading import load_weights
 from skipdit.checkpoints.released import to_released
 from skipdit.class_to_image.sample import ModelConfig
 from skipdit.class_to_image.train import Config, train
-from skipdit.data.images import ImageData, ImageFolder
+from skipdit.data.images import ImageFolder
+from skipdit.data.settings import ImageData
 from skipdit.data.stream import rows_of
 from skipdit.training.checkpoints import latest
 from skipdit.training.loop import describe, fit
 from skipdit.training.parallel import peak_memory
-from skipdit.training.settings import Draw, TrainConfig, learning_rate, set_trainable
+from skipdit.training.settings import TrainConfig
+from skipdit.training.steps import Draw, learning_rate, set_trainable
 
 
 @pytest.fixture

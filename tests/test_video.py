@@ -9,12 +9,22 @@ import imageio.v3 as imageio
 import numpy as np
 import pytest
 import torch
-from conftest import FSDP, ROOT, NoReadBack, assert_equal, run_script, short_training, state, stats, tiny_latte
+from conftest import (
+    FSDP,
+    ROOT,
+    NoReadBack,
+    assert_equal,
+    run_script,
+    short_training,
+    skipdit_command,
+    state,
+    stats,
+    tiny_latte,
+)
 from PIL import Image
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from skipdit import SkipCache
-from skipdit.checkpoints.convert import main as convert
 from skipdit.checkpoints.loading import load_weights
 from skipdit.checkpoints.released import to_released
 from skipdit.class_to_video import Latte
@@ -22,14 +32,16 @@ from skipdit.class_to_video import sample as sampler
 from skipdit.class_to_video.sample import ModelConfig, sample
 from skipdit.class_to_video.train import Config, make_loss, train
 from skipdit.config import to_yaml
-from skipdit.data.clips import ClipData
+from skipdit.data.settings import ClipData
 from skipdit.data.video import read_mp4
 from skipdit.diffusion.gaussian import Diffusion
 from skipdit.layers.flops import step_flops
 from skipdit.sampling.class_conditional import generate
-from skipdit.training.settings import Draw
+from skipdit.training.steps import Draw
 from skipdit.utils.seeding import generators
 from skipdit.utils.video import contact_sheet, side_by_side, write_gif, write_mp4
+
+convert = skipdit_command("weights")
 
 TINY = {"patch_size": 2, "hidden_size": 32, "depth": 8, "num_heads": 2, "num_classes": 5, "skip": True}
 

@@ -17,7 +17,7 @@ import torch
 from PIL import Image
 
 from skipdit.data.clip_folder import ClipFolder
-from skipdit.data.clips import ClipData
+from skipdit.data.settings import ClipData
 from skipdit.data.video import Video, read_mp4
 from skipdit.utils.errors import BrokenSample
 

@@ -11,11 +11,10 @@ import textwrap
 import numpy as np
 import pytest
 import torch
-from conftest import assert_close, assert_equal
+from conftest import assert_close, assert_equal, skipdit_command
 from safetensors.torch import save_file
 
 import skipdit
-from skipdit.checkpoints import convert
 from skipdit.checkpoints.errors import WeightsError
 from skipdit.checkpoints.files import load_checkpoint, load_state
 from skipdit.checkpoints.loading import identify, load_weights
@@ -246,8 +245,8 @@ def test_a_flipped_bit_in_the_weights_is_named(model, tmp_path, capsys):
     with pytest.raises(WeightsError, match=complaint):
         load_weights(model, path)
     assert_same(model.state_dict(), before)
-    for command in (["export", path, tmp_path / "out.pt"], ["convert", path, tmp_path / "out", "--num-heads", 2]):
-        assert re.search(complaint, refused(capsys, *command))
+    for arguments in (["export", path, tmp_path / "out.pt"], ["convert", path, tmp_path / "out", "--num-heads", 2]):
+        assert re.search(complaint, refused(capsys, *arguments))
     assert "ema.skip_linears.1.linear.bias are not" in refused(capsys, "verify", path)
     assert [file.name for file in tmp_path.iterdir()] == ["weights.pt"]
 
@@ -475,7 +474,7 @@ def test_only_what_is_used_is_read(tmp_path):
 
 
 def run_cli(*args) -> None:
-    convert.main([str(arg) for arg in args])
+    skipdit_command("weights")([str(arg) for arg in args])
 
 
 def test_convert_keeps_the_released_numbers(golden, tmp_path):

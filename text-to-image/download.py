@@ -8,7 +8,7 @@ Short for `python -m skipdit download text-to-image`; see its --help.
 
 import sys
 
-from skipdit.checkpoints.download import main
+from skipdit.__main__ import main
 
 if __name__ == "__main__":
-    main(["text-to-image", *sys.argv[1:]])
+    main(["download", "text-to-image", *sys.argv[1:]])

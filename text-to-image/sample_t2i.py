@@ -10,10 +10,15 @@ PNG; sheet.png with the first of them, prompts.json, and report.json. The same c
 run; any number of processes makes the same pictures, to rounding.
 """
 
-import argparse
+from skipdit.text_to_image.settings import SampleConfig as Config
+from skipdit.text_to_image.settings import read_arguments
+
+if __name__ == "__main__":
+    read_arguments(__doc__)  # answers --help and mistakes before the imports below, which take seconds
+
+
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -28,25 +33,14 @@ from skipdit.caching.policies import parse_policy
 from skipdit.checkpoints.files import load_state
 from skipdit.checkpoints.loading import identify
 from skipdit.checkpoints.released import BEFORE_V1_2
-from skipdit.cli import friendly_errors, make_parser
-from skipdit.config import load_config, setting
+from skipdit.cli import friendly_errors
 from skipdit.encoders.autoencoder import downsampling, load_vae
-from skipdit.encoders.text import CLIP, T5, Encoded, Reading, load_text_encoder, missing_text_files
+from skipdit.encoders.reading import CLIP, T5, Reading
+from skipdit.encoders.text import Encoded, load_text_encoder, missing_text_files
 from skipdit.sampling import text_conditional as text_sample
-from skipdit.sampling.arguments import add_cache_arguments, cache_override
 from skipdit.sampling.job import preflight, run_job
 from skipdit.sampling.prompts import file_names, read_prompts
-from skipdit.sampling.text_conditional import (
-    WINDOW,
-    Parts,
-    PromptConfig,
-    PromptSampler,
-    add_prompt_argument,
-    check_settings,
-    run_pipeline,
-    take_prompts,
-    write_prompts,
-)
+from skipdit.sampling.text_conditional import Parts, PromptSampler, check_settings, run_pipeline, write_prompts
 from skipdit.text_to_image.model import HunyuanDiT, rotary_tables
 from skipdit.utils.device import process_state
 from skipdit.utils.files import write_png
@@ -60,48 +54,6 @@ SIZES = ["1024x1024", "1280x1280", "768x1024", "864x1152", "960x1280", "1024x768
 SIZES += ["768x1280", "1280x768"]  # height x width; what the released model was trained for
 NOISE = {"beta_start": 0.00085, "beta_end": 0.02, "beta_schedule": "scaled_linear", "steps_offset": 1}  # and with
 # What the released code guides away from where nothing else is asked for: wrong eyes, bad faces, blur and the like.
-NEGATIVE = "错误的眼睛，糟糕的人脸，毁容，糟糕的艺术，变形，多余的肢体，模糊的颜色，模糊，重复，病态，残缺，"
-
-
-@dataclass
-class Config(PromptConfig):
-    """A text-to-image sampling run."""
-
-    pipeline: str = setting(
-        "ckpts", "folder of the released files (t2i/...), or of a diffusers pipeline", identity=False
-    )
-    load_key: str = setting(
-        "ema", "which t2i/model/pytorch_model_<key>.pt of the released files: ema, module ...", identity=False
-    )
-    weights: str | None = setting(None, "checkpoint of the transformer; unset: the pipeline's", identity=False)
-    vae: str | None = setting(None, "autoencoder, folder or Hub name; unset: the pipeline's", identity=False)
-    text_encoder: str | None = setting(None, "the CLIP, folder or Hub name; unset: the pipeline's", identity=False)
-    tokenizer: str | None = setting(None, "folder or Hub name; unset: beside the text encoder", identity=False)
-    text_encoder_2: str | None = setting(
-        None, "the multilingual T5, folder or Hub name; unset: the pipeline's", identity=False
-    )
-    tokenizer_2: str | None = setting(None, "folder or Hub name; unset: beside the text encoder", identity=False)
-    out: str = setting("samples/text-to-image", "folder for the pictures and the report", identity=False)
-    height: int = setting(1024, "pixels", identity=False, least=1)
-    width: int = setting(1024, "pixels", identity=False, least=1)
-    negative_prompt: str = setting(NEGATIVE, "what not to show")
-    images_per_prompt: int = setting(1, "pictures of each prompt", least=1)
-    seed: int = setting(42, "seed of the run; picture i depends on it and on i", least=0)
-    scheduler: str = setting("ddpm", f"one of {', '.join(text_sample.SCHEDULERS)}")
-    steps: int = setting(100, "sampling steps", least=1)
-    guidance_scale: float = setting(6.0, "classifier-free guidance; 1 is none", least=1)
-
-    def places(self) -> dict[str, str]:
-        """Where models come from that are not set directly: the released layout, or that of diffusers."""
-        root = Path(self.pipeline)
-        released = root / "t2i"
-        if released.is_dir() or not (root / "model_index.json").is_file():
-            names = {"weights": f"model/pytorch_model_{self.load_key}.pt", "vae": "sdxl-vae-fp16-fix"}
-            names |= {"text_encoder": "clip_text_encoder", "text_encoder_2": "mt5"}
-            root = released
-        else:
-            names = {name: name for name in ("vae", "text_encoder", "text_encoder_2")} | {"weights": "transformer"}
-        return {name: getattr(self, name) or str(root / place) for name, place in names.items()}
 
 
 class TextPair(NamedTuple):
@@ -311,63 +263,9 @@ def sample(config: Config) -> dict:
     return report
 
 
-def add_original_arguments(parser: argparse.ArgumentParser) -> None:
-    """The released code's switches; each stands for a setting."""
-    parser.add_argument("--negative", metavar="TEXT", help="negative_prompt")
-    parser.add_argument("--seed", type=int, metavar="N", help="seed")
-    parser.add_argument("--batch-size", type=int, metavar="N", help="images_per_prompt, made together")
-    parser.add_argument("--cfg-scale", type=float, metavar="X", help="guidance_scale")
-    parser.add_argument("--sampler", choices=text_sample.SCHEDULERS, help="scheduler")
-    parser.add_argument("--infer-steps", type=int, metavar="N", help="steps")
-    parser.add_argument(
-        "--image-size", nargs="+", metavar="PIXELS", help="height and width, one for both if they agree"
-    )
-    parser.add_argument("--load-key", choices=["ema", "module", "distill", "merge"], help="load_key")
-    parser.add_argument("--model-root", metavar="FOLDER", help="pipeline")
-    parser.add_argument("--cache-at-branch", type=int, metavar="B", help="branch of --cache and --cache-step")
-    parser.add_argument("--infer-mode", choices=["fa", "torch"], help="accepted: attention is PyTorch's in both")
-    parser.add_argument("--no-enhance", action="store_true", help="accepted: prompts are taken as they are")
-
-
-def original_settings(args: argparse.Namespace) -> dict[str, str | int | float]:
-    """Settings that the released code's switches stand for. Raises ValueError for an image size that is none."""
-    given = {
-        "negative_prompt": args.negative,
-        "seed": args.seed,
-        "images_per_prompt": args.batch_size,
-        "batch_size": args.batch_size,
-        "guidance_scale": args.cfg_scale,
-        "scheduler": args.sampler,
-        "steps": args.infer_steps,
-        "load_key": args.load_key,
-        "pipeline": args.model_root,
-    }
-    if sides := args.image_size:
-        args.overrides += [text for text in sides if "=" in text]  # argparse gives the switch what follows it
-        sides = [text for text in sides if "=" not in text]
-        if len(sides) not in (1, 2) or not all(text.isdecimal() for text in sides):
-            raise ValueError(f"--image-size {' '.join(sides)}: it takes a height and a width in pixels")
-        given["height"], given["width"] = int(sides[0]), int(sides[-1])
-    return {key: value for key, value in given.items() if value is not None}
-
-
 def main() -> None:
-    parser = make_parser(Config, __doc__, default="the released model in ckpts/")
-    add_cache_arguments(parser, WINDOW)
-    add_prompt_argument(parser)
-    add_original_arguments(parser)
-    args = parser.parse_intermixed_args()
+    config = read_arguments(__doc__)
     with friendly_errors():
-        cache = cache_override(args, WINDOW)
-        if args.cache_at_branch is not None:
-            if not cache:
-                raise ValueError("--cache-at-branch goes with --cache or --cache-step")
-            cache = [f"{cache[0]}-b{args.cache_at_branch}"]
-        settings = original_settings(args)
-        config = load_config(Config, args.config, args.overrides + cache)
-        for name, value in settings.items():
-            setattr(config, name, value)
-        take_prompts(config, args)
         sample(config)
 
 

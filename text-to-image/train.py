@@ -6,7 +6,15 @@
 The same command again continues an interrupted run.
 """
 
-from dataclasses import dataclass, field, fields
+from skipdit.text_to_image.settings import ModelConfig
+from skipdit.text_to_image.settings import TrainingConfig as Config
+from skipdit.training.arguments import read_arguments
+
+if __name__ == "__main__":
+    read_arguments(Config, __doc__)  # answers --help and mistakes before the imports below, which take seconds
+
+
+from dataclasses import fields
 from functools import cache
 from pathlib import Path
 
@@ -15,13 +23,13 @@ from diffusers import AutoencoderKL
 from torch import Tensor
 from torchvision.utils import make_grid
 
-from skipdit.config import Settings, setting
 from skipdit.data.latents import open_pictures
-from skipdit.data.pictures import PictureData, bucket_sizes
+from skipdit.data.pictures import bucket_sizes
 from skipdit.data.texts import Texts
 from skipdit.diffusion.gaussian import Diffusion
 from skipdit.encoders.autoencoder import latent_size, pixels
-from skipdit.encoders.text import CLIP, T5, missing_text_files
+from skipdit.encoders.reading import CLIP, T5
+from skipdit.encoders.text import missing_text_files
 from skipdit.pipelines.cache import disable_cache, enable_cache
 from skipdit.text_to_image.model import HunyuanDiT, Rotary, rotary_tables
 from skipdit.text_to_image.sample_t2i import FETCH, NOISE, UNIT, TextPair, generate, make_pipeline, make_scheduler
@@ -29,67 +37,12 @@ from skipdit.training.latents import clean_latents
 from skipdit.training.loop import fit
 from skipdit.training.lora import add_lora, save_lora
 from skipdit.training.prepare import open_texts, open_training, run_trainer
-from skipdit.training.settings import Draw, Loss, TrainConfig
+from skipdit.training.steps import Draw, Loss
 from skipdit.utils.device import process_state
 from skipdit.utils.files import write_png
 from skipdit.utils.seeding import generators
 
 SHOWN = 8  # pictures of a sample grid
-
-
-@dataclass
-class ModelConfig(Settings):
-    """Arguments of `HunyuanDiT`; unset ones are those of the released model."""
-
-    hidden_size: int | None = setting(None, "width", least=1)
-    depth: int | None = setting(None, "blocks", least=1)
-    num_heads: int | None = setting(None, "attention heads", least=1)
-    patch_size: int | None = setting(None, "side of a patch in latent pixels", least=1)
-    mlp_ratio: float | None = setting(None, "hidden width of the MLP over the model's")
-    text_states_dim: int | None = setting(None, "channels of the CLIP", least=1)
-    text_len: int | None = setting(None, "tokens of its texts", least=1)
-    text_states_dim_t5: int | None = setting(None, "channels of the T5", least=1)
-    text_len_t5: int | None = setting(None, "tokens of its texts", least=1)
-    skip: bool = setting(True, "long skips")
-    fuse: str = setting("replace", "replace, as released, or residual, which starts at the model without skips")
-
-
-@dataclass
-class TextConfig(Settings):
-    """Where one of the two encodings of the captions comes from."""
-
-    encoder: str | None = setting(None, "text encoder, folder or Hub name; frozen", identity=False)
-    tokenizer: str | None = setting(None, "folder or Hub name; unset: beside the text encoder", identity=False)
-    files: str | None = setting(
-        None, "embeddings of `python -m skipdit encode-text`, in place of the text encoder", identity=False
-    )
-    fingerprint: str | None = setting(None, "of the text encoder; the trainer fills it in and refuses another")
-    dropout: float = setting(0.2, "share of captions replaced by the empty one, for guidance", least=0, most=1)
-
-
-@dataclass
-class Config(Settings):
-    """A text-to-image training run."""
-
-    out: str = setting("results/text-to-image", "run folder", identity=False)
-    init: str | None = setting(
-        None, "checkpoint to start from; one without skips may start a model with (stage 1)", identity=False
-    )
-    vae: str = setting("ckpts/t2i/sdxl-vae-fp16-fix", "autoencoder, folder or Hub name", identity=False)
-    vae_fingerprint: str | None = setting(None, "of the autoencoder; the trainer fills it in and refuses another")
-    clip: TextConfig = field(default_factory=TextConfig)
-    t5: TextConfig = field(default_factory=TextConfig)
-    text_dtype: str = setting("bfloat16", "of the text encoders: auto, float32, bfloat16 or float16")
-    grid_guidance: float = setting(6.0, "guidance scale of the sample grids", identity=False, least=0)
-    lora_rank: int = setting(0, "train adapters of this rank, and nothing else; 0: none", least=0)
-    model: ModelConfig = field(default_factory=ModelConfig)
-    data: PictureData = field(default_factory=PictureData)
-    train: TrainConfig = field(default_factory=TrainConfig)
-
-    def files(self) -> dict[str, str]:
-        """What has to be there, by setting."""
-        texts = {"clip.files": self.clip.files, "t5.files": self.t5.files}
-        return self.data.files() | {name: place for name, place in texts.items() if place}
 
 
 def build_model(config: ModelConfig, latents: int, in_channels: int = 4) -> HunyuanDiT:

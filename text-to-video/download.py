@@ -9,7 +9,7 @@ Short for `python -m skipdit download text-to-video`; see its --help.
 
 import sys
 
-from skipdit.checkpoints.download import main
+from skipdit.__main__ import main
 
 if __name__ == "__main__":
-    main(["text-to-video", *sys.argv[1:]])
+    main(["download", "text-to-video", *sys.argv[1:]])

@@ -9,8 +9,14 @@ clips, prompts.json and report.json; with gif=true also every clip as GIF, and p
 The same command again continues an interrupted run; any number of processes makes the same clips, to rounding.
 """
 
+from skipdit.text_to_video.settings import SampleConfig as Config
+from skipdit.text_to_video.settings import read_arguments
+
+if __name__ == "__main__":
+    read_arguments(__doc__)  # answers --help and mistakes before the imports below, which take seconds
+
+
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
 from typing import NamedTuple
@@ -21,26 +27,14 @@ from torch import Tensor
 from torchvision.io import ImageReadMode, read_image
 
 from skipdit.caching.policies import parse_policy
-from skipdit.cli import friendly_errors, make_parser
-from skipdit.config import load_config, required, setting
+from skipdit.cli import friendly_errors
 from skipdit.data.video import add_gifs, read_mp4
 from skipdit.encoders.autoencoder import downsampling, load_vae
 from skipdit.encoders.text import TextEncoder, load_text_encoder, missing_text_files
 from skipdit.sampling import text_conditional as text_sample
-from skipdit.sampling.arguments import add_cache_arguments, cache_override
 from skipdit.sampling.job import Job, preflight, run_job
 from skipdit.sampling.prompts import file_names, read_prompts
-from skipdit.sampling.text_conditional import (
-    WINDOW,
-    Parts,
-    PromptConfig,
-    PromptSampler,
-    add_prompt_argument,
-    check_settings,
-    run_pipeline,
-    take_prompts,
-    write_prompts,
-)
+from skipdit.sampling.text_conditional import Parts, PromptSampler, check_settings, run_pipeline, write_prompts
 from skipdit.text_to_video.model import LatteT2V
 from skipdit.utils.device import process_state
 from skipdit.utils.files import write_png
@@ -51,41 +45,6 @@ FETCH = "python -m skipdit download text-to-video"
 SHOWN = 16  # clips on the contact sheet
 RELEASED_WIDTH = 1152
 NOISE = {"beta_start": 1e-4, "beta_end": 0.02, "beta_schedule": "linear"}  # that Latte was trained with
-
-
-@dataclass
-class Config(PromptConfig):
-    """A text-to-video sampling run."""
-
-    weights: str = required("checkpoint of the transformer: .pt, .safetensors, or folder", identity=False)
-    pipeline: str = setting(
-        "checkpoints/Latte-0", "folder with transformer/config.json, scheduler, vae, text_encoder", identity=False
-    )
-    skip: bool = setting(True, "the weights have long skips", identity=False)
-    fuse: str | None = setting(
-        None, "replace or residual long skips; unset: as the pipeline's config.json says", identity=False
-    )
-    vae: str | None = setting(None, "autoencoder, folder or Hub name; unset: the pipeline's", identity=False)
-    temporal_decoder: bool = setting(
-        False, "use the pipeline's vae_temporal_decoder, whose clips flicker less", identity=False
-    )
-    text_encoder: str | None = setting(None, "folder or Hub name; unset: the pipeline's", identity=False)
-    tokenizer: str | None = setting(None, "folder or Hub name; unset: beside the text encoder", identity=False)
-    out: str = setting("samples/text-to-video", "folder for the clips and the report", identity=False)
-    videos_per_prompt: int = setting(1, "clips of each prompt; VBench wants 5", least=1)
-    vbench_names: bool = setting(False, "call the files <prompt>-<n>.mp4, as VBench wants them")
-    num_frames: int = setting(16, "frames of a clip; 1 makes pictures", least=1)
-    fps: float = setting(8.0, "frames per second of the files", least=0.01, most=1000)
-    gif: bool = setting(False, "also write every clip as GIF", identity=False)
-    temporal_attention: bool = setting(True, "run the temporal blocks; without them frames know nothing of each other")
-
-    def places(self) -> dict[str, str]:
-        """Where everything comes from that is not set directly."""
-        autoencoder = "vae_temporal_decoder" if self.temporal_decoder else "vae"
-        return {
-            "vae": self.vae or f"{self.pipeline}/{autoencoder}",
-            "text_encoder": self.text_encoder or f"{self.pipeline}/text_encoder",
-        }
 
 
 def make_scheduler(name: str, folder: Path | None = None) -> SchedulerMixin:
@@ -277,14 +236,8 @@ def write_look(config: Config, job: Job) -> None:
 
 
 def main() -> None:
-    parser = make_parser(Config, __doc__)
-    add_cache_arguments(parser, WINDOW)
-    add_prompt_argument(parser)
-    args = parser.parse_intermixed_args()
+    config = read_arguments(__doc__)
     with friendly_errors():
-        spec = cache_override(args, WINDOW)
-        config = load_config(Config, args.config, args.overrides + spec)
-        take_prompts(config, args)
         sample(config)
 
 

@@ -7,15 +7,21 @@ scratch.
 The same command again continues an interrupted run.
 """
 
-from dataclasses import dataclass, field, fields
+from skipdit.text_to_video.settings import ModelConfig
+from skipdit.text_to_video.settings import TrainingConfig as Config
+from skipdit.training.arguments import read_arguments
+
+if __name__ == "__main__":
+    read_arguments(Config, __doc__)  # answers --help and mistakes before the imports below, which take seconds
+
+
+from dataclasses import fields
 from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKL, LattePipeline
 from torch import Tensor
 
-from skipdit.config import Settings, setting
-from skipdit.data.clips import ClipData
 from skipdit.data.latents import open_clips
 from skipdit.data.texts import Texts
 from skipdit.diffusion.gaussian import Diffusion
@@ -26,51 +32,11 @@ from skipdit.text_to_video.sample_t2v import Prompt, generate, make_scheduler
 from skipdit.training.latents import joint_latents
 from skipdit.training.loop import fit
 from skipdit.training.prepare import open_texts, open_training, run_trainer
-from skipdit.training.settings import Draw, Loss, TrainConfig
+from skipdit.training.steps import Draw, Loss
 from skipdit.utils.seeding import generators
 from skipdit.utils.video import write_look
 
 SHOWN = 8  # clips of a sample grid
-
-
-@dataclass
-class ModelConfig(Settings):
-    """A model by the config.json of its folder, or by its constructor's arguments; unset ones are the class's."""
-
-    folder: str | None = setting(
-        None, "folder of a transformer's config.json; unset: the arguments below", identity=False
-    )
-    num_attention_heads: int | None = setting(None, "attention heads", least=1)
-    attention_head_dim: int | None = setting(None, "width of a head; times the heads it is the model's", least=1)
-    num_layers: int | None = setting(None, "pairs of blocks", least=1)
-    patch_size: int | None = setting(None, "side of a patch in latent pixels", least=1)
-    caption_channels: int | None = setting(None, "channels of the text encoder", least=1)
-    skip: bool = setting(True, "long skips")
-    fuse: str = setting("replace", "replace, as in the paper, or residual, which starts at the plain model")
-
-
-@dataclass
-class Config(Settings):
-    """A text-to-video training run."""
-
-    out: str = setting("results/text-to-video", "run folder", identity=False)
-    init: str | None = setting(
-        None, "checkpoint to start from; a plain Latte may start a skip model (stage 1)", identity=False
-    )
-    vae: str = setting("checkpoints/Latte-0/vae", "autoencoder, folder or Hub name", identity=False)
-    vae_fingerprint: str | None = setting(None, "of the autoencoder; the trainer fills it in and refuses another")
-    text_encoder: str = setting("checkpoints/Latte-0/text_encoder", "folder or Hub name; frozen", identity=False)
-    tokenizer: str | None = setting(None, "folder or Hub name; unset: beside the text encoder", identity=False)
-    text_dtype: str = setting("bfloat16", "of the text encoder: auto, float32, bfloat16 or float16")
-    texts: str | None = setting(
-        None, "embeddings of `python -m skipdit encode-text`, in place of the text encoder", identity=False
-    )
-    text_fingerprint: str | None = setting(None, "of the text encoder; the trainer fills it in and refuses another")
-    caption_dropout: float = setting(0.1, "share of captions replaced by the empty one, for guidance")
-    grid_guidance: float = setting(7.5, "guidance scale of the sample clips", identity=False)
-    model: ModelConfig = field(default_factory=ModelConfig)
-    data: ClipData = field(default_factory=ClipData)
-    train: TrainConfig = field(default_factory=TrainConfig)
 
 
 def build_model(config: ModelConfig, latents: int, num_frames: int, in_channels: int = 4) -> LatteT2V:

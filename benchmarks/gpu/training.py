@@ -197,7 +197,8 @@ def train(bench: Bench, case: Case, stage: Stage, batch: int, pace: Pace) -> tup
 
 def _fit(bench: Bench, case: Case, stage: Stage, batch: int, pace: Pace, folder: str) -> None:
     from skipdit.training.loop import fit
-    from skipdit.training.settings import Draw, TrainConfig
+    from skipdit.training.settings import TrainConfig
+    from skipdit.training.steps import Draw
 
     @dataclass
     class Run:

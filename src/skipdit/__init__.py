@@ -1,31 +1,24 @@
 """Skip-DiT and Skip-Cache: diffusion transformers with long skip connections, and the feature cache they allow."""
 
-from importlib import import_module
-from typing import Any
-
 from skipdit import _moved
+from skipdit.utils.lazy import lazy_names
 
 __version__ = "0.1.0"
 
-_PLACES = {  # public name -> its module, imported when first asked for: torch and diffusers take seconds
-    "CachePolicy": "caching",
-    "CacheSpec": "caching",
-    "SkipCache": "caching",
-    "parse_policy": "caching",
+_PLACES = {  # public name -> its module
+    "CachePolicy": "caching.policies",
+    "CacheSpec": "caching.policies",
+    "SkipCache": "caching.runtime",
+    "parse_policy": "caching.policies",
     "load_weights": "checkpoints.loading",
     "enable_cache": "pipelines.cache",
     "disable_cache": "pipelines.cache",
-    "DiT": "class_to_image",
-    "Latte": "class_to_video",
-    "LatteT2V": "text_to_video",
-    "HunyuanDiT": "text_to_image",
+    "DiT": "class_to_image.model",
+    "Latte": "class_to_video.model",
+    "LatteT2V": "text_to_video.model",
+    "HunyuanDiT": "text_to_image.model",
 }
 __all__ = list(_PLACES)
+__getattr__ = lazy_names(__name__, _PLACES)
 
 _moved.install()
-
-
-def __getattr__(name: str) -> Any:
-    if name in _PLACES:
-        return getattr(import_module(f"skipdit.{_PLACES[name]}"), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

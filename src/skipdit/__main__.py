@@ -3,7 +3,7 @@
 import sys
 from importlib import import_module
 
-COMMANDS = {  # name -> module whose `main` runs it, and what it does
+COMMANDS = {  # name -> module whose `main` runs it, and what it does; `commands` has its command line
     "compare": ("evaluation.compare", "the same samples with several caches: speed, fidelity, pictures"),
     "plan": ("planning.command", "plan which steps are cached, measured on the model itself"),
     "analyze": ("analysis.command", "features, skips and caching of a model, in numbers and pictures"),
@@ -18,14 +18,14 @@ USAGE = "usage: python -m skipdit COMMAND ...; python -m skipdit COMMAND --help 
 
 
 def main(argv: list[str]) -> None:
-    """Run a command. Modules are imported when they are needed: `--help` answers at once."""
+    """Run a command. Its own module, which takes seconds to import, comes after --help and mistakes are answered."""
     if not argv or argv[0] in ("-h", "--help"):
         print(USAGE + "\n" + "\n".join(f"  {name:12} {help}" for name, (_, help) in COMMANDS.items()))
         return
     if argv[0] not in COMMANDS:
         raise SystemExit(f"error: no command {argv[0]!r}; known: {', '.join(COMMANDS)}")
-    sys.argv = [f"skipdit {argv[0]}", *argv[1:]]
-    import_module(f"skipdit.{COMMANDS[argv[0]][0]}").main()
+    args = import_module(f"skipdit.commands.{argv[0].replace('-', '_')}").read_arguments(argv[1:])
+    import_module(f"skipdit.{COMMANDS[argv[0]][0]}").main(args)
 
 
 if __name__ == "__main__":

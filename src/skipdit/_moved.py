@@ -18,11 +18,11 @@ MODULES = {  # module of version 0.1 -> the ones that hold its names now
     "bench": ("layers.flops", "layers.inspect", "utils.timing"),
     "cache": ("caching.policies", "caching.runtime", "caching.steps"),
     "checkpoint": ("training.checkpoints",),
-    "class_sample": ("sampling.class_conditional", "sampling.job"),
+    "class_sample": ("sampling.class_conditional", "sampling.settings", "sampling.job"),
     "compare": ("evaluation.compare", "sampling.sampler"),
     "convert": ("checkpoints.convert",),
     "device": ("utils.device",),
-    "download": ("checkpoints.download",),
+    "download": ("checkpoints.download", "checkpoints.catalogue"),
     "ema": ("training.ema",),
     "encode": ("data.encode",),
     "encode_text": ("data.encode_text",),
@@ -58,9 +58,9 @@ MODULES = {  # module of version 0.1 -> the ones that hold its names now
     "spectral": ("training.spectral",),
     "stopping": ("utils.signals",),
     "task": ("tasks",),
-    "text": ("encoders.text",),
-    "text_sample": ("sampling.text_conditional", "sampling.job"),
-    "train": ("training.loop", "training.settings", "training.parallel", "training.run_folder"),
+    "text": ("encoders.text", "encoders.reading"),
+    "text_sample": ("sampling.text_conditional", "sampling.settings", "sampling.arguments", "sampling.job"),
+    "train": ("training.loop", "training.settings", "training.steps", "training.parallel", "training.run_folder"),
     "vae": ("encoders.autoencoder",),
     "weights": (
         "checkpoints.loading",
@@ -72,7 +72,7 @@ MODULES = {  # module of version 0.1 -> the ones that hold its names now
     ),
     "writing": ("utils.files",),
 }
-COMMANDS = {"analyze.__main__": "analyze", "encode_text": "encode-text"}
+COMMANDS = {"analyze.__main__": "analyze", "data.__main__": "data", "encode_text": "encode-text"}
 COMMANDS |= {name: name for name in ("download", "encode", "evaluate", "plan", "weights")}
 
 

@@ -1,12 +1,18 @@
 """The tasks. The library imports a task's modules only through this table, when a command's config asks for them."""
 
+from __future__ import annotations
+
+import argparse
 from dataclasses import dataclass, fields
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from skipdit.caching.policies import CacheSpec, parse_policy
-from skipdit.sampling.sampler import Sampler
+from skipdit.config import load_config
+
+if TYPE_CHECKING:  # torch takes seconds, and settings can be read without it
+    from skipdit.sampling.sampler import Sampler
 
 
 @dataclass(frozen=True)
@@ -28,7 +34,7 @@ class Task:
     @property
     def schema(self) -> type:
         """Settings of the sampler."""
-        return import_module(f"skipdit.{self.module}").Config
+        return import_module(f"skipdit.{self.module.partition('.')[0]}.settings").SampleConfig
 
     def open_sampler(self, config: Any, branch: int | None) -> Sampler:
         """Load all that a config asks for.
@@ -68,3 +74,16 @@ def find_task(config: str, name: str | None = None) -> Task:
             "--task class-to-image"
         )
     return TASKS[folder]
+
+
+def read_settings(args: argparse.Namespace, overrides: list[str]) -> tuple[Task, Any]:
+    """Return the task and the sampler's settings that a command line asks for.
+
+    Args:
+        args: `config`, a file, and `task`, a name or None.
+        overrides: `key=value`.
+
+    Raises ValueError for no task, and as `load_config`.
+    """
+    task = find_task(args.config, args.task)
+    return task, load_config(task.schema, args.config, overrides)

@@ -4,6 +4,8 @@ The policy is a `CacheSpec`, an interval between two timesteps that the user wri
 `python -m skipdit plan` made; or a `DriftSpec`, which decides at run time.
 """
 
+from __future__ import annotations
+
 import hashlib
 import json
 import math
@@ -14,12 +16,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import accumulate
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from torch import Tensor
 
-from skipdit.caching.steps import CacheStep, DriftStep
+if TYPE_CHECKING:  # torch takes seconds, and a spec can be read without it
+    from torch import Tensor
+
+    from skipdit.caching.steps import CacheStep
 
 _GRAMMAR = re.compile(r"N(\d+)-(\d+)-(\d+)(?:-b(\d+))?(?:-o(\d+))?")
 _DRIFT_GRAMMAR = re.compile(r"D(\d+\.?\d*|\.\d+)(?:-m(\d+))?(?:-b(\d+))?(?:-o(\d+))?")
@@ -102,6 +106,8 @@ class CachePolicy(ABC):
             memory: `CacheStep.memory` of the stream's last full step.
             on_full: an adaptive step calls it if it decides to be full.
         """
+        from skipdit.caching.steps import CacheStep
+
         return CacheStep(self.branch, feature)
 
     def check(self, model: str, sampler: str, guidance_scale: float) -> None:  # noqa: B027 (most are for anything)
@@ -149,7 +155,7 @@ class CacheSpec(CachePolicy):
     def window(self) -> str:
         return f"{self.start}-{self.stop}"
 
-    def with_order(self, order: int) -> "CacheSpec":
+    def with_order(self, order: int) -> CacheSpec:
         return replace(self, order=order)
 
     @property
@@ -205,7 +211,7 @@ class CachePlan(CachePolicy):
             raise ValueError(f"{self.source}: branch is {self.branch}; it must be at least 1")
 
     @classmethod
-    def load(cls, file: str | Path) -> "CachePlan":
+    def load(cls, file: str | Path) -> CachePlan:
         """Read a plan. Raises FileNotFoundError, or ValueError for a file that is none; both name it."""
         if not Path(file).is_file():
             raise FileNotFoundError(f"no plan {file}; `python -m skipdit plan --help` tells how to make one")
@@ -345,6 +351,8 @@ class DriftSpec(CachePolicy):
         return i - self.most
 
     def step(self, feature: Tensor | None, memory: Tensor | None, on_full: Callable[[], None]) -> CacheStep:
+        from skipdit.caching.steps import DriftStep
+
         return DriftStep(self.branch, feature, memory, self.threshold, on_full)
 
 

@@ -1,14 +1,4 @@
-"""Checkpoints from one layout to another; the commands of `python -m skipdit weights`.
-
-    python -m skipdit weights verify IN            # whether every byte is as it was saved, and every weight finite
-    python -m skipdit weights convert IN OUT       # a safetensors folder for `DiT.from_pretrained(OUT)`
-    python -m skipdit weights convert checkpoints/ffs-skip.pt latte-ffs --model-class skipdit.class_to_video.Latte
-    python -m skipdit weights convert results/t2i transformer --model-class diffusers.HunyuanDiT2DModel
-    python -m skipdit weights export IN OUT.pt     # the released layout {"ema": ...}, to ship
-
-IN is anything that `load_weights` reads. Of a training checkpoint the EMA is taken, and all of it is verified. OUT must
-not exist yet.
-"""
+"""Checkpoints from one layout to another: `python -m skipdit weights`."""
 
 import argparse
 import importlib
@@ -27,7 +17,7 @@ from skipdit.checkpoints.diffusers_layout import diffusers_config, to_diffusers
 from skipdit.checkpoints.errors import WeightsError
 from skipdit.checkpoints.files import is_finite, is_partial, load_checkpoint, load_state, model_settings, read
 from skipdit.checkpoints.loading import load_weights
-from skipdit.checkpoints.released import ORDERS, State, to_released
+from skipdit.checkpoints.released import State, to_released
 from skipdit.checkpoints.sums import SUMS, require_sound, sha256, verify
 from skipdit.cli import friendly_errors
 from skipdit.utils.files import naming, whole_file
@@ -160,26 +150,7 @@ def _model_class(name: str) -> type[nn.Module]:
     return model_class
 
 
-def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        "python -m skipdit weights", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    commands = parser.add_subparsers(dest="command", required=True)
-    titles = {"convert": "make a folder for from_pretrained", "export": "make a file to ship"}
-    for name, help in {"verify": "read all of it, compare with its checksums", **titles}.items():
-        command = commands.add_parser(name, help=help)
-        command.add_argument("source", type=Path, metavar="IN", help="a .pt or .safetensors file, or a folder")
-        if name == "verify":
-            continue
-        command.add_argument("out", type=Path, metavar="OUT", help="must not exist yet")
-        command.add_argument(
-            "--dtype", choices=["float32", "float16", "bfloat16"], default="float32", help="on disk [%(default)s]"
-        )
-        command.add_argument("--skips", choices=ORDERS, help="how IN numbers its skips, if it does not say so")
-    command = commands.choices["convert"]
-    command.add_argument("--model-class", default="skipdit.class_to_image.DiT", metavar="CLASS", help="[%(default)s]")
-    command.add_argument("--num-heads", type=int, metavar="H", help="attention heads, if the width is no published one")
-    args = parser.parse_args(argv)
+def main(args: argparse.Namespace) -> None:
     with friendly_errors("starts anew"):
         if args.command == "verify":
             print(verify(args.source))

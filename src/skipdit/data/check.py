@@ -1,15 +1,7 @@
-"""Walk the dataset of a training config: what is there, what is too short, what lacks a caption, what is broken.
-
-    python -m skipdit data check configs/class-to-video/ucf101_scratch.yaml data.path=data/UCF101/videos
-    python -m skipdit data check configs/class-to-video/sky_scratch.yaml --good good.txt
-
-Reads every file as training does. Ends with status 1 if anything is broken or lacks its caption. The list of good clips
-or captioned pictures can be given back to training as data.clip_list or data.picture_list.
-"""
+"""What a data set holds, and what of it cannot be read: `python -m skipdit data check`."""
 
 import argparse
 from collections import Counter
-from pathlib import Path
 from statistics import median
 
 from torch.utils.data import DataLoader, Dataset
@@ -17,28 +9,17 @@ from tqdm import tqdm
 
 from skipdit.cli import friendly_errors
 from skipdit.data.clip_folder import STRETCH, ClipFolder
-from skipdit.data.clips import CLIPS, ClipData, ClipDataset, load_section
+from skipdit.data.clips import ClipDataset, load_section
 from skipdit.data.images import IMAGES
 from skipdit.data.latents import FOLDERS, Shards
 from skipdit.data.pictures import PictureFolder, bucket_sizes
+from skipdit.data.settings import CLIPS, ClipData
 from skipdit.utils.errors import BrokenSample
 from skipdit.utils.files import naming
 from skipdit.utils.signals import leave_signals_to_parent
-from skipdit.utils.text import with_home
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m skipdit data", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("action", choices=["check"])
-    parser.add_argument("config", metavar="CONFIG", help="YAML file of a training run; its section `data` counts")
-    parser.add_argument("overrides", nargs="*", metavar="data.key=value", help="settings of that section to replace")
-    parser.add_argument("--good", type=Path, metavar="FILE", help="write the names of the good ones, one per line")
-    parser.add_argument("--quick", action="store_true", help="of every clip read the first and the last frame only")
-    parser.add_argument("--decode", action="store_true", help="decode every video to its end, and count its frames")
-    parser.add_argument("--workers", type=int, default=4, help="reading processes [%(default)s]")
-    args = with_home(parser.parse_intermixed_args())
+def main(args: argparse.Namespace) -> None:
     with friendly_errors("starts anew"):
         broken = check(args)
     raise SystemExit(1 if broken else 0)

@@ -12,8 +12,9 @@ from torch import Tensor
 from torchvision.transforms.v2 import functional as transforms
 
 from skipdit.data.captions import BESIDE, Row, match, read_rows, texts_beside
-from skipdit.data.clips import Clip, ClipData, ClipDataset
+from skipdit.data.clips import Clip, ClipDataset
 from skipdit.data.files import IMAGE_SUFFIXES, is_a, read_list, read_picture, walk
+from skipdit.data.settings import ClipData
 from skipdit.data.video import Video, load_av
 
 VIDEO_SUFFIXES = {".mp4", ".avi", ".mov", ".mkv", ".webm", ".mpg", ".m4v"}

@@ -7,51 +7,19 @@ A caption is a label: where clips have captions, a clip's label is the number of
 """
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass, field, fields
+from dataclasses import fields
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from skipdit.config import Settings, given_values, load_config, setting
-from skipdit.data.captions import BESIDE
-from skipdit.data.images import IMAGES, ImageData
-from skipdit.data.pictures import PictureData
+from skipdit.config import given_values, load_config
+from skipdit.data.images import IMAGES
+from skipdit.data.settings import CLIPS, ClipData, ImageData, PictureData
 from skipdit.utils.errors import BrokenSample
 
-CLIPS = ("videos", "frames")  # as data.kind
 ATTEMPTS = 10  # other pictures to try where one of those that ride along cannot be read
-
-
-@dataclass
-class ClipData(Settings):
-    """Where training clips come from."""
-
-    kind: str = setting("videos", "videos (files), frames (in folders), or latents (of `python -m skipdit encode`)")
-    path: str = setting("data/clips", "folder of the clips, nested as it may be, or of the latents", identity=False)
-    clip_list: str | None = setting(None, "text file with one clip per line, relative to path; unset: all clips there")
-    labelled: bool = setting(False, "a clip's class is the folder right below path that it lies in")
-    classes: list[str] = field(
-        default_factory=list, metadata={"help": "class folders to use, in order of their ids; empty: all, by name"}
-    )
-    captions: str | None = setting(
-        None, "JSONL or CSV of video (relative to path), caption; or txt: beside every clip", identity=False
-    )
-    num_frames: int = setting(16, "frames of a clip", least=1)
-    frame_interval: int = setting(3, "frames of the source from one to the next; 1 takes all", least=1)
-    images: int = setting(0, "single frames beside every clip, for joint training", least=0)
-    images_from: str = setting("other", "other or same: take those frames from other clips, or from the clip itself")
-    image_path: str | None = setting(None, "folder of the pictures in image_list", identity=False)
-    image_list: str | None = setting(None, "text file, a picture <clip>/<frame> per line: draw images from these")
-    image_size: int = setting(256, "pixels along a side: centre crop, then resize", least=1)
-    latents: str = setting("sample", "mean or sample: what of the autoencoder's posterior is trained on")
-    flip: bool = setting(True, "flip half of the clips, and of the images, horizontally")
-
-    def files(self) -> dict[str, str]:
-        """What has to be there, by setting."""
-        names = ("path", "clip_list", "image_path", "image_list", *["captions"] * (self.captions != BESIDE))
-        return {f"data.{name}": value for name in names if (value := getattr(self, name)) is not None}
 
 
 KINDS = {ImageData: tuple(IMAGES), ClipData: CLIPS, PictureData: ("pictures",)}  # as data.kind, besides latents

@@ -1,27 +1,10 @@
-"""Encode a dataset of images or clips into latents, once, with their flipped copies.
-
-    python -m skipdit encode --data fashion_mnist --path data --image-size 32 \\
-        --vae class-to-image/weights/vae --out data/fashion-latents
-    torchrun --nproc-per-node 8 -m skipdit encode --data image_folder --path data/imagenet/train --image-size 256 \\
-        --vae stabilityai/sd-vae-ft-ema --out data/imagenet/latents
-    python -m skipdit encode --data videos --path data/UCF101/videos --labelled --image-size 256 --shard 200 \\
-        --vae stabilityai/sd-vae-ft-ema --out data/UCF101/latents
-    python -m skipdit encode --data videos --path data/clips --captions data/clips/captions.jsonl --image-size 256 \\
-        --shard 200 --vae stabilityai/sd-vae-ft-ema --out data/clips-latents
-    python -m skipdit encode --data pictures --path data/pictures --captions data/pictures/captions.jsonl \\
-        --image-size 1024 --buckets 1024x1024 1024x768 768x1024 --shard 1000 \\
-        --vae ckpts/t2i/sdxl-vae-fp16-fix --out data/pictures-latents
-
-Training then does not decode, crop or encode any more. Of clips all frames are kept, so that training still draws its
-random stretches. An interrupted run continues with the shards it lacks.
-"""
+"""Images and clips to latents: `python -m skipdit encode`."""
 
 import argparse
 import hashlib
 import json
 from dataclasses import asdict, replace
 from itertools import accumulate, groupby
-from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKL
@@ -31,17 +14,17 @@ from tqdm import tqdm
 
 from skipdit.cli import friendly_errors
 from skipdit.data.clip_folder import ClipFolder
-from skipdit.data.clips import CLIPS, ClipData, ClipDataset
+from skipdit.data.clips import ClipDataset
 from skipdit.data.images import IMAGES
 from skipdit.data.latents import LatentInfo, Part, expected_latents
-from skipdit.data.pictures import PictureData, PictureFolder
+from skipdit.data.pictures import PictureFolder
+from skipdit.data.settings import ClipData, PictureData
 from skipdit.data.stream import Stream, collate
 from skipdit.encoders.autoencoder import encode, latent_size, load_vae
 from skipdit.utils.device import process_state
 from skipdit.utils.files import naming, replace_text, whole_file
 from skipdit.utils.pixels import to_float
 from skipdit.utils.signals import leave_signals_to_parent
-from skipdit.utils.text import with_home
 
 
 class _InOrder(Stream):
@@ -101,42 +84,7 @@ def open_dataset(args: argparse.Namespace) -> Dataset:
     )
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", choices=[*IMAGES, *CLIPS, "pictures"], required=True, help="kind of dataset")
-    parser.add_argument("--path", required=True, help="its folder")
-    parser.add_argument("--image-size", type=int, default=256, help="pixels along a side [%(default)s]")
-    parser.add_argument(
-        "--vae", default="stabilityai/sd-vae-ft-ema", help="autoencoder, folder or Hub name [%(default)s]"
-    )
-    parser.add_argument(
-        "--latents",
-        choices=["mean", "sample"],
-        default="sample",
-        help="keep the posterior's mean, or also its deviation to sample from it in training [%(default)s]",
-    )
-    parser.add_argument("--out", type=Path, required=True, help="folder for the shards")
-    parser.add_argument("--clip-list", metavar="FILE", help="clips: text file with those to encode, one per line")
-    parser.add_argument("--labelled", action="store_true", help="clips: the folder below path is their class")
-    parser.add_argument(
-        "--classes",
-        nargs="+",
-        default=[],
-        metavar="FOLDER",
-        help="clips: their class folders to encode",
-    )
-    parser.add_argument(
-        "--captions",
-        metavar="FILE|txt",
-        help="clips, pictures: JSONL or CSV of video or image, and caption; or txt: files beside them",
-    )
-    parser.add_argument("--picture-list", metavar="FILE", help="pictures: text file with those to encode, one per line")
-    parser.add_argument(
-        "--buckets", nargs="+", default=[], metavar="HxW", help="pictures: their shapes [a square of --image-size]"
-    )
-    parser.add_argument("--shard", type=int, default=10_000, help="images or clips per file [%(default)s]")
-    parser.add_argument("--workers", type=int, default=4, help="reading processes [%(default)s]")
-    args = with_home(parser.parse_args())
+def main(args: argparse.Namespace) -> None:
     with friendly_errors():
         run(args)
 

@@ -1,19 +1,4 @@
-"""Encode the captions of a training config once, so that training needs no text encoder in memory.
-
-    python -m skipdit encode-text configs/text-to-video/clips.yaml --out data/texts \\
-        --text-encoder checkpoints/Latte-0/text_encoder
-    torchrun --nproc-per-node 8 -m skipdit encode-text configs/text-to-video/clips.yaml --out data/texts \\
-        --text-encoder checkpoints/Latte-0/text_encoder data.kind=latents data.path=data/clips-latents
-
-Text-to-image reads every caption with two encoders:
-
-    python -m skipdit encode-text configs/text-to-image/t2i_train_stage2.yaml --out data/texts-clip --role clip \\
-        --text-encoder ckpts/t2i/clip_text_encoder
-    python -m skipdit encode-text configs/text-to-image/t2i_train_stage2.yaml --out data/texts-t5 --role t5 \\
-        --text-encoder ckpts/t2i/mt5
-
-Takes the captions that training will ask for. An interrupted run continues with the shards it lacks.
-"""
+"""Captions to embeddings: `python -m skipdit encode-text`."""
 
 import argparse
 from pathlib import Path
@@ -23,37 +8,19 @@ from safetensors.torch import save_file
 from tqdm import tqdm
 
 from skipdit.cli import friendly_errors
-from skipdit.data.clips import ClipData, load_section
-from skipdit.data.images import ImageData
+from skipdit.data.clips import load_section
 from skipdit.data.latents import FOLDERS, Shards
-from skipdit.data.pictures import PictureData
+from skipdit.data.settings import ClipData, ImageData, PictureData
 from skipdit.data.texts import LiveTexts, TextPart
-from skipdit.encoders.text import CHUNK, LATTE, READINGS, TextEncoder, load_text_encoder
+from skipdit.encoders.reading import CHUNK, READINGS
+from skipdit.encoders.text import TextEncoder, load_text_encoder
 from skipdit.utils.device import process_state
 from skipdit.utils.files import naming, whole_file
-from skipdit.utils.text import with_home
 
 DTYPES = ("float16", "bfloat16", "float32")
 
 
-def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        "python -m skipdit encode-text", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("config", metavar="CONFIG", help="YAML file of a training run; its section `data` counts")
-    parser.add_argument("overrides", nargs="*", metavar="data.key=value", help="settings of that section to replace")
-    parser.add_argument("--text-encoder", required=True, metavar="NAME", help="folder or Hub name")
-    parser.add_argument("--tokenizer", metavar="NAME", help="folder or Hub name [that of the encoder]")
-    reads = "what reads the texts: Latte, or which of Hunyuan-DiT's two [%(default)s]"
-    parser.add_argument("--role", choices=READINGS, default=LATTE.role, help=reads)
-    limits = ", ".join(f"{reading.max_tokens} of {role}" for role, reading in READINGS.items())
-    parser.add_argument("--max-tokens", type=int, metavar="N", help=f"in place of the role's limit [{limits}]")
-    parser.add_argument("--out", type=Path, required=True, help="folder for the shards")
-    parser.add_argument("--dtype", choices=DTYPES, default="float16", help="of the files [%(default)s]")
-    parser.add_argument("--encoder-dtype", choices=DTYPES, default="float32", help="of the encoder [%(default)s]")
-    parser.add_argument("--batch-size", type=int, default=CHUNK, help="captions at once [%(default)s]")
-    parser.add_argument("--shard", type=int, default=1_000, help="captions per file [%(default)s]")
-    args = with_home(parser.parse_intermixed_args(argv))
+def main(args: argparse.Namespace) -> None:
     with friendly_errors():
         reading = READINGS[args.role]
         reading = reading._replace(max_tokens=reading.max_tokens if args.max_tokens is None else args.max_tokens)

@@ -1,6 +1,5 @@
 """Labelled images: folders and FashionMNIST. Samples are {"image": uint8 (3, H, W), "label": int}."""
 
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -10,28 +9,13 @@ from PIL import Image
 from torch.utils.data import Dataset
 from torchvision import datasets
 
-from skipdit.config import Settings, setting
 from skipdit.data.files import IMAGE_SUFFIXES, is_a, is_visible, read_picture, walk
+from skipdit.data.settings import ImageData  # noqa: F401 (its place in version 0.1)
 from skipdit.utils.pixels import to_float, to_uint8  # noqa: F401 (their place in version 0.1)
 
 SUFFIXES = IMAGE_SUFFIXES | {".pgm", ".ppm", ".tif", ".tiff"}  # of images in class folders
 TOO_LONG = 16  # times as long as its size wants it
 REACH = 5  # pixels, more than a bicubic filter sees beside those it is at, of a picture less than twice too large
-
-
-@dataclass
-class ImageData(Settings):
-    """Where training images come from."""
-
-    kind: str = setting("image_folder", "image_folder, fashion_mnist, or latents (made by `python -m skipdit encode`)")
-    path: str = setting("data/imagenet/train", "folder of the images or latents", identity=False)
-    image_size: int = setting(256, "pixels along a side", least=1)
-    latents: str = setting("sample", "mean or sample: what of the autoencoder's posterior is trained on")
-    flip: bool = setting(True, "flip half of the images horizontally")
-
-    def files(self) -> dict[str, str]:
-        """What has to be there, by setting. FashionMNIST downloads itself."""
-        return {} if self.kind == "fashion_mnist" else {"data.path": self.path}
 
 
 def centre_crop(image: Image.Image, height: int, width: int) -> Image.Image:

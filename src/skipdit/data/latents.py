@@ -22,9 +22,10 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from skipdit.data.clip_folder import ClipFolder
-from skipdit.data.clips import CLIPS, Clip, ClipData, ClipDataset
-from skipdit.data.images import IMAGES, ImageData
-from skipdit.data.pictures import PictureData, PictureFolder, bucket_sizes
+from skipdit.data.clips import Clip, ClipDataset
+from skipdit.data.images import IMAGES
+from skipdit.data.pictures import PictureFolder, bucket_sizes
+from skipdit.data.settings import CLIPS, ClipData, ImageData, PictureData
 from skipdit.encoders.autoencoder import latent_size, shift_factor
 from skipdit.utils.errors import BrokenSample
 from skipdit.utils.provenance import fingerprint

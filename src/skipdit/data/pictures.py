@@ -5,7 +5,6 @@ A caption is a label: the number of it in `dataset.captions`.
 
 import math
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -13,36 +12,11 @@ import torch
 from PIL import Image
 from torch.utils.data import Dataset
 
-from skipdit.config import Settings, setting
 from skipdit.data.captions import BESIDE, match, read_rows, texts_beside
 from skipdit.data.files import IMAGE_SUFFIXES, is_a, open_picture, orientation, read_list, read_picture, walk
 from skipdit.data.images import centre_crop
+from skipdit.data.settings import PictureData
 from skipdit.utils.errors import BrokenSample
-
-
-@dataclass
-class PictureData(Settings):
-    """Where captioned pictures come from."""
-
-    kind: str = setting("pictures", "pictures, or latents (of `python -m skipdit encode`)")
-    path: str = setting(
-        "data/pictures", "folder of the pictures, nested as it may be, or of the latents", identity=False
-    )
-    captions: str | None = setting(
-        None, "JSONL or CSV of image (relative to path), caption; or txt: beside every one", identity=False
-    )
-    picture_list: str | None = setting(None, "text file with one picture per line, relative to path; unset: all there")
-    image_size: int = setting(1024, "pixels along a side of the square bucket", least=1)
-    buckets: list[str] = field(
-        default_factory=list, metadata={"help": "shapes of pictures, HEIGHTxWIDTH in pixels; empty: only the square"}
-    )
-    latents: str = setting("sample", "mean or sample: what of the autoencoder's posterior is trained on")
-    flip: bool = setting(True, "flip half of the pictures horizontally")
-
-    def files(self) -> dict[str, str]:
-        """What has to be there, by setting."""
-        names = ("path", "picture_list", *["captions"] * (self.captions != BESIDE))
-        return {f"data.{name}": value for name in names if (value := getattr(self, name)) is not None}
 
 
 def bucket_sizes(image_size: int, buckets: list[str]) -> list[tuple[int, int]]:

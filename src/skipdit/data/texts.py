@@ -22,7 +22,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from skipdit.encoders.text import CHUNK, LATTE, Encoded, Reading, TextEncoder
+from skipdit.encoders.reading import CHUNK, LATTE, Reading
+from skipdit.encoders.text import Encoded, TextEncoder
 
 
 class Row(NamedTuple):

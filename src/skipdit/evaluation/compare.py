@@ -1,15 +1,4 @@
-"""The same samples with several caches: a table of speed and fidelity, and pictures to look at.
-
-    python -m skipdit compare --config configs/class-to-image/demo.yaml
-    python -m skipdit compare --config configs/text-to-video/demo.yaml --also configs/text-to-video/demo_plan.json
-
-Rows: the uncached run, reuse (order 0), forecast (order 1), and simply fewer steps at the cost of the cached run. Every
-row starts from the same noise. A stochastic sampler draws more of it in every step: there fewer steps make another
-image, and their PSNR means nothing.
-
-Takes a sampler's config; writes compare.png (of clips, four frames of two) and compare.json into its `out`, and of
-clips compare.gif: a line per row, all in motion.
-"""
+"""The same samples with several caches: `python -m skipdit compare`."""
 
 import argparse
 import json
@@ -27,11 +16,11 @@ from torch import Tensor
 from skipdit.caching.policies import CachePolicy, CacheSpec, parse_policy
 from skipdit.caching.runtime import SkipCache
 from skipdit.cli import friendly_errors
-from skipdit.config import load_config, to_dict
+from skipdit.config import to_dict
 from skipdit.layers.flops import run_flops, uncached_steps
 from skipdit.metrics.fidelity import mean_psnr, psnr, ssim
 from skipdit.sampling.sampler import Sampler
-from skipdit.tasks import find_task
+from skipdit.tasks import read_settings
 from skipdit.utils.files import replace_text, whole_file
 from skipdit.utils.provenance import fingerprint, versions
 from skipdit.utils.video import side_by_side, write_gif
@@ -158,26 +147,11 @@ def picture(table: list[dict], tiles: Sequence[Tensor]) -> Image.Image:
     return canvas
 
 
-def make_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", required=True, metavar="FILE", help="YAML file of a sampler's settings")
-    parser.add_argument("--task", help="class-to-image ... [the name of the config's folder]")
-    parser.add_argument("--intervals", type=int, nargs="+", default=[2, 3, 4], help="cache intervals [2 3 4]")
-    parser.add_argument("--branch", type=int, default=1, help="cache branch [%(default)s]")
-    parser.add_argument(
-        "--also", action="append", default=[], metavar="SPEC", help="another cache, or plan FILE.json; may come again"
-    )
-    parser.add_argument("--repeats", type=int, default=1, help="times to run each row; medians are shown [%(default)s]")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings that override the config's")
-    return parser
-
-
 @friendly_errors("starts anew")
-def main(argv: list[str] | None = None) -> None:
-    args = make_parser().parse_intermixed_args(argv)
+def main(args: argparse.Namespace) -> None:
     with friendly_errors("starts anew"):
-        task, also = find_task(args.config, args.task), [parse_policy(spec) for spec in args.also]
-        config = load_config(task.schema, args.config, args.overrides)
+        also = [parse_policy(spec) for spec in args.also]
+        task, config = read_settings(args, args.overrides)
         sampler = task.open_sampler(config, args.branch)
         check_plans(also, sampler)
         window = CacheSpec(2, task.window.start, task.window.stop, args.branch)

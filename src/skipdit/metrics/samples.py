@@ -19,9 +19,9 @@ from PIL import Image
 from torch import Tensor
 
 from skipdit.data.clip_folder import VIDEO_SUFFIXES, ClipFolder
-from skipdit.data.clips import ClipData
 from skipdit.data.files import IMAGE_SUFFIXES, is_a, read_picture, walk
 from skipdit.data.images import centre_crop
+from skipdit.data.settings import ClipData
 from skipdit.data.video import Video, read_mp4
 from skipdit.utils.errors import BrokenSample
 from skipdit.utils.seeding import seed_of

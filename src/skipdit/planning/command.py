@@ -1,11 +1,4 @@
-"""Plan which steps of a sampling run are full, and what the others see: measured on a few runs of the model itself.
-
-    python -m skipdit plan --config configs/class-to-image/demo.yaml --budget 13 --out plan.json
-    python -m skipdit plan --config configs/text-to-video/demo.yaml --speedup 1.5 --out plan.json steps=50
-    python -m skipdit plan --config configs/class-to-image/demo.yaml --max-error 0.01 --out plan.json
-
-Take samples for it that are judged nowhere else: the seed is not that of the config, and prompts should be others, too.
-The plan is for this model, sampler, number of steps and guidance, and is refused on other timesteps.
+"""Plan a run's full steps, and what its cached steps see: `python -m skipdit plan`.
 
 How, for a run of T steps whose full steps ... h < i < j ... leave the features ... f_h, f_i, f_j:
 1. In an uncached run, every step is also predicted with each earlier feature in place of its own: the error d_j of f_j.
@@ -28,13 +21,13 @@ from tqdm import tqdm
 
 from skipdit.caching.policies import CachePlan, CacheSpec
 from skipdit.cli import friendly_errors
-from skipdit.config import load_config, to_dict
+from skipdit.config import to_dict
 from skipdit.layers.flops import uncached_steps
 from skipdit.planning.calibration import Bench
 from skipdit.planning.errors import Errors, Weights
 from skipdit.planning.fitting import DAMPING, fit
 from skipdit.planning.schedules import forecast, greedy, optimal, uniform, widened
-from skipdit.tasks import find_task
+from skipdit.tasks import read_settings
 from skipdit.utils.files import whole_file
 from skipdit.utils.provenance import fingerprint, versions
 
@@ -105,47 +98,7 @@ def within(bench: Bench, errors: Errors, most: float, rounds: int) -> tuple[Cach
     return found
 
 
-def main() -> None:
-    head, _, _ = __doc__.partition("\n\nHow, for")
-    parser = argparse.ArgumentParser(description=head, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", required=True, metavar="FILE", help="a sampler's config")
-    wanted = parser.add_mutually_exclusive_group(required=True)
-    wanted.add_argument("--budget", type=int, metavar="N", help="full steps to spend")
-    wanted.add_argument("--speedup", type=float, metavar="X", help="in FLOPs, against all steps full")
-    wanted.add_argument(
-        "--max-error",
-        type=float,
-        metavar="E",
-        help="root mean square of the pixels' range, on the calibration samples: others may have some dB more; 0.01 is "
-        "a PSNR of 40 dB. Finds the fewest full steps",
-    )
-    parser.add_argument("--steps", type=positive, metavar="T", help="of a run [the config's]")
-    parser.add_argument(
-        "--branch", type=positive, default=1, metavar="B", help="outer layers of cached steps [%(default)s]"
-    )
-    parser.add_argument(
-        "--reach", type=positive, metavar="G", help="most steps from full to full [three times the mean, 24 at least]"
-    )
-    parser.add_argument("--probes", type=positive, default=10, help="runs to measure sensitivities by [%(default)s]")
-    parser.add_argument(
-        "--memory",
-        type=positive,
-        default=3,
-        metavar="M",
-        help="stored features that a cached step may use [%(default)s]",
-    )
-    parser.add_argument(
-        "--rounds", type=int, default=1, metavar="R", help="of the joint fit of all weights [%(default)s]"
-    )
-    parser.add_argument("--task", help="class-to-image ... [the name of the config's folder]")
-    parser.add_argument("--out", default="plan.json", metavar="FILE", help="[%(default)s]")
-    parser.add_argument(
-        "overrides",
-        nargs="*",
-        metavar="key=value",
-        help=f"settings that override the config's, whose seed {SEED} does unless you say another",
-    )
-    args = parser.parse_intermixed_args()
+def main(args: argparse.Namespace) -> None:
     with friendly_errors("starts anew"):
         if not args.out.endswith(".json") or Path(args.out).is_dir():
             raise ValueError(f"--out {args.out}: a plan is a file that ends in .json")
@@ -172,21 +125,13 @@ def calibration_cost(bench: Bench, full: int, reach: int, args: argparse.Namespa
     return 1 + predictions * bench.cached_cost + share * (tried + moved / 2 + 1)  # and fewer steps
 
 
-def positive(text: str) -> int:
-    """A number of a command line, 1 or more."""
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text} is no number from 1 on")
-    return int(text)
-
-
 def psnr_of(error: float) -> float:
     return -20 * math.log10(max(error, 1e-10))
 
 
 def run(args: argparse.Namespace) -> tuple[CachePlan, dict[str, float]]:
     """Calibrate and plan as a command line says."""
-    task = find_task(args.config, args.task)
-    config = load_config(task.schema, args.config, [f"seed={SEED}", *args.overrides])
+    task, config = read_settings(args, args.overrides)
     config.cache, config.compile = "none", "none"
     config.steps = args.steps or config.steps
     sampler = task.open_sampler(config, args.branch)

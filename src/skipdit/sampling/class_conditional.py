@@ -2,7 +2,6 @@
 
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -11,7 +10,6 @@ from torch import Tensor, nn
 from skipdit.caching.policies import CachePolicy
 from skipdit.caching.runtime import SkipCache
 from skipdit.checkpoints.loading import load_weights
-from skipdit.config import ConfigError, Settings, required, setting
 from skipdit.diffusion.gaussian import Diffusion
 from skipdit.diffusion.samplers import ddim, ddpm, randn
 from skipdit.encoders.autoencoder import load_vae
@@ -19,45 +17,13 @@ from skipdit.layers.adaln import AdaLNTransformer, Conditioning
 from skipdit.layers.flops import step_flops
 from skipdit.sampling.job import Ahead, preflight, require_finite
 from skipdit.sampling.sampler import Sampler, check_branch
+from skipdit.sampling.settings import SamplingConfig
 from skipdit.utils.device import compile_mode, process_state, set_tf32
 from skipdit.utils.dtypes import resolve_dtype
 from skipdit.utils.seeding import generators
 
 SAMPLERS = {"ddpm": ddpm, "ddim": ddim}
 AHEAD_BYTES = 2**28  # memory for modulations that are computed ahead of their steps
-
-
-@dataclass
-class SamplingConfig(Settings):
-    """Settings of a sampling run that do not depend on the task."""
-
-    weights: str = required("checkpoint: .pt, .safetensors, or folder", identity=False)
-    out: str = setting("samples", "folder for the samples and the report", identity=False)
-    vae: str = setting("stabilityai/sd-vae-ft-ema", "autoencoder, folder or Hub name", identity=False)
-    image_size: int = setting(256, "pixels along a side", least=1)
-    classes: list[int] = field(
-        default_factory=list, metadata={"help": "class ids, repeated over the samples; empty: all of them"}
-    )
-    num_samples: int = setting(8, "samples to make", identity=False, least=1)
-    batch_size: int = setting(8, "samples per model call and process (guidance doubles it)", identity=False, least=1)
-    seed: int = setting(0, "seed of the run; sample i depends on it and on i", least=0)
-    sampler: str = setting("ddpm", "ddpm or ddim")
-    steps: int = setting(250, "sampling steps", least=1)
-    guidance_scale: float = setting(1.0, "classifier-free guidance; 1 is none", least=0)
-    guidance_channels: int | None = setting(None, "latent channels to guide; null for all", least=1)
-    guidance_low: int = setting(0, "guide at timesteps from here ...", least=0)
-    guidance_high: int = setting(1000, "... to here", least=0)
-    cache: str = setting("none", "Skip-Cache spec, as --cache")
-    dtype: str = setting("auto", "auto, float32, bfloat16 or float16")
-    tf32: bool = setting(False, "let float32 products run in TF32 on the GPU: faster, to about three digits")
-    compile: str = setting(
-        "none", "torch.compile: none, default, reduce-overhead (CUDA graphs) or max-autotune", identity=False
-    )
-
-    def __post_init__(self):
-        super().__post_init__()
-        if self.guidance_low > self.guidance_high:
-            raise ConfigError(f"guidance_low is {self.guidance_low}, above guidance_high, {self.guidance_high}")
 
 
 def generate_settings(config: SamplingConfig) -> dict:

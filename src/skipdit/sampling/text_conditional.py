@@ -1,12 +1,9 @@
 """What the samplers of prompts share: settings, schedulers, the call of a diffusers pipeline, a job of samples."""
 
-import argparse
-import hashlib
 import inspect
 import json
 from abc import abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,62 +15,16 @@ from torch import Tensor, nn
 from skipdit.caching.policies import CachePolicy
 from skipdit.caching.runtime import SkipCache
 from skipdit.checkpoints.loading import load_weights
-from skipdit.config import Settings, setting, to_dict
 from skipdit.encoders.autoencoder import downsampling
 from skipdit.layers.flops import step_flops
 from skipdit.layers.skip import SkipTransformer
 from skipdit.pipelines.cache import enable_cache
 from skipdit.sampling.job import Job, require_finite
-from skipdit.sampling.prompts import slug
 from skipdit.sampling.sampler import Sampler, check_branch
+from skipdit.sampling.settings import SCHEDULERS, PromptConfig
 from skipdit.utils.device import compile_mode, process_state, set_tf32
 from skipdit.utils.dtypes import resolve_dtype
 from skipdit.utils.files import replace_text
-
-WINDOW = "N{}-700-50"  # the released code's caching window, of both tasks
-SCHEDULERS = {
-    "ddim": "DDIMScheduler",
-    "ddpm": "DDPMScheduler",
-    "deis": "DEISMultistepScheduler",
-    "dpm": "DPMSolverMultistepScheduler",
-    "dpmms": "DPMSolverMultistepScheduler",  # Hunyuan-DiT's name for it
-    "euler": "EulerDiscreteScheduler",
-    "euler-ancestral": "EulerAncestralDiscreteScheduler",
-    "heun": "HeunDiscreteScheduler",
-    "kdpm2-ancestral": "KDPM2AncestralDiscreteScheduler",
-    "pndm": "PNDMScheduler",
-    "unipc": "UniPCMultistepScheduler",
-}
-
-
-@dataclass
-class PromptConfig(Settings):
-    """Settings of a run from prompts that do not depend on the task."""
-
-    out: str = setting("samples", "folder for the samples and the report", identity=False)
-    prompts: list[str] = field(default_factory=list, metadata={"identity": False, "help": "what to show, as --prompt"})
-    prompt_file: str | None = setting(
-        None, "text file with a prompt per line, folder of such files, or CSV, JSON, JSONL of captions", identity=False
-    )
-    negative_prompt: str = setting("", "what not to show")
-    height: int | None = setting(None, "pixels; unset: as the model was made for", identity=False, least=1)
-    width: int | None = setting(None, "pixels; unset: as the model was made for", identity=False, least=1)
-    batch_size: int = setting(1, "samples per model call and process (guidance doubles it)", identity=False, least=1)
-    seed: int = setting(0, "seed of the run; sample i depends on it and on i", least=0)
-    scheduler: str = setting("ddim", f"one of {', '.join(SCHEDULERS)}")
-    steps: int = setting(50, "sampling steps", least=1)
-    guidance_scale: float = setting(7.5, "classifier-free guidance; 1 is none", least=1)
-    cache: str = setting("none", "Skip-Cache spec, as --cache")
-    dtype: str = setting("auto", "auto, float32, bfloat16 or float16")
-    vae_slicing: bool = setting(False, "decode one picture at a time, to save memory", identity=False)
-    vae_tiling: bool = setting(False, "decode pictures in tiles, to save more")
-    offload: str = setting(
-        "none", "keep on the GPU only what runs: none, model (one by one) or group (layer by layer)", identity=False
-    )
-    tf32: bool = setting(False, "let float32 products run in TF32 on the GPU: faster, to about three digits")
-    compile: str = setting(
-        "none", "torch.compile: none, default, reduce-overhead (CUDA graphs) or max-autotune", identity=False
-    )
 
 
 def make_scheduler(name: str, settings: dict[str, Any]) -> SchedulerMixin:
@@ -291,31 +242,3 @@ def write_prompts(job: Job, sampler: PromptSampler) -> None:
 def _settings(part: ConfigMixin) -> dict[str, Any]:
     """A part's config. Which of its entries are defaults diffusers lists in an order of chance, and is left out."""
     return {key: value for key, value in part.config.items() if key != "_use_default_values"}
-
-
-def add_prompt_argument(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--prompt",
-        action="append",
-        default=[],
-        metavar="TEXT",
-        help="what to show, instead of the config's prompts; more than once for several",
-    )
-
-
-def take_prompts(config: PromptConfig, args: argparse.Namespace) -> None:
-    """Put the prompts of a command line into a config, if there are some.
-
-    They get a folder of their own, named after the first of them and all settings, unless the command line names one:
-    one command after the other, and the same one again, can be given without thinking of `out`. Raises ValueError if
-    the command line says otherwise, too, what to show.
-    """
-    if not args.prompt:
-        return
-    for name in ("prompts", "prompt_file"):
-        if any(text.startswith(f"{name}=") for text in args.overrides):
-            raise ValueError(f"--prompt and {name}= both say what to show: leave one out")
-    config.prompts, config.prompt_file = args.prompt, None
-    if not any(text.startswith("out=") for text in args.overrides):
-        digest = hashlib.sha256(json.dumps(to_dict(config), sort_keys=True).encode()).hexdigest()[:8]
-        config.out = str(Path(config.out, f"{slug(args.prompt[0])}-{digest}".strip("-")))

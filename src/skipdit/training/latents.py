@@ -6,9 +6,9 @@ import torch
 from diffusers import AutoencoderKL
 from torch import Tensor
 
-from skipdit.data.clips import ClipData
+from skipdit.data.settings import ClipData
 from skipdit.encoders.autoencoder import encode
-from skipdit.training.settings import Draw
+from skipdit.training.steps import Draw
 from skipdit.utils.pixels import to_float
 
 

@@ -31,8 +31,9 @@ from skipdit.training.optimizer import make_optimizers
 from skipdit.training.parallel import _gather, _shard, _synchronise, peak_memory
 from skipdit.training.run_folder import _alone, claim_folder
 from skipdit.training.runlog import BrokenFiles, Log
-from skipdit.training.settings import Draw, Loss, TrainConfig, learning_rate, set_trainable
+from skipdit.training.settings import TrainConfig
 from skipdit.training.spectral import SpectralLimit
+from skipdit.training.steps import Draw, Loss, learning_rate, set_trainable
 from skipdit.utils.device import make_accelerator, own_settings, set_tf32
 from skipdit.utils.signals import Stopped, StopSignals, stop_signals
 

@@ -8,7 +8,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from skipdit.checkpoints.released import to_released
-from skipdit.training.settings import set_trainable
+from skipdit.training.steps import set_trainable
 from skipdit.utils.files import whole_file
 
 TARGETS = ("Wqkv", "q_proj", "kv_proj", "out_proj")  # of Hunyuan-DiT's blocks, as its authors train them

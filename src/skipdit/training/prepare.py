@@ -10,13 +10,14 @@ from diffusers import AutoencoderKL
 
 from skipdit.checkpoints.files import saved
 from skipdit.checkpoints.loading import load_weights
-from skipdit.cli import friendly_errors, make_parser
-from skipdit.config import load_config
+from skipdit.cli import friendly_errors
 from skipdit.data.texts import LiveTexts, Texts, TextTable
 from skipdit.encoders.autoencoder import load_vae
-from skipdit.encoders.text import LATTE, Reading, load_text_encoder
+from skipdit.encoders.reading import LATTE, Reading
+from skipdit.encoders.text import load_text_encoder
 from skipdit.layers.skip import SkipTransformer
 from skipdit.sampling.job import preflight
+from skipdit.training.arguments import read_arguments
 from skipdit.training.settings import TrainConfig
 from skipdit.utils.device import process_state
 from skipdit.utils.dtypes import resolve_dtype
@@ -33,11 +34,9 @@ def run_trainer(schema: type[T], description: str, train: Callable[[T, bool], An
         description: for `--help`.
         train: `train(config, dry_run)` runs a config.
     """
-    parser = make_parser(schema, description)
-    parser.add_argument("--dry-run", action="store_true", help="take two steps, print their peak memory, write nothing")
-    args = parser.parse_intermixed_args()
+    config, dry_run = read_arguments(schema, description)
     with friendly_errors():
-        train(load_config(schema, args.config, args.overrides), args.dry_run)
+        train(config, dry_run)
 
 
 class TrainerConfig(Protocol):

@@ -1,0 +1,71 @@
+"""Settings of class-to-image: of the model, the sampler and the trainer, and the sampler's command line."""
+
+from dataclasses import dataclass, field
+
+from skipdit.cli import friendly_errors, make_parser
+from skipdit.config import Settings, load_config, setting
+from skipdit.data.settings import ImageData
+from skipdit.sampling.arguments import add_cache_arguments, cache_override, checked, original_model_name
+from skipdit.sampling.settings import SamplingConfig
+from skipdit.training.settings import TrainConfig
+
+WINDOW = "N{}-1000-20-b4"  # the original code's caching window for this task
+
+
+@dataclass
+class ModelConfig(Settings):
+    """A model by name, or by its constructor's arguments; unset ones are the class's defaults or the name's."""
+
+    name: str | None = setting(None, "DiT-skip, DiT-{S,B,L,XL}/{2,4,8}[-skip]; unset: the arguments below")
+    patch_size: int | None = setting(None, "side of a patch in latent pixels", least=1)
+    hidden_size: int | None = setting(None, "width", least=1)
+    depth: int | None = setting(None, "number of blocks", least=1)
+    num_heads: int | None = setting(None, "attention heads", least=1)
+    num_classes: int = setting(1000, "classes; the null class is added", least=1)
+    skip: bool | None = setting(None, "long skips")
+    fuse: str | None = setting(None, "how skips join: replace as in the paper, or residual, which start at zero")
+
+
+@dataclass
+class SampleConfig(SamplingConfig):
+    """A class-to-image sampling run."""
+
+    out: str = setting("samples/class-to-image", "folder for the images and the report", identity=False)
+    guidance_scale: float = setting(4.0, "classifier-free guidance; 1 is none", least=0)
+    guidance_channels: int | None = setting(3, "latent channels to guide; null for all", least=1)
+    npz: bool = setting(False, "also pack all images into samples.npz for ADM's evaluation suite", identity=False)
+    model: ModelConfig = field(default_factory=ModelConfig)
+
+
+def read_arguments(description: str) -> SampleConfig:
+    """Return the settings that the sampler's command line asks for; ends the program for --help and mistakes."""
+    parser = make_parser(SampleConfig, description)
+    add_cache_arguments(parser, WINDOW)
+    parser.add_argument(
+        "--model", metavar="NAME", help="model name, as model.name; the original's DiT-cache-N also sets the cache"
+    )
+    args = parser.parse_intermixed_args()
+    with friendly_errors():
+        if args.model:
+            name, interval = original_model_name(args.model)
+            args.overrides.append(f"model.name={name}")
+            args.cache_step = args.cache_step or interval
+        spec = cache_override(args, WINDOW)
+        return checked(load_config(SampleConfig, args.config, args.overrides + spec))
+
+
+@dataclass
+class TrainingConfig(Settings):
+    """A class-to-image training run."""
+
+    out: str = setting("results/class-to-image", "run folder", identity=False)
+    init: str | None = setting(
+        None, "checkpoint to start from; a plain DiT may start a skip model (stage 1)", identity=False
+    )
+    vae: str = setting("stabilityai/sd-vae-ft-ema", "autoencoder, folder or Hub name", identity=False)
+    vae_fingerprint: str | None = setting(None, "of the autoencoder; the trainer fills it in and refuses another")
+    label_dropout: float = setting(0.1, "share of labels replaced by the null class, for guidance", least=0, most=1)
+    grid_guidance: float = setting(4.0, "guidance scale of the sample grids", identity=False, least=0)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: ImageData = field(default_factory=ImageData)
+    train: TrainConfig = field(default_factory=TrainConfig)

@@ -1,0 +1,66 @@
+"""Settings of class-to-video: of the model, the sampler and the trainer, and the sampler's command line."""
+
+from dataclasses import dataclass, field
+
+from skipdit.cli import friendly_errors, make_parser
+from skipdit.config import Settings, load_config, setting
+from skipdit.data.settings import ClipData
+from skipdit.sampling.arguments import add_cache_arguments, cache_override, checked
+from skipdit.sampling.settings import SamplingConfig
+from skipdit.training.settings import TrainConfig
+
+WINDOW = "N{}-900-49"  # the original code's caching window for this task
+
+
+@dataclass
+class ModelConfig(Settings):
+    """A model by name, or by its constructor's arguments; unset ones are the class's defaults or the name's."""
+
+    name: str | None = setting(None, "Latte-skip, Latte-{S,B,L,XL}/{2,4,8}[-skip]; unset: the arguments below")
+    patch_size: int | None = setting(None, "side of a patch in latent pixels", least=1)
+    hidden_size: int | None = setting(None, "width", least=1)
+    depth: int | None = setting(None, "number of blocks, two per pair", least=1)
+    num_heads: int | None = setting(None, "attention heads", least=1)
+    num_classes: int | None = setting(None, "classes; unset: unconditional", least=1)
+    skip: bool | None = setting(None, "long skips")
+    n_skips: int | None = setting(None, "long skips, counted from the outer pairs; unset: all of them", least=0)
+    fuse: str | None = setting(None, "how skips join: replace as in the paper, or residual, which start at zero")
+
+
+@dataclass
+class SampleConfig(SamplingConfig):
+    """A class-to-video sampling run."""
+
+    out: str = setting("samples/class-to-video", "folder for the clips and the report", identity=False)
+    num_frames: int = setting(16, "frames of a clip, as the model was trained", least=1)
+    fps: float = setting(8.0, "frames per second of the files", least=0.01, most=1000)
+    gif: bool = setting(True, "also write every clip as GIF", identity=False)
+    batch_size: int = setting(2, "clips per model call and process (guidance doubles it)", identity=False, least=1)
+    model: ModelConfig = field(default_factory=ModelConfig)
+
+
+def read_arguments(description: str) -> SampleConfig:
+    """Return the settings that the sampler's command line asks for; ends the program for --help and mistakes."""
+    parser = make_parser(SampleConfig, description)
+    add_cache_arguments(parser, WINDOW)
+    args = parser.parse_intermixed_args()
+    with friendly_errors():
+        spec = cache_override(args, WINDOW)
+        return checked(load_config(SampleConfig, args.config, args.overrides + spec))
+
+
+@dataclass
+class TrainingConfig(Settings):
+    """A class-to-video training run."""
+
+    out: str = setting("results/class-to-video", "run folder", identity=False)
+    init: str | None = setting(
+        None, "checkpoint to start from; a plain Latte may start a skip model (stage 1)", identity=False
+    )
+    vae: str = setting("stabilityai/sd-vae-ft-ema", "autoencoder, folder or Hub name", identity=False)
+    vae_fingerprint: str | None = setting(None, "of the autoencoder; the trainer fills it in and refuses another")
+    label_dropout: float = setting(0.1, "share of labels replaced by the null class, for guidance", least=0, most=1)
+    grid_guidance: float = setting(1.0, "guidance scale of the sample clips", identity=False, least=0)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: ClipData = field(default_factory=ClipData)
+    train: TrainConfig = field(default_factory=TrainConfig)

@@ -1,0 +1,37 @@
+"""The same samples with several caches: a table of speed and fidelity, and pictures to look at.
+
+    python -m skipdit compare --config configs/class-to-image/demo.yaml
+    python -m skipdit compare --config configs/text-to-video/demo.yaml --also configs/text-to-video/demo_plan.json
+
+Rows: the uncached run, reuse (order 0), forecast (order 1), and simply fewer steps at the cost of the cached run. Every
+row starts from the same noise. A stochastic sampler draws more of it in every step: there fewer steps make another
+image, and their PSNR means nothing.
+
+Takes a sampler's config; writes compare.png (of clips, four frames of two) and compare.json into its `out`, and of
+clips compare.gif: a line per row, all in motion.
+"""
+
+import argparse
+
+from skipdit.cli import friendly_errors
+from skipdit.tasks import read_settings
+
+
+def read_arguments(argv: list[str] | None = None) -> argparse.Namespace:
+    """Return the parsed command line, `argv` or the program's own; ends the program for --help and mistakes."""
+    parser = argparse.ArgumentParser(
+        "python -m skipdit compare", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--config", required=True, metavar="FILE", help="YAML file of a sampler's settings")
+    parser.add_argument("--task", help="class-to-image ... [the name of the config's folder]")
+    parser.add_argument("--intervals", type=int, nargs="+", default=[2, 3, 4], help="cache intervals [2 3 4]")
+    parser.add_argument("--branch", type=int, default=1, help="cache branch [%(default)s]")
+    parser.add_argument(
+        "--also", action="append", default=[], metavar="SPEC", help="another cache, or plan FILE.json; may come again"
+    )
+    parser.add_argument("--repeats", type=int, default=1, help="times to run each row; medians are shown [%(default)s]")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings that override the config's")
+    args = parser.parse_intermixed_args(argv)
+    with friendly_errors():
+        read_settings(args, args.overrides)
+    return args

@@ -1,0 +1,72 @@
+"""Plan which steps of a sampling run are full, and what the others see: measured on a few runs of the model itself.
+
+    python -m skipdit plan --config configs/class-to-image/demo.yaml --budget 13 --out plan.json
+    python -m skipdit plan --config configs/text-to-video/demo.yaml --speedup 1.5 --out plan.json steps=50
+    python -m skipdit plan --config configs/class-to-image/demo.yaml --max-error 0.01 --out plan.json
+
+Take samples for it that are judged nowhere else: the seed is not that of the config, and prompts should be others, too.
+The plan is for this model, sampler, number of steps and guidance, and is refused on other timesteps.
+"""
+
+import argparse
+
+from skipdit.cli import friendly_errors
+from skipdit.tasks import read_settings
+
+SEED = 10_000  # of calibration samples; no config has it
+
+
+def read_arguments(argv: list[str] | None = None) -> argparse.Namespace:
+    """Return the parsed command line, `argv` or the program's own; ends the program for --help and mistakes."""
+    parser = argparse.ArgumentParser(
+        "python -m skipdit plan", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--config", required=True, metavar="FILE", help="a sampler's config")
+    wanted = parser.add_mutually_exclusive_group(required=True)
+    wanted.add_argument("--budget", type=int, metavar="N", help="full steps to spend")
+    wanted.add_argument("--speedup", type=float, metavar="X", help="in FLOPs, against all steps full")
+    wanted.add_argument(
+        "--max-error",
+        type=float,
+        metavar="E",
+        help="root mean square of the pixels' range, on the calibration samples: others may have some dB more; 0.01 is "
+        "a PSNR of 40 dB. Finds the fewest full steps",
+    )
+    parser.add_argument("--steps", type=positive, metavar="T", help="of a run [the config's]")
+    parser.add_argument(
+        "--branch", type=positive, default=1, metavar="B", help="outer layers of cached steps [%(default)s]"
+    )
+    parser.add_argument(
+        "--reach", type=positive, metavar="G", help="most steps from full to full [three times the mean, 24 at least]"
+    )
+    parser.add_argument("--probes", type=positive, default=10, help="runs to measure sensitivities by [%(default)s]")
+    parser.add_argument(
+        "--memory",
+        type=positive,
+        default=3,
+        metavar="M",
+        help="stored features that a cached step may use [%(default)s]",
+    )
+    parser.add_argument(
+        "--rounds", type=int, default=1, metavar="R", help="of the joint fit of all weights [%(default)s]"
+    )
+    parser.add_argument("--task", help="class-to-image ... [the name of the config's folder]")
+    parser.add_argument("--out", default="plan.json", metavar="FILE", help="[%(default)s]")
+    parser.add_argument(
+        "overrides",
+        nargs="*",
+        metavar="key=value",
+        help=f"settings that override the config's, whose seed {SEED} does unless you say another",
+    )
+    args = parser.parse_intermixed_args(argv)
+    args.overrides = [f"seed={SEED}", *args.overrides]
+    with friendly_errors():
+        read_settings(args, args.overrides)
+    return args
+
+
+def positive(text: str) -> int:
+    """A number of a command line, 1 or more."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text} is no number from 1 on")
+    return int(text)

@@ -1,0 +1,39 @@
+"""Checkpoints from one layout to another; the commands of `python -m skipdit weights`.
+
+    python -m skipdit weights verify IN            # whether every byte is as it was saved, and every weight finite
+    python -m skipdit weights convert IN OUT       # a safetensors folder for `DiT.from_pretrained(OUT)`
+    python -m skipdit weights convert checkpoints/ffs-skip.pt latte-ffs --model-class skipdit.class_to_video.Latte
+    python -m skipdit weights convert results/t2i transformer --model-class diffusers.HunyuanDiT2DModel
+    python -m skipdit weights export IN OUT.pt     # the released layout {"ema": ...}, to ship
+
+IN is anything that `load_weights` reads. Of a training checkpoint the EMA is taken, and all of it is verified. OUT must
+not exist yet.
+"""
+
+import argparse
+from pathlib import Path
+
+
+def read_arguments(argv: list[str] | None = None) -> argparse.Namespace:
+    """Return the parsed command line, `argv` or the program's own; ends the program for --help and mistakes."""
+    parser = argparse.ArgumentParser(
+        "python -m skipdit weights", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+    titles = {"convert": "make a folder for from_pretrained", "export": "make a file to ship"}
+    for name, help in {"verify": "read all of it, compare with its checksums", **titles}.items():
+        command = commands.add_parser(name, help=help)
+        command.add_argument("source", type=Path, metavar="IN", help="a .pt or .safetensors file, or a folder")
+        if name == "verify":
+            continue
+        command.add_argument("out", type=Path, metavar="OUT", help="must not exist yet")
+        command.add_argument(
+            "--dtype", choices=["float32", "float16", "bfloat16"], default="float32", help="on disk [%(default)s]"
+        )
+        command.add_argument(
+            "--skips", choices=["inside-out", "outside-in"], help="how IN numbers its skips, if it does not say so"
+        )
+    command = commands.choices["convert"]
+    command.add_argument("--model-class", default="skipdit.class_to_image.DiT", metavar="CLASS", help="[%(default)s]")
+    command.add_argument("--num-heads", type=int, metavar="H", help="attention heads, if the width is no published one")
+    return parser.parse_args(argv)

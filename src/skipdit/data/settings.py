@@ -1,0 +1,79 @@
+"""Settings of training data: labelled images, clips, captioned pictures."""
+
+from dataclasses import dataclass, field
+
+from skipdit.config import Settings, setting
+from skipdit.data.captions import BESIDE
+
+IMAGES = ("image_folder", "fashion_mnist")  # as data.kind
+CLIPS = ("videos", "frames")
+
+
+@dataclass
+class ImageData(Settings):
+    """Where training images come from."""
+
+    kind: str = setting("image_folder", "image_folder, fashion_mnist, or latents (made by `python -m skipdit encode`)")
+    path: str = setting("data/imagenet/train", "folder of the images or latents", identity=False)
+    image_size: int = setting(256, "pixels along a side", least=1)
+    latents: str = setting("sample", "mean or sample: what of the autoencoder's posterior is trained on")
+    flip: bool = setting(True, "flip half of the images horizontally")
+
+    def files(self) -> dict[str, str]:
+        """What has to be there, by setting. FashionMNIST downloads itself."""
+        return {} if self.kind == "fashion_mnist" else {"data.path": self.path}
+
+
+@dataclass
+class ClipData(Settings):
+    """Where training clips come from."""
+
+    kind: str = setting("videos", "videos (files), frames (in folders), or latents (of `python -m skipdit encode`)")
+    path: str = setting("data/clips", "folder of the clips, nested as it may be, or of the latents", identity=False)
+    clip_list: str | None = setting(None, "text file with one clip per line, relative to path; unset: all clips there")
+    labelled: bool = setting(False, "a clip's class is the folder right below path that it lies in")
+    classes: list[str] = field(
+        default_factory=list, metadata={"help": "class folders to use, in order of their ids; empty: all, by name"}
+    )
+    captions: str | None = setting(
+        None, "JSONL or CSV of video (relative to path), caption; or txt: beside every clip", identity=False
+    )
+    num_frames: int = setting(16, "frames of a clip", least=1)
+    frame_interval: int = setting(3, "frames of the source from one to the next; 1 takes all", least=1)
+    images: int = setting(0, "single frames beside every clip, for joint training", least=0)
+    images_from: str = setting("other", "other or same: take those frames from other clips, or from the clip itself")
+    image_path: str | None = setting(None, "folder of the pictures in image_list", identity=False)
+    image_list: str | None = setting(None, "text file, a picture <clip>/<frame> per line: draw images from these")
+    image_size: int = setting(256, "pixels along a side: centre crop, then resize", least=1)
+    latents: str = setting("sample", "mean or sample: what of the autoencoder's posterior is trained on")
+    flip: bool = setting(True, "flip half of the clips, and of the images, horizontally")
+
+    def files(self) -> dict[str, str]:
+        """What has to be there, by setting."""
+        names = ("path", "clip_list", "image_path", "image_list", *["captions"] * (self.captions != BESIDE))
+        return {f"data.{name}": value for name in names if (value := getattr(self, name)) is not None}
+
+
+@dataclass
+class PictureData(Settings):
+    """Where captioned pictures come from."""
+
+    kind: str = setting("pictures", "pictures, or latents (of `python -m skipdit encode`)")
+    path: str = setting(
+        "data/pictures", "folder of the pictures, nested as it may be, or of the latents", identity=False
+    )
+    captions: str | None = setting(
+        None, "JSONL or CSV of image (relative to path), caption; or txt: beside every one", identity=False
+    )
+    picture_list: str | None = setting(None, "text file with one picture per line, relative to path; unset: all there")
+    image_size: int = setting(1024, "pixels along a side of the square bucket", least=1)
+    buckets: list[str] = field(
+        default_factory=list, metadata={"help": "shapes of pictures, HEIGHTxWIDTH in pixels; empty: only the square"}
+    )
+    latents: str = setting("sample", "mean or sample: what of the autoencoder's posterior is trained on")
+    flip: bool = setting(True, "flip half of the pictures horizontally")
+
+    def files(self) -> dict[str, str]:
+        """What has to be there, by setting."""
+        names = ("path", "picture_list", *["captions"] * (self.captions != BESIDE))
+        return {f"data.{name}": value for name in names if (value := getattr(self, name)) is not None}

@@ -1,0 +1,177 @@
+"""Settings of text-to-image: of the model, the sampler and the trainer, and the sampler's command line."""
+
+import argparse
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from skipdit.cli import friendly_errors, make_parser
+from skipdit.config import Settings, load_config, setting
+from skipdit.data.settings import PictureData
+from skipdit.sampling.arguments import (
+    add_cache_arguments,
+    add_prompt_argument,
+    cache_override,
+    checked,
+    take_prompts,
+)
+from skipdit.sampling.settings import SCHEDULERS, WINDOW, PromptConfig
+from skipdit.training.settings import TrainConfig
+
+NEGATIVE = "错误的眼睛，糟糕的人脸，毁容，糟糕的艺术，变形，多余的肢体，模糊的颜色，模糊，重复，病态，残缺，"
+
+
+@dataclass
+class SampleConfig(PromptConfig):
+    """A text-to-image sampling run."""
+
+    pipeline: str = setting(
+        "ckpts", "folder of the released files (t2i/...), or of a diffusers pipeline", identity=False
+    )
+    load_key: str = setting(
+        "ema", "which t2i/model/pytorch_model_<key>.pt of the released files: ema, module ...", identity=False
+    )
+    weights: str | None = setting(None, "checkpoint of the transformer; unset: the pipeline's", identity=False)
+    vae: str | None = setting(None, "autoencoder, folder or Hub name; unset: the pipeline's", identity=False)
+    text_encoder: str | None = setting(None, "the CLIP, folder or Hub name; unset: the pipeline's", identity=False)
+    tokenizer: str | None = setting(None, "folder or Hub name; unset: beside the text encoder", identity=False)
+    text_encoder_2: str | None = setting(
+        None, "the multilingual T5, folder or Hub name; unset: the pipeline's", identity=False
+    )
+    tokenizer_2: str | None = setting(None, "folder or Hub name; unset: beside the text encoder", identity=False)
+    out: str = setting("samples/text-to-image", "folder for the pictures and the report", identity=False)
+    height: int = setting(1024, "pixels", identity=False, least=1)
+    width: int = setting(1024, "pixels", identity=False, least=1)
+    negative_prompt: str = setting(NEGATIVE, "what not to show")
+    images_per_prompt: int = setting(1, "pictures of each prompt", least=1)
+    seed: int = setting(42, "seed of the run; picture i depends on it and on i", least=0)
+    scheduler: str = setting("ddpm", f"one of {', '.join(SCHEDULERS)}")
+    steps: int = setting(100, "sampling steps", least=1)
+    guidance_scale: float = setting(6.0, "classifier-free guidance; 1 is none", least=1)
+
+    def places(self) -> dict[str, str]:
+        """Where models come from that are not set directly: the released layout, or that of diffusers."""
+        root = Path(self.pipeline)
+        released = root / "t2i"
+        if released.is_dir() or not (root / "model_index.json").is_file():
+            names = {"weights": f"model/pytorch_model_{self.load_key}.pt", "vae": "sdxl-vae-fp16-fix"}
+            names |= {"text_encoder": "clip_text_encoder", "text_encoder_2": "mt5"}
+            root = released
+        else:
+            names = {name: name for name in ("vae", "text_encoder", "text_encoder_2")} | {"weights": "transformer"}
+        return {name: getattr(self, name) or str(root / place) for name, place in names.items()}
+
+
+def add_original_arguments(parser: argparse.ArgumentParser) -> None:
+    """The released code's switches; each stands for a setting."""
+    parser.add_argument("--negative", metavar="TEXT", help="negative_prompt")
+    parser.add_argument("--seed", type=int, metavar="N", help="seed")
+    parser.add_argument("--batch-size", type=int, metavar="N", help="images_per_prompt, made together")
+    parser.add_argument("--cfg-scale", type=float, metavar="X", help="guidance_scale")
+    parser.add_argument("--sampler", choices=SCHEDULERS, help="scheduler")
+    parser.add_argument("--infer-steps", type=int, metavar="N", help="steps")
+    parser.add_argument(
+        "--image-size", nargs="+", metavar="PIXELS", help="height and width, one for both if they agree"
+    )
+    parser.add_argument("--load-key", choices=["ema", "module", "distill", "merge"], help="load_key")
+    parser.add_argument("--model-root", metavar="FOLDER", help="pipeline")
+    parser.add_argument("--cache-at-branch", type=int, metavar="B", help="branch of --cache and --cache-step")
+    parser.add_argument("--infer-mode", choices=["fa", "torch"], help="accepted: attention is PyTorch's in both")
+    parser.add_argument("--no-enhance", action="store_true", help="accepted: prompts are taken as they are")
+
+
+def original_settings(args: argparse.Namespace) -> dict[str, str | int | float]:
+    """Settings that the released code's switches stand for. Raises ValueError for an image size that is none."""
+    given = {
+        "negative_prompt": args.negative,
+        "seed": args.seed,
+        "images_per_prompt": args.batch_size,
+        "batch_size": args.batch_size,
+        "guidance_scale": args.cfg_scale,
+        "scheduler": args.sampler,
+        "steps": args.infer_steps,
+        "load_key": args.load_key,
+        "pipeline": args.model_root,
+    }
+    if sides := args.image_size:
+        args.overrides += [text for text in sides if "=" in text]  # argparse gives the switch what follows it
+        sides = [text for text in sides if "=" not in text]
+        if len(sides) not in (1, 2) or not all(text.isdecimal() for text in sides):
+            raise ValueError(f"--image-size {' '.join(sides)}: it takes a height and a width in pixels")
+        given["height"], given["width"] = int(sides[0]), int(sides[-1])
+    return {key: value for key, value in given.items() if value is not None}
+
+
+def read_arguments(description: str) -> SampleConfig:
+    """Return the settings that the sampler's command line asks for; ends the program for --help and mistakes."""
+    parser = make_parser(SampleConfig, description, default="the released model in ckpts/")
+    add_cache_arguments(parser, WINDOW)
+    add_prompt_argument(parser)
+    add_original_arguments(parser)
+    args = parser.parse_intermixed_args()
+    with friendly_errors():
+        cache = cache_override(args, WINDOW)
+        if args.cache_at_branch is not None:
+            if not cache:
+                raise ValueError("--cache-at-branch goes with --cache or --cache-step")
+            cache = [f"{cache[0]}-b{args.cache_at_branch}"]
+        settings = original_settings(args)
+        config = load_config(SampleConfig, args.config, args.overrides + cache)
+        for name, value in settings.items():
+            setattr(config, name, value)
+        take_prompts(config, args)
+        return checked(config)
+
+
+@dataclass
+class ModelConfig(Settings):
+    """Arguments of `HunyuanDiT`; unset ones are those of the released model."""
+
+    hidden_size: int | None = setting(None, "width", least=1)
+    depth: int | None = setting(None, "blocks", least=1)
+    num_heads: int | None = setting(None, "attention heads", least=1)
+    patch_size: int | None = setting(None, "side of a patch in latent pixels", least=1)
+    mlp_ratio: float | None = setting(None, "hidden width of the MLP over the model's")
+    text_states_dim: int | None = setting(None, "channels of the CLIP", least=1)
+    text_len: int | None = setting(None, "tokens of its texts", least=1)
+    text_states_dim_t5: int | None = setting(None, "channels of the T5", least=1)
+    text_len_t5: int | None = setting(None, "tokens of its texts", least=1)
+    skip: bool = setting(True, "long skips")
+    fuse: str = setting("replace", "replace, as released, or residual, which starts at the model without skips")
+
+
+@dataclass
+class TextConfig(Settings):
+    """Where one of the two encodings of the captions comes from."""
+
+    encoder: str | None = setting(None, "text encoder, folder or Hub name; frozen", identity=False)
+    tokenizer: str | None = setting(None, "folder or Hub name; unset: beside the text encoder", identity=False)
+    files: str | None = setting(
+        None, "embeddings of `python -m skipdit encode-text`, in place of the text encoder", identity=False
+    )
+    fingerprint: str | None = setting(None, "of the text encoder; the trainer fills it in and refuses another")
+    dropout: float = setting(0.2, "share of captions replaced by the empty one, for guidance", least=0, most=1)
+
+
+@dataclass
+class TrainingConfig(Settings):
+    """A text-to-image training run."""
+
+    out: str = setting("results/text-to-image", "run folder", identity=False)
+    init: str | None = setting(
+        None, "checkpoint to start from; one without skips may start a model with (stage 1)", identity=False
+    )
+    vae: str = setting("ckpts/t2i/sdxl-vae-fp16-fix", "autoencoder, folder or Hub name", identity=False)
+    vae_fingerprint: str | None = setting(None, "of the autoencoder; the trainer fills it in and refuses another")
+    clip: TextConfig = field(default_factory=TextConfig)
+    t5: TextConfig = field(default_factory=TextConfig)
+    text_dtype: str = setting("bfloat16", "of the text encoders: auto, float32, bfloat16 or float16")
+    grid_guidance: float = setting(6.0, "guidance scale of the sample grids", identity=False, least=0)
+    lora_rank: int = setting(0, "train adapters of this rank, and nothing else; 0: none", least=0)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: PictureData = field(default_factory=PictureData)
+    train: TrainConfig = field(default_factory=TrainConfig)
+
+    def files(self) -> dict[str, str]:
+        """What has to be there, by setting."""
+        texts = {"clip.files": self.clip.files, "t5.files": self.t5.files}
+        return self.data.files() | {name: place for name, place in texts.items() if place}
