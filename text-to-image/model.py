@@ -116,8 +116,10 @@ class HunyuanDiT(SkipTransformer):
         num_heads: K.
         mlp_ratio: hidden width of the MLP over D.
         learn_sigma: also predict the variance, in C more channels.
-        text_states_dim, text_len: channels and tokens of the CLIP's text.
-        text_states_dim_t5, text_len_t5: those of the T5's.
+        text_states_dim: channels of the CLIP's text.
+        text_states_dim_t5: channels of the T5's text.
+        text_len: tokens of the CLIP's text.
+        text_len_t5: tokens of the T5's text.
         qk_norm: normalise queries and keys.
         skip: whether block i is joined to block L-1-i, for every i < L // 2 - 1.
         fuse: "replace" as released, or "residual"; see `skipdit.layers.skip.LongSkip`.
@@ -196,8 +198,10 @@ class HunyuanDiT(SkipTransformer):
         """What the model computes from the texts alone: once per run, not at every step.
 
         Args:
-            clip, t5: embeddings (N, S1, C1) and (N, S2, C2), of the lengths that the model was made for.
-            clip_mask, t5_mask: (N, S1), (N, S2), nonzero where there is text; elsewhere learned padding is read.
+            clip: embeddings (N, S1, C1), of the length that the model was made for.
+            clip_mask: (N, S1), nonzero where there is text; elsewhere learned padding is read.
+            t5: embeddings (N, S2, C2), likewise.
+            t5_mask: (N, S2), likewise.
         """
         text, pooled = self._project(clip, clip_mask, t5, t5_mask)
         keys, values = zip(*(block.attn2.keys_values(text) for block in self.blocks), strict=True)
@@ -230,9 +234,12 @@ class HunyuanDiT(SkipTransformer):
         Args:
             hidden_states: noisy latents (N, C, H, W).
             timestep: (N,).
-            encoder_hidden_states, text_embedding_mask, encoder_hidden_states_t5, text_embedding_mask_t5: see
-                `encode_text`, whose result may take the place of the first.
-            image_meta_size, style: of versions before v1.2; not looked at.
+            encoder_hidden_states: `clip` of `encode_text`, or its result, in place of all four.
+            text_embedding_mask: `clip_mask` of `encode_text`.
+            encoder_hidden_states_t5: `t5` of `encode_text`.
+            text_embedding_mask_t5: `t5_mask` of `encode_text`.
+            image_meta_size: of versions before v1.2; ignored.
+            style: of versions before v1.2; ignored.
             image_rotary_emb: cosines and sines (T, D / K) of the tokens' places.
             controlnet_block_samples: (N, T, D) for every skip, outermost first; added to what it brings.
             return_dict: False returns a tuple of one.
@@ -271,7 +278,8 @@ class HunyuanDiT(SkipTransformer):
         """Arguments of `forward` for counting and timing: noise, and texts, by default ones that are already encoded.
 
         Args:
-            height, width: of the latents; None: as the model was made for.
+            height: of the latents; None: as the model was made for.
+            width: likewise.
         """
         config, like = self.config, {"device": self.device, "dtype": self.dtype}
         size = height or config.input_size[0], width or config.input_size[1]

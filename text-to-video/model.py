@@ -117,7 +117,8 @@ class LatteT2V(SkipTransformer):
     """Text-to-video diffusion transformer on latents, with or without long skips; a `transformer` for `LattePipeline`.
 
     Args:
-        num_attention_heads, attention_head_dim: K and D / K.
+        num_attention_heads: K.
+        attention_head_dim: D / K.
         in_channels: latent channels C.
         out_channels: 2C: noise and variance.
         num_layers: number of pairs.
@@ -126,7 +127,10 @@ class LatteT2V(SkipTransformer):
         sample_size: side of the latents it is made for; others get the positions of its grid, stretched.
         patch_size: side of a patch, in latent pixels.
         activation_fn: of the MLP, as diffusers names them.
-        num_embeds_ada_norm, norm_type, norm_elementwise_affine, norm_eps: of the released configs; only theirs work.
+        num_embeds_ada_norm: of the released configs, as the next three; only their values work.
+        norm_type: see `num_embeds_ada_norm`.
+        norm_elementwise_affine: see `num_embeds_ada_norm`.
+        norm_eps: see `num_embeds_ada_norm`.
         caption_channels: width of the text encoder.
         video_length: frames it is made for; fewer work.
         skip: whether pair i is joined to pair L-1-i, for every i < L // 2.

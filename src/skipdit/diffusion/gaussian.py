@@ -53,7 +53,8 @@ class Diffusion:
     Args:
         steps: visited steps, see `respace`; None visits all.
         train_steps: the betas are scaled so that any number of them ends in the same noise as 1000.
-        beta_start, beta_end: linear between them, or, with `scaled`, linear in the square root (latent diffusion).
+        beta_start: the first beta.
+        beta_end: the last beta; linear between them, or, with `scaled`, linear in the square root (latent diffusion).
         prediction: "noise", or "v": sqrt(alpha-bar) noise - sqrt(1 - alpha-bar) x0.
 
     Indices k below run over the visited timesteps, ascending; k = 0 is the last step of sampling. They are a Python int

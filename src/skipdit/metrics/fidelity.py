@@ -24,7 +24,8 @@ def psnr(a: Tensor, b: Tensor) -> Tensor:
     """Peak signal-to-noise ratio of image pairs in dB, over all channels together; identical images give inf.
 
     Args:
-        a, b: uint8 (N, C, H, W).
+        a: uint8 (N, C, H, W).
+        b: as a.
 
     Returns:
         (N,), float64. Raises ValueError for other dtypes or differing shapes.
@@ -41,7 +42,8 @@ def ssim(a: Tensor, b: Tensor) -> Tensor:
     Gaussian window of 11 pixels; biased covariances.
 
     Args:
-        a, b: uint8 (N, C, H, W), at least 11 pixels high and wide.
+        a: uint8 (N, C, H, W), at least 11 pixels high and wide.
+        b: as a.
 
     Returns:
         (N,), float64. Raises ValueError for other dtypes, differing shapes or smaller images.

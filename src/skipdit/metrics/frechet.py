@@ -14,7 +14,8 @@ def frechet_distance(features_a: Tensor, features_b: Tensor) -> float:
     covariances are singular, which is allowed, and the bias is large.
 
     Args:
-        features_a, features_b: (N, D) and (M, D), tensors or arrays of any float type; N and M may differ.
+        features_a: (N, D), a tensor or array of any float type.
+        features_b: (M, D), likewise; N and M may differ.
 
     Raises ValueError if a set has fewer than two samples or non-finite features, or if the D differ.
     """
@@ -44,7 +45,10 @@ def gaussian_frechet_distance(mean_a: Tensor, cov_a: Tensor, mean_b: Tensor, cov
     (Dowson and Landau, "The Fréchet distance between multivariate normal distributions", 1982.)
 
     Args:
-        mean_a, mean_b: (D,). cov_a, cov_b: (D, D), symmetric, possibly singular.
+        mean_a: (D,).
+        cov_a: (D, D), symmetric, possibly singular.
+        mean_b: as mean_a.
+        cov_b: as cov_a.
 
     Raises ValueError if the shapes do not fit each other.
     """

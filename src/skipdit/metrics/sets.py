@@ -20,8 +20,10 @@ def kid(
     reported; where a subset would be all of both sets, over that one.
 
     Args:
-        features_a, features_b: (N, D) and (M, D).
-        subsets, size: how many subsets of each set, and of how many samples; smaller sets are taken whole.
+        features_a: (N, D).
+        features_b: (M, D).
+        subsets: how many subsets of each set.
+        size: samples of a subset; smaller sets are taken whole.
         seed: of the choice of the subsets.
 
     Raises ValueError if a set has fewer than two samples, or if the D differ.
@@ -77,7 +79,9 @@ def precision_recall(samples: Tensor, reference: Tensor, k: int = 3) -> tuple[fl
     the distance to the k-th nearest other one.
 
     Args:
-        samples, reference: features (N, D) and (M, D), N and M larger than k.
+        samples: features (N, D), N larger than k.
+        reference: features (M, D), M larger than k.
+        k: which of the nearest other members bounds a ball.
 
     Raises ValueError if a set is too small, or if the D differ.
     """
