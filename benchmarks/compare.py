@@ -42,7 +42,7 @@ from skipdit.config import load_config, to_dict
 from skipdit.evaluation.compare import check_plans
 from skipdit.layers.inspect import replaced
 from skipdit.layers.skip import SkipTransformer
-from skipdit.metrics import IDENTICAL, frechet_distance, mean_psnr, psnr, ssim
+from skipdit.metrics import FIDELITY_COLUMNS, IDENTICAL, fidelity_cells, frechet_distance, measure_fidelity
 from skipdit.metrics.networks import load_image_script
 from skipdit.metrics.samples import fitted, open_samples
 from skipdit.sampling.sampler import Sampler
@@ -248,21 +248,15 @@ def judge(
         made, seconds = store.samples(row.key), result["seconds"]
         first, samples = base.setdefault(row.backbone, (result, made))
         middle = median(seconds)
-        pictures = made.flatten(0, -4), samples.flatten(0, -4)
-        frames = psnr(*pictures).unflatten(0, (len(made), -1))
-        decibels = torch.stack([mean_psnr(sample) for sample in frames])
         result |= {
             "seconds_per_sample": middle,
             "seconds_spread": (max(seconds) - min(seconds)) / middle if len(seconds) > 1 else None,
             "speedup": median(a / b for a, b in zip(result["uncached_seconds"], seconds, strict=True)),
             "flops_speedup": first["flops"] / result["flops"],
-            "identical": torch.equal(*pictures),
-            "psnr": decibels.mean().item(),
-            "psnr_error": decibels.std().item() / math.sqrt(len(made)) if len(made) > 1 else None,
-            "ssim": ssim(*pictures).mean().item(),
+            **measure_fidelity(made, samples),
         }
         if lpips is not None:
-            pairs = zip(*(part.split(32) for part in pictures), strict=True)
+            pairs = zip(*(part.flatten(0, -4).split(32) for part in (made, samples)), strict=True)
             device = process_state().device
             result["lpips"] = torch.cat([lpips(a.to(device), b.to(device)).cpu() for a, b in pairs]).mean().item()
         if frechet is not None:
@@ -276,18 +270,15 @@ def markdown(table: list[dict]) -> str:
     lines = []
     for backbone in dict.fromkeys(row["backbone"] for row in table):
         columns = ["", "full + partial steps", "GFLOP", "speedup in FLOPs", "s", "spread", "speedup", "cache kB"]
-        columns += ["PSNR dB", "±", "SSIM", *extra.values()]
+        columns += [*FIDELITY_COLUMNS, *extra.values()]
         lines += [f"### {backbone} backbone", "", f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
         for row in table:
             if row["backbone"] != backbone:
                 continue
-            error = "" if row["psnr_error"] is None else f"{row['psnr_error']:.2f}"
-            psnr = ["same", ""] if row["identical"] else [f"{row['psnr']:.2f}", error]
             cells = [row["name"], f"{row['full_steps']:g} + {row['partial_steps']:g}", f"{row['flops'] / 1e9:.2f}"]
             spread = "" if row["seconds_spread"] is None else f"{row['seconds_spread']:.0%}"
             cells += [f"{row['flops_speedup']:.2f}", f"{row['seconds_per_sample']:.3f}", spread]
-            cells += [f"{row['speedup']:.2f}", f"{row['cache_bytes'] / 1e3:.0f}", *psnr]
-            cells += [f"{row['ssim']:.3f}"]
+            cells += [f"{row['speedup']:.2f}", f"{row['cache_bytes'] / 1e3:.0f}", *fidelity_cells(row)]
             lines.append(f"| {' | '.join([*cells, *(f'{row[key]:.3f}' for key in extra)])} |")
         lines.append("")
     return "\n".join(lines)

@@ -45,7 +45,7 @@ from skipdit.diffusion.gaussian import Diffusion
 from skipdit.encoders.autoencoder import encode, latent_size, load_vae, pixels
 from skipdit.evaluation.fashion import CLASSES, EPOCHS, IMAGE_SIZE, Judge, load_images, load_judge
 from skipdit.layers.flops import step_flops
-from skipdit.metrics import mean_psnr, psnr, ssim
+from skipdit.metrics import measure_fidelity
 from skipdit.sampling.class_conditional import generate
 from skipdit.training.spectral import largest_singular, skip_linears
 from skipdit.utils.device import process_state
@@ -130,8 +130,7 @@ class Examiner:
             uncached = self.images(model, CACHED_SAMPLES, **CACHED)
             for spec in (REUSE, FORECAST):
                 cached = self.images(model, CACHED_SAMPLES, **CACHED, cache=str(spec))
-                pair = cached, uncached
-                found[str(spec)] = {"psnr": mean_psnr(psnr(*pair)).item(), "ssim": ssim(*pair).mean().item()}
+                found[str(spec)] = measure_fidelity(cached, uncached)
         return found
 
     @torch.no_grad()

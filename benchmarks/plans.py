@@ -29,7 +29,7 @@ from skipdit.cli import friendly_errors
 from skipdit.config import load_config, to_dict
 from skipdit.evaluation.compare import Row, check_plans
 from skipdit.layers.flops import uncached_steps
-from skipdit.metrics import mean_psnr, psnr
+from skipdit.metrics import sample_psnr
 from skipdit.planning.schedules import forecast, uniform
 from skipdit.sampling.sampler import Sampler
 from skipdit.tasks import find_task
@@ -72,8 +72,7 @@ def measure(sampler: Sampler, plans: list[CachePlan], seeds: list[int], store: S
                     if reference is None:
                         reference = sampler.make(sampler.config.steps, CacheSpec())
                     made = sampler.make(row.steps, row.spec)
-                    frames = psnr(made.flatten(0, -4), reference.flatten(0, -4)).unflatten(0, (len(made), -1))
-                    each = [mean_psnr(sample).item() for sample in frames]
+                    each = sample_psnr(made, reference).tolist()
                     known = {"psnr": mean(each), "samples": each}
                     store.save(key, known)
                 found.append(known["psnr"])

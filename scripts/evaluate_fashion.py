@@ -35,7 +35,7 @@ from skipdit.config import load_config
 from skipdit.encoders.autoencoder import encode, pixels
 from skipdit.evaluation.fashion import CLASSES, EPOCHS, IMAGE_SIZE, load_images, load_judge
 from skipdit.layers.flops import run_flops, step_flops
-from skipdit.metrics import mean_psnr, psnr, ssim
+from skipdit.metrics import FIDELITY_COLUMNS, fidelity_cells, measure_fidelity
 from skipdit.sampling.job import Job
 from skipdit.utils.device import process_state
 from skipdit.utils.pixels import to_float
@@ -77,11 +77,6 @@ def sample(sampler: ImageSampler, steps: int, policy: CachePolicy, identity: dic
     return torch.stack([torch.load(job.path(i), weights_only=True) for i in range(sampler.total)])
 
 
-def fidelity(images: Tensor, reference: Tensor) -> dict[str, float]:
-    """Means over the image pairs."""
-    return {"psnr": mean_psnr(psnr(images, reference)).item(), "ssim": ssim(images, reference).mean().item()}
-
-
 def evaluate(config: Config, data: Path, out: Path, caches: list[str]) -> dict:
     """Judge a model. Returns what results.json holds: `protocol` and `rows`."""
     policies = [CacheSpec(), *map(parse, caches)]
@@ -117,7 +112,11 @@ def evaluate(config: Config, data: Path, out: Path, caches: list[str]) -> dict:
     rebuilt = _images(vae, [encode(vae, to_float(part).to(device))[0] for part in some_test.split(100)])
     rows = [
         {"images": "real training images (the floor)", **judge.scores(some_train, classes)},
-        {"images": "test images, autoencoded", **judge.scores(rebuilt, classes), **fidelity(rebuilt, some_test)},
+        {
+            "images": "test images, autoencoded",
+            **judge.scores(rebuilt, classes),
+            **measure_fidelity(rebuilt, some_test),
+        },
     ]
     uncached = None
     for wanted in policies:
@@ -134,7 +133,7 @@ def evaluate(config: Config, data: Path, out: Path, caches: list[str]) -> dict:
         if uncached is None:
             uncached = images
         else:
-            row |= fidelity(images, uncached)
+            row |= measure_fidelity(images, uncached)
         rows.append(row)
 
     protocol = sampling | {
@@ -161,17 +160,15 @@ def table(rows: list[dict]) -> str:
         "flops_speedup": "{:.2f}x",
         "accuracy": "{:.1%}",
         "frechet": "{:.3f}",
-        "psnr": "{:.2f}",
-        "ssim": "{:.4f}",
     }
     lines = [
-        "| images | full + cached steps | fewer FLOPs | class as asked | Fréchet | PSNR, dB | SSIM |",
-        "|---|---|---|---|---|---|---|",
+        f"| images | full + cached steps | fewer FLOPs | class as asked | Fréchet | {' | '.join(FIDELITY_COLUMNS)} |",
+        "|---" * (5 + len(FIDELITY_COLUMNS)) + "|",
     ]
     for row in rows:
         steps = f"{row['full_steps']} + {row['cached_steps']}" if "full_steps" in row else "–"
         numbers = [form.format(row[key]) if key in row else "–" for key, form in columns.items()]
-        lines.append(f"| {' | '.join([row['images'], steps, *numbers])} |")
+        lines.append(f"| {' | '.join([row['images'], steps, *numbers, *fidelity_cells(row)])} |")
     return "\n".join(lines)
 
 

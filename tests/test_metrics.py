@@ -1,8 +1,11 @@
-"""Fidelity agrees with scikit-image, LPIPS and the CLIP score with short computations of their own; Fréchet distances,
-KID, inception score, precision and recall with closed forms and explicit loops."""
+"""Fidelity agrees with scikit-image and torchmetrics, LPIPS and the CLIP score with short computations of their own;
+Fréchet distances, KID and inception score with torchmetrics, closed forms and explicit loops; precision and recall with
+the latter."""
 
 import json
 import math
+import subprocess
+import sys
 from pathlib import Path
 from unittest import mock
 
@@ -13,10 +16,23 @@ import torch.nn.functional as F
 import torchvision
 from PIL import Image
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
+from torchmetrics.functional.image import structural_similarity_index_measure
+from torchmetrics.image.fid import FrechetInceptionDistance
+from torchmetrics.image.inception import InceptionScore
+from torchmetrics.image.kid import KernelInceptionDistance
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcessor, CLIPTokenizer
 
 from skipdit.checkpoints.errors import WeightsError
-from skipdit.metrics import frechet_distance, gaussian_frechet_distance, moments, psnr, ssim
+from skipdit.metrics import (
+    IDENTICAL,
+    fidelity_cells,
+    frechet_distance,
+    gaussian_frechet_distance,
+    measure_fidelity,
+    moments,
+    psnr,
+    ssim,
+)
 from skipdit.metrics.perceptual import BACKBONES, ClipScore, load_lpips
 from skipdit.metrics.sets import inception_score, kid, precision_recall
 from skipdit.utils.device import double
@@ -39,7 +55,50 @@ def test_fidelity_equals_skimage(shape, noise):
             x, y, channel_axis=0, data_range=255, gaussian_weights=True, sigma=1.5, use_sample_covariance=False
         )
         assert ssim(a, b)[i].item() == pytest.approx(expected, abs=1e-9)
-        assert psnr(a, b)[i].item() == pytest.approx(peak_signal_noise_ratio(x, y, data_range=255), abs=1e-9)
+        assert psnr(a, b)[i].item() == pytest.approx(peak_signal_noise_ratio(x, y, data_range=255), abs=1e-5)
+
+
+@pytest.mark.parametrize("shape", [(2, 3, 32, 32), (2, 1, 11, 40), (1, 3, 120, 90), (16, 3, 24, 24)])  # 16: of a video
+@pytest.mark.parametrize("noise", [2.0, 60.0])
+def test_ssim_equals_torchmetrics(shape, noise):
+    """Its map within the borders: what it makes of the borders depends on its version."""
+    a, b = image_pairs(shape, noise)
+    _, places = structural_similarity_index_measure(a.double(), b.double(), data_range=255.0, return_full_image=True)
+    torch.testing.assert_close(ssim(a, b), places[..., 5:-5, 5:-5].mean((1, 2, 3)), rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("level", [0, 128, 255])
+def test_ssim_of_flat_images(level):
+    """Where float32 would be off by up to 1e-3: the variance is a difference of large numbers."""
+    a = torch.full((1, 3, 32, 32), level, dtype=torch.uint8)
+    assert ssim(a, a).item() == pytest.approx(1, abs=1e-12)
+
+
+def test_fidelity_of_a_set():
+    """Means over frames, then over samples; frames that are identical count `IDENTICAL`."""
+    a, b = (x.unflatten(0, (3, 2)) for x in image_pairs((6, 3, 16, 20), 20.0))
+    b[1, 0] = a[1, 0]
+    decibels = psnr(a.flatten(0, 1), b.flatten(0, 1)).clamp(max=IDENTICAL).view(3, 2).mean(1)
+    found = measure_fidelity(a, b)
+    assert found["psnr"] == pytest.approx(decibels.mean().item())
+    assert found["psnr_error"] == pytest.approx(decibels.std().item() / math.sqrt(3))
+    assert found["ssim"] == pytest.approx(ssim(a.flatten(0, 1), b.flatten(0, 1)).mean().item())
+    assert found["identical"] is False and measure_fidelity(a[:1], b[:1])["psnr_error"] is None
+    assert measure_fidelity(a, a) == {"psnr": IDENTICAL, "psnr_error": 0, "ssim": pytest.approx(1), "identical": True}
+
+
+def test_fidelity_in_a_table():
+    row = {"psnr": 35.416, "psnr_error": 0.5, "ssim": 0.99249, "identical": False}
+    assert fidelity_cells(row) == ["35.42", "0.50", "0.992"]
+    assert fidelity_cells(row | {"psnr_error": None}) == ["35.42", "", "0.992"]  # of one sample
+    assert fidelity_cells(row | {"psnr_error": 0.0, "ssim": 1.0, "identical": True}) == ["same", "", "1.000"]
+    assert fidelity_cells({"name": "uncached"}) == ["–", "–", "–"]
+
+
+def test_torchmetrics_waits_until_a_metric_is_computed():
+    code = "import sys, skipdit, skipdit.evaluation.command, skipdit.evaluation.compare; "
+    code += "assert 'torchmetrics' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_fidelity_of_identical_images():
@@ -122,6 +181,26 @@ def test_frechet_distance_is_symmetric_and_zero_for_equals(samples):
     assert frechet_distance(a, a.flip(0)) == pytest.approx(0, abs=1e-9)
 
 
+class Features(torch.nn.Module):
+    """What torchmetrics takes for the Inception network: here features are given as they are."""
+
+    num_features = 24
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x
+
+
+@pytest.mark.parametrize(("samples", "tolerance"), [(200, 1e-9), (10, 1e-5)])  # more and fewer than dimensions
+def test_frechet_distance_equals_torchmetrics(samples, tolerance):
+    """Loosely where covariances are singular: there its eigenvalues of AB are rounding noise, and ours zero."""
+    a = torch.randn(samples, 24, dtype=torch.float64).relu()
+    b = torch.randn(samples + 5, 24, dtype=torch.float64).relu() + 0.3
+    metric = FrechetInceptionDistance(Features())
+    metric.update(a, real=True)
+    metric.update(b, real=False)
+    assert frechet_distance(a, b) == pytest.approx(metric.compute().item(), rel=tolerance)
+
+
 def test_moments_equal_numpy():
     features = np.random.default_rng(0).normal(size=(30, 5)).astype(np.float32)
     mean, cov = moments(features)
@@ -160,6 +239,15 @@ def test_kid_equals_a_double_loop():
     assert kid(a, b) == (pytest.approx(expected, rel=1e-12), 0)
 
 
+@pytest.mark.filterwarnings("ignore:Metric `Kernel Inception Distance`")
+def test_kid_equals_torchmetrics():
+    a, b = torch.randn(40, 24).relu(), torch.randn(40, 24).relu() + 0.2
+    metric = KernelInceptionDistance(Features(), subsets=1, subset_size=40)
+    metric.update(a.double(), real=True)
+    metric.update(b.double(), real=False)
+    assert kid(a, b)[0] == pytest.approx(metric.compute()[0].item(), rel=1e-12)
+
+
 def test_kid_over_subsets():
     """Unbiased: near zero for two halves of one set, below it half of the time; the same every time."""
     a, b = torch.randn(2, 400, 8)
@@ -176,6 +264,15 @@ def test_inception_score_closed_forms():
     assert inception_score(certain) == (pytest.approx(10), pytest.approx(0))
     mean, std = inception_score(torch.cat([alike, certain]), split=60)
     assert (mean, std) == (pytest.approx(5.5), pytest.approx(4.5))
+
+
+@pytest.mark.filterwarnings("ignore:Metric `InceptionScore`", "ignore:std")
+def test_inception_score_equals_torchmetrics():
+    """Of one part: it takes parts of a shuffled set."""
+    logits = 3 * torch.randn(50, 24)
+    metric = InceptionScore(Features(), splits=1)
+    metric.update(logits.double())
+    assert inception_score(logits)[0] == pytest.approx(metric.compute()[0].item(), rel=1e-12)
 
 
 def test_inception_score_of_two_classes():

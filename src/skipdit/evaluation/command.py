@@ -25,7 +25,7 @@ from skipdit.utils.provenance import versions
 FID_SAMPLES, FVD_CLIPS = 50_000, 2_048  # that published figures are of
 # Where two runs differ in one of these, sample i of one is not meant to be sample i of the other.
 _SAME = ("seed", "device", "classes", "prompts", "videos_per_prompt", "images_per_prompt", "num_frames")
-_PACKAGES = ("lpips", "numpy", "pytorch-fid", "torchvision", "transformers")
+_PACKAGES = ("lpips", "numpy", "pytorch-fid", "torchmetrics", "torchvision", "transformers")
 
 
 def fidelity(args: argparse.Namespace) -> dict:

@@ -18,7 +18,7 @@ from skipdit.caching.runtime import SkipCache
 from skipdit.cli import friendly_errors
 from skipdit.config import to_dict
 from skipdit.layers.flops import run_flops, uncached_steps
-from skipdit.metrics.fidelity import mean_psnr, psnr, ssim
+from skipdit.metrics import FIDELITY_COLUMNS, fidelity_cells, measure_fidelity
 from skipdit.sampling.sampler import Sampler
 from skipdit.tasks import read_settings
 from skipdit.utils.files import replace_text, whole_file
@@ -97,7 +97,6 @@ def compare(sampler: Sampler, rows: list[Row], repeats: int) -> tuple[list[dict]
     table = []
     for row, seconds, made in zip(rows, times, samples, strict=True):
         cache, middle = row.cache(sampler), median(seconds)
-        pictures = made.flatten(0, -4), samples[0].flatten(0, -4)
         table.append(
             {
                 "name": row.name,
@@ -107,9 +106,7 @@ def compare(sampler: Sampler, rows: list[Row], repeats: int) -> tuple[list[dict]
                 "seconds_per_sample": middle,
                 "speedup": median(times[0]) / middle,
                 "flops_speedup": rows[0].flops(sampler) / row.flops(sampler),
-                "psnr": mean_psnr(psnr(*pictures)).item(),
-                "identical": torch.equal(*pictures),
-                "ssim": ssim(*pictures).mean().item(),
+                **measure_fidelity(made, samples[0]),
             }
         )
     return table, samples
@@ -118,14 +115,13 @@ def compare(sampler: Sampler, rows: list[Row], repeats: int) -> tuple[list[dict]
 def markdown(table: list[dict], unit: str) -> str:
     """The table as the README shows it."""
     lines = [
-        f"| | full + cached steps | s / {unit} | speedup | speedup in FLOPs | PSNR dB | SSIM |",
-        "|---|---|---|---|---|---|---|",
+        f"| | full + cached steps | s / {unit} | speedup | speedup in FLOPs | {' | '.join(FIDELITY_COLUMNS)} |",
+        "|---" * (5 + len(FIDELITY_COLUMNS)) + "|",
     ]
     for row in table:
-        fidelity = "| | |" if row["identical"] else f"| {row['psnr']:.1f} | {row['ssim']:.3f} |"
         lines.append(
             f"| {row['name']} | {row['full_steps']} + {row['cached_steps']} | {row['seconds_per_sample']:.3f} "
-            f"| {row['speedup']:.2f} | {row['flops_speedup']:.2f} {fidelity}"
+            f"| {row['speedup']:.2f} | {row['flops_speedup']:.2f} | {' | '.join(fidelity_cells(row))} |"
         )
     return "\n".join(lines)
 

@@ -28,30 +28,21 @@ def kid(
 
     Raises ValueError if a set has fewer than two samples, or if the D differ.
     """
+    from torchmetrics.image.kid import poly_mmd  # here: it takes a second to import
+
     a, b = _pair(features_a, features_b)
     size = min(size, len(a), len(b))
     if size < 2:
         raise ValueError(f"KID needs at least 2 samples of each set; there are {len(a)} and {len(b)}")
     subsets = 1 if size == len(a) == len(b) else subsets
     generator = torch.Generator().manual_seed(seed)
-    values = [_mmd(_some(a, size, generator), _some(b, size, generator)) for _ in range(subsets)]
+    values = [poly_mmd(_some(a, size, generator), _some(b, size, generator)) for _ in range(subsets)]
     values = torch.stack(values)
     return values.mean().item(), values.std(correction=0).item()
 
 
 def _some(features: Tensor, size: int, generator: torch.Generator) -> Tensor:
     return features[torch.randperm(len(features), generator=generator)[:size].to(features.device)]
-
-
-def _mmd(a: Tensor, b: Tensor) -> Tensor:
-    """Unbiased squared MMD of (n, D) and (n, D): a sample is not compared with itself."""
-
-    def kernel(x: Tensor, y: Tensor) -> Tensor:
-        return (x @ y.T / x.shape[1] + 1) ** 3
-
-    n, own_a, own_b = len(a), kernel(a, a), kernel(b, b)
-    own = (own_a.sum() - own_a.trace() + own_b.sum() - own_b.trace()) / (n * (n - 1))
-    return own - 2 * kernel(a, b).mean()
 
 
 def inception_score(logits: Tensor, split: int = 5000) -> tuple[float, float]:
@@ -63,6 +54,7 @@ def inception_score(logits: Tensor, split: int = 5000) -> tuple[float, float]:
     Args:
         logits: (N, classes), any float type.
     """
+    # Ours: that of torchmetrics draws its parts at random, and has the deviation of one part as NaN.
     log_p = double(torch.as_tensor(logits)).log_softmax(1)
     scores = []
     for part in log_p.split(split):
