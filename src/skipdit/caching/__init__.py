@@ -1,9 +1,16 @@
 """Skip-Cache: which sampling steps run every layer, and what the others see in their place."""
 
+from typing import TYPE_CHECKING
+
 from skipdit.utils.lazy import lazy_names
+
+if TYPE_CHECKING:
+    from skipdit.caching.policies import CachePlan, CachePolicy, CacheSpec, DriftSpec, parse_policy
+    from skipdit.caching.runtime import SkipCache
+    from skipdit.caching.steps import CacheStep
 
 __all__ = ["CachePlan", "CachePolicy", "CacheSpec", "CacheStep", "DriftSpec", "SkipCache", "parse_policy"]
 __getattr__ = lazy_names(
     __name__,
-    dict.fromkeys(__all__, "caching.policies") | {"SkipCache": "caching.runtime", "CacheStep": "caching.steps"},
+    {name: "caching.policies" for name in __all__} | {"SkipCache": "caching.runtime", "CacheStep": "caching.steps"},
 )
