@@ -22,7 +22,8 @@ def measure_fidelity(samples: Tensor, reference: Tensor) -> dict[str, float | bo
     """Compare a set of images or clips with another one, each sample with its namesake.
 
     Args:
-        samples, reference: uint8 (N, ..., C, H, W).
+        samples: uint8 (N, ..., C, H, W).
+        reference: the same of the reference, sample by sample.
 
     Returns:
         `psnr`: mean of `sample_psnr` over samples, dB; `psnr_error`: its standard error, None for one sample; `ssim`:
