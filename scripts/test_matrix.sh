@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # The tests that compare numbers, as other processors and numbers of threads compute them; a line for every setting.
 #   bash scripts/test_matrix.sh                        # a quarter of an hour on two cores
-#   bash scripts/test_matrix.sh tests/test_cache.py    # arguments go to pytest
+#   bash scripts/test_matrix.sh tests/caching/test_cache.py    # arguments go to pytest
 # A processor runs the kernels of older ones, so one machine shows most of what others would do. What it can run at best
 # is the first setting: ATen takes AVX-512 by itself.
 set -uo pipefail

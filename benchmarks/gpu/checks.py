@@ -34,7 +34,7 @@ def rows(limit: float, seconds: float = 75) -> list[Row]:
 
 def marked_files() -> list[str]:
     """The files with tests for a GPU; only they are imported, since others want packages that may be missing."""
-    files = sorted((ROOT / "tests").glob("test_*.py"))
+    files = sorted((ROOT / "tests").rglob("test_*.py"))
     return [str(file.relative_to(ROOT)) for file in files if MARK.search(file.read_text(encoding="utf-8"))]
 
 

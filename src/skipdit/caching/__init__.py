@@ -12,5 +12,5 @@ if TYPE_CHECKING:
 __all__ = ["CachePlan", "CachePolicy", "CacheSpec", "CacheStep", "DriftSpec", "SkipCache", "parse_policy"]
 __getattr__ = lazy_names(
     __name__,
-    {name: "caching.policies" for name in __all__} | {"SkipCache": "caching.runtime", "CacheStep": "caching.steps"},
+    dict.fromkeys(__all__, "caching.policies") | {"SkipCache": "caching.runtime", "CacheStep": "caching.steps"},
 )

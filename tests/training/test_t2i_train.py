@@ -1,0 +1,358 @@
+"""The text-to-image trainer: two stages on captioned pictures of several shapes, resumed, pre-encoded, and LoRA."""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import FSDP, assert_equal, kill_at, run_script, short_training, skipdit_command, state, stats
+from diffusers import AutoencoderKL
+from PIL import Image
+from torch import nn
+from torchvision.io import read_image
+from transformers import BertModel
+
+from skipdit.checkpoints.files import load_state
+from skipdit.checkpoints.loading import load_weights
+from skipdit.data.settings import PictureData
+from skipdit.data.texts import LiveTexts
+from skipdit.diffusion.gaussian import Diffusion
+from skipdit.encoders.reading import CLIP, T5
+from skipdit.encoders.text import load_text_encoder
+from skipdit.text_to_image import HunyuanDiT, sample_t2i
+from skipdit.text_to_image.settings import TextConfig
+from skipdit.text_to_image.train import Config, ModelConfig, make_loss, train
+from skipdit.training.steps import Draw
+
+encode = skipdit_command("encode")
+encode_text = skipdit_command("encode-text")
+
+CAPTIONS = ["the red car drives", "a dog runs", "two birds fly", "一只小猫", "a man sleeps", "the cat", "the lake"]
+TOKENS = 16
+
+
+@pytest.fixture(scope="session")
+def captioned(tmp_path_factory) -> Path:
+    """Seven pictures with captions, square and wide; an eighth that is cut short, a ninth without a caption."""
+    folder, rng, rows = tmp_path_factory.mktemp("pictures"), np.random.default_rng(0), []
+    for number, caption in enumerate([*CAPTIONS, "cut off", ""]):
+        size = (24, 40, 3) if number % 2 else (24, 26, 3)
+        Image.fromarray(rng.integers(0, 256, size, dtype=np.uint8)).save(folder / f"{number}.png")
+        rows.append({"image": f"{number}.png", "caption": caption})
+    cut = folder / "7.png"
+    cut.write_bytes(cut.read_bytes()[:300])
+    (folder / "captions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+@pytest.fixture
+def config(captioned, hunyuan_folder, vae_folder, tmp_path) -> Config:
+    return Config(
+        out=str(tmp_path / "run"),
+        vae=str(vae_folder),
+        clip=TextConfig(encoder=str(hunyuan_folder / "text_encoder")),
+        t5=TextConfig(encoder=str(hunyuan_folder / "text_encoder_2")),
+        text_dtype="float32",
+        model=ModelConfig(
+            hidden_size=32,
+            depth=6,
+            num_heads=2,
+            text_states_dim=16,
+            text_states_dim_t5=16,
+            text_len=TOKENS,
+            text_len_t5=TOKENS,
+        ),
+        data=PictureData(
+            path=str(captioned),
+            captions=str(captioned / "captions.jsonl"),
+            image_size=16,
+            buckets=["16x16", "16x24"],
+        ),
+        train=short_training(),
+    )
+
+
+def given(config: Config) -> dict:
+    return {name: value for name, value in vars(config.model).items() if value is not None}
+
+
+def sample(config: Config, hunyuan_folder: Path, weights: Path, out: Path) -> torch.Tensor:
+    settings = {"weights": str(weights), "vae": config.vae, "pipeline": str(hunyuan_folder), "out": str(out)}
+    places = {"text_encoder": config.clip.encoder, "text_encoder_2": config.t5.encoder}
+    sizes = {"height": 16, "width": 32, "steps": 2, "guidance_scale": 2.0}
+    sample_t2i.sample(sample_t2i.Config(**settings, **places, **sizes, prompts=["a dog"]))
+    return read_image(str(out / "000000-a-dog.png"))
+
+
+@pytest.mark.parametrize("fuse", ["replace", "residual"])
+def test_both_stages_end_to_end(config, tmp_path, hunyuan_folder, fuse):
+    """A backbone without skips; stage 1, only its skips; stage 2, everything. The result samples."""
+    config.out, config.model.skip, config.train.sample_every = str(tmp_path / "plain"), False, 4
+    train(config)
+    grid = read_image(str(tmp_path / "plain/samples/0000004.png"))
+    assert grid.shape[0] == 3 and grid.shape[2] > 4 * 16
+    assert (tmp_path / "plain/samples/captions.txt").read_text().splitlines()[:2] == CAPTIONS[:2]
+    plain = state(config)["ema"]
+    losses = stats(config)
+
+    config.out, config.init, config.train.sample_every = str(tmp_path / "stage1"), str(tmp_path / "plain"), 0
+    config.model = ModelConfig(**vars(config.model) | {"skip": True, "fuse": fuse})
+    config.train.freeze = True
+    train(config)
+    first = state(config)["ema"]
+    assert all(torch.equal(first[name], tensor) for name, tensor in plain.items())
+    new = first.keys() - plain.keys()
+    assert len(new) == 2 * 4 and all("skip" in name for name in new)
+
+    config.out, config.init, config.train.freeze = str(tmp_path / "stage2"), str(tmp_path / "stage1"), False
+    train(config)
+    second = state(config)["ema"]
+    still = {name for name, tensor in second.items() if torch.equal(tensor, first[name])}
+    assert still == set() and len(losses) == 4
+    assert sample(config, hunyuan_folder, tmp_path / "stage2", tmp_path / "out").shape == (3, 16, 32)
+
+
+def test_residual_stage_1_starts_at_the_backbone(config, tmp_path):
+    """Its first loss is that without skips; with the paper's skips, drawn at random, it is not."""
+    config.out, config.model.skip = str(tmp_path / "plain"), False
+    train(config)
+    config.model.skip, config.train.freeze, config.init, config.train.lr = True, True, config.out, 0.0
+    losses = {}
+    for fuse in ("replace", "residual"):
+        config.out, config.model.fuse = str(tmp_path / fuse), fuse
+        train(config)
+        losses[fuse] = stats(config)[0]["loss"]
+    config.out, config.model.skip, config.train.freeze = str(tmp_path / "again"), False, False
+    train(config)
+    assert losses["residual"] == pytest.approx(stats(config)[0]["loss"], rel=1e-5)
+    assert losses["replace"] != pytest.approx(losses["residual"], rel=1e-4)
+
+
+def test_killed_run_continues_bit_equal(config, tmp_path):
+    config.train.steps, config.train.save_every, config.train.keep = 30, 1, 2
+    train(config)
+    whole = state(config)
+    config.out = str(tmp_path / "killed")
+    kill_at(config, (3, 11), task="text-to-image")
+    assert run_script(config, task="text-to-image").returncode == 0
+    assert_equal(whole | {"args": None}, state(config) | {"args": None})
+
+
+@pytest.mark.parametrize("parallel", ["ddp", FSDP])
+def test_two_processes_equal_one(config, tmp_path, parallel):
+    train(config)
+    alone, whole = stats(config), state(config)["ema"]
+    config.out, config.train.parallel = str(tmp_path / "two"), parallel
+    result = run_script(config, processes=2, task="text-to-image")
+    assert result.returncode == 0, result.stderr[-3000:]
+    for a, b in zip(alone, stats(config), strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], rel=1e-4)
+    for name, tensor in state(config)["ema"].items():
+        torch.testing.assert_close(tensor, whole[name], atol=2e-3, rtol=1e-2)
+
+
+def test_encoded_files_train_the_same(config, captioned, tmp_path):
+    """Latents and texts made once, against both on the fly; neither text encoder is there then."""
+    lines = (captioned / "captions.jsonl").read_text().splitlines()[: len(CAPTIONS)]
+    (tmp_path / "good.jsonl").write_text("\n".join(lines))  # the encoder leaves out broken ones: another order
+    config.data.latents, config.data.captions = "mean", str(tmp_path / "good.jsonl")
+    train(config)
+    losses = [line["loss"] for line in stats(config)]
+    data = config.data
+    encode_to(tmp_path / "latents", config)
+    (tmp_path / "run.yaml").write_text(
+        f"data:\n  kind: pictures\n  path: {data.path}\n  captions: {data.captions}\n  buckets: [16x16, 16x24]\n"
+    )
+    for role, part in {"clip": config.clip, "t5": config.t5}.items():
+        encode_text([
+            *(str(tmp_path / "run.yaml"), "--text-encoder", part.encoder, "--out", str(tmp_path / role)),
+            *("--role", role, "--max-tokens", str(TOKENS)),
+        ])  # fmt: skip
+        part.files, part.encoder = str(tmp_path / role), None
+    config.data = PictureData(
+        kind="latents", path=str(tmp_path / "latents"), image_size=16, buckets=data.buckets, latents="mean"
+    )
+    config.out = str(tmp_path / "encoded")
+    train(config)
+    assert [line["loss"] for line in stats(config)] == pytest.approx(
+        losses, rel=2e-3
+    )  # they are kept in half precision
+
+
+def encode_to(out: Path, config: Config) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("sys.argv", [
+            *("encode", "--data", "pictures", "--path", config.data.path, "--captions", config.data.captions),
+            *("--image-size", "16", "--buckets", *config.data.buckets, "--latents", config.data.latents),
+            *("--vae", config.vae, "--out", str(out), "--workers", "0"),
+        ])  # fmt: skip
+        encode()
+
+
+@pytest.fixture
+def both(hunyuan_folder) -> list[LiveTexts]:
+    """The captions by the CLIP and by the T5."""
+    readings = {"text_encoder": CLIP._replace(max_tokens=TOKENS), "text_encoder_2": T5._replace(max_tokens=TOKENS)}
+    return [
+        LiveTexts(load_text_encoder(str(hunyuan_folder / name), reading=reading), CAPTIONS)
+        for name, reading in readings.items()
+    ]
+
+
+class Recorder(nn.Module):
+    """Stands for the model and keeps what it was called with."""
+
+    def forward(self, x, t, *texts, image_rotary_emb, return_dict):
+        self.x, self.t, self.texts, self.rotary = x, t, texts, image_rotary_emb
+        return (torch.zeros(len(x), 8, *x.shape[2:]),)
+
+
+def test_loss_reads_texts_sizes_and_drops_either_by_itself(config, both):
+    recorder, rows = Recorder(), 400
+    model = HunyuanDiT((4, 4), **given(config))
+    batch = {"mean": torch.randn(rows, 2, 4, 4, 6), "std": torch.rand(rows, 2, 4, 4, 6)}
+    batch["label"] = torch.arange(rows) % len(CAPTIONS)
+    loss = make_loss(config, None, *both, model)(recorder, batch, Draw(0, 0, range(rows), rows, torch.device("cpu")))
+    assert loss.shape == (rows,) and recorder.x.shape == (rows, 4, 4, 6)
+    assert [table.shape for table in recorder.rotary] == [(6, 16), (6, 16)]  # 2 x 3 patches
+    shares = []
+    for texts, (embeddings, mask) in zip(both, (recorder.texts[:2], recorder.texts[2:]), strict=True):
+        kept, _ = texts.take_whole(batch["label"], torch.zeros(rows, dtype=torch.bool))
+        dropped = (embeddings != kept).flatten(1).any(1)
+        assert torch.equal(embeddings[dropped], texts.null.float().expand(int(dropped.sum()), -1, -1))
+        assert (mask[dropped] == texts.null_mask).all()
+        shares.append(dropped)
+    assert all(0.13 < dropped.float().mean() < 0.27 for dropped in shares)
+    assert 0.01 < (shares[0] & shares[1]).float().mean() < 0.08
+
+
+def test_loss_is_of_the_noise_that_the_sampler_takes_away(config, both):
+    """Noisy latents, and the v to predict, are those of the sampler's scheduler."""
+    config.data.latents, config.data.flip = "mean", False
+    model = HunyuanDiT((4, 4), **given(config))
+    batch = {"mean": torch.randn(6, 2, 4, 4, 4), "label": torch.arange(6)}
+    draw, recorder = Draw(0, 0, range(6), 6, torch.device("cpu")), Recorder()
+    loss = make_loss(config, None, *both, model)(recorder, batch, draw)
+    again = Draw(0, 0, range(6), 6, torch.device("cpu"))
+    again.rand(), again.rand(2)
+    t, noise, x0 = again.randint(1000), again.randn(4, 4, 4), batch["mean"][:, 0]
+    scheduler = sample_t2i.make_scheduler("ddpm")
+    assert torch.equal(recorder.t, t)
+    torch.testing.assert_close(recorder.x, scheduler.add_noise(x0, noise, t))
+    v = scheduler.get_velocity(x0, noise, t)  # the recorder predicts zero
+    assert (loss >= v.square().flatten(1).mean(1) - 1e-4).all()
+    diffusion = Diffusion(beta_start=0.00085, beta_end=0.02, scaled=True, prediction="v")
+    torch.testing.assert_close(diffusion.losses(torch.zeros(6, 8, 4, 4), x0, recorder.x, t, noise)["loss"], loss)
+
+
+@pytest.mark.parametrize("parallel", ["ddp", FSDP])
+def test_mixed_precision(config, tmp_path, monkeypatch, parallel):
+    """bf16, the default: near float32, and not equal to it; the residual stream is float32."""
+    train(config)
+    exact, config.out, config.train.precision = stats(config), str(tmp_path / "bf16"), "bf16"
+    config.train.parallel = parallel
+    result = run_script(config, processes=1 + (parallel == "fsdp"), task="text-to-image")  # one precision per process
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert stats(config)[-1]["loss"] == pytest.approx(exact[-1]["loss"], rel=0.02)
+    assert stats(config)[-1]["loss"] != exact[-1]["loss"]
+    model, dtypes, run = HunyuanDiT((8, 8), **given(config)), set(), HunyuanDiT._run
+    monkeypatch.setattr(HunyuanDiT, "_run", lambda self, *args: dtypes.add(args[1].dtype) or run(self, *args))
+    with torch.autocast("cpu", torch.bfloat16):
+        model(**model.random_inputs(2, encoded=False))
+    assert dtypes == {torch.float32}
+
+
+def test_gradient_checkpointing_changes_no_gradient(config):
+    model = HunyuanDiT((8, 8), **given(config)).train()
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    inputs, gradients = model.random_inputs(2, encoded=False), []
+    for checkpointed in (False, True):
+        if checkpointed:
+            model.enable_gradient_checkpointing()
+        model.zero_grad()
+        model(**inputs).sample.square().mean().backward()
+        gradients.append({name: parameter.grad.clone() for name, parameter in model.named_parameters()})
+    for name, gradient in gradients[0].items():
+        torch.testing.assert_close(gradients[1][name], gradient)
+
+
+def test_lora_trains_adapters_and_merges_them(config, tmp_path, hunyuan_folder):
+    train(config)
+    base = state(config)["ema"]
+    config.init, config.out, config.lora_rank = config.out, str(tmp_path / "lora"), 2
+    trained = train(config)
+    learning = {name for name, parameter in trained.named_parameters() if ".lora_B." in name and parameter.any()}
+    assert len(learning) == 6 * 5  # Wqkv, out_proj; q_proj, kv_proj, out_proj, of every block
+    merged = load_state(tmp_path / "lora/merged.pt")
+    model = HunyuanDiT((4, 4), **given(config)).eval()
+    load_weights(model, tmp_path / "lora")  # of all that lies there, what has everything
+    untouched = {name for name, tensor in load_state(config.init).items() if torch.equal(tensor, merged[name])}
+    assert len(merged) == len(base) and len(merged) - len(untouched) == 6 * 5
+    inputs = model.random_inputs(2)
+    inputs["encoder_hidden_states"] = torch.randn(2, TOKENS, 16)
+    inputs |= {"encoder_hidden_states_t5": torch.randn(2, TOKENS, 16)}
+    inputs |= {f"text_embedding_mask{end}": torch.ones(2, TOKENS) for end in ("", "_t5")}
+    with torch.no_grad():
+        torch.testing.assert_close(model(**inputs).sample, trained.eval()(**inputs).sample, atol=1e-5, rtol=1e-4)
+    sample(config, hunyuan_folder, tmp_path / "lora/merged.pt", tmp_path / "out")
+    for file in (tmp_path / "lora").glob("checkpoints/*4.pt"):
+        file.unlink()
+    train(config)  # from step 2
+    assert_equal(load_state(tmp_path / "lora/merged.pt"), merged)
+
+
+def test_another_autoencoder_is_refused(config, tmp_path):
+    """By a run that goes on; but the same one may have moved."""
+    train(config)
+    vae = AutoencoderKL.from_pretrained(config.vae)
+    vae.save_pretrained(tmp_path / "vae")
+    config.vae, config.train.steps = str(tmp_path / "vae"), 5
+    train(config)
+    torch.nn.init.normal_(vae.decoder.conv_out.weight)
+    vae.save_pretrained(tmp_path / "vae")
+    config.train.steps = 6
+    with pytest.raises(ValueError, match="vae_fingerprint: "):
+        train(config)
+
+
+def test_another_text_encoder_is_refused(config, hunyuan_folder, tmp_path):
+    """By a run that goes on; but the encoder, like the data, may have moved."""
+    train(config)
+    shutil.copytree(hunyuan_folder, tmp_path / "moved")
+    config.clip.encoder, config.train.steps, config.clip.fingerprint = str(tmp_path / "moved/text_encoder"), 5, None
+    train(config)
+    other = BertModel.from_pretrained(config.clip.encoder)
+    torch.nn.init.normal_(other.embeddings.word_embeddings.weight)
+    other.save_pretrained(config.clip.encoder)
+    config.train.steps, config.clip.fingerprint = 6, None
+    with pytest.raises(ValueError, match=r"clip\.fingerprint: "):
+        train(config)
+
+
+@pytest.mark.parametrize(
+    ("section", "settings", "complaint"),
+    [
+        ("data", {"captions": None}, "data.captions is not set"),
+        ("data", {"buckets": ["8by8"]}, "data.buckets has '8by8'"),
+        ("data", {"buckets": ["9x8"]}, "9x8: 9 is not a multiple of the autoencoder's factor 2"),
+        ("data", {"buckets": ["16x16", "16x18"]}, "16x18: 18 is not a multiple of the autoencoder's factor 2 times 2"),
+        (
+            "data",
+            {"image_size": 18, "buckets": []},
+            "image_size 18 is not a multiple of the autoencoder's factor 2 times 2",
+        ),
+        ("model", {"text_states_dim": 12}, "clip: they have 16 channels, the model takes 12"),
+        ("clip", {"encoder": None}, r"set clip\.encoder, a text encoder, or clip\.files"),
+        ("t5", {"encoder": "nowhere/else/t5"}, "missing: nowhere/else/t5/config.json"),
+        ("t5", {"files": "nowhere/texts"}, r"missing: t5\.files=nowhere/texts"),
+        (None, {"lora_rank": 4}, "lora_rank puts adapters onto `init`"),
+    ],
+)
+def test_what_does_not_fit_is_named(config, section, settings, complaint):
+    for name, value in settings.items():
+        setattr(getattr(config, section) if section else config, name, value)
+    with pytest.raises((ValueError, FileNotFoundError), match=complaint):
+        train(config)

@@ -1,0 +1,280 @@
+"""The text-to-video trainer: two stages on captioned clips, resumed, from files and on the fly."""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import FSDP, assert_equal, kill_at, run_script, short_training, skipdit_command, state, stats
+from torch import nn
+from transformers import T5EncoderModel
+
+from skipdit.checkpoints.loading import load_weights
+from skipdit.data.settings import ClipData
+from skipdit.data.texts import LiveTexts
+from skipdit.data.video import read_mp4
+from skipdit.encoders.text import load_text_encoder
+from skipdit.text_to_video import LatteT2V, sample_t2v
+from skipdit.text_to_video.train import Config, ModelConfig, make_loss, train
+from skipdit.training.steps import Draw
+from skipdit.utils.video import write_mp4
+
+encode = skipdit_command("encode")
+encode_text = skipdit_command("encode-text")
+
+CAPTIONS = ["the red car drives", "a dog runs", "two birds fly above the quiet lake", "the cat", "a man sleeps"]
+
+
+@pytest.fixture(scope="session")
+def captioned(tmp_path_factory) -> Path:
+    """Five clips of ten frames with their captions; a sixth that is cut short, a seventh without a caption."""
+    folder, rng, rows = tmp_path_factory.mktemp("captioned"), np.random.default_rng(0), []
+    for number, caption in enumerate([*CAPTIONS, "cut off", ""]):
+        frames = torch.from_numpy(rng.integers(0, 256, (10, 3, 24, 32), dtype=np.uint8))
+        write_mp4(folder / f"{number}.mp4", frames, fps=8)
+        rows.append({"video": f"{number}.mp4", "caption": caption})
+    cut = folder / "5.mp4"
+    cut.write_bytes(cut.read_bytes()[:300])
+    (folder / "captions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+@pytest.fixture
+def config(captioned, text_folder, vae_folder, tmp_path) -> Config:
+    return Config(
+        out=str(tmp_path / "run"),
+        vae=str(vae_folder),
+        text_encoder=str(text_folder / "text_encoder"),
+        text_dtype="float32",
+        model=ModelConfig(num_attention_heads=2, attention_head_dim=8, num_layers=4, caption_channels=16),
+        data=ClipData(
+            path=str(captioned),
+            captions=str(captioned / "captions.jsonl"),
+            num_frames=4,
+            frame_interval=2,
+            images=2,
+            image_size=8,
+        ),
+        train=short_training(),
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fuse", ["replace", "residual"])
+def test_both_stages_end_to_end(config, tmp_path, released_t2v, fuse):
+    """A plain model; stage 1, only its skips; stage 2, everything. The result samples in the released layout."""
+    config.out, config.model.skip, config.train.sample_every = str(tmp_path / "plain"), False, 4
+    train(config)
+    assert (tmp_path / "plain/samples/0000004.gif").exists()
+    captions = (tmp_path / "plain/samples/captions.txt").read_text().splitlines()
+    assert captions == [*CAPTIONS, "cut off"]  # nobody has found out yet that the last clip is broken
+    plain = state(config)["ema"]
+
+    config.out, config.init, config.train.sample_every = str(tmp_path / "stage1"), str(tmp_path / "plain"), 0
+    config.model = ModelConfig(**vars(config.model) | {"skip": True, "fuse": fuse})
+    config.train.freeze = True
+    train(config)
+    first = state(config)["ema"]
+    new = {name for name in first if not (name in plain and torch.equal(first[name], plain[name]))}
+    assert new == first.keys() - plain.keys()
+    assert {name.split(".")[0] for name in new} <= {"skip_norms", "skip_linears", "skips"}
+
+    config.out, config.init, config.train.freeze = str(tmp_path / "stage2"), str(tmp_path / "stage1"), False
+    trained = train(config)
+    assert all(not torch.equal(tensor, first[name]) for name, tensor in state(config)["ema"].items())
+
+    shutil.copytree(released_t2v / "Latte-0", tmp_path / "pipeline")
+    trained.save_config(tmp_path / "pipeline/transformer")
+    sampling = {
+        "weights": str(tmp_path / "stage2"),
+        "pipeline": str(tmp_path / "pipeline"),
+        "out": str(tmp_path / "out"),
+    }
+    sample_t2v.sample(sample_t2v.Config(**sampling, prompts=["a dog"], num_frames=4, height=16, width=16, steps=2))
+    assert read_mp4(tmp_path / "out/000000-a-dog.mp4").shape == (4, 3, 16, 16)
+
+
+@pytest.mark.slow
+def test_residual_stage_1_starts_at_the_plain_model(config, tmp_path):
+    """Its first loss is the plain model's; with the paper's skips, drawn at random, it is not."""
+    config.out, config.model.skip = str(tmp_path / "plain"), False
+    train(config)
+    config.model.skip, config.train.freeze, config.init, config.train.lr = True, True, config.out, 0.0
+    losses = {}
+    for fuse in ("replace", "residual"):
+        config.out, config.model.fuse = str(tmp_path / fuse), fuse
+        train(config)
+        losses[fuse] = stats(config)[0]["loss"]
+    config.out, config.model.skip, config.train.freeze = str(tmp_path / "again"), False, False
+    train(config)
+    assert losses["residual"] == pytest.approx(stats(config)[0]["loss"], rel=1e-5)
+    assert losses["replace"] != pytest.approx(losses["residual"], rel=1e-4)
+
+
+@pytest.mark.slow
+def test_killed_run_continues_bit_equal(config, tmp_path):
+    config.train.steps, config.train.save_every, config.train.keep = 30, 1, 2
+    train(config)
+    whole = state(config)
+    config.out = str(tmp_path / "killed")
+    kill_at(config, (3, 11), task="text-to-video")
+    assert run_script(config, task="text-to-video").returncode == 0
+    assert_equal(whole | {"args": None}, state(config) | {"args": None})
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("parallel", ["ddp", FSDP])
+def test_two_processes_equal_one(config, tmp_path, parallel):
+    train(config)
+    alone, whole = stats(config), state(config)["ema"]
+    config.out, config.train.parallel = str(tmp_path / "two"), parallel
+    result = run_script(config, processes=2, task="text-to-video")
+    assert result.returncode == 0, result.stderr[-3000:]
+    for a, b in zip(alone, stats(config), strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], rel=1e-4)
+    for name, tensor in state(config)["ema"].items():
+        torch.testing.assert_close(tensor, whole[name], atol=2e-3, rtol=1e-2)
+
+
+def test_files_of_latents_and_texts_train_like_clips_and_captions(config, captioned, tmp_path, monkeypatch):
+    """What `encode` and `encode-text` wrote gives the losses of the clips and captions themselves."""
+    config.data.flip = False
+    shutil.copytree(captioned, tmp_path / "clips")
+    (tmp_path / "clips/5.mp4").unlink()  # the encoder leaves a broken clip out, and the order changes
+    lines = (tmp_path / "clips/captions.jsonl").read_text().splitlines()[:5]
+    (tmp_path / "clips/captions.jsonl").write_text("\n".join(lines))
+    config.data.path, config.data.captions = str(tmp_path / "clips"), str(tmp_path / "clips/captions.jsonl")
+    train(config)
+    live = [line["loss"] for line in stats(config)]
+
+    arguments = [
+        "--data",
+        "videos",
+        "--path",
+        config.data.path,
+        "--captions",
+        config.data.captions,
+        "--image-size",
+        "8",
+    ]
+    arguments += ["--vae", config.vae, "--out", str(tmp_path / "latents"), "--workers", "0"]
+    monkeypatch.setattr("sys.argv", ["encode", *arguments])
+    encode()
+    config.data.kind, config.data.path, config.data.captions = "latents", str(tmp_path / "latents"), None
+    (tmp_path / "run.yaml").write_text(f"data: {{kind: latents, path: {tmp_path / 'latents'}, num_frames: 4}}\n")
+    encode_text([str(tmp_path / "run.yaml"), "--text-encoder", config.text_encoder, "--out", str(tmp_path / "texts")])
+    config.texts, config.text_encoder, config.out = str(tmp_path / "texts"), "nowhere/at/all", str(tmp_path / "files")
+    train(config)
+    assert [line["loss"] for line in stats(config)] == pytest.approx(live, rel=2e-3)
+
+
+def test_broken_and_uncaptioned_clips_are_listed(config):
+    config.train.steps = 12
+    train(config)
+    listed = (Path(config.out) / "broken_files.txt").read_text().splitlines()
+    assert len(listed) == 2
+    assert "5.mp4: Invalid data found" in listed[0] and "line 7: the caption of 6.mp4 is empty" in listed[1]
+
+
+class _Listener(nn.Module):
+    """Keeps what it is called with."""
+
+    def forward(self, x, t, text, mask, use_image_num, return_dict):
+        self.x, self.text, self.mask = x, text, mask
+        return (torch.cat([x, x], dim=1),)
+
+
+def test_captions_reach_their_pictures(config, captioned):
+    """Every clip and every image has the tokens of its own caption, or the empty one's under the same mask."""
+    texts = LiveTexts(load_text_encoder(config.text_encoder), CAPTIONS)
+    rows, model, config.data.latents = 64, _Listener(), "mean"
+    labels, others = torch.arange(rows) % 5, torch.stack([torch.arange(rows) % 3, torch.arange(rows) % 2], dim=1)
+    batch = {"mean": torch.zeros(rows, 6, 2, 4, 2, 2), "label": labels, "image_label": others}
+    config.caption_dropout = 0.3
+    make_loss(config, None, texts)(model, batch, Draw(0, 0, range(rows), rows, torch.device("cpu")))
+    wanted = torch.cat([labels[:, None], others], dim=1)
+    kept, mask = texts.take(wanted, torch.zeros(rows, 3, dtype=torch.bool))
+    null, _ = texts.take(wanted, torch.ones(rows, 3, dtype=torch.bool))
+    assert model.x.shape == (rows, 4, 6, 2, 2)
+    assert torch.equal(model.mask, mask)
+    dropped = (model.text == null).all(-1).all(-1)
+    assert torch.equal(model.text, torch.where(dropped[..., None, None], null, kept))
+    assert 0.2 < dropped.float().mean() < 0.4
+    assert not torch.equal(dropped[:, 0], dropped[:, 1])
+
+
+def test_released_folder_gives_the_model(config, released_t2v, tmp_path):
+    """Stage 1 as for the released model: config.json and weights of a transformer folder."""
+    plain = LatteT2V.from_config(LatteT2V.load_config(released_t2v / "Latte-0/transformer"), skip=False)
+    plain.save_pretrained(tmp_path / "transformer")
+    config.model, config.init = ModelConfig(folder=str(tmp_path / "transformer")), str(tmp_path / "transformer")
+    config.train.freeze = True
+    trained = train(config)
+    assert trained.config.sample_size == 4 and trained.n_skips == 2
+    config.out, config.data.image_size = config.out + "-large", 16
+    with pytest.raises(ValueError, match=r"for 4 frames of 4 latent pixels; the data has 4 of 8 .*data.image_size"):
+        train(config)
+
+
+def test_another_text_encoder_is_refused(config, text_folder, tmp_path):
+    """By a run that goes on; but the encoder, like the data, may have moved."""
+    train(config)
+    shutil.copytree(text_folder, tmp_path / "moved")
+    config.text_encoder, config.train.steps, config.text_fingerprint = str(tmp_path / "moved/text_encoder"), 5, None
+    train(config)
+    other = T5EncoderModel.from_pretrained(config.text_encoder)
+    torch.nn.init.normal_(other.shared.weight)
+    other.save_pretrained(config.text_encoder)
+    config.train.steps, config.text_fingerprint = 6, None
+    with pytest.raises(ValueError, match="text_fingerprint: "):
+        train(config)
+
+
+def change(config: Config, **settings) -> None:
+    for key, value in settings.items():
+        section, _, name = key.rpartition("__")
+        setattr(getattr(config, section) if section else config, name, value)
+
+
+@pytest.mark.parametrize(
+    ("settings", "complaint"),
+    [
+        ({"data__captions": None}, "the clips have no captions; set data.captions"),
+        ({"model__caption_channels": 12}, "they have 16 channels, the model takes 12"),
+        ({"data__image_size": 9}, "image_size 9 is not a multiple of the autoencoder's factor 2"),
+        ({"data__image_size": 10}, "image_size makes latents of 5 pixels a side, which patches of 2"),
+        (
+            {"data__captions": "nowhere.jsonl", "text_encoder": "nowhere/else/t5"},
+            r"missing: data.captions=nowhere.jsonl, nowhere/else/t5/config.json",
+        ),
+        ({"texts": "nowhere/texts"}, "missing: texts=nowhere/texts"),
+    ],
+)
+def test_what_does_not_fit_is_named(config, settings, complaint):
+    change(config, **settings)
+    with pytest.raises((ValueError, FileNotFoundError), match=complaint):
+        train(config)
+
+
+def test_stage_1_weights_load_as_released(config, tmp_path):
+    config.model.skip = True
+    trained = train(config)
+    again = LatteT2V.from_config(trained.config)
+    load_weights(again, config.out)
+    assert_equal(dict(again.state_dict()), dict(trained.state_dict()))
+
+
+def test_what_the_weights_do_not_tell_is_recorded(config, tmp_path):
+    """Heads, side of the latents and frames of a run, which `convert` has to write down; of bare weights it warns."""
+    trained, latte = train(config), ["--model-class", "skipdit.text_to_video.LatteT2V"]
+    skipdit_command("weights")(["convert", config.out, str(tmp_path / "folder"), *latte])
+    again = LatteT2V.from_pretrained(tmp_path / "folder")
+    names = ("num_attention_heads", "sample_size", "video_length")
+    assert [again.config[name] for name in names] == [2, 4, 4] == [trained.config[name] for name in names]
+    skipdit_command("weights")(["export", config.out, str(tmp_path / "bare.pt")])
+    with pytest.warns(UserWarning, match=r"nothing in .*bare\.pt tells sample_size 64, video_length 16, as released"):
+        skipdit_command("weights")(
+            ["convert", str(tmp_path / "bare.pt"), str(tmp_path / "guess"), "--num-heads", "2", *latte]
+        )

@@ -1,0 +1,393 @@
+"""Class-to-video as users run it: training on real video files, sampling, processes, interruption, compiling."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import imageio.v3 as imageio
+import numpy as np
+import pytest
+import torch
+from conftest import (
+    FSDP,
+    ROOT,
+    NoReadBack,
+    assert_equal,
+    run_script,
+    short_training,
+    skipdit_command,
+    state,
+    stats,
+    tiny_latte,
+)
+from PIL import Image
+from torch._dynamo.testing import CompileCounterWithBackend
+
+from skipdit import SkipCache
+from skipdit.checkpoints.loading import load_weights
+from skipdit.checkpoints.released import to_released
+from skipdit.class_to_video import Latte
+from skipdit.class_to_video import sample as sampler
+from skipdit.class_to_video.sample import ModelConfig, sample
+from skipdit.class_to_video.train import Config, make_loss, train
+from skipdit.config import to_yaml
+from skipdit.data.settings import ClipData
+from skipdit.data.video import read_mp4
+from skipdit.diffusion.gaussian import Diffusion
+from skipdit.layers.flops import step_flops
+from skipdit.sampling.class_conditional import generate
+from skipdit.training.steps import Draw
+from skipdit.utils.seeding import generators
+from skipdit.utils.video import contact_sheet, side_by_side, write_gif, write_mp4
+
+convert = skipdit_command("weights")
+
+TINY = {"patch_size": 2, "hidden_size": 32, "depth": 8, "num_heads": 2, "num_classes": 5, "skip": True}
+
+
+@pytest.fixture
+def videos(tmp_path) -> Path:
+    """Nine films of a square that moves, in three classes by its direction; one file is cut off."""
+    for number in range(9):
+        folder = tmp_path / "videos" / f"class{number % 3}"
+        folder.mkdir(parents=True, exist_ok=True)
+        film = np.full((12, 16, 20, 3), 20 * number, np.uint8)
+        for i, frame in enumerate(film):
+            y, x = (i, 4) if number % 3 == 0 else (4, i) if number % 3 == 1 else (i, i)
+            frame[y : y + 4, x : x + 4] = 255
+        imageio.imwrite(folder / f"{number}.mp4", film, plugin="FFMPEG", fps=8, macro_block_size=1)
+    whole = (tmp_path / "videos/class0/3.mp4").read_bytes()
+    (tmp_path / "videos/class0/3.mp4").write_bytes(whole[: len(whole) // 2])
+    return tmp_path / "videos"
+
+
+@pytest.fixture
+def training(tmp_path, vae_folder, videos):
+    """Four steps of four clips of four frames, two images beside each, a checkpoint every other step."""
+    return Config(
+        out=str(tmp_path / "run"),
+        vae=str(vae_folder),
+        model=ModelConfig(**TINY | {"num_classes": 3}),
+        data=ClipData(path=str(videos), labelled=True, image_size=8, num_frames=4, frame_interval=2, images=2),
+        train=short_training(),
+    )
+
+
+@pytest.fixture
+def sampling(tmp_path, vae_folder):
+    torch.save({"ema": to_released(tiny_latte().state_dict())}, tmp_path / "tiny.pt")
+    return sampler.Config(
+        weights=str(tmp_path / "tiny.pt"),
+        vae=str(vae_folder),
+        out=str(tmp_path / "out"),
+        image_size=8,
+        num_frames=4,
+        num_samples=5,
+        batch_size=2,
+        steps=6,
+        sampler="ddim",
+        guidance_scale=4.0,
+        cache="N2-900-49",
+        model=ModelConfig(**TINY),
+    )
+
+
+@pytest.mark.slow
+def test_loss_falls(training):
+    training.train.steps, training.train.lr = 60, 3e-3
+    train(training)
+    losses = [line["loss"] for line in stats(training)]
+    assert sum(losses[-10:]) < 0.9 * sum(losses[:10])
+    listed = (Path(training.out) / "broken_files.txt").read_text().splitlines()
+    assert len(listed) == 1
+    assert "class0/3.mp4" in listed[0]
+
+
+@pytest.mark.slow
+def test_resume_is_bit_equal(training, tmp_path):
+    """Two steps, then two more in another process, equal four at once: crops, images and labels included."""
+    train(training)
+    whole = state(training)
+    training.out = str(tmp_path / "resumed")
+    training.train.steps = 2
+    train(training)
+    result = run_script(training, "train.steps=4", task="class-to-video")
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert_equal(whole | {"args": None}, state(training) | {"args": None})
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("parallel", ["ddp", FSDP])
+def test_two_processes_equal_one(training, tmp_path, parallel):
+    training.train.sample_every = 4
+    train(training)
+    alone, whole = stats(training), state(training)["ema"]
+    training.out, training.train.parallel = str(tmp_path / "two"), parallel
+    result = run_script(training, processes=2, task="class-to-video")
+    assert result.returncode == 0, result.stderr[-3000:]
+    for a, b in zip(alone, stats(training), strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], rel=1e-4)
+        assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-3)
+    for name, tensor in state(training)["ema"].items():
+        torch.testing.assert_close(tensor, whole[name], atol=2e-4, rtol=1e-3)
+    for suffix in ("png", "gif"):
+        assert (tmp_path / f"two/samples/0000004.{suffix}").exists()
+
+
+@pytest.mark.slow
+def test_accumulated_gradients_are_the_same(training, tmp_path):
+    train(training)
+    whole, training.out = stats(training), str(tmp_path / "accumulated")
+    training.train.micro_batch_size = 1
+    training.train.gradient_checkpointing = True
+    train(training)
+    for a, b in zip(whole, stats(training), strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], rel=1e-4)
+        assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-3)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("parallel", ["ddp", FSDP])
+def test_mixed_precision(training, tmp_path, parallel):
+    """bf16, the default: near float32, and not equal to it."""
+    train(training)
+    exact, training.out, training.train.precision = stats(training), str(tmp_path / "bf16"), "bf16"
+    training.train.parallel = parallel
+    result = run_script(training, processes=1 + (parallel == "fsdp"), task="class-to-video")  # one precision each
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert stats(training)[-1]["loss"] == pytest.approx(exact[-1]["loss"], rel=0.02)
+    assert stats(training)[-1]["loss"] != exact[-1]["loss"]
+
+
+class _Listener(torch.nn.Module):
+    """A model that notes what the loss asks of it."""
+
+    def forward(self, x, t, y, y_image, use_image_num):
+        self.x, self.t, self.y, self.y_image = x, t, y, y_image
+        return torch.cat([x, x], dim=2)
+
+
+def listen(training, rows=64) -> _Listener:
+    """What the model gets for a batch of latents that are 1, and 2 where they are flipped, almost without noise."""
+    mean = torch.stack([torch.ones(rows, 6, 4, 2, 2), torch.full((rows, 6, 4, 2, 2), 2.0)], dim=2)
+    batch = {"mean": mean, "label": torch.zeros(rows).long(), "image_label": torch.tensor([[1, 2]] * rows)}
+    draw = Draw(0, 0, range(rows), rows, torch.device("cpu"))
+    draw.randint = lambda high: torch.zeros(rows, dtype=torch.long)
+    draw.randn = lambda *shape: torch.zeros(rows, *shape)
+    model, training.data.latents = _Listener(), "mean"
+    make_loss(training, None)(model, batch, draw)
+    return model
+
+
+def test_a_clip_is_flipped_as_a_whole_and_images_by_themselves(training):
+    x = listen(training).x[..., 0, 0, 0].round()  # (N, 4 frames + 2 images)
+    assert (x[:, :4] == x[:, :1]).all()
+    patterns = {tuple(row) for row in x[:, [0, 4, 5]].tolist()}
+    assert len(patterns) == 8
+    training.data.flip = False
+    assert (listen(training).x.round() == 1).all()
+
+
+def test_labels_are_dropped_one_by_one(training):
+    training.label_dropout = 0.5
+    model, null = listen(training), training.model.num_classes
+    assert set(model.y.tolist()) == {0, null}
+    assert {tuple(row) for row in model.y_image.tolist()} == {(1, 2), (null, 2), (1, null), (null, null)}
+    training.label_dropout = 0.0
+    model = listen(training)
+    assert model.y.eq(0).all()
+    assert model.y_image.eq(torch.tensor([1, 2])).all()
+
+
+def test_stage_1_trains_the_skips_only(training, tmp_path):
+    """Onto a plain Latte; with the skips of the outer pair only."""
+    plain = tiny_latte(num_classes=3, skip=False)
+    torch.save({"ema": to_released(plain.state_dict())}, tmp_path / "plain.pt")
+    training.init, training.train.freeze, training.model.n_skips = str(tmp_path / "plain.pt"), True, 1
+    train(training)
+    trained = state(training)["model"]
+    for name, tensor in to_released(plain.state_dict()).items():
+        assert torch.equal(trained[name], tensor), name
+    assert {name for name in trained if name.startswith("skip_")} == {
+        *("skip_norms.0.weight", "skip_norms.0.bias", "skip_linears.0.linear.weight", "skip_linears.0.linear.bias")
+    }
+
+
+def test_unconditional_training(training):
+    training.model.num_classes, training.data.labelled = None, False
+    train(training)
+    assert "y_embedder.embedding_table.weight" not in state(training)["model"]
+
+
+@pytest.mark.parametrize("change", [{"labelled": False}, {"classes": []}])
+def test_classes_that_do_not_fit_are_named(training, change):
+    if "labelled" in change:
+        training.data.labelled = False
+    else:
+        training.model.num_classes = 2
+    with pytest.raises(ValueError, match=r"has [03] classes and the model [23]: set model\.num_classes"):
+        train(training)
+
+
+def test_outputs_and_report(sampling):
+    report = sample(sampling)
+    folder = Path(sampling.out)
+    for i in range(5):
+        assert read_mp4(folder / f"{i:06d}.mp4").shape == (4, 3, 8, 8)
+        assert Image.open(folder / f"{i:06d}.gif").n_frames == 4
+    assert Image.open(folder / "preview.gif").n_frames == 4
+    assert Image.open(folder / "sheet.png").size == (4 * 10 + 2, 5 * 10 + 2)
+    assert json.loads((folder / "report.json").read_text()) == json.loads(json.dumps(report))
+    assert report["steps"] == {"full": 3, "cached": 3}, Diffusion(6).sampling_timesteps
+    assert report["cache_bytes"] == 4 * 4 * 4 * 32 * 4  # two clips, with guidance four rows, of four frames and tokens
+    assert report["flops_per_step"]["cached"] < report["flops_per_step"]["full"]
+
+
+def clips(folder) -> torch.Tensor:
+    return torch.stack([read_mp4(path) for path in sorted(Path(folder).glob("0*.mp4"))]).float()
+
+
+@pytest.mark.slow
+def test_clip_does_not_depend_on_batch_size_or_interruption(sampling, tmp_path):
+    sample(sampling)
+    whole = clips(sampling.out)
+    for index in (1, 4):
+        (Path(sampling.out) / f"{index:06d}.mp4").unlink()
+    sample(sampling)  # continues
+    torch.testing.assert_close(clips(sampling.out), whole, atol=2, rtol=0)
+    sampling.out, sampling.batch_size, sampling.gif = str(tmp_path / "other"), 5, False
+    sample(sampling)
+    torch.testing.assert_close(clips(sampling.out), whole, atol=2, rtol=0)
+    assert not list(Path(sampling.out).glob("0*.gif"))
+    sampling.gif = True  # asked for later
+    sample(sampling)
+    assert len(list(Path(sampling.out).glob("0*.gif"))) == 5
+
+
+def test_gif_shows_its_clip(sampling):
+    """Also if it was there before the clip: without its clips, a folder is free for other settings."""
+    sampling.num_samples, gif = 1, Path(sampling.out) / "000000.gif"
+    sample(sampling)
+    first, written = gif.read_bytes(), gif.stat().st_mtime_ns
+    sample(sampling)
+    assert gif.stat().st_mtime_ns == written
+    (Path(sampling.out) / "000000.mp4").unlink()
+    sampling.seed = 1
+    sample(sampling)
+    assert gif.read_bytes() != first
+
+
+@pytest.mark.slow
+def test_clip_does_not_depend_on_the_number_of_processes(sampling, tmp_path):
+    sample(sampling)
+    whole, sampling.out = clips(sampling.out), str(tmp_path / "two")
+    (tmp_path / "two.yaml").write_text(to_yaml(sampling))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command += [str(ROOT / "class-to-video/sample.py"), "--config", str(tmp_path / "two.yaml")]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stderr[-2000:]
+    torch.testing.assert_close(clips(sampling.out), whole, atol=2, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("change", "complaint"),
+    [
+        ({"classes": [5]}, r"class ids \[5\] are out of range; this model knows 0 .. 4"),
+        ({"num_frames": 5}, r"temp_embed is \(1, 4, 32\), the model has \(1, 5, 32\)"),
+        ({"cache": "N2-900-49-b3"}, "cache branch 3 is larger than the model's number of skips, 2"),
+        ({"fps": 0.0}, "fps is 0; it should be 0.01 to 1000"),
+        ({"fps": -8.0}, "fps is -8"),
+        ({"fps": float("nan")}, "fps is nan"),
+        ({"weights": "nowhere/a.pt"}, r"missing: weights=nowhere/a\.pt; `python -m skipdit download class-to-video`"),
+    ],
+)
+def test_bad_input_is_named(sampling, change, complaint):
+    for key, value in change.items():
+        setattr(sampling, key, value)
+    with pytest.raises((ValueError, FileNotFoundError), match=complaint):
+        sample(sampling)
+
+
+def test_unconditional_model(sampling, tmp_path):
+    torch.save({"ema": to_released(tiny_latte(extras=1).state_dict())}, tmp_path / "tiny.pt")
+    sampling.model.num_classes = None
+    with pytest.raises(ValueError, match=r"guidance_scale is 4\.0, and the model is unconditional"):
+        sample(sampling)
+    sampling.guidance_scale = 1.0
+    assert sample(sampling)["steps"] == {"full": 3, "cached": 3}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "spec"),
+    [([], "N2-900-49"), (["--cache"], "N2-900-49"), (["--deepcache", "3"], "N3-900-49"), (["--cache", "none"], "none")],
+)
+def test_command_lines_of_the_original(sampling, tmp_path, monkeypatch, arguments, spec):
+    (tmp_path / "config.yaml").write_text(to_yaml(sampling))
+    seen = []
+    monkeypatch.setattr(sampler, "sample", seen.append)
+    monkeypatch.setattr(sys, "argv", ["sample.py", "--config", str(tmp_path / "config.yaml"), *arguments])
+    sampler.main()
+    assert seen[0].cache == spec
+
+
+def test_conversion(sampling, tmp_path, capsys):
+    """A Latte is converted as one; as a DiT it is refused with its name."""
+    with pytest.raises(SystemExit):
+        convert(["convert", sampling.weights, str(tmp_path / "folder"), "--num-heads", "2"])
+    assert "the weights of a class-to-video Latte, not of a DiT" in capsys.readouterr().err
+    latte = ["--model-class", "skipdit.class_to_video.Latte", "--num-heads", "2"]
+    convert(["convert", sampling.weights, str(tmp_path / "folder"), *latte])
+    model = Latte.from_pretrained(tmp_path / "folder")
+    assert load_weights(model, sampling.weights) == []
+    assert (model.config.num_frames, model.config.extras, model.n_skips) == (4, 2, 2)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("extras", [1, 2])
+def test_two_graphs_without_breaks_or_read_backs(extras, monkeypatch):
+    """Both kinds of step compile with fullgraph; no step waits for the device."""
+    torch._dynamo.reset()
+    model, backend = tiny_latte(extras=extras), CompileCounterWithBackend("eager")
+    labels = torch.tensor([1, 2]) if extras == 2 else None
+
+    def run(spec, steps=10):
+        noise = generators(0, range(2), "cpu")
+        return generate(model, labels, noise, steps=steps, sampler="ddim", guidance_channels=None, cache=spec)
+
+    expected = run("N2-900-49-o1")
+    monkeypatch.setattr("skipdit.sampling.class_conditional.require_finite", lambda *_: None)  # after the last step
+    with NoReadBack():
+        run(SkipCache("N2-900-49-o1", Diffusion(10).sampling_timesteps))
+    model.compile(fullgraph=True, backend=backend)
+    torch.testing.assert_close(run("N2-900-49-o1"), expected)
+    run("N2-900-49-o1", steps=17)
+    assert backend.frame_count == 2
+    torch._dynamo.reset()
+
+
+def test_cached_step_is_its_share_of_the_flops():
+    """One pair of four at either end, one skip: counted, not timed."""
+    model = tiny_latte()
+    flops = step_flops(model, batch=2)
+    tokens, d = 2 * 4 * 4, 32
+    pair = 2 * tokens * (2 * 12 * d * d) + 2 * 2 * tokens * d * (
+        4 + 4
+    )  # linear layers; attention in 4 tokens, 4 frames
+    skip = 2 * tokens * 2 * d * d
+    modulation = 2 * 2 * 6 * d * d  # of one block, for two clips
+    assert flops["full"] - flops["cached"] == pytest.approx(2 * pair + skip + 4 * modulation)
+
+
+def test_media_round_trip(tmp_path):
+    film = torch.zeros(5, 3, 16, 24, dtype=torch.uint8)
+    film[:, 0] = torch.arange(0, 250, 50, dtype=torch.uint8)[:, None, None]
+    write_mp4(tmp_path / "film.mp4", film, fps=8)
+    assert (read_mp4(tmp_path / "film.mp4").float() - film).abs().mean() < 3
+    write_gif(tmp_path / "film.gif", film, fps=8)
+    with Image.open(tmp_path / "film.gif") as gif:
+        assert (gif.n_frames, gif.info["duration"], gif.info["loop"]) == (5, 120, 0)
+        gif.seek(4)
+        assert abs(np.array(gif.convert("RGB"))[0, 0, 0].astype(int) - 200) < 3
+    assert contact_sheet([film, film], columns=3).shape == (3, 2 * 18 + 2, 3 * 26 + 2)
+    assert side_by_side([film, film, film], columns=2).shape == (5, 3, 2 * 18 + 2, 2 * 26 + 2)
