@@ -76,14 +76,13 @@ def find_task(config: str, name: str | None = None) -> Task:
     return TASKS[folder]
 
 
-def read_settings(args: argparse.Namespace, overrides: list[str]) -> tuple[Task, Any]:
+def read_settings(args: argparse.Namespace) -> tuple[Task, Any]:
     """Return the task and the sampler's settings that a command line asks for.
 
     Args:
-        args: `config`, a file, and `task`, a name or None.
-        overrides: `key=value`.
+        args: `config`, a file; `task`, a name or None; `overrides`, a list of `key=value`.
 
     Raises ValueError for no task, and as `load_config`.
     """
     task = find_task(args.config, args.task)
-    return task, load_config(task.schema, args.config, overrides)
+    return task, load_config(task.schema, args.config, args.overrides)

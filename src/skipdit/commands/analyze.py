@@ -54,6 +54,6 @@ def read_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     if first.analysis == "similarity":
         args.spec = args.spec or SPECS
     with friendly_errors():
-        read_settings(args, args.overrides)
+        read_settings(args)
     args.analysis = first.analysis
     return args

@@ -33,5 +33,5 @@ def read_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings that override the config's")
     args = parser.parse_intermixed_args(argv)
     with friendly_errors():
-        read_settings(args, args.overrides)
+        read_settings(args)
     return args

@@ -61,7 +61,7 @@ def read_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     args = parser.parse_intermixed_args(argv)
     args.overrides = [f"seed={SEED}", *args.overrides]
     with friendly_errors():
-        read_settings(args, args.overrides)
+        read_settings(args)
     return args
 
 

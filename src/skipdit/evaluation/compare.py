@@ -147,7 +147,7 @@ def picture(table: list[dict], tiles: Sequence[Tensor]) -> Image.Image:
 def main(args: argparse.Namespace) -> None:
     with friendly_errors("starts anew"):
         also = [parse_policy(spec) for spec in args.also]
-        task, config = read_settings(args, args.overrides)
+        task, config = read_settings(args)
         sampler = task.open_sampler(config, args.branch)
         check_plans(also, sampler)
         window = CacheSpec(2, task.window.start, task.window.stop, args.branch)

@@ -131,7 +131,7 @@ def psnr_of(error: float) -> float:
 
 def run(args: argparse.Namespace) -> tuple[CachePlan, dict[str, float]]:
     """Calibrate and plan as a command line says."""
-    task, config = read_settings(args, args.overrides)
+    task, config = read_settings(args)
     config.cache, config.compile = "none", "none"
     config.steps = args.steps or config.steps
     sampler = task.open_sampler(config, args.branch)
