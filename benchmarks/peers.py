@@ -374,21 +374,20 @@ class _Pass:
 
     Args:
         block: `block(i, x)` runs layer i.
-        depth: number of layers L.
         ranges: those whose sums a full pass leaves behind.
 
     Attributes:
         skipping: the range that gives way, one of `ranges`; may be set until its first layer.
     """
 
-    def __init__(self, model: SkipTransformer, run: Run, block: Callable, depth: int, ranges: Sequence[range]):
-        self._model, self._run, self._block, self._depth, self._ranges = model, run, block, depth, ranges
+    def __init__(self, model: SkipTransformer, run: Run, block: Callable, ranges: Sequence[range]):
+        self._model, self._run, self._block, self._ranges = model, run, block, ranges
         self._begun: dict[range, Tensor] = {}
         self.skipping = range(0)
 
     def __call__(self, x: Tensor) -> Tensor:
         n_skips = self._model.n_skips
-        out = skip_stack(x, block=self._layer, fuse=self._fuse, depth=self._depth, n_skips=n_skips)
+        out = skip_stack(x, block=self._layer, fuse=self._fuse, depth=self._model.depth, n_skips=n_skips)
         if self.skipping:
             self._run.left_out()
         return out
@@ -406,13 +405,13 @@ class _Pass:
         for part in () if self.skipping else self._ranges:
             if i == part.stop - 1:
                 self._run.kept[part] = x - self._begun.pop(part)
-            if i in part and i < self._model.n_skips and self._depth - 1 - i not in part:
+            if i in part and i < self._model.n_skips and self._model.depth - 1 - i not in part:
                 self._run.kept["shallow", i] = x  # its deep layer runs also when it does not
         return x
 
     def _fuse(self, j: int, x: Tensor, shallow: Tensor) -> Tensor:
         """Skip j brings the output of layer n-1-j to layer L-n+j."""
-        source, target = self._model.n_skips - 1 - j, self._depth - self._model.n_skips + j
+        source, target = self._model.n_skips - 1 - j, self._model.depth - self._model.n_skips + j
         if target in self.skipping:
             return x
         self._begin(target, x)
@@ -426,7 +425,7 @@ class _Ranges(Peer):
 
     @abstractmethod
     def _stack(
-        self, model: SkipTransformer, run: Run, x: Tensor, block: Callable, depth: int, cache: None, extras: None = None
+        self, model: SkipTransformer, run: Run, x: Tensor, block: Callable, cache: None, extras: None = None
     ) -> Tensor:
         """Runs the layers in place of `SkipTransformer._stack`."""
 
@@ -451,10 +450,10 @@ class DeltaDiT(_Ranges):
     def __str__(self) -> str:
         return f"Delta-DiT N{self.interval}-{self.share:g}"
 
-    def _stack(self, model, run, x, block, depth, cache, extras=None) -> Tensor:
-        count = max(1, round(self.share * depth))
-        last, first = range(depth - count, depth), range(count)
-        walk = _Pass(model, run, block, depth, [last, first])
+    def _stack(self, model, run, x, block, cache, extras=None) -> Tensor:
+        count = max(1, round(self.share * model.depth))
+        last, first = range(model.depth - count, model.depth), range(count)
+        walk = _Pass(model, run, block, [last, first])
         if run.step % self.interval:
             walk.skipping = last if run.step < self.boundary * len(run.timesteps) else first
         return walk(x)
@@ -482,10 +481,10 @@ class DBCache(_Ranges):
         name = "FBCache" if (self.front, self.back, self.warmup) == (1, 0, 0) else f"DBCache F{self.front}B{self.back}"
         return f"{name} {self.threshold:g}"
 
-    def _stack(self, model, run, x, block, depth, cache, extras=None) -> Tensor:
-        middle = range(self.front, depth - self.back)
+    def _stack(self, model, run, x, block, cache, extras=None) -> Tensor:
+        middle = range(self.front, model.depth - self.back)
         if not middle or self.front < 1:
-            raise ValueError(f"front {self.front} and back {self.back} leave nothing of {depth} layers to cache")
+            raise ValueError(f"front {self.front} and back {self.back} leave nothing of {model.depth} layers to cache")
 
         def look(i: int, h: Tensor) -> Tensor:
             h = block(i, h)
@@ -498,7 +497,7 @@ class DBCache(_Ranges):
                     run.kept["added"] = added
             return h
 
-        walk = _Pass(model, run, look, depth, [middle])
+        walk = _Pass(model, run, look, [middle])
         return walk(x)
 
 
@@ -554,12 +553,12 @@ class TeaCache(_Ranges):
             return True
         return False
 
-    def _stack(self, model, run, x, block, depth, cache, extras=None) -> Tensor:
+    def _stack(self, model, run, x, block, cache, extras=None) -> Tensor:
         try:
-            return _Pass(model, run, block, depth, [range(depth)])(x)
+            return _Pass(model, run, block, [range(model.depth)])(x)
         except _SameAgain:
             run.left_out()
-            return x + run.kept[range(depth)]
+            return x + run.kept[range(model.depth)]
 
     @classmethod
     def fit(

@@ -70,7 +70,6 @@ class DiT(AdaLNTransformer):
         x = self._stack(
             self.x_embedder(x) + self.pos_embed,  # (N, T, D)
             block=lambda i, x: self._block(i, x, c, conditioning),
-            depth=len(self.blocks),
             cache=cache,
         )
         return self._unpatchify(self.final_layer(x, c, conditioning.final if conditioning else None))

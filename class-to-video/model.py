@@ -117,7 +117,6 @@ class Latte(AdaLNTransformer):
         x = self._stack(
             self.x_embedder(x.flatten(0, 1)).unflatten(0, x.shape[:2]) + self.pos_embed,  # (N, F + I, T, D)
             block=pair,
-            depth=len(self.blocks) // 2,
             cache=cache,
         )
         return self._unpatchify(self.final_layer(x, each, conditioning.final if conditioning else None))

@@ -265,12 +265,15 @@ class HunyuanDiT(SkipTransformer):
         x = self._stack(
             self.x_embedder(hidden_states).to(hidden_states.dtype),  # under autocast too, the stream is float32
             lambda i, x: self._run(self.blocks[i], x, c, keys[i], values[i], image_rotary_emb),
-            len(self.blocks),
             cache,
             controlnet_block_samples,
         )
         sample = unpatchify(self.final_layer(x, c), patch, height // patch)
         return Transformer2DModelOutput(sample=sample) if return_dict else (sample,)
+
+    @property
+    def depth(self) -> int:
+        return len(self.blocks)
 
     def random_inputs(
         self, batch: int, height: int | None = None, width: int | None = None, encoded: bool = True

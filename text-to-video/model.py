@@ -283,7 +283,7 @@ class LatteT2V(SkipTransformer):
             clip = self._run(self.temporal_transformer_blocks[i], clip, modulation, None, -3)
             return torch.cat([clip, x[:, frames:]], dim=1) if use_image_num else clip
 
-        x = self._stack(x, pair, len(self.transformer_blocks), cache)
+        x = self._stack(x, pair, cache)
         shift, scale = (self.scale_shift_table + embedded[:, None, None, None]).unbind(-2)
         x = self.proj_out(modulate(normalize(x), shift, scale))
         sample = unpatchify(x, patch, height // patch).transpose(1, 2)
@@ -295,6 +295,10 @@ class LatteT2V(SkipTransformer):
         base = config.sample_size // config.patch_size / max(config.sample_size // 64, 1)
         axes = [torch.arange(n, dtype=torch.float32, device=device) * (base / n) for n in (rows, columns)]
         return sincos_2d(*axes, self.scale_shift_table.shape[1])
+
+    @property
+    def depth(self) -> int:
+        return len(self.transformer_blocks)
 
     def random_inputs(
         self,

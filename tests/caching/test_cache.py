@@ -9,12 +9,13 @@ import torch
 from conftest import assert_rounding, tiny_dit
 
 from skipdit import SkipCache
-from skipdit.caching import CachePolicy, CacheSpec, parse_policy
+from skipdit.caching import CachePolicy, CacheSpec, CacheStep, parse_policy
 from skipdit.diffusion.gaussian import Diffusion
 from skipdit.sampling.class_conditional import generate
 from skipdit.utils.seeding import generators
 
-SPECS = ["N2-1000-20", "N3-1000-20-b2", "N3-1000-20-o1"]
+SPECS = ["N2-1000-20", "N3-1000-20-b2", "N3-1000-20-o1", "N3-1000-20-b0-o1"]
+PLAIN = ["N2-1000-20", "N3-1000-20-b2-o1", "N3-1000-20-b0-o1"]  # for backbones without skips
 
 
 def sample(model, cache="none", steps=12, labels=(1, 2), seed=0, **kwargs):
@@ -23,7 +24,17 @@ def sample(model, cache="none", steps=12, labels=(1, 2), seed=0, **kwargs):
 
 
 @pytest.mark.parametrize(
-    "text", ["none", "N2-700-50", "N3-1000-20-b4", "N4-800-100-o1", "N2-900-49-b2-o1", "D0.2", "D0.05-m3-b2-o1"]
+    "text",
+    [
+        "none",
+        "N2-700-50",
+        "N3-1000-20-b4",
+        "N4-800-100-o1",
+        "N2-900-49-b2-o1",
+        "N3-1000-0-b0-o1",
+        "D0.2",
+        "D0.05-m3-b2-o1",
+    ],
 )
 def test_spec_round_trips(text):
     assert str(parse_policy(text)) == text
@@ -32,7 +43,7 @@ def test_spec_round_trips(text):
 @pytest.mark.parametrize(
     ("text", "complaint"),
     [("D0.1-b0", "branch is 0"), ("D0.1-o2", "order is 2"), ("D", "does not parse"), ("D-1", "does not parse")]
-    + [("N0-700-50", "interval is 0"), ("N2-700-50-b0", "branch is 0"), ("N2-700-50-o2", "order is 2")]
+    + [("N0-700-50", "interval is 0"), ("N2-700-50-o2", "order is 2")]
     + [(text, "does not parse") for text in ("", "2-700-50", "N2-700", "N2-700-50-x1", "N2-700-50 N3", "always")],
 )
 def test_bad_spec_is_refused(text, complaint):
@@ -43,6 +54,11 @@ def test_bad_spec_is_refused(text, complaint):
 def test_branch_larger_than_the_model_is_refused():
     with pytest.raises(ValueError, match=r"branch 3 is larger than the model's number of skips, 2"):
         sample(tiny_dit(), "N2-1000-20-b3")
+
+
+def test_branch_larger_than_half_of_a_plain_model_is_refused():
+    with pytest.raises(ValueError, match=r"branch 3 is larger than half of the model's 4 layers"):
+        sample(tiny_dit(skip=False), "N2-1000-20-b3")
 
 
 @pytest.mark.parametrize("scale", [1.0, 4.0])
@@ -76,6 +92,55 @@ def test_a_b_a(spec):
     sample(model, spec, labels=(3,), steps=7, seed=5)
     sample(model, "N4-1000-20", labels=(4, 5, 6))
     assert torch.equal(sample(model, spec), first)
+
+
+@pytest.mark.parametrize("spec", PLAIN)
+def test_a_b_a_on_a_plain_backbone(spec):
+    model = tiny_dit(skip=False, depth=6)
+    first = sample(model, spec)
+    sample(model, spec, labels=(3,), steps=7, seed=5)
+    sample(model, "N4-1000-20", labels=(4, 5, 6))
+    assert torch.equal(sample(model, spec), first)
+    assert 0 < (first - sample(model)).abs().max() < 0.5 * first.abs().max()
+
+
+@pytest.mark.parametrize("skip", [True, False])
+@pytest.mark.parametrize("branch", [0, 1, 2])
+def test_a_cached_pass_with_its_own_feature_is_the_full_pass(skip, branch):
+    model, full = tiny_dit(skip=skip), CacheStep(branch, None)
+    x, t, y = torch.randn(2, 4, 4, 4), torch.tensor([5, 500]), torch.tensor([0, 1])
+    with torch.no_grad():
+        expected = model(x, t, y, cache=full)
+        assert torch.equal(expected, model(x, t, y))
+        assert_rounding(model(x, t, y, cache=CacheStep(branch, full.output)), expected)
+
+
+def test_branch_0_runs_no_layer_and_forecasts_the_output():
+    """What the final layer sees is the extrapolated output of the last one, whatever the latents are."""
+    model, cache = tiny_dit(), SkipCache("N3-1000-0-b0-o1", [900.0, 600.0, 300.0, 200.0, 100.0])
+    cache.plan = [True, True, False, False, False]  # a forecast needs two full steps
+    ran, outputs, seen = [], [], []
+    for block in model.blocks:
+        block.register_forward_hook(lambda *_: ran.append(1))
+    model.blocks[-1].register_forward_hook(lambda module, args, out: outputs.append(out))
+    model.final_layer.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    with torch.no_grad():
+        for i in range(4):
+            model(torch.randn(1, 4, 4, 4), torch.tensor([100]), torch.tensor([1]), cache=cache.at(i))
+    assert len(ran) == 2 * len(model.blocks)
+    assert_rounding(seen[2], 2 * outputs[1] - outputs[0])
+    assert_rounding(seen[3], 3 * outputs[1] - 2 * outputs[0])
+
+
+def test_a_plain_backbone_stores_what_its_middle_adds():
+    model, full = tiny_dit(skip=False), CacheStep(1, None)
+    streams = []
+    for block in model.blocks:
+        block.register_forward_hook(lambda module, args, out: streams.append(out))
+    x, t, y = torch.randn(2, 4, 4, 4), torch.tensor([5, 500]), torch.tensor([0, 1])
+    with torch.no_grad():
+        model(x, t, y, cache=full)
+    assert torch.equal(full.output, streams[2] - streams[0])
 
 
 @pytest.mark.parametrize("interval", [(0, 1000), (300, 700)])

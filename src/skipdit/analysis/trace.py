@@ -122,13 +122,13 @@ def trace(model: SkipTransformer, call: Call) -> Trace:
     """Make a call again, all layers of it, and keep their outputs; no hook of the model runs."""
     seen = Trace(model)
 
-    def stack(x: Tensor, block: Callable, depth: int, cache: None = None, extras: Any = None) -> Tensor:
+    def stack(x: Tensor, block: Callable, cache: None = None, extras: Any = None) -> Tensor:
         def watched(i: int, x: Tensor) -> Tensor:
             seen.outputs.append(block(i, x))
             return seen.outputs[-1]
 
         seen.first, seen.block = x, block
-        return type(model)._stack(model, x, watched, depth, None, extras)
+        return type(model)._stack(model, x, watched, None, extras)
 
     model._stack = stack
     try:

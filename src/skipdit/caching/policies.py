@@ -46,7 +46,7 @@ class CachePolicy(ABC):
         enable_cache(pipe, FirstAndLast())
 
     Attributes:
-        branch: b, the number of outer layers on each side that a cached step runs.
+        branch: b, the number of outer layers on each side that a cached step runs; 0 forecasts the output of the last.
         order: how many differences of stored features a cached step may add to the last one; 0 reuses that.
         adaptive: whether steps decide at run time. Such a policy cannot be compiled, and its cost is not known before.
     """
@@ -207,8 +207,8 @@ class CachePlan(CachePolicy):
         full = list(accumulate(ws is None for ws in self.weights))
         if bad := [i for i, ws in enumerate(self.weights) if len(ws or ()) >= full[i]]:
             raise ValueError(f"{self.source}: step {bad[0]} has as many weights as there are full steps before it")
-        if self.branch < 1:
-            raise ValueError(f"{self.source}: branch is {self.branch}; it must be at least 1")
+        if self.branch < 0:
+            raise ValueError(f"{self.source}: branch is {self.branch}; it must be 0, which runs no layer, or more")
 
     @classmethod
     def load(cls, file: str | Path) -> CachePlan:
@@ -328,6 +328,8 @@ class DriftSpec(CachePolicy):
     def __post_init__(self):
         if not 0 <= self.threshold < math.inf:
             raise ValueError(f"cache threshold is {self.threshold}; it must be a finite number, 0 or more")
+        if self.branch < 1:
+            raise ValueError(f"cache branch is {self.branch}; a policy that looks at the first layers needs at least 1")
         if self.most < 0:
             raise ValueError(f"cache most is {self.most}; it must be 0, which caches nothing, or more")
         _check(self.branch, self.order)
@@ -383,8 +385,8 @@ def linear_coefficients(i: int, full: Sequence[int]) -> tuple[float, ...]:
 
 
 def _check(branch: int, order: int) -> None:
-    if branch < 1:
-        raise ValueError(f"cache branch is {branch}; it must be at least 1")
+    if branch < 0:
+        raise ValueError(f"cache branch is {branch}; it must be 0, which runs no layer, or more")
     if order not in (0, 1):
         raise ValueError(f"cache order is {order}; 0 reuses the stored feature, 1 forecasts it linearly")
 

@@ -34,7 +34,11 @@ def read_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--steps", type=positive, metavar="T", help="of a run [the config's]")
     parser.add_argument(
-        "--branch", type=positive, default=1, metavar="B", help="outer layers of cached steps [%(default)s]"
+        "--branch",
+        type=int,
+        default=1,
+        metavar="B",
+        help="outer layers of cached steps; 0: only the output [%(default)s]",
     )
     parser.add_argument(
         "--reach", type=positive, metavar="G", help="most steps from full to full [three times the mean, 24 at least]"

@@ -112,6 +112,10 @@ class AdaLNTransformer(SkipTransformer):
         self.final_layer = FinalLayer(hidden_size, patch_size**2 * 2 * in_channels)
         self.initialize_weights()
 
+    @property
+    def depth(self) -> int:
+        return len(self.blocks) // self.blocks_per_layer
+
     def initialize_weights(self) -> None:
         """DiT's initialisation: every block starts as the identity, the model predicts zero."""
         for name, module in self.named_modules():
@@ -160,10 +164,12 @@ class AdaLNTransformer(SkipTransformer):
             branch: for cached steps, their branch: only the outer blocks are computed.
         """
         c = self.embed(timesteps[:, None], y)  # (S, N, ..., D)
-        outer = None if branch is None else branch * self.blocks_per_layer
-        blocks = self.blocks if outer is None else [*self.blocks[:outer], *self.blocks[-outer:]]
-        modulations = torch.stack([block.adaLN_modulation(c) for block in blocks], dim=1)  # (S, blocks, N, ..., 6D)
         final = self.final_layer.adaLN_modulation(c)
+        outer = len(self.blocks) if branch is None else branch * self.blocks_per_layer
+        blocks = [block for i, block in enumerate(self.blocks) if i < outer or i >= len(self.blocks) - outer]
+        if not blocks:  # branch 0
+            return [Conditioning(step.new_empty(0, *step.shape), step) for step in final]
+        modulations = torch.stack([block.adaLN_modulation(c) for block in blocks], dim=1)  # (S, blocks, N, ..., 6D)
         return [Conditioning(*step) for step in zip(modulations, final, strict=True)]
 
     def forward_with_cfg(

@@ -23,9 +23,7 @@ def step_flops(model: SkipTransformer, batch: int, branch: int = 1, **sizes: int
         return float(counter.get_total_flops())
 
     full = CacheStep(branch, None)
-    flops = {"full": count(full if model.n_skips else None)}
-    flops["cached"] = count(CacheStep(branch, full.output)) if model.n_skips else flops["full"]
-    return flops
+    return {"full": count(full), "cached": count(CacheStep(branch, full.output))}
 
 
 def run_flops(cache: SkipCache, per_step: dict[str, float]) -> float:

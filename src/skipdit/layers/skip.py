@@ -3,7 +3,9 @@
 Every backbone is `depth` layers, 0 .. L-1, with n skips that join layer i to layer L-1-i for i < n (Skip-DiT, arXiv
 2411.17616, section 3). A *full* pass runs all of them and hands out the input of layer L-b. A *cached* pass runs
 layers 0 .. b-1, puts that feature (from an earlier full pass, or a forecast) where the middle would have ended, and
-runs layers L-b .. L-1: the shallow features, and so the skips, are fresh.
+runs layers L-b .. L-1: the shallow features, and so the skips, are fresh. With b = 0 no layer runs: the feature is the
+output of the last one. A plain backbone has no skips to bring what is fresh; there the feature is what the middle
+layers added to the stream, so that the fresh part goes on through it.
 
                 full pass                          cached pass, b = 1
 
@@ -60,6 +62,14 @@ def make_skips(dim: int, n_skips: int, fuse: str = "replace") -> nn.ModuleList:
     return nn.ModuleList(LongSkip(dim, residual=fuse == "residual") for _ in range(n_skips))
 
 
+def check_branch(branch: int, depth: int, n_skips: int) -> None:
+    """Raise ValueError if a cache's branch goes beyond a model's long skips, or beyond the half of a plain model."""
+    if n_skips and branch > n_skips:
+        raise ValueError(f"cache branch {branch} is larger than the model's number of skips, {n_skips}")
+    if 2 * branch > depth:
+        raise ValueError(f"cache branch {branch} is larger than half of the model's {depth} layers")
+
+
 def skip_stack(
     x: Tensor,
     *,
@@ -84,8 +94,7 @@ def skip_stack(
     """
     first = depth - n_skips  # the first layer that a skip feeds
     branch = cache.branch if cache is not None else 0
-    if branch > n_skips:
-        raise ValueError(f"cache branch {branch} is larger than the model's number of skips, {n_skips}")
+    check_branch(branch, depth, n_skips)
     shallow: list[Tensor] = []
 
     def layer(i: int, x: Tensor) -> Tensor:
@@ -98,13 +107,15 @@ def skip_stack(
 
     for i in range(branch):
         x = layer(i, x)
+    added = branch > 0 and not n_skips  # the feature is what the middle adds
     if cache is None or cache.is_full(x):
+        start = x
         for i in range(branch, depth - branch):
             x = layer(i, x)
         if cache is not None:
-            cache.output = x
+            cache.output = x - start if added else x
     else:
-        x = cache.feature
+        x = x + cache.feature if added else cache.feature
     for i in range(depth - branch, depth):
         x = layer(i, x)
     return x
@@ -130,15 +141,19 @@ class SkipTransformer(ModelMixin, ConfigMixin):
     def n_skips(self) -> int:
         return len(self.skips)
 
+    @property
+    def depth(self) -> int:
+        """Layers of the skip stack, L."""
+        raise NotImplementedError
+
     def _stack(
         self,
         x: Tensor,
         block: Callable[[int, Tensor], Tensor],
-        depth: int,
         cache: CacheStep | None,
         extras: Sequence[Tensor] | None = None,
     ) -> Tensor:
-        """Run `depth` layers on x; see `skip_stack`. `extras`, one per skip, outermost first, are added to what it
+        """Run all layers on x; see `skip_stack`. `extras`, one per skip, outermost first, are added to what it
         brings, as a ControlNet does.
         """
 
@@ -150,7 +165,7 @@ class SkipTransformer(ModelMixin, ConfigMixin):
             x,
             block=block,
             fuse=fuse,
-            depth=depth,
+            depth=self.depth,
             n_skips=self.n_skips,
             cache=cache,
         )

@@ -26,7 +26,7 @@ from torch.utils._pytree import tree_map_only
 
 from skipdit.caching.policies import CachePolicy, parse_policy
 from skipdit.caching.runtime import SkipCache
-from skipdit.layers.skip import SkipTransformer
+from skipdit.layers.skip import SkipTransformer, check_branch
 from skipdit.pipelines import hunyuan2d
 
 MAX_CALLS = 4  # of the model within one step: guidance takes one or two
@@ -92,9 +92,10 @@ def _cacheable(transformer: nn.Module, spec: CachePolicy) -> nn.Module:
             f"the pipeline's transformer is a {type(model).__name__}, which has no long skips to cache on: load "
             "weights that have some into one of skipdit's models, and pass that as `transformer`"
         )
-    n_skips = model.n_skips if isinstance(model, SkipTransformer) else hunyuan2d.n_skips(model)
-    if spec.caches and spec.branch > n_skips:
-        raise ValueError(f"cache branch {spec.branch} is larger than the model's number of skips, {n_skips}")
+    if spec.caches and isinstance(model, SkipTransformer):
+        check_branch(spec.branch, model.depth, model.n_skips)
+    elif spec.caches:
+        check_branch(spec.branch, len(model.blocks), hunyuan2d.n_skips(model))
     if spec.adaptive and model is not transformer:
         raise ValueError(f"cache {spec} decides within the transformer, which cannot be compiled then")
     if model._compiled_call_impl is not None:

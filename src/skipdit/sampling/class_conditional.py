@@ -15,8 +15,9 @@ from skipdit.diffusion.samplers import ddim, ddpm, randn
 from skipdit.encoders.autoencoder import load_vae
 from skipdit.layers.adaln import AdaLNTransformer, Conditioning
 from skipdit.layers.flops import step_flops
+from skipdit.layers.skip import check_branch
 from skipdit.sampling.job import Ahead, preflight, require_finite
-from skipdit.sampling.sampler import Sampler, check_branch
+from skipdit.sampling.sampler import Sampler
 from skipdit.sampling.settings import SamplingConfig
 from skipdit.utils.device import compile_mode, process_state, set_tf32
 from skipdit.utils.dtypes import resolve_dtype
@@ -155,8 +156,8 @@ class ClassSampler(Sampler):
             raise ValueError(f"guidance_scale is {config.guidance_scale}, and the model is unconditional: set it to 1")
         if guided and (config.guidance_channels or 1) > (channels := model.config.in_channels):
             raise ValueError(f"guidance_channels is {config.guidance_channels}; the latents have {channels}")
-        check_branch(model, branch)
-        self.flops = step_flops(model, 2 if guided else 1, branch or 1)
+        check_branch(branch or 0, model.depth, model.n_skips)
+        self.flops = step_flops(model, 2 if guided else 1, 1 if branch is None else branch)
         dtype = resolve_dtype(config.dtype, device)
         nn.Module.to(model, dtype=dtype)  # not diffusers' own, which warns of float32 modules that this model has not
         model.to_empty(device="cpu")

@@ -88,9 +88,3 @@ class Sampler(ABC):
     def make(self, steps: int, policy: CachePolicy) -> Tensor:
         """Make all samples, (N, ..., 3, H, W) uint8."""
         return torch.cat([to_uint8(images) for images in self.images(steps, policy)])
-
-
-def check_branch(model: SkipTransformer, branch: int | None) -> None:
-    """Raise ValueError if a cache's branch, None without a cache, goes beyond a model's long skips."""
-    if branch is not None and branch > model.n_skips:
-        raise ValueError(f"cache branch {branch} is larger than the model's number of skips, {model.n_skips}")

@@ -17,10 +17,10 @@ from skipdit.caching.runtime import SkipCache
 from skipdit.checkpoints.loading import load_weights
 from skipdit.encoders.autoencoder import downsampling
 from skipdit.layers.flops import step_flops
-from skipdit.layers.skip import SkipTransformer
+from skipdit.layers.skip import SkipTransformer, check_branch
 from skipdit.pipelines.cache import enable_cache
 from skipdit.sampling.job import Job, require_finite
-from skipdit.sampling.sampler import Sampler, check_branch
+from skipdit.sampling.sampler import Sampler
 from skipdit.sampling.settings import SCHEDULERS, PromptConfig
 from skipdit.utils.device import compile_mode, process_state, set_tf32
 from skipdit.utils.dtypes import resolve_dtype
@@ -79,7 +79,7 @@ def check_settings(
     unit = max(unit, downsampling(vae) * model.config.patch_size)
     if size[0] % unit or size[1] % unit:
         raise ValueError(f"height {size[0]} and width {size[1]} must be multiples of {unit} pixels")
-    check_branch(model, branch)
+    check_branch(branch or 0, model.depth, model.n_skips)
     if model.config.in_channels != vae.config.latent_channels:
         raise ValueError(
             f"the model is for {model.config.in_channels} latent channels, and the autoencoder has "
@@ -221,7 +221,7 @@ class PromptSampler(Sampler):
         height, width = (side // factor for side in parts.size)
         rows = 2 if self.config.guidance_scale > 1 else 1
         self.size, self.names, self.total = parts.size, names, len(names)
-        self.flops = step_flops(parts.model, rows, branch or 1, height=height, width=width, **sizes)
+        self.flops = step_flops(parts.model, rows, 1 if branch is None else branch, height=height, width=width, **sizes)
         if state.device.type == "cuda":
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()  # the report is of sampling
