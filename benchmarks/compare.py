@@ -117,12 +117,12 @@ def metered(model: SkipTransformer) -> Iterator[Meter]:
             out = original(*args, **kwargs)
         meter.flops += counter.get_total_flops()
         cache = kwargs.get("cache")
-        if cache is not None and cache.output is None:  # a full call leaves its feature there
+        if cache is not None and cache.kept_feature is None:  # a full call leaves its feature there
             meter.cached += 1
         else:
             meter.full += 1
-        if cache is not None and cache.output is not None:
-            meter.feature_bytes = max(meter.feature_bytes, cache.output.nbytes)
+        if cache is not None and cache.kept_feature is not None:
+            meter.feature_bytes = max(meter.feature_bytes, cache.kept_feature.nbytes)
         return out
 
     with replaced(model, "forward", forward):

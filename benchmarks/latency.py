@@ -92,9 +92,9 @@ def measure(args: argparse.Namespace) -> dict:
         model(**plain, cache=stored)
     functions = {
         "full": lambda: call(full),
-        "cached": lambda: call(cached, stored.output),
+        "cached": lambda: call(cached, stored.kept_feature),
         "full, nothing ahead": lambda: call(plain),
-        "cached, nothing ahead": lambda: call(plain, stored.output),
+        "cached, nothing ahead": lambda: call(plain, stored.kept_feature),
     }
     steps = {name: median(times) for name, times in interleaved_seconds(functions, args.repeats, device).items()}
     flops = step_flops(model, args.batch, args.branch)

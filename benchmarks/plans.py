@@ -24,7 +24,8 @@ from compare import ROOT, TASKS, Store
 from torch import Tensor
 from tqdm import tqdm
 
-from skipdit.caching.policies import CachePlan, CacheSpec
+from skipdit.caching.plans import CachePlan
+from skipdit.caching.policies import FULL, CacheSpec
 from skipdit.cli import friendly_errors
 from skipdit.config import load_config, to_dict
 from skipdit.evaluation.compare import Row, check_plans
@@ -42,7 +43,7 @@ STYLES = {PLAN: "o-", FORECAST: "s-", REUSE: "v-", FEWER: "d:"}
 
 def rows_beside(plan: CachePlan, sampler: Sampler) -> list[Row]:
     """A plan, and what costs the same: of uncached runs that whose FLOPs come nearest."""
-    steps, full = len(plan.weights), plan.weights.count(None)
+    steps, full = len(plan.timesteps), plan.kinds.count(FULL)
     even = [replace(plan, weights=forecast(steps, uniform(steps, full), order)) for order in (1, 0)]
     rows = [Row(name, policy, steps) for name, policy in zip((PLAN, FORECAST, REUSE), (plan, *even), strict=True)]
     return [*rows, Row(FEWER, CacheSpec(), uncached_steps(rows[0].flops(sampler), sampler.flops))]
@@ -54,7 +55,7 @@ def measure(sampler: Sampler, plans: list[CachePlan], seeds: list[int], store: S
     uncached = sampler.config.steps * sampler.flops["full"]
     table = [
         {
-            "full_steps": plan.weights.count(None),
+            "full_steps": plan.kinds.count(FULL),
             "uncached_steps": rows[-1].steps,
             "speedup": {row.name: uncached / row.flops(sampler) for row in rows},
             "psnr": {row.name: [] for row in rows},
@@ -139,7 +140,7 @@ def main() -> None:
 def benchmark(args: argparse.Namespace) -> None:
     file = args.config or str(ROOT / f"configs/{args.task}/demo.yaml")
     own = [ROOT / f"configs/{args.task}/demo_plan.json", *(ROOT / "benchmarks/plans").glob(f"{args.task}-*.json")]
-    plans = sorted(map(CachePlan.load, args.plan or own), key=lambda plan: plan.weights.count(None))
+    plans = sorted(map(CachePlan.load, args.plan or own), key=lambda plan: plan.kinds.count(FULL))
     if len(branches := {plan.branch for plan in plans}) != 1:
         raise ValueError(f"plans of branches {sorted(branches)}: compare those of one branch at a time, with --plan")
     task = find_task(file, args.task)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from skipdit.caching.steps import CacheStep
 from skipdit.layers.adaln import AdaLNTransformer, Conditioning
+from skipdit.layers.skip import caches_output
 
 
 class DiT(AdaLNTransformer):
@@ -46,6 +47,7 @@ class DiT(AdaLNTransformer):
         super().__init__()
         self._build(num_classes, n_skips=depth // 2 if skip else 0)
 
+    @caches_output
     def forward(
         self,
         x: Tensor,

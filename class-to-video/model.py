@@ -15,6 +15,7 @@ from torch import Tensor
 from skipdit.caching.steps import CacheStep
 from skipdit.layers.adaln import AdaLNTransformer, Conditioning
 from skipdit.layers.embeddings import sincos_1d
+from skipdit.layers.skip import caches_output
 from skipdit.utils.provenance import count_members
 
 
@@ -71,6 +72,7 @@ class Latte(AdaLNTransformer):
         temporal = sincos_1d(torch.arange(num_frames, dtype=torch.float64), hidden_size)
         self.register_buffer("temp_embed", temporal.float()[None])
 
+    @caches_output
     def forward(
         self,
         x: Tensor,

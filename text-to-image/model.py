@@ -20,7 +20,7 @@ from skipdit.caching.steps import CacheStep
 from skipdit.layers.adaln import FinalLayer
 from skipdit.layers.attention import GELU, Float32LayerNorm
 from skipdit.layers.embeddings import PatchEmbed, TimestepEmbedder, rotary_2d, unpatchify
-from skipdit.layers.skip import SkipTransformer, make_skips
+from skipdit.layers.skip import SkipTransformer, caches_output, make_skips
 from skipdit.utils.provenance import count_members
 
 Rotary = tuple[Tensor, Tensor]  # cosines and sines, each (T, D / K)
@@ -214,6 +214,7 @@ class HunyuanDiT(SkipTransformer):
         text = torch.where(mask[..., None], text, self.text_embedding_padding.to(text.dtype))
         return text, self.extra_embedder(self.pooler(t5))
 
+    @caches_output
     def forward(
         self,
         hidden_states: Tensor,

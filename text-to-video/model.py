@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from skipdit.caching.steps import CacheStep
 from skipdit.layers.attention import modulate, normalize
 from skipdit.layers.embeddings import PatchEmbed, sincos_1d, sincos_2d, unpatchify
-from skipdit.layers.skip import SkipTransformer, make_skips
+from skipdit.layers.skip import SkipTransformer, caches_output, make_skips
 from skipdit.utils.provenance import count_members
 
 
@@ -219,6 +219,7 @@ class LatteT2V(SkipTransformer):
         texts = self.caption_projection(texts)
         return texts, None if mask is None else mask[:, :, None, None].to(texts.dtype)
 
+    @caches_output
     def forward(
         self,
         hidden_states: Tensor,

@@ -123,7 +123,7 @@ class Step:
         step = CacheStep(self.branches[0], None)
         out = self._call(self.inputs[None], step)
         if self.feature is None:
-            self.feature = step.output.clone()
+            self.feature = step.kept_feature.clone()
         return out
 
     @torch.no_grad()

@@ -68,7 +68,7 @@ def test_trace_is_the_forward_pass(model):
     if model.n_skips:  # the feature is the one that Skip-Cache keeps
         step = CacheStep(2, None)
         model.forward(**call.arguments, cache=step)
-        assert torch.equal(seen.feature(2), step.output)
+        assert torch.equal(seen.feature(2), step.kept_feature)
 
 
 def test_record_sees_every_call_of_the_sampler(sampler):

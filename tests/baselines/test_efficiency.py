@@ -14,7 +14,7 @@ import torch
 from conftest import ROOT, skipdit_command, tiny_dit
 from PIL import Image
 
-from skipdit.caching.policies import CachePlan
+from skipdit.caching.plans import CachePlan
 from skipdit.checkpoints.released import to_released
 from skipdit.diffusion.gaussian import Diffusion
 from skipdit.evaluation.fashion import Classifier, Judge, load_judge

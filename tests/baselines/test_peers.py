@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from skipdit import CacheSpec, SkipCache, enable_cache
-from skipdit.caching.policies import CachePlan
+from skipdit.caching.plans import CachePlan
 from skipdit.checkpoints.released import to_released
 from skipdit.config import to_yaml
 from skipdit.diffusion.gaussian import Diffusion

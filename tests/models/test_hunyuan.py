@@ -228,7 +228,7 @@ def test_offloading_stays_whichever_comes_first(theirs, first):
     add_hook_to_module(theirs, Move())
     enable_cache(pipe, "N3-700-50")
     step = CacheStep(1, None)
-    assert torch.equal(theirs(**given, cache=step).sample, expected) and step.output is not None
+    assert torch.equal(theirs(**given, cache=step).sample, expected) and step.kept_feature is not None
     disable_cache(pipe)
     assert torch.equal(theirs(**given).sample, expected)
     with pytest.raises(TypeError, match="cache"):

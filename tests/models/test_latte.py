@@ -114,7 +114,7 @@ def test_skips_of_the_outer_pairs_only(n_skips, wanted):
     x, t, y = torch.randn(2, 4, 4, 4, 4), torch.tensor([5, 500]), torch.tensor([0, 1])
     with torch.no_grad():
         expected = model(x, t, y, cache=full)
-        torch.testing.assert_close(model(x, t, y, cache=CacheStep(1, full.output)), expected)
+        torch.testing.assert_close(model(x, t, y, cache=CacheStep(1, full.kept_feature)), expected)
 
 
 def original_partial(model, state: dict, x, t, y):
@@ -221,7 +221,7 @@ def test_modulations_ahead_change_nothing(extras):
         for number, step in enumerate((10, 500)):
             t, full = torch.full((2,), step), CacheStep(1, None)
             assert_rounding(model(x, t, y, cache=full), model(x, t, y, conditioning=ahead[number]))
-            cached = CacheStep(1, full.output)
+            cached = CacheStep(1, full.kept_feature)
             expected = model(x, t, y, cache=cached)
             assert_rounding(expected, model(x, t, y, cache=cached, conditioning=outer[number]))
 

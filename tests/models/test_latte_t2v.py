@@ -128,7 +128,7 @@ def test_cached_pass_on_a_fresh_feature_is_the_full_pass():
     x, t, full = torch.randn(2, 4, 4, 4, 4), torch.tensor([5, 500]), CacheStep(2, None)
     expected = model(x, t, text, cache=full).sample
     assert torch.equal(expected, model(x, t, text).sample)
-    torch.testing.assert_close(model(x, t, text, cache=CacheStep(2, full.output)).sample, expected)
+    torch.testing.assert_close(model(x, t, text, cache=CacheStep(2, full.kept_feature)).sample, expected)
 
 
 @torch.no_grad()

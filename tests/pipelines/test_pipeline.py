@@ -176,7 +176,7 @@ def test_nothing_is_left_after_a_call(pipe):
     gc.collect()
     alive = weakref.ref(text)
     pipe(None, negative_prompt=None, prompt_embeds=text, negative_prompt_embeds=text, num_inference_steps=8, **SMALL)
-    assert cache.run.peak_bytes > 0 and not cache.run._stored and not cache.run._open
+    assert cache.run.peak_bytes > 0 and not cache.run._features and not cache.run._open
     del text
     gc.collect()
     assert alive() is None
@@ -387,7 +387,7 @@ def test_model_by_itself_after_a_call_that_broke_off(pipe, callback):
         cache = enable_cache(pipe, "N2-1000-0")
         with contextlib.suppress(Stop):
             run(pipe, callback_on_step_end=callback)
-        assert cache.run.full_steps < 10 and not cache.run._stored and not cache._streams
+        assert cache.run.full_steps < 10 and not cache.run._features and not cache._streams
         for t, wanted in zip((400, 77), expected, strict=True):
             assert torch.equal(pipe.transformer(**inputs, timestep=torch.tensor([t])).sample, wanted)
 
@@ -403,7 +403,7 @@ def test_model_by_itself_after_a_loop_that_broke_off(pipe):
             noise = pipe.transformer(**inputs, timestep=t.expand(1)).sample[:, :4]
             pipe.scheduler.step(noise, t, inputs["hidden_states"])
         assert torch.equal(pipe.transformer(**inputs, timestep=torch.tensor([500])).sample, expected)
-    assert not cache.run._stored and not cache.run._open and not cache._streams
+    assert not cache.run._features and not cache.run._open and not cache._streams
 
 
 @torch.no_grad()
@@ -471,8 +471,8 @@ def test_a_compiled_model_may_write_into_its_outputs_again(pipe):
 
     def graphed(x, t, text, step):
         noise = model(x, t, text, cache=step).sample[:, :4]
-        if step.output is not None:
-            step.output = reuse("feature", step.output)
+        if step.kept_feature is not None:
+            step.kept_feature = reuse("feature", step.kept_feature)
         return reuse("noise", noise)
 
     expected = sample(lambda x, t, text, step: model(x, t, text, cache=step).sample[:, :4])

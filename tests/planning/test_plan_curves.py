@@ -8,7 +8,7 @@ from conftest import ROOT
 from PIL import Image
 from test_plan import TINY
 
-from skipdit.caching.policies import CachePlan
+from skipdit.caching.plans import CachePlan
 from skipdit.class_to_image.sample import Config, ImageSampler
 from skipdit.config import load_config
 from skipdit.metrics import mean_psnr, psnr

@@ -18,7 +18,8 @@ from conftest import ROOT, tiny_dit
 from hypothesis import HealthCheck, assume, example, given, settings
 from hypothesis import strategies as st
 
-from skipdit.caching.policies import CachePlan, CacheSpec, DriftSpec, parse_policy
+from skipdit.caching.plans import CachePlan
+from skipdit.caching.policies import CacheSpec, DriftSpec, parse_policy
 from skipdit.caching.runtime import SkipCache
 from skipdit.class_to_image import sample, train
 from skipdit.config import ConfigError, load_config, to_yaml
@@ -78,7 +79,7 @@ def test_the_plan_of_a_spec(spec, timesteps):
     runs = "".join("f" if full else "c" for full in plan).split("f")
     assert max(map(len, runs)) < spec.interval
     cache = SkipCache(spec, timesteps)
-    assert cache.full_steps == sum(plan) and cache.full_steps + cache.cached_steps == len(timesteps)
+    assert cache.full_steps == sum(plan) and sum(cache.counts().values()) == len(timesteps)
 
 
 # Plans
@@ -86,12 +87,16 @@ def test_the_plan_of_a_spec(spec, timesteps):
 
 @st.composite
 def plans(draw) -> CachePlan:
-    timesteps, weights, full = draw(schedules), [], 0
+    timesteps, kinds, features, outputs = draw(schedules), "", [], []
+
+    def coefficients(stored: int):
+        return tuple(draw(st.lists(st.floats(-9, 9), max_size=min(max(stored - 1, 0), 3))))
+
     for _ in timesteps:
-        some = st.lists(st.floats(-9, 9), max_size=min(full - 1, 3)) if full else st.none()
-        weights.append(draw(st.none() | some))
-        full += weights[-1] is None
-    return CachePlan(tuple(map(float, timesteps)), tuple(w if w is None else tuple(w) for w in weights))
+        kinds += draw(st.sampled_from("FSO")) if kinds else "F"
+        features.append(coefficients(kinds.count("F")) if kinds[-1] == "S" else None)
+        outputs.append(coefficients(kinds.count("F") + kinds.count("S")))
+    return CachePlan(tuple(map(float, timesteps)), tuple(features), 1, kinds, tuple(outputs))
 
 
 @given(plans())
@@ -100,7 +105,7 @@ def test_a_plan_is_read_as_it_was_written(plan):
         plan.save(f"{folder}/plan.json")
         again = parse_policy(f"{folder}/plan.json")
     assert again == plan and str(again) == str(plan)
-    assert SkipCache(again, plan.timesteps).full_steps == plan.weights.count(None)
+    assert list(SkipCache(again, plan.timesteps).counts().values()) == [plan.kinds.count(kind) for kind in "FSO"]
 
 
 ODD = [None, True, 0, -1, 1.5, 3, 1e400, float("nan"), "", "12", "\u0663", [], [1, "2"], [None], {}, {"a": 1}]
@@ -147,9 +152,9 @@ def test_a_thousand_mutated_plans(tmp_path):
             continue
         said = json.loads(content)
         assert list(plan.timesteps) == said["timesteps"]
-        assert [None if ws is None else list(ws) for ws in plan.weights] == said["weights"]
+        assert [None if ws is None else list(ws) for ws in plan.features] == said["weights"]
         assert type(said["branch"]) is int and plan.branch == said["branch"]
-        assert SkipCache(plan, plan.timesteps).full_steps == plan.weights.count(None)
+        assert SkipCache(plan, plan.timesteps).full_steps == plan.kinds.count("F")
         sampler = SimpleNamespace(
             config=SimpleNamespace(seed=1, guidance_scale=2.0, steps=50),
             method="ddim",

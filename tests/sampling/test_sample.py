@@ -71,7 +71,7 @@ def test_outputs_and_report(config):
     assert Image.open(folder / "grid.png").size[0] > 8
     assert json.loads((folder / "report.json").read_text()) == json.loads(json.dumps(report))
     plan = Diffusion(6).sampling_timesteps
-    assert report["steps"] == {"full": 3, "cached": 3}, plan
+    assert report["steps"] == {"full": 3, "cached": 3, "forecast": 0}, plan
     assert report["cache_bytes"] == 4 * 4 * 32 * 4  # two images, with guidance four rows, of four tokens
     assert report["seconds_per_step"]["full"] > 0
     assert report["seconds_per_step"]["cached"] > 0
@@ -162,7 +162,7 @@ def test_report_of_drift(config, capsys):
     assert f"{report['steps']['full']:g} full and" in capsys.readouterr().out
     (Path(config.out) / "report.json").unlink()
     report = sample(config)
-    assert report["steps"] == {"full": None, "cached": None} and report["flops_speedup"] is None
+    assert report["steps"] == dict.fromkeys(["full", "cached", "forecast"]) and report["flops_speedup"] is None
     assert "full and" not in capsys.readouterr().out
 
 
@@ -272,7 +272,7 @@ def test_values_computed_ahead_change_nothing():
     for number, t in enumerate((10, 500)):
         times, full = torch.full((2,), t), CacheStep(1, None)
         assert_rounding(model(x, times, labels, full), model(x, times, labels, None, c_all[number]))
-        cached = CacheStep(1, full.output)
+        cached = CacheStep(1, full.kept_feature)
         expected = model(x, times, labels, cached)
         assert_rounding(expected, model(x, times, labels, cached, c_outer[number]))
 
@@ -280,13 +280,14 @@ def test_values_computed_ahead_change_nothing():
 def test_ahead_computes_in_chunks_of_one_kind():
     calls = []
 
-    def compute(steps, full):
-        calls.append((steps, full))
+    def compute(steps, kind):
+        calls.append((steps, kind))
         return steps
 
-    ahead = Ahead(compute, [True, False, True, False, True], chunk=2)
-    assert [ahead.at(i, full) for i, full in enumerate([True, False, True, True, True])] == [0, 1, 2, 3, 4]
-    assert calls == [([0, 2], True), ([1, 3], False), ([3], True), ([4], True)]
+    full, cached = "full", "cached"
+    ahead = Ahead(compute, [full, cached, full, cached, full], chunk=2)
+    assert [ahead.at(i, kind) for i, kind in enumerate([full, cached, full, full, full])] == [0, 1, 2, 3, 4]
+    assert calls == [([0, 2], full), ([1, 3], cached), ([3], full), ([4], full)]
 
 
 @torch.no_grad()

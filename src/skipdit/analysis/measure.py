@@ -148,7 +148,7 @@ def similarity(sampler: Sampler, steps: int, spec: CacheSpec) -> dict[str, Any]:
     model, feature, output, cached = sampler.model, Likeness(), Likeness(), {}
 
     def see(call: Call, cache: CacheStep | None, noise: Tensor) -> None:
-        ran = cache is not None and cache.output is None  # a full call leaves its feature there
+        ran = cache is not None and cache.kept_feature is None  # a full call leaves its feature there
         if cached.setdefault(call.timestep, ran) != ran:
             raise ValueError(
                 f"{spec} decided otherwise for another batch: let all samples be one, batch_size=num_samples"
@@ -184,7 +184,7 @@ def foresight(model: SkipTransformer, runs: list[list[Call]], specs: list[CacheS
                 if step is None or step.feature is None:
                     likeness.same(call.timestep)
                     if step is not None:
-                        step.output = true
+                        step.kept_feature = true
                 else:
                     likeness.add(call.timestep, step.feature, true, tokens=True)
     return {

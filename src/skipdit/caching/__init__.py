@@ -5,12 +5,14 @@ from typing import TYPE_CHECKING
 from skipdit.utils.lazy import lazy_names
 
 if TYPE_CHECKING:
-    from skipdit.caching.policies import CachePlan, CachePolicy, CacheSpec, DriftSpec, parse_policy
+    from skipdit.caching.plans import CachePlan
+    from skipdit.caching.policies import CachePolicy, CacheSpec, DriftSpec, parse_policy
     from skipdit.caching.runtime import SkipCache
     from skipdit.caching.steps import CacheStep
 
 __all__ = ["CachePlan", "CachePolicy", "CacheSpec", "CacheStep", "DriftSpec", "SkipCache", "parse_policy"]
 __getattr__ = lazy_names(
     __name__,
-    dict.fromkeys(__all__, "caching.policies") | {"SkipCache": "caching.runtime", "CacheStep": "caching.steps"},
+    dict.fromkeys(__all__, "caching.policies")
+    | {"CachePlan": "caching.plans", "SkipCache": "caching.runtime", "CacheStep": "caching.steps"},
 )

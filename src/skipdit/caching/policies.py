@@ -1,22 +1,17 @@
 """Caching policies: which sampling steps run every layer.
 
-The policy is a `CacheSpec`, an interval between two timesteps that the user writes; a `CachePlan`, a file that
-`python -m skipdit plan` made; or a `DriftSpec`, which decides at run time.
+The policy is a `CacheSpec`, an interval between two timesteps that the user writes; a `DriftSpec`, which decides at run
+time; or a `CachePlan`, a file that `python -m skipdit plan` made.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
 import re
-import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
-from itertools import accumulate
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -33,8 +28,16 @@ _EXAMPLE = (
 )
 
 
+FULL, CACHED, FORECAST = "F", "S", "O"  # kinds of steps, as a plan's file has them
+NAMES = {FULL: "full", CACHED: "cached", FORECAST: "forecast"}
+
+
 class CachePolicy(ABC):
-    """Which steps of a sampling run are full, and what the cached ones see in place of the middle layers.
+    """Which steps of a sampling run are full, and what the others use instead.
+
+    A full step (F) runs every layer. A cached step (S, for shallow) runs the outer ones, on a stored feature in place
+    of what the middle would compute. A forecast step (O, for output) runs none: the model's output is extrapolated from
+    earlier ones.
 
     A policy of your own needs `full_mask`, and works wherever a cache is asked for:
 
@@ -46,8 +49,9 @@ class CachePolicy(ABC):
         enable_cache(pipe, FirstAndLast())
 
     Attributes:
-        branch: b, the number of outer layers on each side that a cached step runs; 0 forecasts the output of the last.
-        order: how many differences of stored features a cached step may add to the last one; 0 reuses that.
+        branch: b, the number of outer layers on each side that a cached step runs; with 0, there are forecast steps
+            instead.
+        order: how many differences of stored features, or outputs, may be added to the last one; 0 reuses that.
         adaptive: whether steps decide at run time. Such a policy cannot be compiled, and its cost is not known before.
     """
 
@@ -85,14 +89,29 @@ class CachePolicy(ABC):
         """The seed of the samples that the policy was fitted on; None if it was not."""
         return None
 
-    def coefficients(self, i: int, full: tuple[int, ...]) -> Sequence[float]:
+    def step_kinds(self, timesteps: Sequence[float]) -> str:
+        """Return the kind of each step: F, S or O. Arguments and errors as of `full_mask`."""
+        other = CACHED if self.branch else FORECAST
+        return "".join(FULL if full else other for full in self.full_mask(timesteps))
+
+    def coefficients(self, i: int, known: tuple[int, ...]) -> Sequence[float]:
         """Return the coefficients u, v, ... of cached step i, at most `order`: it uses f0 + u (f0 - f1) + v (f1 - f2)
         + ... of the last features, f0 the newest. By default those of a linear forecast.
 
         Args:
-            full: the steps whose features are stored, newest last, at most `order` + 1.
+            known: the steps whose features are stored, newest last, at most `order` + 1.
         """
-        return linear_coefficients(i, full) if self.order else ()
+        return linear_coefficients(i, known) if self.order else ()
+
+    def output_coefficients(self, i: int, known: tuple[int, ...]) -> Sequence[float]:
+        """Return the coefficients by which step i combines outputs of the model as `coefficients` does features: those
+        of earlier steps if it is a forecast, else its own and theirs. By default a forecast is linear, and every other
+        step returns its own output.
+
+        Args:
+            known: the steps whose outputs are there, i among them unless it is a forecast, newest last.
+        """
+        return linear_coefficients(i, known) if self.order and i not in known else ()
 
     def oldest(self, i: int, full_mask: Sequence[bool]) -> int:
         """Return the oldest step whose feature step i may use; by default the last full one."""
@@ -178,135 +197,6 @@ class CacheSpec(CachePolicy):
 
 
 @dataclass(frozen=True)
-class CachePlan(CachePolicy):
-    """A policy for the timesteps of one kind of run, made by calibration: see `skipdit.planning.command`.
-
-    Of the last full steps' features f, newest first, a cached step with the weights u, v, ... uses
-    f0 + u (f0 - f1) + v (f1 - f2) + ...: no weights reuse f0; one that is the number of steps since then over the
-    distance of the last two full steps is a linear forecast; others are fitted.
-
-    Attributes:
-        timesteps: of the run, in sampling order.
-        weights: some per step, None where it is full.
-        branch: b, as in `CacheSpec`.
-        about: what it was made from, and what was measured: `model` has the fingerprint of the weights.
-        source: the file.
-    """
-
-    timesteps: tuple[float, ...]
-    weights: tuple[tuple[float, ...] | None, ...]
-    branch: int = 1
-    about: dict[str, Any] = field(default_factory=dict, compare=False)
-    source: str = field(default="a plan", compare=False)
-
-    def __post_init__(self):
-        if len(self.timesteps) != len(self.weights) or not self.weights:
-            raise ValueError(f"{self.source} has {len(self.weights)} weights for {len(self.timesteps)} timesteps")
-        if self.weights[0] is not None or not all(math.isfinite(w) for ws in self.weights for w in ws or ()):
-            raise ValueError(f"{self.source}: the first step must be full (null), and all weights finite numbers")
-        full = list(accumulate(ws is None for ws in self.weights))
-        if bad := [i for i, ws in enumerate(self.weights) if len(ws or ()) >= full[i]]:
-            raise ValueError(f"{self.source}: step {bad[0]} has as many weights as there are full steps before it")
-        if self.branch < 0:
-            raise ValueError(f"{self.source}: branch is {self.branch}; it must be 0, which runs no layer, or more")
-
-    @classmethod
-    def load(cls, file: str | Path) -> CachePlan:
-        """Read a plan. Raises FileNotFoundError, or ValueError for a file that is none; both name it."""
-        if not Path(file).is_file():
-            raise FileNotFoundError(f"no plan {file}; `python -m skipdit plan --help` tells how to make one")
-        try:
-            about = json.loads(Path(file).read_text(encoding="utf-8"))
-            timesteps, weights, branch = (about.pop(key) for key in ("timesteps", "weights", "branch"))
-            numbers = tuple(None if ws is None else _numbers(ws) for ws in _listed(weights))
-            about.get("calibration", {}).get("seed")
-            parts = _numbers(timesteps), numbers, _whole(branch), about, str(file)
-        except (AttributeError, KeyError, TypeError, ValueError, OverflowError, RecursionError) as error:
-            raise ValueError(f"{file} is not a plan of `python -m skipdit plan`: {error!r}") from error
-        return cls(*parts)
-
-    def save(self, file: str | Path) -> None:
-        """Write it as JSON, a line per entry."""
-        own = {"branch": self.branch, "timesteps": self.timesteps, "weights": self.weights}
-        lines = (f"  {json.dumps(key)}: {json.dumps(value)}" for key, value in (self.about | own).items())
-        Path(file).parent.mkdir(parents=True, exist_ok=True)
-        Path(file).write_text("{\n" + ",\n".join(lines) + "\n}\n", encoding="utf-8")
-
-    def check(self, model: str, sampler: str, guidance_scale: float) -> None:
-        """Warn if it was made for something else.
-
-        Args:
-            model: fingerprint of the weights.
-        """
-        now = {"model": model, "sampler": sampler, "guidance_scale": guidance_scale}
-        differ = [
-            f"{key} {self.about[key]}, not {now[key]}" for key in now if self.about.get(key, now[key]) != now[key]
-        ]
-        if differ:
-            warnings.warn(
-                f"{self.source} was made for {'; '.join(differ)} (a model in float16 counts as another one); "
-                "python -m skipdit plan makes a plan for this run",
-                stacklevel=3,
-            )
-
-    @property
-    def label(self) -> str:
-        return Path(self.source).stem
-
-    @property
-    def calibration_seed(self) -> int | None:
-        return self.about.get("calibration", {}).get("seed")
-
-    def __str__(self) -> str:
-        own = json.dumps([self.timesteps, self.weights, self.branch])
-        full = self.weights.count(None)
-        return f"plan of {full}/{len(self.weights)} full steps {hashlib.sha256(own.encode()).hexdigest()[:12]}"
-
-    @property
-    def order(self) -> int:
-        return max(len(ws or ()) for ws in self.weights)
-
-    @property
-    def caches(self) -> bool:
-        """Whether any step is cached."""
-        return self.weights.count(None) < len(self.weights)
-
-    def full_mask(self, timesteps: Sequence[float]) -> list[bool]:
-        """True where a step is full. Raises ValueError for other timesteps than the plan's own."""
-        if list(timesteps) != list(self.timesteps):
-            told = (f"{len(ts)} steps from {ts[0]:g} to {ts[-1]:g}" for ts in (self.timesteps, list(timesteps)))
-            raise ValueError(
-                "{} is for {}; this run has {}: make one for it with python -m skipdit plan".format(self.source, *told)
-            )
-        return [weight is None for weight in self.weights]
-
-    def coefficients(self, i: int, full: tuple[int, ...]) -> Sequence[float]:
-        """Those of step i; if a stream sat out one of the plan's full steps, those of a linear forecast."""
-        own = tuple(j for j in range(i) if self.weights[j] is None)
-        used = 1 + len(self.weights[i])
-        return self.weights[i] if own[-used:] == full[-used:] else linear_coefficients(i, full)
-
-
-def _listed(value: Any) -> list:
-    if not isinstance(value, list):
-        raise TypeError(f"{value!r:.60} is no list")
-    return value
-
-
-def _numbers(values: Any) -> tuple[float, ...]:
-    """Of JSON. A text of digits would pass as several numbers."""
-    if bad := [value for value in _listed(values) if type(value) not in (int, float)]:
-        raise TypeError(f"{bad[0]!r:.60} is no number")
-    return tuple(map(float, values))
-
-
-def _whole(value: Any) -> int:
-    if type(value) is not int:
-        raise TypeError(f"{value!r:.60} is no whole number")
-    return value
-
-
-@dataclass(frozen=True)
 class DriftSpec(CachePolicy):
     """A policy that looks: a step is full once the output of the first `branch` layers, which every step runs, has
     moved too far from where it was at the last full step.
@@ -361,13 +251,15 @@ class DriftSpec(CachePolicy):
 def parse_policy(spec: str | CachePolicy | None) -> CachePolicy:
     """Read a policy as the command line writes it, or the plan that it names; a policy stays what it is.
 
-    Raises ValueError, with the grammar, for anything else, and as `CachePlan.load`.
+    Raises ValueError, with the grammar, for anything else, and as `CachePlan.load` in `skipdit.caching.plans`.
     """
     if isinstance(spec, CachePolicy):
         return spec
     if spec is None or spec.lower() == "none":
         return CacheSpec()
     if spec.endswith(".json"):
+        from skipdit.caching.plans import CachePlan
+
         return CachePlan.load(spec)
     if match := _DRIFT_GRAMMAR.fullmatch(spec.strip()):
         threshold, most, branch, order = match.groups()
@@ -379,9 +271,9 @@ def parse_policy(spec: str | CachePolicy | None) -> CachePolicy:
     return CacheSpec(int(interval), int(start), int(stop), int(branch or 1), int(order or 0))
 
 
-def linear_coefficients(i: int, full: Sequence[int]) -> tuple[float, ...]:
-    """How far step i lies ahead of the last two of these full steps, in units of their distance; none of one step."""
-    return ((i - full[-1]) / (full[-1] - full[-2]),) if len(full) > 1 else ()
+def linear_coefficients(i: int, known: Sequence[int]) -> tuple[float, ...]:
+    """How far step i lies ahead of the last two of these steps, in units of their distance; none of one step."""
+    return ((i - known[-1]) / (known[-1] - known[-2]),) if len(known) > 1 else ()
 
 
 def _check(branch: int, order: int) -> None:

@@ -10,8 +10,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from skipdit.caching.policies import CachePolicy, parse_policy
+from skipdit.caching.policies import CACHED, FORECAST, FULL, NAMES, CachePolicy, parse_policy
 from skipdit.caching.steps import CacheStep
+
+Stored = list[tuple[int, Tensor]]  # (step, feature or output), oldest first
 
 
 class SkipCache:
@@ -27,20 +29,26 @@ class SkipCache:
 
     Attributes:
         plan: list[bool], True where the step is full.
-        ran: the plan, with the steps that ran in full because their stream had nothing fresh to reuse, or by drift.
-        peak_bytes: the most memory the stored features took.
+        ran: the plan, with the steps that ran in full because their stream had nothing fresh to use, or by drift.
+        peak_bytes: the most memory that stored features and outputs took.
     """
 
     def __init__(self, spec: str | CachePolicy, timesteps: Sequence[float] | Tensor):
         self.spec = parse_policy(spec)
         self.timesteps = timesteps.tolist() if isinstance(timesteps, Tensor) else list(timesteps)
-        self.plan = self.spec.full_mask(self.timesteps)
+        kinds = self.spec.step_kinds(self.timesteps)
+        self.plan = [kind == FULL for kind in kinds]
         self.ran = list(self.plan)
         self.peak_bytes = 0
-        self._last_cached = max((i for i, full in enumerate(self.plan) if not full), default=-1)
-        self._stored: dict[str, list[tuple[int, Tensor]]] = {}  # stream -> [(step, feature)], oldest first
+        self._kinds = kinds
+        used = [self.spec.output_coefficients(i, self._known(i)) for i in range(len(kinds))]
+        readers = [i for i, kind in enumerate(kinds) if kind != FULL or used[i]]
+        self._last_reader = max(readers, default=-1)
+        self._outputs_kept = max(map(len, used), default=0) + 1 if FORECAST in kinds or any(used) else 0
+        self._features: dict[str, Stored] = {}  # by stream
+        self._outputs: dict[str, Stored] = {}
         self._memory: dict[str, Tensor] = {}  # stream -> `CacheStep.memory` of its last full step
-        self._open: dict[str, tuple[int, CacheStep]] = {}  # steps handed out, their output not collected yet
+        self._open: dict[str, tuple[int, CacheStep]] = {}  # steps handed out, what they left not collected yet
         if self.spec.caches and all(self.plan):
             warnings.warn(f"cache {self.spec} never engages on these {len(self.plan)} timesteps", stacklevel=2)
 
@@ -50,64 +58,111 @@ class SkipCache:
 
     @property
     def cached_steps(self) -> int:
-        return len(self.plan) - self.full_steps
+        return self.counts()["cached"]
+
+    @property
+    def forecast_steps(self) -> int:
+        return self.counts()["forecast"]
+
+    def kind(self, i: int) -> str:
+        """How step i ran, or will: "full", "cached" or "forecast"."""
+        return NAMES[FULL if self.ran[i] else self._kinds[i]]
+
+    def counts(self) -> dict[str, int]:
+        """How many steps are of each kind."""
+        kinds = [self.kind(i) for i in range(len(self.ran))]
+        return {kind: kinds.count(kind) for kind in NAMES.values()}
 
     def at(self, i: int, stream: str = "default") -> CacheStep | None:
         """The cache for the model call of step i; None in a run without cached steps.
 
         Streams keep the calls of one step apart, such as guidance that runs its unconditional half as a second call. A
-        stream that sat out the plan's last full step, and so has nothing fresh to reuse, runs a full step instead.
+        stream that sat out a step whose feature or output it would use now runs a full step instead.
         """
-        if self._last_cached < 0:
+        if self._last_reader < 0:
             return None
         self._collect()
         if i == len(self.plan) - 1 and all(self.ran[:i]) and not all(self.plan[:i]):
             warnings.warn(f"cache {self.spec} cached none of the {i} steps before the last", stacklevel=2)
-        stored, spec = self._stored.get(stream), self.spec
-        fresh = not self.plan[i] and stored and stored[-1][0] >= spec.oldest(i, self.plan)
-        feature = self._feature(i, stored) if fresh else None
+        spec, kind = self.spec, self._fresh_kind(i, stream)
+        feature = None
+        if kind == CACHED:
+            steps, features = zip(*self._features[stream], strict=True)
+            feature = _combined(features, spec.coefficients(i, steps))
         step = spec.step(feature, self._memory.get(stream), lambda: self.ran.__setitem__(i, True))
         if not spec.adaptive:
-            self.ran[i] = self.ran[i] or not fresh
-        if i >= self._last_cached:  # no later step reads the cache: free it now, not when the run's objects die
-            self._stored.pop(stream, None)
-            self._memory.pop(stream, None)
-        elif spec.adaptive or not fresh:
+            self.ran[i] = self.ran[i] or kind == FULL
+        if self._outputs_kept:
+            self._use_outputs(i, kind, stream, step)
+        if i >= self._last_reader:  # no later step reads the cache: free it now, not when the run's objects die
+            for stored in (self._features, self._outputs, self._memory):
+                stored.pop(stream, None)
+        elif spec.adaptive or kind == FULL or (kind == CACHED and self._outputs_kept):
             self._open[stream] = (i, step)
         return step
 
     def clear(self) -> None:
-        """Forget the stored features; the counts stay. For the end of a run."""
-        self._stored.clear()
-        self._memory.clear()
-        self._open.clear()
+        """Forget what is stored; the counts stay. For the end of a run."""
+        for stored in (self._features, self._outputs, self._memory, self._open):
+            stored.clear()
+
+    def _known(self, i: int) -> tuple[int, ...]:
+        """The steps whose outputs step i may use, by the plan."""
+        return tuple(j for j in range(i + 1) if self._kinds[j] != FORECAST)
+
+    def _fresh_kind(self, i: int, stream: str) -> str:
+        """The step's kind by the plan, or full if its stream has not got what that takes."""
+        kind = self._kinds[i]
+        if kind == CACHED:
+            stored = self._features.get(stream)
+            return kind if stored and stored[-1][0] >= self.spec.oldest(i, self.plan) else FULL
+        if kind == FORECAST:
+            stored = self._outputs.get(stream)
+            return kind if stored and stored[-1][0] == self._known(i)[-1] else FULL
+        return FULL
+
+    def _use_outputs(self, i: int, kind: str, stream: str, step: CacheStep) -> None:
+        """Give the step its forecast, or the correction of its output; both are computed in float32."""
+        stored = self._outputs.get(stream, [])
+        steps, outputs = [j for j, _ in stored], [output.float() for _, output in stored]
+        if kind == FORECAST:
+            coefficients = self.spec.output_coefficients(i, tuple(steps))
+            step.forecast = _combined(outputs, coefficients).to(stored[-1][1].dtype)
+        elif coefficients := self.spec.output_coefficients(i, (*steps, i)):
+            first, *others = coefficients
+            rest = outputs[-1] * -first  # f0 + u (f0 - f1) + ..., but for f0, which is not known yet
+            for coefficient, new, old in zip(others, outputs[::-1], outputs[-2::-1], strict=False):
+                rest = rest.add_(new, alpha=coefficient).sub_(old, alpha=coefficient)
+            step.correction = torch.full((), 1 + first, device=rest.device), rest
 
     def _collect(self) -> None:
-        """Copy what full calls left in their mailboxes, before the next call of the model.
+        """Copy what calls left in their mailboxes, before the next call of the model.
 
         A copy, since a compiled model may hand out memory that its next call writes into again (CUDA graphs,
         `mode="reduce-overhead"`); one costs as much as an addition to the residual stream.
         """
         for stream, (i, step) in self._open.items():
-            if step.output is None:
-                continue
-            stored = self._stored.setdefault(stream, [])
-            stored.append((i, step.output.detach().clone()))
-            del stored[: -1 - self.spec.order]
+            for stored, kept, most in (
+                (self._features, step.kept_feature, 1 + self.spec.order),
+                (self._outputs, step.kept_output, self._outputs_kept),
+            ):
+                if kept is not None and most:
+                    own = stored.setdefault(stream, [])
+                    own.append((i, kept.detach().clone()))
+                    del own[:-most]
             if step.memory is not None:
                 self._memory[stream] = step.memory.detach()
-            step.output = None
+            step.kept_feature = step.kept_output = None
         self._open.clear()
-        kept = [f for s in self._stored.values() for _, f in s] + list(self._memory.values())
-        self.peak_bytes = max(self.peak_bytes, sum(f.nbytes for f in kept))
+        kept = [x for stored in (self._features, self._outputs) for own in stored.values() for _, x in own]
+        self.peak_bytes = max(self.peak_bytes, sum(x.nbytes for x in (*kept, *self._memory.values())))
 
-    def _feature(self, i: int, stored: list[tuple[int, Tensor]]) -> Tensor:
-        """The last stored feature, or its forecast from the last ones: of two, one fused kernel."""
-        steps, features = zip(*stored, strict=True)
-        weights = self.spec.coefficients(i, steps)
-        if not weights:
-            return features[-1]
-        feature = torch.lerp(features[-2], features[-1], 1 + weights[0])
-        for weight, new, old in zip(weights[1:], features[-2::-1], features[-3::-1], strict=False):
-            feature = feature.add_(new, alpha=weight).sub_(old, alpha=weight)
-        return feature
+
+def _combined(stored: Sequence[Tensor], coefficients: Sequence[float]) -> Tensor:
+    """f0 + u (f0 - f1) + v (f1 - f2) + ... of what is stored, newest last: of two, one fused kernel."""
+    if not coefficients:
+        return stored[-1]
+    combined = torch.lerp(stored[-2], stored[-1], 1 + coefficients[0])
+    for coefficient, new, old in zip(coefficients[1:], stored[-2::-1], stored[-3::-1], strict=False):
+        combined = combined.add_(new, alpha=coefficient).sub_(old, alpha=coefficient)
+    return combined

@@ -12,26 +12,40 @@ class CacheStep:
     Attributes:
         branch: b, how many outer layers a cached pass runs.
         feature: the input of layer L-b to use instead of the middle layers; None makes the pass a full one.
-        output: set by a full pass to its own input of layer L-b.
+        forecast: the output of the whole model to return without running anything; None on other steps.
+        correction: (gain, rest), float32, which make the call return gain * output + rest; None returns the output.
+        kept_feature: set by a full pass to its own input of layer L-b.
+        kept_output: set by a pass that runs to its output, uncorrected.
         memory: what a full pass leaves for later steps of its stream besides; see `CachePolicy.step`.
     """
 
-    __slots__ = ("branch", "feature", "memory", "output")
+    __slots__ = ("branch", "correction", "feature", "forecast", "kept_feature", "kept_output", "memory")
 
     def __init__(self, branch: int, feature: Tensor | None):
         self.branch = branch
         self.feature = feature
-        self.output: Tensor | None = None
+        self.forecast: Tensor | None = None
+        self.correction: tuple[Tensor, Tensor] | None = None
+        self.kept_feature: Tensor | None = None
+        self.kept_output: Tensor | None = None
         self.memory: Tensor | None = None
 
     @property
     def may_be_full(self) -> bool:
         """Whether the middle layers may run, as far as is known before the call."""
-        return self.feature is None
+        return self.feature is None and self.forecast is None
 
     def is_full(self, shallow: Tensor) -> bool:
         """Whether the middle layers run. `shallow` is the output of the first `branch` layers."""
         return self.feature is None
+
+    def finish(self, output: Tensor) -> Tensor:
+        """Keep the model's output, and return what the call returns."""
+        self.kept_output = output
+        if self.correction is None:
+            return output
+        gain, rest = self.correction
+        return torch.addcmul(rest, output.float(), gain).to(output.dtype)
 
 
 class DriftStep(CacheStep):

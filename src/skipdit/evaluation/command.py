@@ -78,7 +78,7 @@ def fidelity(args: argparse.Namespace) -> dict:
     notes = [f"the runs differ in {name}: {a} here, {b} in the reference" for name, (a, b) in differences.items()]
     if "unknown" in protocol["samples"] or "unknown" in protocol["reference"]:
         notes.append("without both report.json it is unknown whether the pairs began with the same noise")
-    if protocol["reference"].get("cached_steps", 0) != 0:  # None: some, as a drift decided
+    if any(protocol["reference"].get(f"{kind}_steps", 0) != 0 for kind in ("cached", "forecast")):  # None: a drift's
         notes.append(f"the reference is not uncached: {protocol['reference']['cache']}")
     return {"results": results, "notes": notes, "protocol": protocol}
 

@@ -101,8 +101,7 @@ def compare(sampler: Sampler, rows: list[Row], repeats: int) -> tuple[list[dict]
             {
                 "name": row.name,
                 "cache": str(row.spec),
-                "full_steps": cache.full_steps,
-                "cached_steps": cache.cached_steps,
+                **{f"{kind}_steps": count for kind, count in cache.counts().items()},
                 "seconds_per_sample": middle,
                 "speedup": median(times[0]) / middle,
                 "flops_speedup": rows[0].flops(sampler) / row.flops(sampler),
@@ -114,13 +113,15 @@ def compare(sampler: Sampler, rows: list[Row], repeats: int) -> tuple[list[dict]
 
 def markdown(table: list[dict], unit: str) -> str:
     """The table as the README shows it."""
+    kinds = ["full", "cached"] + ["forecast"] * any(row["forecast_steps"] for row in table)
     lines = [
-        f"| | full + cached steps | s / {unit} | speedup | speedup in FLOPs | {' | '.join(FIDELITY_COLUMNS)} |",
+        f"| | {' + '.join(kinds)} steps | s / {unit} | speedup | speedup in FLOPs | {' | '.join(FIDELITY_COLUMNS)} |",
         "|---" * (5 + len(FIDELITY_COLUMNS)) + "|",
     ]
     for row in table:
+        steps = " + ".join(str(row[f"{kind}_steps"]) for kind in kinds)
         lines.append(
-            f"| {row['name']} | {row['full_steps']} + {row['cached_steps']} | {row['seconds_per_sample']:.3f} "
+            f"| {row['name']} | {steps} | {row['seconds_per_sample']:.3f} "
             f"| {row['speedup']:.2f} | {row['flops_speedup']:.2f} | {' | '.join(fidelity_cells(row))} |"
         )
     return "\n".join(lines)

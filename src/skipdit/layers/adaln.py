@@ -167,8 +167,6 @@ class AdaLNTransformer(SkipTransformer):
         final = self.final_layer.adaLN_modulation(c)
         outer = len(self.blocks) if branch is None else branch * self.blocks_per_layer
         blocks = [block for i, block in enumerate(self.blocks) if i < outer or i >= len(self.blocks) - outer]
-        if not blocks:  # branch 0
-            return [Conditioning(step.new_empty(0, *step.shape), step) for step in final]
         modulations = torch.stack([block.adaLN_modulation(c) for block in blocks], dim=1)  # (S, blocks, N, ..., 6D)
         return [Conditioning(*step) for step in zip(modulations, final, strict=True)]
 

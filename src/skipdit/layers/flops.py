@@ -23,11 +23,13 @@ def step_flops(model: SkipTransformer, batch: int, branch: int = 1, **sizes: int
         return float(counter.get_total_flops())
 
     full = CacheStep(branch, None)
-    return {"full": count(full), "cached": count(CacheStep(branch, full.output))}
+    flops = {"full": count(full)}
+    flops["cached"] = count(CacheStep(branch, full.kept_feature)) if branch else 0.0
+    return flops
 
 
 def run_flops(cache: SkipCache, per_step: dict[str, float]) -> float:
-    """FLOPs of a whole run, from those of one full and one cached step."""
+    """FLOPs of a whole run, from those of one full and one cached step; a forecast costs none."""
     return cache.full_steps * per_step["full"] + cache.cached_steps * per_step["cached"]
 
 

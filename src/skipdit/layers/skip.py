@@ -3,9 +3,9 @@
 Every backbone is `depth` layers, 0 .. L-1, with n skips that join layer i to layer L-1-i for i < n (Skip-DiT, arXiv
 2411.17616, section 3). A *full* pass runs all of them and hands out the input of layer L-b. A *cached* pass runs
 layers 0 .. b-1, puts that feature (from an earlier full pass, or a forecast) where the middle would have ended, and
-runs layers L-b .. L-1: the shallow features, and so the skips, are fresh. With b = 0 no layer runs: the feature is the
-output of the last one. A plain backbone has no skips to bring what is fresh; there the feature is what the middle
-layers added to the stream, so that the fresh part goes on through it.
+runs layers L-b .. L-1: the shallow features, and so the skips, are fresh. A plain backbone has no skips to bring what
+is fresh; there the feature is what the middle layers added to the stream, so that the fresh part goes on through it. A
+*forecast* step runs nothing at all: `caches_output` returns what the cache has in place of the model's output.
 
                 full pass                          cached pass, b = 1
 
@@ -15,11 +15,14 @@ layers added to the stream, so that the fresh part goes on through it.
             └─────────┘
 """
 
+import functools
+import inspect
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from diffusers.configuration_utils import ConfigMixin
+from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
 
@@ -94,6 +97,7 @@ def skip_stack(
     """
     first = depth - n_skips  # the first layer that a skip feeds
     branch = cache.branch if cache is not None else 0
+    keep = cache is not None and branch > 0
     check_branch(branch, depth, n_skips)
     shallow: list[Tensor] = []
 
@@ -107,18 +111,43 @@ def skip_stack(
 
     for i in range(branch):
         x = layer(i, x)
-    added = branch > 0 and not n_skips  # the feature is what the middle adds
-    if cache is None or cache.is_full(x):
+    if not keep or cache.is_full(x):
         start = x
         for i in range(branch, depth - branch):
             x = layer(i, x)
-        if cache is not None:
-            cache.output = x - start if added else x
+        if keep:  # of a plain backbone, what the middle adds
+            cache.kept_feature = x if n_skips else x - start
     else:
-        x = x + cache.feature if added else cache.feature
+        x = cache.feature if n_skips else x + cache.feature
     for i in range(depth - branch, depth):
         x = layer(i, x)
     return x
+
+
+def caches_output(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """Decorate a backbone's `forward`: on a forecast step it returns the cache's forecast and runs nothing; on others,
+    its output is kept there, and corrected where the step says so.
+    """
+    names = list(inspect.signature(forward).parameters)
+
+    @functools.wraps(forward)
+    def cached(self, *args, **kwargs) -> Any:
+        given = dict(zip(names[1:], args, strict=False)) | kwargs
+        cache: CacheStep | None = given.get("cache")
+        if cache is None:
+            return forward(self, *args, **kwargs)
+        if cache.forecast is None:
+            output = forward(self, *args, **kwargs)
+            if isinstance(output, Tensor):
+                return cache.finish(output)
+            sample = cache.finish(output[0])
+        else:
+            sample = cache.forecast
+        if "return_dict" not in names:
+            return sample
+        return Transformer2DModelOutput(sample=sample) if given.get("return_dict", True) else (sample,)
+
+    return cached
 
 
 class SkipTransformer(ModelMixin, ConfigMixin):

@@ -83,7 +83,7 @@ class Samples(ABC):
         config = self.report["config"]
         found |= {key: config[key] for key in _SETTINGS if key in config}
         found["sampler"] = config.get("sampler") or config.get("scheduler")
-        found |= {"full_steps": self.report["steps"]["full"], "cached_steps": self.report["steps"]["cached"]}
+        found |= {f"{kind}_steps": count for kind, count in self.report["steps"].items()}
         for part in ("weights", "vae", "text_encoder"):  # by name as far as the config has one, and by fingerprint
             if part in self.job:
                 found[part] = {"source": config.get(part) or config.get("pipeline"), "fingerprint": self.job[part]}

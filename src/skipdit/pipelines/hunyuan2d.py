@@ -9,13 +9,14 @@ from torch import Tensor
 
 from skipdit.caching.steps import CacheStep
 from skipdit.layers.embeddings import unpatchify
-from skipdit.layers.skip import skip_stack
+from skipdit.layers.skip import caches_output, skip_stack
 
 
 def n_skips(model: HunyuanDiT2DModel) -> int:
     return model.config.num_layers // 2 - 1
 
 
+@caches_output
 def cached_forward(
     model: HunyuanDiT2DModel,
     hidden_states: Tensor,

@@ -11,7 +11,8 @@ from torch import Tensor
 from torch.utils._pytree import tree_map_only
 from tqdm import tqdm
 
-from skipdit.caching.policies import CachePlan, CachePolicy, CacheSpec
+from skipdit.caching.plans import CachePlan
+from skipdit.caching.policies import CachePolicy, CacheSpec
 from skipdit.caching.runtime import SkipCache
 from skipdit.caching.steps import CacheStep
 from skipdit.layers.flops import run_flops
@@ -63,14 +64,14 @@ class Watch:
         self.calls += 1
         if k == 0:
             self._features.clear()
-        elif len(self._features[-1]) != len(step.output):
+        elif len(self._features[-1]) != len(step.kept_feature):
             raise ValueError(
                 "guidance that begins or ends within a run cannot be planned: let it be on or off throughout"
             )
         else:
             errors = double(torch.stack([error(feature) for feature in self._features], 1))  # (rows, F, ...)
             self.grams[k].append(errors @ errors.mT / errors.shape[-1])
-        self._features.append(step.output)
+        self._features.append(step.kept_feature)
         self.progress.update()
         return output
 
@@ -102,11 +103,11 @@ class Replay:
         if n < len(self._record) and n % self.steps < self.alike:
             output, feature = tree_map_only(Tensor, lambda x: x.to(self.model.device), self._record[n])
             if feature is not None:
-                cache.output = feature
+                cache.kept_feature = feature
             return output
         output = self._forward(*args, cache=cache, **kwargs)
         if n == len(self._record):
-            left = None if cache is None else cache.output
+            left = None if cache is None else cache.kept_feature
             self._record.append(tree_map_only(Tensor, Tensor.cpu, (output, left)))
         return output
 

@@ -19,7 +19,8 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from skipdit.caching.policies import CachePlan, CacheSpec
+from skipdit.caching.plans import CachePlan
+from skipdit.caching.policies import CacheSpec
 from skipdit.cli import friendly_errors
 from skipdit.config import to_dict
 from skipdit.layers.flops import uncached_steps

@@ -88,28 +88,30 @@ def generate(
 
     steps_on_device = torch.tensor(timesteps, device=model.device)
 
-    def condition(steps: list[int], full: bool) -> list[Conditioning]:
-        return model.condition(
-            torch.stack([steps_on_device[j] for j in steps]), both, None if full else run.spec.branch
-        )
+    def condition(steps: list[int], kind: str) -> list[Conditioning]:
+        branch = run.spec.branch if kind == "cached" else None
+        return model.condition(torch.stack([steps_on_device[j] for j in steps]), both, branch)
 
     rows = 1 if both is None else len(both)
     step_bytes = 6 * model.config.hidden_size * rows * len(model.blocks) * model.dtype.itemsize
-    plan = [full or run.spec.adaptive for full in run.plan]  # a step that decides by itself needs what a full one does
-    ahead = Ahead(condition, plan, max(1, AHEAD_BYTES // step_bytes))
+    # a step that decides by itself needs what a full one does
+    kinds = ["full" if run.spec.adaptive else run.kind(i) for i in range(len(run.plan))]
+    ahead = Ahead(condition, kinds, max(1, AHEAD_BYTES // step_bytes))
 
     def guided(x: Tensor, t: Tensor, i: int) -> Tensor:
         guide = labels is not None and guidance_scale != 1 and low <= timesteps[i] <= high
         step = run.at(i, stream="guided" if guide else "conditional")
-        conditioning = ahead.at(i, step is None or step.may_be_full)
+        forecast = step is not None and step.forecast is not None
+        conditioning = None if forecast else ahead.at(i, "full" if step is None or step.may_be_full else "cached")
         torch.compiler.cudagraph_mark_step_begin()  # what the last call returned has been read
         x = x.to(model.dtype)
         if guide:
             x, t = torch.cat([x, x]), torch.cat([t, t])
             out = model.forward_with_cfg(x, t, both, guidance_scale, step, guidance_channels, conditioning)
             return out[:count]
-        blocks, final = conditioning
-        return model(x, t, labels, cache=step, conditioning=Conditioning(blocks[:, :count], final[:count]))
+        if conditioning is not None:
+            conditioning = Conditioning(conditioning.blocks[:, :count], conditioning.final[:count])
+        return model(x, t, labels, cache=step, conditioning=conditioning)
 
     finite: list[Tensor] = []  # per step, on the device: read once, after the run
 
@@ -182,7 +184,7 @@ class ClassSampler(Sampler):
         return {}
 
     def latents(
-        self, indices: list[int], steps: int, policy: CachePolicy, on_step: Callable[[int, bool], None] | None = None
+        self, indices: list[int], steps: int, policy: CachePolicy, on_step: Callable[[int, str], None] | None = None
     ) -> tuple[Tensor, SkipCache]:
         cache = SkipCache(policy, self.timesteps(steps))
         latents = generate(
@@ -191,7 +193,7 @@ class ClassSampler(Sampler):
             generators(self.config.seed, indices, self.model.device),
             **generate_settings(self.config) | {"steps": steps},
             cache=cache,
-            callback=None if on_step is None else lambda i, x, x0: on_step(i, cache.ran[i]),
+            callback=None if on_step is None else lambda i, x, x0: on_step(i, cache.kind(i)),
             progress=process_state().is_main_process,
         )
         return latents, cache

@@ -2,6 +2,7 @@
 
 import json
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -11,13 +12,13 @@ import torch
 from accelerate.utils import gather_object
 from tqdm import tqdm
 
-from skipdit.caching.policies import CachePolicy, parse_policy
+from skipdit.caching.policies import NAMES, CachePolicy, parse_policy
 from skipdit.caching.runtime import SkipCache
 from skipdit.checkpoints.download import is_hub_name
 from skipdit.checkpoints.files import holds_weights
 from skipdit.config import identity_of, in_the_project, to_dict
 from skipdit.encoders.autoencoder import pixels
-from skipdit.sampling.report import StepTimer, report
+from skipdit.sampling.report import StepTimer, report, steps_in_words
 from skipdit.sampling.sampler import Sampler
 from skipdit.utils.device import process_state
 from skipdit.utils.files import naming, replace_text, whole_file
@@ -141,7 +142,7 @@ def run_job(sampler: Sampler) -> tuple[Job, dict]:
     """
     state, config, policy = process_state(), sampler.config, parse_policy(sampler.config.cache)
     job = _open_job(sampler, policy)
-    cache_bytes, made, full = 0, 0, 0
+    cache_bytes, made, ran = 0, 0, Counter()
     timer, began, complete = StepTimer(state.device), time.perf_counter(), job.is_complete()
     state.wait_for_everyone()
     unit, pending = sampler.unit, job.pending()
@@ -153,10 +154,12 @@ def run_job(sampler: Sampler) -> tuple[Job, dict]:
     with progress, telling(how_to_go_on):
         for indices in sampler.batches(pending):
             timer.start()
-            latents, cache = sampler.latents(indices, config.steps, policy, lambda _, full: timer.tick(full))
+            latents, cache = sampler.latents(indices, config.steps, policy, lambda _, kind: timer.tick(kind))
             for index, sample in zip(indices, pixels(sampler.vae, latents), strict=True):
                 job.save(index, partial(sampler.write, pixels=sample))
-            made, full = made + len(indices), full + len(indices) * cache.full_steps
+            made += len(indices)
+            for kind, count in cache.counts().items():
+                ran[kind] += len(indices) * count
             cache_bytes = max(cache_bytes, cache.peak_bytes)
             progress.update(len(indices))
     seconds = time.perf_counter() - began
@@ -164,13 +167,14 @@ def run_job(sampler: Sampler) -> tuple[Job, dict]:
     file = job.folder / "report.json"
     if complete and file.exists() and (before := json.loads(file.read_bytes()))["num_samples"] >= job.total:
         return job, before
-    of_all, full_of_all = map(sum, zip(*gather_object([(made, full)]), strict=True))
+    parts = gather_object([(made, ran)])
+    of_all, ran_of_all = sum(count for count, _ in parts), sum((kinds for _, kinds in parts), Counter())
     idle = SkipCache(policy, sampler.timesteps(config.steps))
-    known = None if policy.adaptive else idle.full_steps
-    full_steps = full_of_all / of_all if of_all else known
+    known = dict.fromkeys(NAMES.values()) if policy.adaptive else idle.counts()
+    steps = {kind: ran_of_all[kind] / of_all for kind in known} if of_all else known
     summary = report(
         idle,
-        full_steps,
+        steps,
         timer.seconds(),
         sampler.flops,
         cache_bytes=cache_bytes,
@@ -182,9 +186,9 @@ def run_job(sampler: Sampler) -> tuple[Job, dict]:
     )
     if state.is_main_process:
         replace_text(file, json.dumps(summary, indent=2) + "\n")
-        told, steps = f"{job.total} {unit}s in {job.folder}", summary["steps"]
-        if full_steps is not None:
-            told += f": {steps['full']:g} full and {steps['cached']:g} cached steps"
+        told = f"{job.total} {unit}s in {job.folder}"
+        if steps["full"] is not None:
+            told += f": {steps_in_words(steps)}"
             told += f", {summary['flops_speedup']:.2f}x fewer FLOPs"
         times = summary["seconds_per_step"].items()
         print(told + "".join(f", {kind} step {value * 1e3:.1f} ms" for kind, value in times if value))
@@ -224,19 +228,19 @@ class Ahead(Generic[T]):
     One large matrix product reads its weights once, where a small one per step would read them at every step.
 
     Args:
-        compute: `compute(steps, full)` gives the values of several steps of one kind.
-        plan: the run's plan; steps of a kind are computed together, since cached ones need less.
+        compute: `compute(steps, kind)` gives the values of several steps of one kind.
+        kinds: of all steps; those of a kind are computed together, since cached ones need less.
         chunk: the most steps at once; bounds the memory.
     """
 
-    def __init__(self, compute: Callable[[list[int], bool], list[T]], plan: list[bool], chunk: int):
-        self._compute, self._plan, self._chunk = compute, plan, chunk
-        self._ready: dict[tuple[int, bool], T] = {}
+    def __init__(self, compute: Callable[[list[int], str], list[T]], kinds: Sequence[str], chunk: int):
+        self._compute, self._kinds, self._chunk = compute, kinds, chunk
+        self._ready: dict[tuple[int, str], T] = {}
 
-    def at(self, i: int, full: bool) -> T:
+    def at(self, i: int, kind: str) -> T:
         """The value of step i, asked for in ascending order."""
-        if (i, full) not in self._ready:
-            alike = [j for j in range(i, len(self._plan)) if self._plan[j] == full] if self._plan[i] == full else [i]
+        if (i, kind) not in self._ready:
+            alike = [j for j in range(i, len(self._kinds)) if self._kinds[j] == kind] if self._kinds[i] == kind else [i]
             steps = alike[: self._chunk]
-            self._ready |= {(j, full): value for j, value in zip(steps, self._compute(steps, full), strict=True)}
-        return self._ready.pop((i, full))
+            self._ready |= {(j, kind): value for j, value in zip(steps, self._compute(steps, kind), strict=True)}
+        return self._ready.pop((i, kind))

@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 
+from skipdit.caching.policies import NAMES
 from skipdit.caching.runtime import SkipCache
 from skipdit.utils.provenance import versions
 
@@ -29,23 +30,29 @@ class StepTimer:
     def start(self) -> None:
         self._marks.append(("start", self._now()))
 
-    def tick(self, full: bool) -> None:
-        self._marks.append(("full" if full else "cached", self._now()))
+    def tick(self, kind: str) -> None:
+        self._marks.append((kind, self._now()))
 
     def seconds(self) -> dict[str, list[float]]:
         """Durations by kind. The first step of a run is left out: it warms up kernels and compiles."""
         if self._cuda:
             torch.cuda.synchronize()
-        times: dict[str, list[float]] = {"full": [], "cached": []}
+        times: dict[str, list[float]] = {kind: [] for kind in NAMES.values()}
         for (before, begin), (kind, end) in zip(self._marks, self._marks[1:], strict=False):
             if kind != "start" and before != "start":
                 times[kind].append(begin.elapsed_time(end) / 1e3 if self._cuda else end - begin)
         return times
 
 
+def steps_in_words(steps: dict[str, float]) -> str:
+    """Numbers of steps by kind, as "14 full and 36 cached steps"; forecasts are told if there are some."""
+    told = f"{steps['full']:g} full and {steps['cached']:g} cached steps"
+    return told + (f" and {steps['forecast']:g} forecasts" if steps["forecast"] else "")
+
+
 def report(
     cache: SkipCache,
-    full_steps: float | None,
+    steps: dict[str, float | None],
     seconds: dict[str, list[float]],
     flops: dict[str, float],
     **more: Any,
@@ -54,17 +61,16 @@ def report(
 
     Args:
         cache: of the runs.
-        full_steps: their mean number; None where it is unknown.
+        steps: the mean number of each kind; None where it is unknown.
     """
     median = {kind: float(torch.tensor(values).median()) if values else None for kind, values in seconds.items()}
-    total, cached_steps, speedup = len(cache.plan), None, None
-    if full_steps is not None:
-        full_steps = int(full_steps) if full_steps == int(full_steps) else full_steps
-        cached_steps = total - full_steps
-        speedup = total * flops["full"] / (full_steps * flops["full"] + cached_steps * flops["cached"])
+    speedup = None
+    if steps["full"] is not None:
+        steps = {kind: int(number) if number == int(number) else number for kind, number in steps.items()}
+        speedup = len(cache.plan) * flops["full"] / sum(steps[kind] * flops[kind] for kind in ("full", "cached"))
     return {
         "cache": str(cache.spec),
-        "steps": {"full": full_steps, "cached": cached_steps},
+        "steps": steps,
         "seconds_per_step": median,
         "flops_per_step": flops,
         "flops_speedup": speedup,

@@ -50,13 +50,13 @@ class Sampler(ABC):
 
     @abstractmethod
     def latents(
-        self, indices: list[int], steps: int, policy: CachePolicy, on_step: Callable[[int, bool], None] | None = None
+        self, indices: list[int], steps: int, policy: CachePolicy, on_step: Callable[[int, str], None] | None = None
     ) -> tuple[Tensor, SkipCache]:
         """Sample a batch.
 
         Args:
             indices: samples that can be made together, see `batches`.
-            on_step: called after every step, with its number and whether it was full.
+            on_step: called after every step, with its number and kind: full, cached or forecast.
 
         Returns:
             Latents (N, ..., C, h, w), float32, and the cache that the run had.

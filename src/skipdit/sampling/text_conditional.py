@@ -170,10 +170,10 @@ class PromptSampler(Sampler):
         """
 
     def latents(
-        self, indices: list[int], steps: int, policy: CachePolicy, on_step: Callable[[int, bool], None] | None = None
+        self, indices: list[int], steps: int, policy: CachePolicy, on_step: Callable[[int, str], None] | None = None
     ) -> tuple[Tensor, SkipCache]:
         cache = enable_cache(self.pipe, policy)
-        latents = self.call(indices, steps, None if on_step is None else lambda i: on_step(i, cache.run.ran[i]))
+        latents = self.call(indices, steps, None if on_step is None else lambda i: on_step(i, cache.run.kind(i)))
         return latents, cache.run
 
     @property
