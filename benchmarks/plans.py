@@ -1,19 +1,20 @@
-"""Plans and the other ways to spend the same FLOPs, over numbers of full steps: fidelity on several noises.
+"""Plans and everything else that their cost could buy, on noise that they were not fitted on.
 
-    python benchmarks/plans.py --task class-to-image --out results/plans num_samples=20 batch_size=10
+    python benchmarks/plans.py --task class-to-image --out results/plans num_samples=16 batch_size=16
     python benchmarks/plans.py --task text-to-video --plan results/plan-8.json --seeds 0 1 --out results/some
+    python benchmarks/plans.py --task class-to-image --name "plain twin" --plan benchmarks/plans/twin-10.json \\
+        --out results/plans weights=benchmarks/weights/class-to-image-deep-plain.pt model.skip=false
 
-Plans: the task's demo_plan.json and those in benchmarks/plans, or --plan. Beside each, with as many full steps at even
-distances, forecast and reuse, and uncached runs with fewer steps. What a plan was calibrated on should not be among the
-samples. Writes plans.md and plans.png of all tasks in --out, and every figure as soon as it is measured: the same
-command again continues.
+Every run is compared with the converged images of its noise, and with those of the uncached run. Beside each plan stand
+fewer steps of its sampler, as many steps of the multistep solvers, and Skip-Cache at a regular interval. Plans: the
+task's demo_plan.json and those in benchmarks/plans, or --plan. Writes plans.md and plans.png of all results in --out,
+and every figure as soon as it is measured: the same command again continues.
 """
 
 import argparse
 import json
 import math
 from contextlib import suppress
-from dataclasses import replace
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
@@ -21,105 +22,106 @@ from typing import Any
 import matplotlib
 import torch
 from compare import ROOT, TASKS, Store
-from torch import Tensor
 from tqdm import tqdm
 
 from skipdit.caching.plans import CachePlan
-from skipdit.caching.policies import FULL, CacheSpec
+from skipdit.caching.policies import CacheSpec
+from skipdit.caching.runtime import SkipCache
 from skipdit.cli import friendly_errors
 from skipdit.config import load_config, to_dict
-from skipdit.evaluation.compare import Row, check_plans
-from skipdit.layers.flops import uncached_steps
-from skipdit.metrics import sample_psnr
-from skipdit.planning.schedules import forecast, uniform
-from skipdit.sampling.sampler import Sampler
+from skipdit.evaluation.compare import check_plans
+from skipdit.layers.flops import run_flops
+from skipdit.planning.calibration import TARGETS, Bench
+from skipdit.planning.command import psnr_of
+from skipdit.planning.controls import Control, controls
 from skipdit.tasks import find_task
 from skipdit.utils.files import replace_text
 from skipdit.utils.provenance import fingerprint, versions
 
-PLAN, FORECAST, REUSE, FEWER = "plan", "even, forecast", "even, reuse", "fewer steps"
-STYLES = {PLAN: "o-", FORECAST: "s-", REUSE: "v-", FEWER: "d:"}
+PLAN = "plan"
+TITLES = {"converged": "dB to the converged images", "sampler": "dB to the uncached images"}
 
 
-def rows_beside(plan: CachePlan, sampler: Sampler) -> list[Row]:
-    """A plan, and what costs the same: of uncached runs that whose FLOPs come nearest."""
-    steps, full = len(plan.timesteps), plan.kinds.count(FULL)
-    even = [replace(plan, weights=forecast(steps, uniform(steps, full), order)) for order in (1, 0)]
-    rows = [Row(name, policy, steps) for name, policy in zip((PLAN, FORECAST, REUSE), (plan, *even), strict=True)]
-    return [*rows, Row(FEWER, CacheSpec(), uncached_steps(rows[0].flops(sampler), sampler.flops))]
+def speedup(bench: Bench, row: Control) -> float:
+    """In FLOPs, against the uncached run."""
+    with bench.sampler.using(row.method or bench.sampler.method):
+        timesteps = bench.sampler.timesteps(row.steps)
+    return bench.flops(CacheSpec()) / run_flops(SkipCache(row.policy, timesteps), bench.sampler.flops)
 
 
-def measure(sampler: Sampler, plans: list[CachePlan], seeds: list[int], store: Store) -> list[dict[str, Any]]:
-    """PSNR to the uncached run of every plan and what stands beside it: one dict per plan, seeds in order."""
-    groups = [rows_beside(plan, sampler) for plan in plans]
-    uncached = sampler.config.steps * sampler.flops["full"]
+def measure(bench: Bench, plans: list[CachePlan], seeds: list[int], store: Store) -> list[dict[str, Any]]:
+    """PSNR of every plan and what stands beside it: a dict per plan, with a dict per row, seeds in order."""
+    groups = [[Control(PLAN, plan, bench.steps), *controls(bench, bench.flops(plan))] for plan in plans]
     table = [
-        {
-            "full_steps": plan.kinds.count(FULL),
-            "uncached_steps": rows[-1].steps,
-            "speedup": {row.name: uncached / row.flops(sampler) for row in rows},
-            "psnr": {row.name: [] for row in rows},
-        }
-        for plan, rows in zip(plans, groups, strict=True)
+        {row.name: {"speedup": speedup(bench, row), "psnr": {t: [] for t in TARGETS}} for row in g} for g in groups
     ]
-    work = [(result["psnr"][row.name], row) for result, rows in zip(table, groups, strict=True) for row in rows]
-    with tqdm(total=len(work) * len(seeds), desc="measuring", unit="run") as progress:
+    with tqdm(total=len(seeds) * sum(map(len, groups)), desc="measuring", unit="run") as progress:
         for seed in seeds:
-            sampler.config.seed = seed
-            reference: Tensor | None = None
-            for found, row in work:
-                key = f"seed {seed}, {row.steps} steps, {row.spec}".replace("/", " of ")
-                if (known := store.result(key)) is None:
-                    if reference is None:
-                        reference = sampler.make(sampler.config.steps, CacheSpec())
-                    made = sampler.make(row.steps, row.spec)
-                    each = sample_psnr(made, reference).tolist()
-                    known = {"psnr": mean(each), "samples": each}
-                    store.save(key, known)
-                found.append(known["psnr"])
-                progress.update()
+            bench.sampler.config.seed = seed
+            calibrated = False
+            for rows, group in zip(table, groups, strict=True):
+                for row in group:
+                    key = f"seed {seed}, {row.steps} steps, {row.method}, {row.policy}".replace("/", " of ")
+                    if (known := store.result(key)) is None:
+                        if not calibrated:
+                            bench.calibrate()
+                            calibrated = True
+                        known = {k: psnr_of(e) for k, e in bench.errors(row.policy, row.steps, row.method).items()}
+                        store.save(key, known)
+                    for target, value in known.items():
+                        rows[row.name]["psnr"][target].append(value)
+                    progress.update()
     return table
 
 
 def spread(values: list[float]) -> str:
+    """Mean and deviation over seeds."""
+    if not values or math.isinf(values[0]):
+        return "" if not values else "identical"
     return f"{mean(values):.1f}" + (f" ± {stdev(values):.1f}" if len(values) > 1 else "")
 
 
-def markdown(task: str, table: list[dict[str, Any]]) -> str:
-    """A line per plan: mean and deviation over seeds, and how far it is ahead in the same noise."""
-    columns = ["full steps", "speedup in FLOPs", PLAN, FORECAST, REUSE, FEWER]
-    columns += ["plan over forecast", "plan over fewer steps"]
-    lines = [f"| {task}, PSNR dB | {' | '.join(columns)} |", "|---" * (len(columns) + 1) + "|"]
-    for result in table:
-        psnr = result["psnr"]
-        leads = [[a - b for a, b in zip(psnr[PLAN], psnr[name], strict=True)] for name in (FORECAST, FEWER)]
-        cells = [str(result["full_steps"]), f"{result['speedup'][PLAN]:.2f}", *map(spread, psnr.values())]
-        cells[-1] += f" ({result['uncached_steps']} steps)"
-        lines.append(f"| | {' | '.join([*cells, *map(spread, leads)])} |")
+def markdown(name: str, table: list[dict[str, Any]]) -> str:
+    """A line per run, those beside a plan after it."""
+    lines = [f"| {name} | speedup in FLOPs | {' | '.join(TITLES.values())} |", "|---" * 4 + "|"]
+    for rows in table:
+        for row, result in rows.items():
+            cells = [spread(result["psnr"][target]) for target in TITLES]
+            lines.append(f"| {f'**{row}**' if row == PLAN else row} | {result['speedup']:.2f} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
 
+def curves(table: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
+    """Rows of one kind over the plans: the plan, the best solver, fewer steps, and the regular intervals."""
+    found: dict[str, list[dict[str, Any]]] = {}
+    for rows in table:
+        fewer, *others = [name for name in rows if " steps, " in name and not name.endswith("uncached")]
+        best = max(others, key=lambda name: mean(rows[name]["psnr"]["converged"]))
+        chosen = {PLAN: PLAN, "the best solver": best, "fewer steps": fewer}
+        chosen |= {name.partition(" ")[0]: name for name in rows if name.startswith(("reuse", "forecast"))}
+        for label, name in chosen.items():
+            found.setdefault(label, []).append(rows[name])
+    return found
+
+
 def plot(tables: dict[str, list[dict[str, Any]]], path: Path) -> None:
-    """Fidelity over speedup in FLOPs: a panel per task, bars are the deviation over seeds."""
+    """Fidelity over speedup in FLOPs: a row of panels per table; bars are the deviation over seeds."""
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    across = min(2, len(tables))
-    down = math.ceil(len(tables) / across)
     figure, panels = plt.subplots(
-        down, across, figsize=(4.5 * across, 0.6 + 3.4 * down), squeeze=False, layout="constrained"
+        len(tables), 2, figsize=(9, 0.6 + 3.4 * len(tables)), squeeze=False, layout="constrained"
     )
-    for panel, (task, table) in zip(panels.flat, tables.items(), strict=False):
-        for name, style in STYLES.items():
-            values = [result["psnr"][name] for result in table]
-            bars = [stdev(each) if len(each) > 1 else 0 for each in values]
-            speedups = [result["speedup"][name] for result in table]
-            panel.errorbar(speedups, list(map(mean, values)), bars, fmt=style, capsize=3, label=name)
-        panel.set(title=task, xlabel="speedup in FLOPs", ylabel="PSNR to the uncached run, dB")
-        panel.grid(alpha=0.3)
-    for panel in panels.flat[len(tables) :]:
-        panel.axis("off")
-    figure.legend(*panels[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=len(STYLES))
+    for line, (name, table) in zip(panels, tables.items(), strict=True):
+        for panel, (target, title) in zip(line, TITLES.items(), strict=True):
+            for (label, rows), style in zip(curves(table).items(), ("o-", "^-", "d:", "v-", "s-"), strict=False):
+                values = [row["psnr"][target] for row in rows]
+                bars = [stdev(each) if len(each) > 1 else 0 for each in values]
+                speedups = [row["speedup"] for row in rows]
+                panel.errorbar(speedups, list(map(mean, values)), bars, fmt=style, capsize=3, label=label)
+            panel.set(title=name, xlabel="speedup in FLOPs", ylabel=title)
+            panel.grid(alpha=0.3)
+    figure.legend(*panels[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=5)
     figure.savefig(path, dpi=120)
     plt.close(figure)
 
@@ -127,6 +129,7 @@ def plot(tables: dict[str, list[dict[str, Any]]], path: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--task", choices=TASKS, required=True)
+    parser.add_argument("--name", help="of the result, beside others in --out [the task]")
     parser.add_argument("--config", metavar="FILE", help="of the task's sampler [its demo.yaml]")
     parser.add_argument("--plan", action="append", metavar="FILE", help="one of this model and run; may come again")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], metavar="SEED", help="[0 1 2]")
@@ -140,25 +143,28 @@ def main() -> None:
 def benchmark(args: argparse.Namespace) -> None:
     file = args.config or str(ROOT / f"configs/{args.task}/demo.yaml")
     own = [ROOT / f"configs/{args.task}/demo_plan.json", *(ROOT / "benchmarks/plans").glob(f"{args.task}-*.json")]
-    plans = sorted(map(CachePlan.load, args.plan or own), key=lambda plan: plan.kinds.count(FULL))
+    plans = [CachePlan.load(plan) for plan in args.plan or own]
     if len(branches := {plan.branch for plan in plans}) != 1:
         raise ValueError(f"plans of branches {sorted(branches)}: compare those of one branch at a time, with --plan")
     task = find_task(file, args.task)
     config = load_config(task.schema, file, args.overrides)
     sampler = task.open_sampler(config, plans[0].branch)
     check_plans(plans, sampler, args.seeds)
+    target = "converged" if sampler.refined(config.steps, 4) else "sampler"
+    bench = Bench(sampler, config.steps, plans[0].branch, target)
+    plans.sort(key=bench.flops)
     identity = {
         "config": to_dict(config) | {"out": None, "weights": None, "seed": None},
         "weights": fingerprint(sampler.model),
         "vae": fingerprint(sampler.vae),
         "threads": torch.get_num_threads(),
     }
-    out = Path(args.out)
-    table = measure(sampler, plans, args.seeds, Store(out / args.task, identity | versions()))
-    record = {"seeds": args.seeds, "plans": table, "settings": identity, **versions()}
-    replace_text(out / f"{args.task}.json", json.dumps(record, indent=2) + "\n")
-    files = {name: out / f"{name}.json" for name in TASKS}
-    tables = {name: json.loads(file.read_bytes())["plans"] for name, file in files.items() if file.exists()}
+    out, name = Path(args.out), args.name or args.task
+    table = measure(bench, plans, args.seeds, Store(out / name, identity | versions()))
+    record = {"name": name, "seeds": args.seeds, "plans": table, "settings": identity, **versions()}
+    replace_text(out / f"{name}.json", json.dumps(record, indent=2) + "\n")
+    records = [json.loads(file.read_bytes()) for file in sorted(out.glob("*.json"))]
+    tables = {record["name"]: record["plans"] for record in records}
     text = "\n".join(markdown(name, rows) for name, rows in tables.items())
     replace_text(out / "plans.md", text)
     plot(tables, out / "plans.png")

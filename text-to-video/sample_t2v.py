@@ -204,6 +204,9 @@ class ClipSampler(PromptSampler):
             callback=callback,
         )
 
+    def to_model(self, latents: Tensor) -> Tensor:
+        return latents.transpose(1, 2)  # (N, C, F, h, w)
+
     def write(self, path: Path, pixels: Tensor) -> None:
         if self.suffix == "png":
             write_png(pixels[0], str(path))

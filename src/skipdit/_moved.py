@@ -37,7 +37,6 @@ MODULES = {  # module of version 0.1 -> the ones that hold its names now
     "pipeline": ("pipelines.cache",),
     "plan": (
         "planning.command",
-        "planning.errors",
         "planning.schedules",
         "planning.calibration",
         "planning.fitting",

@@ -1,30 +1,26 @@
-"""Planned caching: the dynamic programme against brute force, the calibration against direct runs, and plan files."""
+"""Planning: schedules, the fit against a real run and against brute force, the command."""
 
-from dataclasses import replace
-from itertools import combinations, pairwise
+from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import ROOT, skipdit_command, tiny_dit
-from tqdm import tqdm
 
 from skipdit import CacheSpec, SkipCache
 from skipdit.caching.plans import CachePlan
 from skipdit.caching.policies import parse_policy
-from skipdit.caching.steps import CacheStep
 from skipdit.class_to_image.sample import Config, ImageSampler
 from skipdit.class_to_image.sample import main as sample_classes
 from skipdit.config import load_config, to_yaml
 from skipdit.diffusion.gaussian import Diffusion
 from skipdit.evaluation.compare import check_plans, rows_for
-from skipdit.layers.inspect import replaced
-from skipdit.planning.calibration import NUDGE, Bench, Watch
-from skipdit.planning.errors import Errors
-from skipdit.planning.fitting import fit
-from skipdit.planning.schedules import forecast, greedy, interpolate, moved, optimal, uniform, widened
-from skipdit.sampling.class_conditional import generate
+from skipdit.planning.calibration import Bench
+from skipdit.planning.controls import controls
+from skipdit.planning.fitting import Fit, LeastSquares, combined
+from skipdit.planning.schedules import affordable, full_steps, schedule
+from skipdit.sampling.class_conditional import SAMPLERS, generate
 from skipdit.tasks import find_task
 from skipdit.text_to_image import sample_t2i
 from skipdit.utils.provenance import fingerprint
@@ -38,111 +34,251 @@ def sample(model, cache="none", steps=12, labels=(1, 2), seed=0, **kwargs):
     return generate(model, torch.tensor(labels), noise, steps=steps, sampler="ddim", cache=cache, **kwargs)
 
 
-def random_errors(steps: int, reach: int, seed: int) -> Errors:
-    """Errors of features that wander at random: products of real vectors, as those of a model are."""
-    draw = torch.Generator().manual_seed(seed)
-    features = torch.randn(steps, 5, generator=draw, dtype=torch.float64).cumsum(0)
-    errors = Errors(steps, reach)
-    for k in range(1, steps):
-        d = features[max(k - 2 * reach, 0) : k] - features[k]
-        errors.grams[k] = (d @ d.T * torch.rand(1, generator=draw)).numpy()
-    return errors
+# Schedules
 
 
-@pytest.mark.parametrize("budget", [2, 3, 5, 9])
-@pytest.mark.parametrize("seed", range(3))
-@pytest.mark.parametrize("memory", [1, 2])
-def test_optimal_is_what_brute_force_finds(budget, seed, memory):
-    errors = random_errors(steps=10, reach=9, seed=seed)
-    errors.memory = memory
-    best = min(([0, *rest] for rest in combinations(range(1, 10), budget - 1)), key=errors.total)
-    found = optimal(errors, budget)
-    assert len(found) == budget and found[0] == 0
-    assert errors.total(found) == pytest.approx(errors.total(best), rel=1e-12)
-    assert errors.total(found) <= errors.total(greedy(errors, budget)) * (1 + 1e-12)
-    assert (errors.cost((0, 3), 6) == errors.cost((3,), 6)) == (memory == 1)
-    alone = errors.curve(errors.weights(found))
-    assert [k for k, error in enumerate(alone) if error == 0] == found
-    if memory == 1 and (k := found[-1] + 1) < 10:  # by its only feature, that of the step before
-        assert alone[k] ** 2 == pytest.approx(errors.grams[k][-1, -1])
+@pytest.mark.parametrize("steps", [2, 7, 20])
+@pytest.mark.parametrize("warp", [0.5, 1.0, 2.0])
+@pytest.mark.parametrize("head", [1, 2, 5])
+@pytest.mark.parametrize("tail", [0, 3])
+def test_schedules_have_the_steps_that_they_are_asked_for(steps, warp, head, tail):
+    for full in range(1, steps + 1):
+        chosen = full_steps(steps, full, warp, head, tail)
+        assert len(chosen) == full and chosen[0] == 0 and chosen[-1] < steps
+        assert all(a < b for a, b in pairwise(chosen)) and chosen[: min(head, full)] == list(range(min(head, full)))
+        for cached in range(steps - full + 1):
+            kinds = schedule(steps, full, cached, warp, head, tail)
+            assert [k for k, kind in enumerate(kinds) if kind == "F"] == chosen
+            assert (len(kinds), kinds.count("S")) == (steps, cached)
 
 
-def test_optimal_within_a_reach():
-    errors = random_errors(steps=12, reach=4, seed=0)
-    chosen = ([0, *rest] for rest in combinations(range(1, 12), 3))
-    near = [f for f in chosen if all(b - a <= 4 for a, b in pairwise(f)) and 12 - f[-1] <= 4]
-    assert optimal(errors, 4) == min(near, key=errors.total)
-    assert optimal(errors, 12) == list(range(12))
-    with pytest.raises(ValueError, match="2 full steps cannot span 12 steps within a reach of 4"):
-        optimal(errors, 2)
+def test_cached_steps_lie_in_the_middle_of_gaps_or_later():
+    assert schedule(9, 3, 3) == "FOSFOSFOS"
+    assert schedule(9, 3, 0) == "FOOFOOFOO"
+    assert schedule(10, 2, 2) == "FOOSOFOOSO"
+    assert schedule(8, 2, 4) == "FSOSFSOS"
+    assert full_steps(12, 4, warp=2) == [0, 1, 3, 7]  # closer together at the beginning
+    assert full_steps(12, 5, head=2, tail=2) == [0, 1, 6, 10, 11] and full_steps(12, 2, head=1, tail=5) == [0, 11]
 
 
-def test_best_weight_is_that_of_least_squares():
-    """Against least squares on the vectors themselves."""
+def test_affordable_is_the_most_that_a_budget_buys():
+    assert affordable(50, 14, 0.1, 0.0) == (14, 0)
+    assert affordable(50, 14, 0.1, 1.0) == (10, 40)
+    assert affordable(50, 0.5, 0.1, 0.0) == affordable(50, 1, 0.1, 1.0) == (0, 0)
+    for share in (0.0, 0.3, 1.0):
+        full, cached = affordable(20, 7.3, 0.08, share)
+        assert full + 0.08 * cached <= 7.3 < full + 1 + 0.08 * round(share * (19 - full))
+
+
+# The fit
+
+
+WEIGHTS = ROOT / "class-to-image/weights"
+TINY = f"""
+weights: {WEIGHTS}/fashion-skip.pt
+vae: {WEIGHTS}/vae
+image_size: 32
+num_samples: 2
+sampler: ddim
+steps: 10
+guidance_scale: 2.0
+model: {{patch_size: 1, hidden_size: 128, depth: 12, num_heads: 2, num_classes: 10, skip: true}}
+"""
+
+
+def bench(tmp_path, target="sampler", steps=8, **settings) -> Bench:
+    (tmp_path / "tiny.yaml").write_text(TINY)
+    config = load_config(Config, tmp_path / "tiny.yaml", [f"{key}={value}" for key, value in settings.items()])
+    made = Bench(ImageSampler(config, 1), steps, 1, target)
+    made.calibrate()
+    return made
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_response_says_where_outputs_lead(sampler, tmp_path):
+    """Latents that another output at one step leads to, in a real run of a model that does not look at them."""
+    (tmp_path / "tiny.yaml").write_text(TINY)
+    it = ImageSampler(load_config(Config, tmp_path / "tiny.yaml", [f"sampler={sampler}", "guidance_scale=1"]), 1)
+    outputs, seen = torch.randn(6, 2, 8, 8, 8, generator=torch.Generator().manual_seed(0)), []
+
+    def run(changed: int | None):
+        calls = iter(range(6))
+
+        def forward(x, t, y, cache=None, conditioning=None):
+            k = next(calls)
+            seen.append(x)
+            return outputs[k] * (1.5 if k == changed else 1.0) * torch.tensor([1.0] * 4 + [0.0] * 4)[:, None, None]
+
+        it.model.forward = forward
+        final, _ = it.latents([0, 1], 6, CacheSpec())
+        states = [*seen[1:], final]
+        seen.clear()
+        return torch.stack(states).double()
+
+    plain, response = run(None), it.response(6)
+    for j in (0, 2, 5):
+        moved = response[:, j, None, None, None, None] * 0.5 * outputs[j, :, :4].double()
+        torch.testing.assert_close(run(j) - plain, moved, rtol=1e-4, atol=1e-6 * plain.abs().max().item())
+
+
+@pytest.mark.parametrize("target", ["sampler", "converged"])
+@pytest.mark.parametrize("batch_size", [1, 2])
+def test_the_fit_foresees_the_run_of_its_plan(target, batch_size, tmp_path):
+    """What the fit, which has no sampler, says of the images is what the sampler makes with the plan."""
+    made = bench(tmp_path, target, batch_size=batch_size)
+    for kinds in ("FFSOFSOO", "FOOOFOOO", "FFFFFFFF", "FSSSFSSS"):
+        fitted = made.fit(kinds)
+        assert fitted.plan.kinds == kinds
+        assert fitted.error == pytest.approx(made.error(fitted.plan), rel=1e-2, abs=1e-6)
+
+
+@pytest.mark.parametrize("sampler", ["ddpm", "dpm", "unipc3"])
+def test_the_fit_foresees_other_samplers(sampler, tmp_path):
+    made = bench(tmp_path, sampler=sampler)
+    fitted = made.fit("FFSOFSOF")
+    assert fitted.error == pytest.approx(made.error(fitted.plan), rel=0.1)  # ddpm: the variance is not fitted
+    linear = CachePlan(made.timesteps, (None, None, (1.0,), None, None, (0.5,), None, None), 1, "FFSOFSOF")
+    assert fitted.error < made.error(linear)
+
+
+def test_full_steps_alone_are_the_uncached_run(tmp_path):
+    made = bench(tmp_path)
+    plan = made.fit("F" * 8).plan
+    assert not plan.caches and made.error(plan) < 1e-6
+
+
+def test_no_single_coefficient_is_better(tmp_path):
+    """Each step's coefficients are the best for the latents after it, by brute force on the next step."""
+    made = bench(tmp_path)
+    fit = Fit(made.sampler, made.own, made.goals, "FFSOFOFF", 1, made.response, (2, 3), correct=False)
+    fit.run()
+    (own,), (goals,) = made.own, made.goals
+    raw = {k: own.outputs[k] for k in (0, 1)}
+    change = raw[1] - raw[0]  # of the first forecast, if the cached step had not been there
+
+    def distance(coefficient: float) -> float:
+        moved = made.response[1, 1] * coefficient * change
+        return (own.latents[2] + moved - goals[1]).square().sum().item()
+
+    assert min((-0.1, 0.0, 0.1), key=distance) == 0.0  # a full step needs no correction towards its own run
+    assert len(fit.outputs[3]) == 2 and len(fit.outputs[5]) == 3 and len(fit.features[2]) == 1
+
+
+def test_least_squares_weighs_samples_by_their_own_error():
     draw = torch.Generator().manual_seed(0)
-    d = torch.randn(3, 50, generator=draw, dtype=torch.float64) + torch.tensor([[5.0], [3.0], [1.5]])
-    errors = Errors(4, 3, {3: (d @ d.T).numpy()})
-    for full in [(0, 1, 2), (1, 2), (0, 2)]:
-        newest_first = d[list(reversed(full))]
-        changes = newest_first[:-1] - newest_first[1:]
-        exact = torch.linalg.lstsq(changes.T, -newest_first[0])
-        weights, error = errors.best(full, 3)
-        assert weights == pytest.approx(exact.solution.tolist(), rel=0.01)
-        left = newest_first[0] + exact.solution @ changes
-        assert error == pytest.approx((left @ left).item(), rel=1e-3)
-    assert errors.best((2,), 3) == ((), pytest.approx((d[2] @ d[2]).item()))
+    moves = [torch.randn(6, 50, generator=draw, dtype=torch.float64) for _ in range(2)]
+    truth = torch.tensor([0.5, -0.3], dtype=torch.float64)
+    noise = torch.randn(6, 50, generator=draw, dtype=torch.float64) * torch.tensor([100.0, *[1e-3] * 5])[:, None]
+    problem = LeastSquares()
+    residual = noise - truth[0] * moves[0] - truth[1] * moves[1]
+    problem.add(residual[:4], [move[:4] for move in moves])
+    problem.add(residual[4:], [move[4:] for move in moves])
+    assert (problem.solve() - truth).abs().max() < 0.01  # one sample, whatever its error, does not decide
 
 
-def test_uniform_and_interpolation():
-    assert uniform(50, 13) == [*range(0, 48, 4), 47]
-    assert uniform(6, 6) == [0, 1, 2, 3, 4, 5] and uniform(6, 1) == [0]
-    assert interpolate([2, 4], [1.0, 3.0], 6) == [1.0, 1.0, 1.0, 2.0, 3.0, 3.0]
-    assert interpolate([3], [2.0], 4) == [2.0] * 4
+def test_combinations_are_those_of_the_runtime():
+    stored = [torch.tensor([float(n * n)]) for n in (3, 2, 1)]
+    assert combined(stored, torch.tensor([0.5, 2.0])).item() == 9 + 0.5 * 5 + 2 * 3
 
 
-def test_calibration_measures_what_cached_steps_do():
-    """Products of step k are those of the errors of a model call at step k with the features of other steps."""
-    model, steps = tiny_dit(), 6
-    timesteps, seen = Diffusion(steps).sampling_timesteps, []
-
-    def keep(module, args, kwargs, output):
-        seen.append((args, kwargs, output))
-
-    handle = model.register_forward_hook(keep, with_kwargs=True)
-    with tqdm(disable=True) as progress:
-        watch = Watch(model, 1, steps, 3, progress)
-        with replaced(model, "forward", watch):
-            watched = sample(model, steps=steps, guidance_scale=2.0)
-        handle.remove()
-    watch.fold(2)
-    assert torch.equal(watched, sample(model, steps=steps, guidance_scale=2.0))  # watching changes nothing
-    assert watch.calls == steps == len(timesteps)
-    features = []
-    for args, kwargs, _ in seen:
-        step = CacheStep(1, None)
-        with torch.no_grad():
-            model(*args, **kwargs | {"cache": step})
-        features.append(step.kept_feature)
-    args, kwargs, truth = seen[4]
-    with torch.no_grad():
-        reused = [model(*args, **kwargs | {"cache": CacheStep(1, features[j])}) for j in (1, 3)]
-    (gram,) = watch.grams[4]
-    assert gram.shape == (2, 3, 3)  # two samples, the features of steps 1, 2, 3
-    a, b = ((out - truth)[:, :4].unflatten(0, (2, 2)).double() for out in reused)  # with classes, then without
-    torch.testing.assert_close(gram[:, 0, 2], (a * b).mean((0, 2, 3, 4)), rtol=1e-5, atol=0)
-    torch.testing.assert_close(gram[:, 2, 2], b.square().mean((0, 2, 3, 4)), rtol=1e-5, atol=0)
+def test_converged_images_are_those_of_many_steps(tmp_path):
+    """Nearer to a run of 320 steps than the run of 32 of which they are extrapolated."""
+    made = bench(tmp_path, "converged", steps=8, seed=3)
+    many, _ = made.sampler.latents([0, 1], made.sampler.refined(8, 40), CacheSpec())
+    (own,), (goals,) = made.own, made.goals
+    longest, _ = made.sampler.latents([0, 1], made.sampler.refined(8, 4), CacheSpec())
+    far = [(each.double() - many.double()).square().mean() for each in (own.latents[-1], longest, goals[-1])]
+    assert far[2] < 0.5 * far[1] < far[0]
 
 
-def test_plan_goes_the_way_of_intervals():
-    """An interval's plan, written out as a plan of weights, gives the same samples."""
-    model, steps = tiny_dit(), 12
-    timesteps = Diffusion(steps).sampling_timesteps
-    for order in (0, 1):
-        spec = CacheSpec(3, 1000, 20, 1, order)
-        full = [i for i, f in enumerate(spec.full_mask(timesteps)) if f]
-        plan = CachePlan(tuple(timesteps), forecast(steps, full, order))
-        assert plan.full_mask(timesteps) == spec.full_mask(timesteps) and plan.order == order
-        torch.testing.assert_close(sample(model, SkipCache(plan, timesteps)), sample(model, str(spec)))
+def test_stochastic_samplers_have_no_converged_run(tmp_path):
+    with pytest.raises(ValueError, match="no converged run of ddpm with 8 steps: it is stochastic"):
+        bench(tmp_path, "converged", sampler="ddpm")
+
+
+def test_controls_cost_what_the_plan_does(tmp_path):
+    made = bench(tmp_path, steps=10)
+    rows = {row.name: row for row in controls(made, made.flops(CacheSpec(2)))}
+    fewer = round(made.flops(CacheSpec(2)) / made.sampler.flops["full"])
+    assert {f"{fewer} steps, {method}" for method in ("ddim", "dpm", "unipc3", "deis")} < set(rows)
+    assert rows["reuse N=2, 1.71x"].policy == CacheSpec(2) and rows["10 steps, ddim, uncached"].policy == CacheSpec()
+    solved = rows[f"{fewer} steps, deis"]
+    assert made.error(solved.policy, solved.steps, solved.method) > 0
+    assert made.sampler.method == "ddim"  # as before
+
+
+# The command
+
+
+@pytest.fixture
+def command(tmp_path, monkeypatch):
+    """The command line, on the embedded model with few steps; gives the plan's file."""
+    config, out = tmp_path / "class-to-image" / "tiny.yaml", tmp_path / "plan.json"
+    config.parent.mkdir()
+    config.write_text(TINY)
+
+    def run(*arguments: str) -> Path:
+        monkeypatch.setattr("sys.argv", ["plan", "--config", str(config), *arguments, "--out", str(out)])
+        main()
+        return out
+
+    return run
+
+
+@pytest.mark.slow
+def test_budget(command, capsys):
+    plan = CachePlan.load(command("--budget", "5"))
+    cost = plan.kinds.count("F") + plan.kinds.count("S") * 0.168
+    assert cost <= 5.01 and plan.about["speedup"] == pytest.approx(10 / cost, rel=1e-2) and plan.about["speedup"] >= 2
+    told, errors = capsys.readouterr().out, plan.about["errors"]
+    assert f"of 10 steps, {plan.about['speedup']:.2f}x fewer FLOPs" in told and "distance to the converged" in told
+    assert errors["plan"] <= min(errors["forecasts alone, fitted"], errors["cached steps alone, fitted"])
+    assert all(name in told for name in errors) and plan.about["target"] == "converged"
+    assert {f"5 steps, {method}" for method in ("ddim", "dpm3", "deis")} < set(errors)
+
+
+@pytest.mark.slow
+def test_speedup_and_error(command, capsys):
+    fast = CachePlan.load(command("--speedup", "2", "--target", "sampler"))
+    assert fast.about["speedup"] >= 2 and fast.about["target"] == "sampler"
+    near = CachePlan.load(command("--max-error", "0.05", "--branch", "0"))
+    assert near.about["errors"]["plan"] <= 0.05 and "S" not in near.kinds
+
+
+@pytest.mark.parametrize(
+    ("arguments", "complaint"),
+    [
+        (["--budget", "11"], "--budget is 11.0 full steps; a run of 10 has 1 to 10"),
+        (["--speedup", "100"], "--speedup is 100; with 10 steps, 1 to 10 is possible"),
+        (["--speedup", "0"], "--speedup is 0"),
+        (["--max-error", "0"], "--max-error is 0"),
+        (["--budget", "4", "guidance_low=300", "guidance_high=700"], "guidance that begins or ends within a run"),
+        (["--budget", "4", "--target", "converged", "sampler=ddpm"], "no converged run of ddpm"),
+    ],
+)
+def test_what_cannot_be_planned_is_refused(command, capsys, arguments, complaint):
+    with pytest.raises(SystemExit):
+        command(*arguments)
+    assert complaint in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_pipelines_are_planned_too(released_t2i, tmp_path, monkeypatch):
+    settings = {"pipeline": str(released_t2i / "ckpts"), "prompts": ["a dog", "a cat"], "height": 64, "width": 64}
+    config = sample_t2i.Config(**settings, scheduler="ddim", steps=5, guidance_scale=2.0)
+    (tmp_path / "text-to-image").mkdir()
+    (tmp_path / "text-to-image/tiny.yaml").write_text(to_yaml(config))
+    file, out = str(tmp_path / "text-to-image/tiny.yaml"), str(tmp_path / "p.json")
+    monkeypatch.setattr("sys.argv", ["plan", "--config", file, "--budget", "3", "--out", out])
+    main()
+    plan = CachePlan.load(out)
+    assert plan.about["speedup"] >= 5 / 3 and plan.about["errors"]["plan"] < 0.5
+    sampler = sample_t2i.ImageSampler(config, 1)
+    assert sampler.make(5, plan).shape == (2, 3, 64, 64)
+    assert len(sampler.timesteps(4)) == 4  # to ask is not to sample, which the plan would refuse
+
+
+# Plans of other runs
 
 
 @pytest.mark.parametrize("scale", [1.0, 4.0])
@@ -163,79 +299,6 @@ def test_plans_for_other_timesteps_are_refused(tmp_path):
         sample(tiny_dit(), str(tmp_path / "plan.json"), steps=10)
     with pytest.raises(FileNotFoundError, match=r"no plan .*none\.json"):
         parse_policy(str(tmp_path / "none.json"))
-
-
-WEIGHTS = ROOT / "class-to-image/weights"
-TINY = f"""
-weights: {WEIGHTS}/fashion-skip.pt
-vae: {WEIGHTS}/vae
-image_size: 32
-num_samples: 2
-sampler: ddim
-steps: 10
-guidance_scale: 2.0
-model: {{patch_size: 1, hidden_size: 128, depth: 12, num_heads: 2, num_classes: 10, skip: true}}
-"""
-
-
-class Line:
-    """Stands for a sampler: images that are a linear function of all weights of a plan, one of the samples far off."""
-
-    def __init__(self):
-        self.model = torch.nn.Identity()
-        draw = torch.Generator().manual_seed(0)
-        self.base = 1e-3 * torch.randn(3, 3, 4, 4, generator=draw) * torch.tensor([1.0, 1.0, 30.0])[:, None, None, None]
-        self.columns = 1e-3 * torch.randn(5, 3, 3, 4, 4, generator=draw)
-
-    def timesteps(self, steps):
-        return list(range(steps, 0, -1))
-
-    def images(self, steps, policy):
-        weights = [w for several in getattr(policy, "weights", ()) for w in several or ()]
-        yield self.base + torch.einsum("w,w...->...", torch.tensor(weights), self.columns) if weights else 0 * self.base
-
-
-def test_joint_fit_is_least_squares_of_relative_errors(monkeypatch):
-    monkeypatch.setattr("skipdit.planning.fitting.DAMPING", (1e-9,))
-    bench = Bench(Line(), 7, 1)
-    bench.reference = list(bench.sampler.images(7, CacheSpec()))
-    start = widened((None, None, (0.5,), None, (1.0,), None, (0.1,)), 3)
-    assert start == (None, None, (0.5,), None, (1.0, 0.0), None, (0.1, 0.0))
-    fitted = fit(bench, start, rounds=1)
-    now = next(bench.sampler.images(7, bench.plan(start))).flatten(1)
-    scale = 1 / now.norm(dim=1, keepdim=True)
-    columns = (bench.sampler.columns.flatten(2) * scale).flatten(1)
-    exact = torch.linalg.lstsq(columns.T.double(), -(now * scale).flatten().double()).solution
-    moved = torch.tensor([w for several in fitted for w in several or ()]) - torch.tensor([0.5, 1.0, 0.0, 0.1, 0.0])
-    torch.testing.assert_close(moved.double(), exact, rtol=1e-3, atol=1e-3)
-    assert bench.error(bench.plan(fitted)) < bench.error(bench.plan(start))
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("batch_size", [1, 2])
-def test_moved_weights_recompute_only_what_follows(batch_size, tmp_path):
-    """Runs that begin like another one are what they are without a record of it, to the last bit."""
-    (tmp_path / "tiny.yaml").write_text(TINY)
-    config = load_config(Config, tmp_path / "tiny.yaml", ["steps=6", f"batch_size={batch_size}", "sampler=ddpm"])
-    bench = Bench(ImageSampler(config, 1), 6, 1)
-    bench.reference = list(bench.sampler.images(6, CacheSpec()))
-    start, places, calls = (None, None, (1.0,), (0.5,), None, (1.0,)), [(2, 0), (5, 0), (3, 0)], []
-    handle = next(bench.model.children()).register_forward_hook(lambda *_: calls.append(1))
-    runs = list(bench.nudged(start, places))
-    handle.remove()
-    assert len(calls) == (6 + 4 + 1 + 3) * 2 // batch_size and "forward" not in vars(bench.model)
-    for run, (k, by) in zip(runs, [(2, 0.0), (2, NUDGE), (5, NUDGE), (3, NUDGE)], strict=True):
-        direct = bench.changes(bench.plan(moved(start, [(k, 0)], [by])))
-        assert all(torch.equal(a, b) for a, b in zip(run, direct, strict=True))
-    assert len(runs[0]) == 2 // batch_size and not torch.equal(runs[1][0], runs[3][0])
-
-
-def test_joint_fit_takes_nothing_that_is_worse(monkeypatch):
-    monkeypatch.setattr("skipdit.planning.fitting.DAMPING", (-10.0,))  # a step the wrong way
-    bench = Bench(Line(), 7, 1)
-    bench.reference = list(bench.sampler.images(7, CacheSpec()))
-    start = (None, None, (0.5,), None, (1.0, 0.0), None, (0.1, 0.0))
-    assert fit(bench, start, rounds=1) == start
 
 
 def test_comparison_with_a_plan():
@@ -265,36 +328,6 @@ def test_comparisons_check_their_plans():
         check_plans([plan], sampler)
 
 
-@pytest.fixture
-def command(tmp_path, monkeypatch):
-    """The command line, on the embedded model with few steps; gives the plan's file."""
-    config, out = tmp_path / "class-to-image" / "tiny.yaml", tmp_path / "plan.json"
-    config.parent.mkdir()
-    config.write_text(TINY)
-
-    def run(*arguments: str) -> Path:
-        few = ["--probes", "3", "--memory", "2", "--out", str(out)]
-        monkeypatch.setattr("sys.argv", ["plan", "--config", str(config), *arguments, *few])
-        main()
-        return out
-
-    return run
-
-
-def test_budget(command, capsys, tmp_path):
-    plan = CachePlan.load(command("--budget", "5"))
-    assert sum(weight is None for weight in plan.features) == 5
-    assert f"5 of 10 steps full, {plan.about['speedup']:.2f}x fewer FLOPs" in capsys.readouterr().out
-    config = load_config(Config, str(tmp_path / "class-to-image/tiny.yaml"), ["seed=10000"])
-    bench = Bench(ImageSampler(config, 1), 10, 1)
-    bench.reference = list(bench.sampler.images(10, CacheSpec()))
-    alone = {order: bench.error(bench.plan(forecast(10, uniform(10, 5), order))) for order in (0, 1)}
-    assert plan.about["errors"]["uniform, reuse"] == pytest.approx(alone[0], rel=1e-4)
-    assert plan.about["errors"]["uniform, linear forecast"] == pytest.approx(alone[1], rel=1e-4)
-    assert bench.error(replace(plan, about={})) <= min(alone.values())
-    assert fingerprint(bench.model) == plan.about["model"]
-
-
 def test_a_plan_for_other_runs_is_told(tmp_path, monkeypatch):
     (tmp_path / "tiny.yaml").write_text(TINY + f"out: {tmp_path}/out\n")
     timesteps = tuple(map(float, Diffusion(10).sampling_timesteps))
@@ -307,69 +340,10 @@ def test_a_plan_for_other_runs_is_told(tmp_path, monkeypatch):
         sample_classes()
 
 
-@pytest.mark.parametrize(("budget", "branch"), [(1, 1), (2, 2), (10, 1)])
-def test_extreme_budgets(command, budget, branch):
-    plan = CachePlan.load(command("--budget", str(budget), "--branch", str(branch)))
-    assert (plan.features.count(None), plan.branch) == (budget, branch)
-    assert (plan.about["errors"]["uniform, reuse"] < 1e-6) == (budget == 10)
-
-
-@pytest.mark.slow
-def test_pipelines_are_planned_too(released_t2i, tmp_path, monkeypatch):
-    settings = {"pipeline": str(released_t2i / "ckpts"), "prompts": ["a dog", "a cat"], "height": 64, "width": 64}
-    config = sample_t2i.Config(**settings, scheduler="ddim", steps=6, guidance_scale=2.0)
-    (tmp_path / "text-to-image").mkdir()
-    (tmp_path / "text-to-image/tiny.yaml").write_text(to_yaml(config))
-    arguments = [
-        "--config",
-        str(tmp_path / "text-to-image/tiny.yaml"),
-        "--budget",
-        "3",
-        "--out",
-        str(tmp_path / "p.json"),
-    ]
-    monkeypatch.setattr("sys.argv", ["plan", *arguments])
-    main()
-    plan = CachePlan.load(tmp_path / "p.json")
-    errors = plan.about["errors"]
-    assert plan.features.count(None) == 3 and plan.order > 0
-    assert 0 < min(errors.values()) <= min(errors["uniform, linear forecast"], errors["uniform, reuse"]) < 0.5
-    sampler = sample_t2i.ImageSampler(config, 1)
-    assert sampler.make(6, plan).shape == (2, 3, 64, 64)
-    assert len(sampler.timesteps(4)) == 4  # to ask is not to sample, which the plan would refuse
-
-
-def test_speedup_and_error(command, capsys):
-    fast = CachePlan.load(command("--speedup", "2"))
-    assert fast.about["speedup"] >= 2
-    near = CachePlan.load(command("--max-error", "0.05"))
-    assert near.about["errors"][near.about["chosen"]] <= 0.05
-    fewer = CachePlan.load(command("--budget", str(near.weights.count(None) - 1)))
-    assert fewer.about["errors"][fewer.about["chosen"]] > 0.05
-    for wrong in (["--budget", "11"], ["--speedup", "100"], ["--speedup", "0"]):
-        with pytest.raises(SystemExit):
-            command(*wrong)
-        assert f"error: {wrong[0]} is {wrong[1]}" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize(
-    ("arguments", "complaint"),
-    [
-        (["--budget", "2", "--reach", "3"], "--reach 3 is too short for 2 full steps of 10"),
-        (["--budget", "2", "--branch", "0"], "argument --branch: 0 is no number from 1 on"),
-        (["--budget", "4", "guidance_low=300", "guidance_high=700"], "guidance that begins or ends within a run"),
-    ],
-)
-def test_what_cannot_be_planned_is_refused(command, capsys, arguments, complaint):
-    with pytest.raises(SystemExit):
-        command(*arguments)
-    assert complaint in capsys.readouterr().err
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["class-to-image", "class-to-video", "text-to-video", "text-to-image"])
 def test_shipped_plans_beat_even_forecasts(name):
-    """On a sample that no plan was fitted to, and by more than the aim for the average."""
+    """On a sample that no plan was fitted to, by more than 1 dB."""
     file = ROOT / f"configs/{name}/demo.yaml"
     task, plan = find_task(str(file)), CachePlan.load(file.with_name("demo_plan.json"))
     config = load_config(task.schema, file, ["seed=0"])
@@ -378,10 +352,10 @@ def test_shipped_plans_beat_even_forecasts(name):
     else:
         config.prompts = config.prompts[:1]
     bench = Bench(task.open_sampler(config, plan.branch), config.steps, plan.branch)
+    bench.calibrate()
     assert plan.about["model"] == fingerprint(bench.model) and plan.timesteps == bench.timesteps
-    assert plan.about["chosen"] == min(plan.about["errors"], key=plan.about["errors"].get)
-    assert [error > 0 for error in plan.about["step_errors"]] == [weights is not None for weights in plan.features]
     assert (plan.about["sampler"], plan.about["guidance_scale"]) == (bench.sampler.method, config.guidance_scale)
-    bench.reference = list(bench.sampler.images(config.steps, CacheSpec()))
-    even = bench.plan(forecast(config.steps, uniform(config.steps, plan.features.count(None)), 1))
+    even = min(
+        (CacheSpec(n, order=1) for n in range(2, 9)), key=lambda spec: abs(bench.flops(spec) - bench.flops(plan))
+    )
     assert bench.error(plan) < 10 ** (-1 / 20) * bench.error(even)

@@ -34,7 +34,7 @@ OLD = {  # what version 0.1 had in its modules, some of each
     "metrics": "psnr ssim frechet_distance",
     "nn": "Attention PatchEmbed unpatchify",
     "pipeline": "enable_cache PipelineCache",
-    "plan": "Bench Errors fit optimal make_plan main",
+    "plan": "Bench make_plan main",
     "prompts": "read_prompts",
     "runlog": "BrokenFiles Log",
     "sample": "Job generators preflight report resolve_dtype versions add_cache_arguments",

@@ -152,7 +152,7 @@ def test_interval_1_changes_nothing(config, tmp_path, guidance):
     sample(config)
     uncached = contents(config)
     config.out, config.cache = str(tmp_path / "cached"), "N1-700-50"
-    assert sample(config)["steps"] == {"full": 6, "cached": 0}
+    assert sample(config)["steps"] == {"full": 6, "cached": 0, "forecast": 0}
     assert contents(config) == uncached
 
 

@@ -239,7 +239,7 @@ def test_outputs_and_report(sampling):
     assert Image.open(folder / "preview.gif").n_frames == 4
     assert Image.open(folder / "sheet.png").size == (4 * 10 + 2, 5 * 10 + 2)
     assert json.loads((folder / "report.json").read_text()) == json.loads(json.dumps(report))
-    assert report["steps"] == {"full": 3, "cached": 3}, Diffusion(6).sampling_timesteps
+    assert report["steps"] == {"full": 3, "cached": 3, "forecast": 0}, Diffusion(6).sampling_timesteps
     assert report["cache_bytes"] == 4 * 4 * 4 * 32 * 4  # two clips, with guidance four rows, of four frames and tokens
     assert report["flops_per_step"]["cached"] < report["flops_per_step"]["full"]
 
@@ -315,7 +315,7 @@ def test_unconditional_model(sampling, tmp_path):
     with pytest.raises(ValueError, match=r"guidance_scale is 4\.0, and the model is unconditional"):
         sample(sampling)
     sampling.guidance_scale = 1.0
-    assert sample(sampling)["steps"] == {"full": 3, "cached": 3}
+    assert sample(sampling)["steps"] == {"full": 3, "cached": 3, "forecast": 0}
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,7 @@
-"""Plan which steps of a sampling run are full, and what the others see: measured on a few runs of the model itself.
+"""Plan a sampling run: which steps are full, which cached, which forecasts; fitted on a few runs of the model itself.
 
-    python -m skipdit plan --config configs/class-to-image/demo.yaml --budget 13 --out plan.json
-    python -m skipdit plan --config configs/text-to-video/demo.yaml --speedup 1.5 --out plan.json steps=50
+    python -m skipdit plan --config configs/class-to-image/demo.yaml --speedup 3 --out plan.json
+    python -m skipdit plan --config configs/text-to-video/demo.yaml --budget 20 --out plan.json steps=50
     python -m skipdit plan --config configs/class-to-image/demo.yaml --max-error 0.01 --out plan.json
 
 Take samples for it that are judged nowhere else: the seed is not that of the config, and prompts should be others, too.
@@ -23,14 +23,20 @@ def read_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--config", required=True, metavar="FILE", help="a sampler's config")
     wanted = parser.add_mutually_exclusive_group(required=True)
-    wanted.add_argument("--budget", type=int, metavar="N", help="full steps to spend")
     wanted.add_argument("--speedup", type=float, metavar="X", help="in FLOPs, against all steps full")
+    wanted.add_argument("--budget", type=float, metavar="N", help="the same, as the number of full steps that it costs")
     wanted.add_argument(
         "--max-error",
         type=float,
         metavar="E",
         help="root mean square of the pixels' range, on the calibration samples: others may have some dB more; 0.01 is "
-        "a PSNR of 40 dB. Finds the fewest full steps",
+        "a PSNR of 40 dB. Finds the smallest cost",
+    )
+    parser.add_argument(
+        "--target",
+        choices=["converged", "sampler"],
+        help="what the images should be: those that ever more steps tend to, or those of the uncached run [converged, "
+        "where the sampler is deterministic]",
     )
     parser.add_argument("--steps", type=positive, metavar="T", help="of a run [the config's]")
     parser.add_argument(
@@ -38,21 +44,7 @@ def read_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         type=int,
         default=1,
         metavar="B",
-        help="outer layers of cached steps; 0: only the output [%(default)s]",
-    )
-    parser.add_argument(
-        "--reach", type=positive, metavar="G", help="most steps from full to full [three times the mean, 24 at least]"
-    )
-    parser.add_argument("--probes", type=positive, default=10, help="runs to measure sensitivities by [%(default)s]")
-    parser.add_argument(
-        "--memory",
-        type=positive,
-        default=3,
-        metavar="M",
-        help="stored features that a cached step may use [%(default)s]",
-    )
-    parser.add_argument(
-        "--rounds", type=int, default=1, metavar="R", help="of the joint fit of all weights [%(default)s]"
+        help="outer layers of cached steps; 0: no cached steps [%(default)s]",
     )
     parser.add_argument("--task", help="class-to-image ... [the name of the config's folder]")
     parser.add_argument("--out", default="plan.json", metavar="FILE", help="[%(default)s]")

@@ -6,19 +6,24 @@ interpolation coefficient of the log variance.
 """
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 
-def respace(steps: int | str, train_steps: int = 1000) -> list[int]:
+def respace(steps: int | str | Sequence[int], train_steps: int = 1000) -> list[int]:
     """Which of the training timesteps a shorter run visits, ascending.
 
     Args:
         steps: 250 spreads 250 steps over the whole range, ends included (iDDPM, section 4); "ddim50" strides
-            evenly from 0, as DDIM does (section 5.1).
+            evenly from 0, as DDIM does (section 5.1); a list is the timesteps themselves, in any order.
     """
+    if isinstance(steps, Sequence) and not isinstance(steps, str):
+        if len(set(steps)) < len(steps) or not all(0 <= t < train_steps for t in steps):
+            raise ValueError(f"timesteps {list(steps)!r:.60} are not all different and between 0 and {train_steps - 1}")
+        return sorted(steps)
     text = str(steps)
     if text.startswith("ddim"):
         wanted = int(text.removeprefix("ddim"))
@@ -63,7 +68,7 @@ class Diffusion:
 
     def __init__(
         self,
-        steps: int | str | None = None,
+        steps: int | str | Sequence[int] | None = None,
         train_steps: int = 1000,
         beta_start: float = 1e-4,
         beta_end: float = 0.02,

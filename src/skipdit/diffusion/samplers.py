@@ -1,9 +1,15 @@
-"""Sampling loops: plain functions of a model and noise (DDPM, DDIM)."""
+"""Sampling loops: plain functions of a model and noise (DDPM, DDIM, and the multistep solvers of diffusers)."""
 
 import math
 from collections.abc import Callable, Iterator, Sequence
 
 import torch
+from diffusers import (
+    DEISMultistepScheduler,
+    DPMSolverMultistepScheduler,
+    SchedulerMixin,
+    UniPCMultistepScheduler,
+)
 from torch import Tensor
 from tqdm import tqdm
 
@@ -66,6 +72,49 @@ def ddim(
         x = math.sqrt(previous) * x0 + math.sqrt(1 - previous - sigma**2) * noise
         if sigma > 0:
             x = x + sigma * randn(x.shape, generators, x.device, x.dtype)
+        if callback is not None:
+            callback(i, x, x0)
+    return x
+
+
+_SOLVERS = {"deis": DEISMultistepScheduler, "dpm": DPMSolverMultistepScheduler, "unipc": UniPCMultistepScheduler}
+SOLVERS = tuple(name + order for name in _SOLVERS for order in ("", "3"))
+
+
+def make_solver(name: str, steps: int) -> SchedulerMixin:
+    """Make a multistep solver for the noise schedule of `Diffusion`, with its timesteps set.
+
+    Args:
+        name: "deis" (arXiv 2204.13902), "dpm" (DPM-Solver++, 2211.01095) or "unipc" (2302.04867), of order 2; with a 3
+            behind it, of order 3.
+        steps: at even distances from timestep 999 on.
+
+    Raises ValueError for other names, or other steps than a whole number from 1 to 999.
+    """
+    if name not in SOLVERS:
+        raise ValueError(f"solver is {name!r}; known: {', '.join(SOLVERS)}")
+    if not isinstance(steps, int) or not 1 <= steps < 1000:
+        raise ValueError(f"steps are {steps!r}; the sampler {name} takes a number from 1 to 999")
+    kind, order = _SOLVERS[name.removesuffix("3")], 3 if name.endswith("3") else 2
+    solver = kind(1000, beta_start=1e-4, beta_end=0.02, beta_schedule="linear", solver_order=order)
+    solver.set_timesteps(steps)
+    return solver
+
+
+@torch.no_grad()
+def multistep(
+    model: Model, x: Tensor, solver: SchedulerMixin, callback: Callback | None = None, progress: bool = False
+) -> Tensor:
+    """Sample with a multistep solver of `make_solver`, which reads outputs of earlier steps. Arguments as in `ddpm`."""
+    channels, signals = x.shape[-3], solver.alphas_cumprod.tolist()
+    for i, timestep in enumerate(
+        tqdm(solver.timesteps, disable=not progress, desc="sampling", unit="step", leave=False)
+    ):
+        t = torch.full((len(x),), int(timestep), device=x.device)
+        noise = model(x, t, i).to(x.dtype).narrow(-3, 0, channels)
+        signal = signals[int(timestep)]
+        x0 = (x - math.sqrt(1 - signal) * noise) / math.sqrt(signal)
+        x = solver.step(noise, timestep, x).prev_sample
         if callback is not None:
             callback(i, x, x0)
     return x

@@ -1,213 +1,175 @@
-"""Measuring: runs of the sampler that are watched, nudged and replayed."""
+"""Calibration: the runs of a sampler that plans are fitted on."""
 
 import inspect
-from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_map_only
 from tqdm import tqdm
 
 from skipdit.caching.plans import CachePlan
 from skipdit.caching.policies import CachePolicy, CacheSpec
 from skipdit.caching.runtime import SkipCache
-from skipdit.caching.steps import CacheStep
+from skipdit.encoders.autoencoder import decode
 from skipdit.layers.flops import run_flops
 from skipdit.layers.inspect import replaced
 from skipdit.layers.skip import SkipTransformer, predicted_noise
-from skipdit.planning.errors import Errors, Weights
-from skipdit.planning.schedules import forecast, interpolate, moved, uniform
+from skipdit.planning.fitting import Fit, Recording
 from skipdit.sampling.sampler import Sampler
 from skipdit.utils.device import double
 
-NUDGE = 0.15  # by which a weight is moved, to see what it does
+TARGETS = ("converged", "sampler")
 TINY = 1e-20
 
 
-class Watch:
-    """Stands in for a model's `forward` in uncached runs, to predict every step with earlier features, too.
+class Recorder:
+    """Stands in for a model's `forward` in an uncached run, and records it.
 
     (A hook would not do: those of a pipeline come later, and bring its own cache.)
 
     Args:
-        model: the sampler's.
-        branch: b.
-        steps: of a run.
-        window: how many earlier features.
-        progress: of steps.
-
-    A call raises ValueError if guidance begins or ends within a run.
+        guide: see `Sampler.guide`.
+        wanted: the steps to record.
     """
 
-    def __init__(self, model: SkipTransformer, branch: int, steps: int, window: int, progress: tqdm):
-        self.branch, self.steps, self.progress = branch, steps, progress
-        self.calls = 0
-        self.grams: dict[int, list[Tensor]] = {k: [] for k in range(1, steps)}  # (N, F, F), a tensor per batch
-        self._features: deque[Tensor] = deque(maxlen=window)  # of the steps before this one, newest last
-        self._forward = model.forward
-        self._names = list(inspect.signature(self._forward).parameters)  # the first: the latents
+    def __init__(self, model: SkipTransformer, guide: Callable[[Tensor], Tensor], wanted: set[int]):
+        self.recording, self.calls = Recording(), 0
+        self._forward, self._guide, self._wanted = model.forward, guide, wanted
+        self._names = list(inspect.signature(model.forward).parameters)  # the first: the latents
+        self.recording.name = self._names[0]
 
     def __call__(self, *args, **kwargs) -> Any:
-        arguments = dict(zip(self._names, args, strict=False)) | kwargs
-        latents, step = arguments[self._names[0]], CacheStep(self.branch, None)
-        output = self._forward(**arguments | {"cache": step})
-        truth = predicted_noise(output, latents)
-
-        def error(feature: Tensor) -> Tensor:
-            out = self._forward(**arguments | {"cache": CacheStep(self.branch, feature)})
-            return predicted_noise(out, latents).sub(truth).flatten(1)
-
-        k = self.calls % self.steps
+        arguments, own = dict(zip(self._names, args, strict=False)) | kwargs, self.recording
+        output = self._forward(**arguments | {"cache": None})
+        if self.calls in self._wanted:
+            latents = arguments.pop(own.name)
+            noise = output if isinstance(output, Tensor) else output[0]
+            guided = double(self._guide(predicted_noise(noise, latents)))
+            own.rows = len(latents) // len(guided)
+            own.latents.append(double(latents[: len(guided)]))
+            own.outputs.append(guided)
+            own.arguments.append(arguments)
         self.calls += 1
-        if k == 0:
-            self._features.clear()
-        elif len(self._features[-1]) != len(step.kept_feature):
-            raise ValueError(
-                "guidance that begins or ends within a run cannot be planned: let it be on or off throughout"
-            )
-        else:
-            errors = double(torch.stack([error(feature) for feature in self._features], 1))  # (rows, F, ...)
-            self.grams[k].append(errors @ errors.mT / errors.shape[-1])
-        self._features.append(step.kept_feature)
-        self.progress.update()
-        return output
-
-    def fold(self, samples: int) -> None:
-        """After a batch: rows of the model become samples, which guidance has twice."""
-        for grams in self.grams.values():
-            grams[-1] = grams[-1].unflatten(0, (-1, samples)).mean(0).cpu()
-
-
-class Replay:
-    """Stands in for a model's `forward` in runs that begin alike, to compute what they share only once.
-
-    The first run is recorded: what the model gave, and the features that full steps left. After `rewind(k)`, the next
-    one takes the first k steps of every batch from there. The record is on the CPU: per batch and full step it is as
-    large as what a cache stores.
-    """
-
-    def __init__(self, model: SkipTransformer, steps: int):
-        self.model, self.steps = model, steps
-        self.calls, self.alike = 0, 0
-        self._record: list[tuple[Any, Tensor | None]] = []
-        self._forward = model.forward
-
-    def rewind(self, alike: int) -> None:
-        self.calls, self.alike = 0, alike
-
-    def __call__(self, *args, cache: CacheStep | None = None, **kwargs) -> Any:
-        n, self.calls = self.calls, self.calls + 1
-        if n < len(self._record) and n % self.steps < self.alike:
-            output, feature = tree_map_only(Tensor, lambda x: x.to(self.model.device), self._record[n])
-            if feature is not None:
-                cache.kept_feature = feature
-            return output
-        output = self._forward(*args, cache=cache, **kwargs)
-        if n == len(self._record):
-            left = None if cache is None else cache.kept_feature
-            self._record.append(tree_map_only(Tensor, Tensor.cpu, (output, left)))
         return output
 
 
 @dataclass
+class Fitted:
+    """A plan, and its error on the calibration samples."""
+
+    plan: CachePlan
+    error: float
+
+
 class Bench:
-    """Runs of one sampler, against the uncached one.
+    """Runs of one sampler, and the target that they are measured by.
 
     Args:
         sampler: of the calibration samples.
         steps: of a run.
-        branch: b.
+        branch: b, of cached steps.
+        target: "sampler": the uncached run itself; "converged": what it tends to with ever more steps.
+
+    Raises ValueError for a sampler that cannot be planned, or has no converged run.
     """
 
-    sampler: Sampler
-    steps: int
-    branch: int
+    def __init__(self, sampler: Sampler, steps: int, branch: int, target: str = "sampler"):
+        self.sampler, self.steps, self.branch, self.target = sampler, steps, branch, target
+        self.model = sampler.model
+        self.timesteps = tuple(float(t) for t in sampler.timesteps(steps))
+        if len(self.timesteps) != steps:
+            calls = f"{len(self.timesteps)} times in {steps} steps"
+            raise ValueError(f"{sampler.method} calls the model {calls}; such runs cannot be planned")
+        self.batches = list(sampler.batches(range(sampler.total)))
+        self.response = sampler.response(steps)
+        self._known: dict[str, dict[str, float]] = {}
 
-    def __post_init__(self):
-        self.model = self.sampler.model
-        self.timesteps = tuple(float(t) for t in self.sampler.timesteps(self.steps))
-        if len(self.timesteps) != self.steps:
-            calls = f"{len(self.timesteps)} times in {self.steps} steps"
-            raise ValueError(f"{self.sampler.method} calls the model {calls}; such runs cannot be planned")
-        self.reference: list[Tensor] = []
-        self._known: dict[str, float] = {}
+    def calibrate(self) -> None:
+        """Make the uncached runs, and the target."""
+        factors = (1, 2, 4) if self.target == "converged" else (1,)
+        refined = [self.sampler.refined(self.steps, factor) if factor > 1 else self.steps for factor in factors]
+        if None in refined:
+            raise ValueError(
+                f"there is no converged run of {self.sampler.method} with {self.steps} steps: it is stochastic, or no "
+                "longer run visits the same timesteps. --target sampler plans towards the uncached run"
+            )
+        self.own: list[Recording] = []
+        self.goals: list[list[Tensor]] = []
+        # per target, the images of every batch
+        self.references: dict[str, list[Tensor]] = {name: [] for name in TARGETS if name in ("sampler", self.target)}
+        of_all = sum(factors) * self.steps * len(self.batches)
+        with tqdm(total=of_all, desc=f"uncached runs, for the target {self.target}", unit="step") as progress:
+            for indices in self.batches:
+                runs = [self._record(indices, steps, progress) for steps in refined]
+                goal = runs[-1].latents
+                if len(runs) > 1 and self.sampler.method == "ddim":  # of first order: its error halves with the steps
+                    goal = [2 * fine - coarse for fine, coarse in zip(goal, runs[-2].latents, strict=True)]
+                self.own.append(runs[0])
+                self.goals.append(goal[1:])
+                self.references["sampler"].append(self._images(runs[0].latents[-1]))
+                if self.target == "converged":
+                    self.references["converged"].append(self._images(goal[-1]))
+        self._known.clear()
 
-    def calibrate(self, reach: int, probes: int, budget: int, memory: int = 2) -> Errors:
-        """All that scheduling needs: one uncached run that is watched, and `probes` of a cached one.
+    def _record(self, indices: list[int], steps: Any, progress: tqdm) -> Recording:
+        fine = self.sampler.timesteps(steps)
+        wanted = {fine.index(t) for t in map(type(fine[0]), self.timesteps)}
+        recorder = Recorder(self.model, self.sampler.guide, wanted)
+        with replaced(self.model, "forward", recorder):
+            latents, _ = self.sampler.latents(indices, steps, CacheSpec(), lambda *_: progress.update())
+        if recorder.calls != len(fine):
+            raise ValueError(f"{recorder.calls} calls of the model in a run of {len(fine)} steps cannot be planned")
+        if len({len(output) for output in recorder.recording.outputs}) > 1:
+            raise ValueError(
+                "guidance that begins or ends within a run cannot be planned: let it be on or off throughout"
+            )
+        recorder.recording.latents.append(double(self.sampler.to_model(latents)))
+        return recorder.recording
 
-        The cached one has `budget` full steps, uniform and forecast linearly. How far an error at a step moves the
-        images is seen in it, since with uncached steps to come the same error moves them several times as far. Every
-        sample's error counts relative to what it has there: the few samples that any cache changes much would decide
-        alone otherwise.
+    def _images(self, latents: Tensor) -> Tensor:
+        """Of latents as the model has them, (N, ..., 3, H, W) in [-1, 1]."""
+        return decode(self.sampler.vae, self.sampler.to_model(latents).float()).clamp(-1, 1).cpu()
+
+    def fit(self, kinds: str, memory: tuple[int, int] = (2, 3)) -> Fitted:
+        """Fit a schedule.
+
+        Args:
+            memory: how many coefficients a step may have: of features, and of outputs.
         """
-        grams = self._watched(2 * reach)
-        full = uniform(self.steps, budget)
-        even = forecast(self.steps, full, 1)
-        free = [k for k, weights in enumerate(even) if weights]
-        places = [free[n] for n in torch.linspace(0, len(free) - 1, min(probes, len(free))).round().long().unique()]
-        runs = iter(tqdm(self.nudged(even, [(k, 0) for k in places]), "sensitivities", 1 + len(places), unit="run"))
-        now = next(runs)
-        even_error, measured = mean_squares(now), []
-        for k, changes in zip(places, runs, strict=True):
-            squares = mean_squares([a - b for a, b in zip(changes, now, strict=True)])
-            i, j = [step - k for step in full if step < k][-2:]
-            noise = NUDGE**2 * (grams[k][:, j, j] - 2 * grams[k][:, i, j] + grams[k][:, i, i])  # by which it changed
-            measured.append((squares / noise.clamp_min(TINY)).clamp_min(TINY).log())
-        if not places:  # no forecast with so few full steps, or so many: then there is little to choose
-            places, measured = [0], [torch.zeros_like(even_error)]
-        moves = [each.exp() for each in interpolate(places, measured, self.steps)]  # per step, (N,)
-        relative = {k: moves[k] / even_error.clamp_min(TINY) for k in grams}
-        return Errors(
-            self.steps,
-            reach,
-            {k: (gram * relative[k][:, None, None]).mean(0).numpy() for k, gram in grams.items()},
-            [moved.log().mean().exp().item() for moved in moves],
-            memory,
-        )
+        correct = self.target == "converged"
+        fit = Fit(self.sampler, self.own, self.goals, kinds, self.branch, self.response, memory, correct)
+        states = fit.run()
+        features = tuple(None if ws is None else tuple(ws.tolist()) for ws in fit.features)
+        outputs = tuple(tuple(ws.tolist()) for ws in fit.outputs)
+        plan = CachePlan(self.timesteps, features, self.branch, kinds, outputs)
+        images = [self._images(fit.final(batch, state)) for batch, state in enumerate(states)]
+        return Fitted(plan, self._error(images, self.target))
 
-    def _watched(self, window: int) -> dict[int, Tensor]:
-        """Make the uncached images. Returns, of every step but the first, products as `Errors.grams` of each sample."""
-        with tqdm(desc="uncached runs, every step predicted from others", unit="step") as progress:
-            watch = Watch(self.model, self.branch, self.steps, window, progress)
-            with replaced(self.model, "forward", watch):
-                for images in self.sampler.images(self.steps, CacheSpec()):
-                    self.reference.append(images)
-                    watch.fold(len(images))
-        if watch.calls != self.steps * len(self.reference):
-            raise ValueError(f"{watch.calls} calls of the model in {len(self.reference)} runs of {self.steps} steps")
-        return {k: torch.cat(parts) for k, parts in watch.grams.items()}
+    def error(self, policy: CachePolicy, steps: int | None = None, method: str | None = None) -> float:
+        """The error of a policy, by the bench's target; see `errors`."""
+        return self.errors(policy, steps, method)[self.target]
 
-    def plan(self, weights: Weights) -> CachePlan:
-        return CachePlan(self.timesteps, tuple(weights), self.branch)
+    def errors(self, policy: CachePolicy, steps: int | None = None, method: str | None = None) -> dict[str, float]:
+        """Per target, the root of the mean squared error of the images, of their range: the geometric mean over
+        samples, as a mean of PSNRs is. A bench whose target is the uncached run knows no converged one.
 
-    def changes(self, policy: CachePolicy, steps: int | None = None) -> list[Tensor]:
-        """Images (N, ..., 3, H, W), of a range of 1, minus those of the uncached run, of every batch."""
-        made = self.sampler.images(steps or self.steps, policy)
-        return [(a - b).div(2) for a, b in zip(made, self.reference, strict=True)]
-
-    def nudged(self, weights: Weights, places: Sequence[tuple[int, int]]) -> Iterator[list[Tensor]]:
-        """The changes by a plan, then those by plans that have one of its weights, (step, number), moved by NUDGE.
-
-        These compute only the steps from that one on.
+        Args:
+            steps: of the run, if not the bench's.
+            method: of the sampler, if not its own.
         """
-        replay = Replay(self.model, self.steps)
-        with replaced(self.model, "forward", replay):
-            yield self.changes(self.plan(weights))
-            for place in places:
-                replay.rewind(place[0])
-                yield self.changes(self.plan(moved(weights, [place], [NUDGE])))
-
-    def error(self, policy: CachePolicy, steps: int | None = None) -> float:
-        """Root of the mean squared error of the images, of their range: the geometric mean over samples, as a mean of
-        PSNRs is."""
-        key = f"{policy} {steps}"
+        key = f"{policy} {steps} {method}"
         if key not in self._known:
-            squares = mean_squares(self.changes(policy, steps))
-            self._known[key] = squares.clamp_min(TINY).log().mean().div(2).exp().item()
+            with self.sampler.using(method or self.sampler.method):
+                images = list(self.sampler.images(steps or self.steps, policy))
+            self._known[key] = {target: self._error(images, target) for target in self.references}
         return self._known[key]
+
+    def _error(self, images: list[Tensor], target: str) -> float:
+        changes = [(a - b).div(2) for a, b in zip(images, self.references[target], strict=True)]
+        squares = torch.cat([change.square().flatten(1).mean(1) for change in changes])
+        return squares.clamp_min(TINY).log().mean().div(2).exp().item()
 
     @property
     def cached_cost(self) -> float:
@@ -219,8 +181,3 @@ class Bench:
 
     def speedup(self, policy: CachePolicy) -> float:
         return self.steps * self.sampler.flops["full"] / self.flops(policy)
-
-
-def mean_squares(batches: Sequence[Tensor]) -> Tensor:
-    """Of every sample of batches (n, ...): (N,)."""
-    return torch.cat([batch.square().flatten(1).mean(1) for batch in batches])

@@ -1,165 +1,178 @@
-"""Plan a run's full steps, and what its cached steps see: `python -m skipdit plan`.
+"""Plan a run: which steps are full, which cached, which forecasts, and what they combine: `python -m skipdit plan`.
 
-How, for a run of T steps whose full steps ... h < i < j ... leave the features ... f_h, f_i, f_j:
-1. In an uncached run, every step is also predicted with each earlier feature in place of its own: the error d_j of f_j.
-   The few layers behind the feature are close to affine, so that f_j + u (f_j - f_i) + v (f_i - f_h) gives
-   d_j + u (d_j - d_i) + v (d_i - d_h): the best u and v, and what error is left, follow from inner products of the d.
-2. Runs of a cached sampler with the weight of one step moved tell how far an error there moves each sample: the
-   sensitivity.
-3. Dynamic programming over the last full steps finds the schedule with the least error. Errors of one feature are alike
-   and add up over the cached steps that use it; those of different features do not.
-4. It is run beside schedules of other kinds and the same cost. Of the best, the weights of all cached steps are fitted
-   together, so that their errors cancel: Gauss-Newton on the final images, each sample's error relative to its own.
+1. The sampler runs uncached on calibration samples, and, for the target "converged", with two and four times as many
+   steps, from which the converged latents at every timestep follow by extrapolation.
+2. A schedule says the kind of every step. It is fitted in a single run: at each step, least squares finds the
+   coefficients that bring the latents nearest to the target's; see `planning.fitting`.
+3. The search fits schedules of one cost: from forecasts alone to cached steps alone, more of them early or late. What
+   measures best is the plan. There is no model of the error: each candidate is its own measurement.
+4. Controls of the same cost are measured beside it.
 """
 
 import argparse
 import math
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
 from tqdm import tqdm
 
-from skipdit.caching.plans import CachePlan
-from skipdit.caching.policies import CacheSpec
+from skipdit.caching.policies import NAMES
 from skipdit.cli import friendly_errors
 from skipdit.config import to_dict
-from skipdit.layers.flops import uncached_steps
-from skipdit.planning.calibration import Bench
-from skipdit.planning.errors import Errors, Weights
-from skipdit.planning.fitting import DAMPING, fit
-from skipdit.planning.schedules import forecast, greedy, optimal, uniform, widened
+from skipdit.planning.calibration import Bench, Fitted
+from skipdit.planning.controls import controls
+from skipdit.planning.schedules import affordable, schedule
 from skipdit.tasks import read_settings
 from skipdit.utils.files import whole_file
 from skipdit.utils.provenance import fingerprint, versions
 
-SEED = 10_000  # of calibration samples; no config has it
+SHARES = (0.0, 1 / 3, 2 / 3, 1.0)  # of the steps that are not full: cached ones, the others are forecasts
+WARPS = (0.5, 0.7, 0.85, 1.0, 1.25, 1.5)  # this and the next two: see `schedules.full_steps`
+TAILS = (0, 1, 3)
+HEADS = (1, 2, 3)
+FORECASTS, CACHED_ALONE = "forecasts alone, fitted", "cached steps alone, fitted"
 
 
-def budget_of(bench: Bench, args: argparse.Namespace) -> int | None:
-    """Full steps that a command line asks for; None if that depends on an error.
-
-    Raises ValueError for what no plan can give.
-    """
-    if args.budget is not None:
-        if not 1 <= args.budget <= bench.steps:
-            raise ValueError(f"--budget is {args.budget} full steps; a run of {bench.steps} has 1 to {bench.steps}")
-        return args.budget
-    if args.speedup is None:
-        return None
-    full, cached = bench.sampler.flops["full"], bench.sampler.flops["cached"]
-    most = bench.steps * full / (full + (bench.steps - 1) * cached)
-    if not 1 <= args.speedup <= most or full == cached:
-        raise ValueError(f"--speedup is {args.speedup:g}; with this model and branch, 1 to {most:.2f} is possible")
-    return math.floor((bench.steps * full / args.speedup - bench.steps * cached) / (full - cached) + 1e-9)
-
-
-def candidates(errors: Errors, budget: int) -> dict[str, Weights]:
-    """Plans with so many full steps, by name."""
-    even = uniform(errors.steps, budget)
-    schedules = {"planned": optimal(errors, budget), "uniform": even}
-    if errors.total(chosen := greedy(errors, budget)) < math.inf:  # it may have left its reach
-        schedules["greedy"] = chosen
-    plans = {name: errors.weights(full) for name, full in schedules.items()}
-    if errors.memory > 1:
-        plans["uniform, linear forecast"] = forecast(errors.steps, even, 1)
-    return plans | {"uniform, reuse": forecast(errors.steps, even, 0)}
-
-
-def make_plan(bench: Bench, errors: Errors, budget: int, rounds: int) -> tuple[CachePlan, dict[str, float]]:
-    """The best plan with so many full steps that could be found, and the measured errors of it and all others.
+class Search:
+    """Fits schedules of one cost.
 
     Args:
-        rounds: of the joint fit.
+        budget: in full steps.
+
+    Attributes:
+        tried: kinds of steps -> the fitted plan.
     """
-    plans = candidates(errors, budget)
-    measured = {name: bench.error(bench.plan(w)) for name, w in tqdm(plans.items(), desc="candidates", unit="run")}
-    start = min(measured, key=measured.get)
-    fitted = f"{start}, fitted"
-    plans[fitted] = fit(bench, widened(plans[start], errors.memory), rounds)
-    measured[fitted] = bench.error(bench.plan(plans[fitted]))
-    best = min(measured, key=measured.get)  # never worse than a control, where it was measured
-    plan = replace(bench.plan(plans[best]), about={"chosen": best, "step_errors": errors.curve(plans[best])})
-    steps = uncached_steps(bench.flops(plan), bench.sampler.flops)
-    measured[f"{steps} steps, uncached"] = bench.error(CacheSpec(), steps)
-    return plan, measured
+
+    def __init__(self, bench: Bench, budget: float, progress: tqdm | None = None):
+        self.bench, self.budget, self.progress = bench, budget, progress
+        self.tried: dict[str, Fitted] = {}
+
+    def kinds(self, share: float, warp: float = 1.0, tail: int = 0, head: int = 2) -> str | None:
+        """The schedule; None if the budget does not buy it."""
+        full, cached = affordable(self.bench.steps, self.budget, self.bench.cached_cost, share)
+        return schedule(self.bench.steps, full, cached, warp, head, tail) if full else None
+
+    def error(self, *choices: float) -> float:
+        """The error of a schedule; infinite if the budget does not buy it. Arguments as of `kinds`."""
+        kinds = self.kinds(*choices)
+        if kinds is None:
+            return math.inf
+        if kinds not in self.tried:
+            self.tried[kinds] = self.bench.fit(kinds)
+            if self.progress is not None:
+                self.progress.update()
+        return self.tried[kinds].error
+
+    def descend(self, shares: tuple[float, ...]) -> Fitted:
+        """The best plan among these shares: one choice at a time, the others held."""
+        chosen: list[float] = []
+        for choices in (shares, WARPS, TAILS, HEADS):
+            chosen.append(min(choices, key=lambda each: self.error(*chosen, each)))
+        return self.tried[self.kinds(*chosen)]
 
 
-def within(bench: Bench, errors: Errors, most: float, rounds: int) -> tuple[CachePlan, dict[str, float]]:
-    """As `make_plan`, with the fewest full steps whose plan has at most this error. Found by halving, as if more full
-    steps never gave a larger error; each try is a whole plan."""
-    low, high = math.ceil(bench.steps / errors.reach), bench.steps  # all steps full is no error
-    found = None
+def make_plan(bench: Bench, budget: float) -> tuple[Fitted, dict[str, float]]:
+    """The best plan of a cost, and the errors of it and of the controls.
+
+    Args:
+        budget: in full steps.
+
+    Raises ValueError if the budget buys no plan.
+    """
+    shares = SHARES if bench.branch and bench.cached_cost < 1 else (0.0,)
+    with tqdm(desc="schedules fitted", unit="run") as progress:
+        search = Search(bench, budget, progress)
+        if search.kinds(0.0) is None:
+            raise ValueError(f"{budget:.2f} full steps buy no plan: the first step is full")
+        alone = {FORECASTS: search.descend((0.0,))}
+        if len(shares) > 1 and search.kinds(1.0):
+            alone[CACHED_ALONE] = search.descend((1.0,))
+        search.descend(shares)
+    best = min(search.tried.values(), key=lambda fitted: fitted.error)
+    errors = {"plan": best.error} | {name: fitted.error for name, fitted in alone.items()}
+    beside = tqdm(controls(bench, bench.flops(best.plan)), desc="controls", unit="run")
+    return best, errors | {each.name: bench.error(each.policy, each.steps, each.method) for each in beside}
+
+
+def within(bench: Bench, most: float) -> tuple[Fitted, dict[str, float]]:
+    """As `make_plan`, with the fewest full steps' worth whose plan has at most this error. Found by halving, as if a
+    larger budget never gave a larger error; each try is a whole plan.
+    """
+    low, high, found = 1, bench.steps, None
     while low < high or found is None:
         middle = (low + high) // 2
-        plan, measured = make_plan(bench, errors, middle, rounds)
-        if bench.error(plan) <= most or middle == bench.steps:
-            high, found = middle, (plan, measured)
+        plan, errors = make_plan(bench, middle)
+        if plan.error <= most or middle == bench.steps:
+            high, found = middle, (plan, errors)
         else:
             low = middle + 1
     return found
+
+
+def budget_of(steps: int, args: argparse.Namespace) -> float | None:
+    """Full steps' worth of FLOPs that a command line asks for; None if that depends on an error."""
+    if args.budget is not None:
+        if not 1 <= args.budget <= steps:
+            raise ValueError(f"--budget is {args.budget} full steps; a run of {steps} has 1 to {steps}")
+        return args.budget
+    if args.speedup is None:
+        return None
+    if not 1 <= args.speedup <= steps:
+        raise ValueError(f"--speedup is {args.speedup:g}; with {steps} steps, 1 to {steps} is possible")
+    return steps / args.speedup
 
 
 def main(args: argparse.Namespace) -> None:
     with friendly_errors("starts anew"):
         if not args.out.endswith(".json") or Path(args.out).is_dir():
             raise ValueError(f"--out {args.out}: a plan is a file that ends in .json")
-        plan, measured = run(args)
+        fitted, errors = run(args)
+        plan = fitted.plan
         with whole_file(args.out) as partial:
             plan.save(partial)
-    full = plan.weights.count(None)
-    print(f"\n{'':32s}  error   PSNR")
-    for name, error in sorted(measured.items(), key=lambda item: item[1]):
-        print(f"{name:32s}  {error:.4f}  {psnr_of(error):5.1f}")
-    if (best := min(measured, key=measured.get)).endswith("uncached"):
-        print(f"\nNo plan of this cost comes as near as simply {best}.")
-    print(f"\n{args.out}, {plan.about['chosen']}: {full} of {len(plan.weights)} steps full,", end=" ")
-    print(f"{plan.about['speedup']:.2f}x fewer FLOPs")
+    print("\n".join(table(errors, plan.about["target"])))
+    if (best := min(errors, key=errors.get)) != "plan" and errors[best] < errors["plan"]:
+        print(f"\nOn these samples, {best} comes nearer than any plan of this cost.")
+    counts = ", ".join(f"{plan.kinds.count(letter)} {name}" for letter, name in NAMES.items())
+    print(f"\n{args.out}: {counts} of {len(plan.kinds)} steps, {plan.about['speedup']:.2f}x fewer FLOPs")
+    print(f"use it with --cache {args.out}")
 
 
-def calibration_cost(bench: Bench, full: int, reach: int, args: argparse.Namespace) -> float:
-    """Roughly, in uncached runs, for a plan with so many full steps."""
-    steps = bench.steps
-    predictions = sum(min(k, 2 * reach) for k in range(steps)) / steps  # of a watched step
-    moved = args.probes + (steps - full) * (args.memory - 1) * args.rounds  # half of which are run
-    tried = 1 + 5 + args.rounds * (1 + len(DAMPING))  # the even forecast, candidates, the fit's before and after
-    share = (full + (steps - full) * bench.cached_cost) / steps
-    return 1 + predictions * bench.cached_cost + share * (tried + moved / 2 + 1)  # and fewer steps
+def table(errors: dict[str, float], target: str) -> Iterator[str]:
+    """Lines that show errors, the smallest first."""
+    what = "the converged images" if target == "converged" else "the uncached images"
+    yield f"\n{'distance to ' + what:40s}  error   PSNR"
+    for name, error in sorted(errors.items(), key=lambda item: item[1]):
+        yield f"{name:40s}  {error:.4f}  {psnr_of(error):5.1f}"
 
 
 def psnr_of(error: float) -> float:
-    return -20 * math.log10(max(error, 1e-10))
+    """Of an error as `Bench.error` gives it, in dB."""
+    return math.inf if error < 2e-10 else -20 * math.log10(error)
 
 
-def run(args: argparse.Namespace) -> tuple[CachePlan, dict[str, float]]:
-    """Calibrate and plan as a command line says."""
+def run(args: argparse.Namespace) -> tuple[Fitted, dict[str, float]]:
+    """Plan as the command line asks for."""
     task, config = read_settings(args)
-    config.cache, config.compile = "none", "none"
     config.steps = args.steps or config.steps
+    budget = budget_of(config.steps, args)
+    if args.max_error is not None and not args.max_error > 0:
+        raise ValueError(f"--max-error is {args.max_error:g}; it must be above 0")
     sampler = task.open_sampler(config, args.branch)
-    bench = Bench(sampler, config.steps, args.branch)
-    budget = budget_of(bench, args)
-    spread = config.steps / (budget or config.steps / 4)
-    reach = min(args.reach or max(24, math.ceil(3 * spread)), config.steps)
-    full = budget or math.ceil(config.steps / min(4, reach))
-    if full * reach < config.steps:
-        raise ValueError(f"--reach {reach} is too short for {full} full steps of {config.steps}")
-    cost = calibration_cost(bench, full, reach, args)
-    print(f"calibration costs what {cost:.0f} uncached runs do" + ("" if budget else ", or several times that"))
-    errors = bench.calibrate(reach, args.probes, full, args.memory)
-    if budget is None:
-        plan, measured = within(bench, errors, args.max_error, args.rounds)
-    else:
-        plan, measured = make_plan(bench, errors, budget, args.rounds)
+    target = args.target or ("converged" if sampler.refined(config.steps, 4) else "sampler")
+    bench = Bench(sampler, config.steps, args.branch, target)
+    bench.calibrate()
+    fitted, errors = within(bench, args.max_error) if budget is None else make_plan(bench, budget)
     about = {
-        "format": "skipdit plan 1",
+        "format": "skipdit plan 2",
         "model": fingerprint(bench.model),
         "sampler": sampler.method,
         "guidance_scale": config.guidance_scale,
-        "speedup": bench.speedup(plan),
-        "errors": measured,
-        "sensitivity": errors.sensitivity,
-        "reach": reach,
-        "calibration": {"config": args.config, "samples": sum(map(len, bench.reference)), **to_dict(config)},
+        "target": target,
+        "speedup": bench.speedup(fitted.plan),
+        "errors": errors,
+        "calibration": {"config": args.config, "samples": sampler.total, **to_dict(config)},
         **versions(),
     }
-    return replace(plan, about=about | plan.about), measured
+    return replace(fitted, plan=replace(fitted.plan, about=about)), errors

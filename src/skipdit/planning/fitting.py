@@ -1,44 +1,239 @@
-"""The joint fit: weights of all cached steps together, so that their errors cancel."""
+"""The fit: a run of a schedule whose coefficients are chosen step by step, each to end where the target is.
+
+A step's output is combined with earlier ones, and a cached step's feature with earlier ones, by coefficients. Samplers
+are linear in the model's output, so a table of numbers, `Sampler.response`, says where any outputs lead. At every step,
+least squares over all calibration samples finds the coefficients that bring the latents after it nearest to the
+target's. Later steps make up for the errors of earlier ones.
+"""
+
+from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import Any
 
 import torch
-from tqdm import tqdm
+from torch import Tensor
 
-from skipdit.planning.calibration import NUDGE, TINY, Bench
-from skipdit.planning.errors import Weights
-from skipdit.planning.schedules import moved
+from skipdit.caching.policies import CACHED, FORECAST, FULL
+from skipdit.caching.steps import CacheStep
+from skipdit.layers.skip import SkipTransformer, predicted_noise
+from skipdit.sampling.sampler import Sampler
+from skipdit.utils.device import double
 
-DAMPING = (0.02, 0.1)  # the same, of the joint fit; what measures better is taken
-PIXELS = 2**16  # of every sample, drawn at random, that the joint fit looks at
+RIDGE = 1e-4  # of least squares, relative to the mean of the diagonal
+REWEIGHTED = 3  # rounds in which each sample is weighted by its own error
+FLOOR = 1e-3  # of a sample's squared error, relative to the mean one: no sample decides alone
+SLOPE = 0.3  # by which coefficients of features are moved, to see what they do
+TINY = 1e-20
 
 
-def fit(bench: Bench, weights: Weights, rounds: int) -> Weights:
-    """All weights together, so that the errors of the steps cancel in the images: Gauss-Newton.
+@dataclass
+class Recording:
+    """What an uncached run of a batch passes through.
 
-    Each round runs the plan once per weight, with that one moved. Every sample counts by its error relative to what it
-    is now, which lowers the mean of logarithms. What does not measure better is not taken.
+    Attributes:
+        latents: before every step, and after the last, (N, ...), as the model sees them; float64.
+        outputs: guided outputs of every step, (N, ...), float64.
+        arguments: of the model in every step, without the latents.
+        rows: of the model per sample: 2 with guidance.
+        name: of the model's argument for the latents.
     """
-    places = [(k, m) for k, several in enumerate(weights) for m in range(len(several or ()))]
-    some = torch.randperm(bench.reference[0][0].numel(), generator=torch.Generator().manual_seed(0))[:PIXELS]
 
-    with tqdm(total=rounds * (1 + len(places)), desc="fitting all weights together", unit="run") as progress:
-        for _ in range(rounds if places else 0):
-            runs = []
-            for changes in bench.nudged(weights, places):
-                runs.append(torch.cat([change.flatten(1)[:, some] for change in changes]))
-                progress.update()
-            now, *others = runs
-            scale = now.norm(dim=1, keepdim=True).clamp_min(TINY).reciprocal()
-            slopes = [(other - now) / NUDGE * scale for other in others]
-            curvature, slope = 0, 0
-            for target, columns in zip(now * scale, zip(*slopes, strict=True), strict=True):  # of each sample
-                rows = torch.stack(columns).double()
-                curvature, slope = curvature + rows @ rows.T, slope + rows @ target.double()
-            tries = [weights]
-            for damping in DAMPING:
-                ridge = damping * curvature.diagonal().mean() * torch.eye(len(places), dtype=curvature.dtype)
-                tries.append(moved(weights, places, (-torch.linalg.solve(curvature + ridge, slope)).tolist()))
-            best = min(tries, key=lambda tried: bench.error(bench.plan(tried)))
-            if best is weights:
-                break
-            weights = best
-    return weights
+    latents: list[Tensor] = field(default_factory=list)
+    outputs: list[Tensor] = field(default_factory=list)
+    arguments: list[dict[str, Any]] = field(default_factory=list)
+    rows: int = 1
+    name: str = ""
+
+
+@dataclass
+class LeastSquares:
+    """The coefficients of one step. Batches add to it.
+
+    Attributes:
+        curvatures: (N, M, M) of the samples of each batch.
+        slopes: (N, M).
+        squares: (N,), of the errors at zero coefficients.
+    """
+
+    curvatures: list[Tensor] = field(default_factory=list)
+    slopes: list[Tensor] = field(default_factory=list)
+    squares: list[Tensor] = field(default_factory=list)
+
+    def add(self, residual: Tensor, moves: list[Tensor]) -> None:
+        """Take the errors (N, ...) of a batch at zero coefficients, and what each coefficient moves them by."""
+        rows, start = torch.stack([each.flatten(1) for each in moves], 1), residual.flatten(1)
+        self.curvatures.append((rows @ rows.mT).cpu())
+        self.slopes.append((rows @ start[..., None])[..., 0].cpu())
+        self.squares.append(start.square().sum(1).cpu())
+
+    def solve(self) -> Tensor:
+        """The coefficients (M,) with the least mean of logarithms of the samples' errors, as a mean of PSNRs has it."""
+        curvature, slope, square = map(torch.cat, (self.curvatures, self.slopes, self.squares))
+        weights, solution = torch.ones_like(square), torch.zeros_like(slope[0])
+        for _ in range(1 + REWEIGHTED):
+            matrix, vector = torch.einsum("n,nij->ij", weights, curvature), torch.einsum("n,ni->i", weights, slope)
+            ridge = RIDGE * matrix.diagonal().mean().clamp_min(TINY)
+            solution = -torch.linalg.solve(matrix + ridge * torch.eye(len(matrix), dtype=matrix.dtype), vector)
+            left = square + 2 * slope @ solution + torch.einsum("i,nij,j->n", solution, curvature, solution)
+            weights = 1 / (left.clamp_min(0) + FLOOR * left.mean().clamp_min(TINY))
+            weights = weights / weights.mean()
+        return solution
+
+
+def differences(stored: list[Tensor], most: int) -> list[Tensor]:
+    """Of what is stored, newest first: f0 - f1, f1 - f2, ..."""
+    return [new - old for new, old in pairwise(stored[: most + 1])]
+
+
+def combined(stored: list[Tensor], coefficients: Tensor) -> Tensor:
+    """f0 + u (f0 - f1) + v (f1 - f2) + ... of what is stored, newest first, in its dtype."""
+    out = stored[0].float()
+    for coefficient, change in zip(coefficients.to(out), differences(stored, len(coefficients)), strict=True):
+        out = out + coefficient * change.float()
+    return out.to(stored[0].dtype)
+
+
+@dataclass
+class State:
+    """Where the run of a batch is: stored features and outputs, newest first, and what its steps did.
+
+    Attributes:
+        used: guided outputs of every step, minus those of the uncached run.
+    """
+
+    features: list[Tensor] = field(default_factory=list)
+    outputs: list[Tensor] = field(default_factory=list)
+    used: list[Tensor] = field(default_factory=list)
+
+
+class Fit:
+    """Fits a schedule.
+
+    Args:
+        own: the uncached run of every batch.
+        goals: the target's latents of every batch, after every step.
+        kinds: of all steps.
+        branch: b.
+        memory: how many coefficients a step may have at most: of features, and of outputs.
+        correct: whether full and cached steps may correct their output.
+
+    Attributes:
+        features: coefficients (M,) per step, None where there are none.
+        outputs: coefficients (M,) per step.
+    """
+
+    def __init__(
+        self,
+        sampler: Sampler,
+        own: list[Recording],
+        goals: list[list[Tensor]],
+        kinds: str,
+        branch: int,
+        response: Tensor,
+        memory: tuple[int, int],
+        correct: bool,
+    ):
+        self.model: SkipTransformer = sampler.model
+        self.guide, self.own, self.goals, self.response = sampler.guide, own, goals, response
+        self.kinds, self.branch, self.memory, self.correct = kinds, branch, memory, correct
+        self.features: list[Tensor | None] = [torch.zeros(0) if kind == CACHED else None for kind in kinds]
+        self.outputs: list[Tensor] = [torch.zeros(0) for _ in kinds]
+
+    def final(self, batch: int, state: State) -> Tensor:
+        """Latents after the last step."""
+        return self._latents(batch, state, len(self.kinds))
+
+    @torch.no_grad()
+    def run(self) -> list[State]:
+        """Find the coefficients of each step in turn. Returns the ends of the runs."""
+        states = [State() for _ in self.own]
+        for k, kind in enumerate(self.kinds):
+            problem, guess = LeastSquares(), self._guess(k, states[0])
+            for batch, state in enumerate(states):
+                moves, output = self._moves(batch, state, k, guess)
+                if moves:
+                    state.used.append(self._guided(output, batch, k) - self.own[batch].outputs[k])
+                    now = self._latents(batch, state, k + 1) - self.goals[batch][k]
+                    state.used.pop()
+                    gain = self.response[k, k].item()
+                    moves = [gain * move for move in moves]
+                    problem.add(now - sum(a * move for a, move in zip(guess.tolist(), moves, strict=False)), moves)
+            if problem.slopes:
+                solution, count = problem.solve(), len(guess)
+                self.outputs[k] = solution[count:]
+                if kind == CACHED:
+                    self.features[k] = solution[:count]
+            for batch, state in enumerate(states):
+                self._advance(batch, state, k, computed=kind == FULL)
+        return states
+
+    def _latents(self, batch: int, state: State, k: int) -> Tensor:
+        """Before step k: those of the uncached run, moved by what the steps before did otherwise."""
+        latents = self.own[batch].latents[k]
+        if k == 0:
+            return latents
+        gains = self.response[k - 1, : len(state.used)].tolist()
+        return sum((gain * used for gain, used in zip(gains, state.used, strict=True)), start=latents)
+
+    def _call(self, batch: int, state: State, k: int, step: CacheStep) -> Tensor:
+        """The model's whole output at step k."""
+        own, latents = self.own[batch], self._latents(batch, state, k)
+        rows = latents.to(self.model.dtype).repeat(own.rows, *[1] * (latents.ndim - 1))
+
+        output = self.model.forward(**own.arguments[k] | {own.name: rows, "cache": step})
+        return output if isinstance(output, Tensor) else output[0]
+
+    def _guided(self, output: Tensor, batch: int, k: int) -> Tensor:
+        """The noise of an output, after guidance: (N, ...) float64."""
+        latents = self.own[batch].latents[k]
+        shape = latents.expand(len(output) // len(latents), *latents.shape).flatten(0, 1)
+        return double(self.guide(predicted_noise(output, shape)))
+
+    def _guess(self, k: int, state: State) -> Tensor:
+        """A linear forecast for the features of step k; empty if it uses none."""
+        if self.kinds[k] != CACHED:
+            return torch.zeros(0, dtype=torch.float64)
+        count = len(differences(state.features, self.memory[0]))
+        full = [j for j in range(k) if self.kinds[j] == FULL][-2:]
+        guess = torch.zeros(count, dtype=torch.float64)
+        if count:
+            guess[0] = (k - full[1]) / (full[1] - full[0])
+        return guess
+
+    def _moves(self, batch: int, state: State, k: int, guess: Tensor) -> tuple[list[Tensor], Tensor]:
+        """What each coefficient of step k does to its guided output, and the output without corrections."""
+        kind, moves = self.kinds[k], []
+        if kind == CACHED:
+            feature = combined(state.features, guess)
+            output = self._call(batch, state, k, CacheStep(self.branch, feature))
+            here = self._guided(output, batch, k)
+            for change in differences(state.features, len(guess)):
+                other = self._call(batch, state, k, CacheStep(self.branch, feature + SLOPE * change))
+                moves.append((self._guided(other, batch, k) - here) / SLOPE)
+            known = [output, *state.outputs]
+        else:
+            if kind == FULL:
+                self._compute(batch, state, k)
+            known, output = state.outputs, state.outputs[0]
+        if kind == FORECAST or self.correct:
+            moves += [self._guided(change, batch, k) for change in differences(known, self.memory[1])]
+        return moves, output
+
+    def _compute(self, batch: int, state: State, k: int) -> None:
+        """Run the model at step k, and store what it gives."""
+        if self.kinds[k] == FULL:
+            step = CacheStep(self.branch, None)
+            state.outputs.insert(0, self._call(batch, state, k, step))
+            if CACHED in self.kinds:
+                state.features.insert(0, step.kept_feature)
+        elif self.kinds[k] == CACHED:
+            feature = combined(state.features, self.features[k])
+            state.outputs.insert(0, self._call(batch, state, k, CacheStep(self.branch, feature)))
+        del state.outputs[self.memory[1] + 1 :], state.features[self.memory[0] + 1 :]
+
+    def _advance(self, batch: int, state: State, k: int, computed: bool = False) -> None:
+        """Take step k with the coefficients as they are."""
+        if not computed:
+            self._compute(batch, state, k)
+        output = combined(state.outputs, self.outputs[k])
+        state.used.append(self._guided(output, batch, k) - self.own[batch].outputs[k])

@@ -1,7 +1,10 @@
 """What the samplers of DiT and Latte share: models whose only condition is a class, or nothing."""
 
 from abc import abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -11,7 +14,7 @@ from skipdit.caching.policies import CachePolicy
 from skipdit.caching.runtime import SkipCache
 from skipdit.checkpoints.loading import load_weights
 from skipdit.diffusion.gaussian import Diffusion
-from skipdit.diffusion.samplers import ddim, ddpm, randn
+from skipdit.diffusion.samplers import SOLVERS, Callback, Model, ddim, ddpm, make_solver, multistep, randn
 from skipdit.encoders.autoencoder import load_vae
 from skipdit.layers.adaln import AdaLNTransformer, Conditioning
 from skipdit.layers.flops import step_flops
@@ -23,8 +26,40 @@ from skipdit.utils.device import compile_mode, process_state, set_tf32
 from skipdit.utils.dtypes import resolve_dtype
 from skipdit.utils.seeding import generators
 
-SAMPLERS = {"ddpm": ddpm, "ddim": ddim}
+SAMPLERS = ("ddpm", "ddim", *SOLVERS)
 AHEAD_BYTES = 2**28  # memory for modulations that are computed ahead of their steps
+
+
+def sampling_timesteps(sampler: str, steps: int | str | Sequence[int]) -> list[int]:
+    """Return the timesteps of a run, in sampling order. Raises ValueError for steps that the sampler does not take."""
+    if sampler in SOLVERS:
+        return make_solver(sampler, steps).timesteps.tolist()
+    return Diffusion(steps).sampling_timesteps
+
+
+def _loop(
+    sampler: str,
+    steps: int | str | Sequence[int],
+    model: Model,
+    x: Tensor,
+    generators: Sequence[torch.Generator],
+    callback: Callback | None = None,
+    progress: bool = False,
+) -> Tensor:
+    """Run the sampling loop of this name."""
+    if sampler in SOLVERS:
+        return multistep(model, x, make_solver(sampler, steps), callback, progress)
+    loop = {"ddpm": ddpm, "ddim": ddim}[sampler]
+    return loop(model, x, Diffusion(steps), generators, callback=callback, progress=progress)
+
+
+def guide(rows: Tensor, scale: float, channels: int | None) -> Tensor:
+    """Noise (2N, ..., C, H, W), conditional and unconditional, to guided noise (N, ..., C, H, W)."""
+    conditional, unconditional = rows.chunk(2)
+    guided = torch.lerp(unconditional, conditional, scale)
+    if channels is None:
+        return guided
+    return torch.cat([guided[..., :channels, :, :], conditional[..., channels:, :, :]], dim=-3)
 
 
 def generate_settings(config: SamplingConfig) -> dict:
@@ -52,7 +87,7 @@ def generate(
     labels: Tensor | None,
     generators: Sequence[torch.Generator],
     *,
-    steps: int | str = 250,
+    steps: int | str | Sequence[int] = 250,
     sampler: str = "ddpm",
     guidance_scale: float = 4.0,
     guidance_channels: int | None = None,
@@ -77,8 +112,7 @@ def generate(
 
     Raises FloatingPointError, naming the step, if they stop being finite.
     """
-    diffusion, count = Diffusion(steps), len(generators)
-    timesteps = diffusion.sampling_timesteps
+    timesteps, count = sampling_timesteps(sampler, steps), len(generators)
     run = cache if isinstance(cache, SkipCache) else SkipCache(cache, timesteps)
     if run.spec.adaptive and model._compiled_call_impl is not None:
         raise ValueError(f"cache {run.spec} decides within the model, which cannot be compiled then: set compile=none")
@@ -121,7 +155,7 @@ def generate(
             callback(i, x, x0)
 
     try:
-        x = SAMPLERS[sampler](guided, x, diffusion, generators, callback=after_step, progress=progress)
+        x = _loop(sampler, steps, guided, x, generators, after_step, progress)
     finally:
         run.clear()
     require_finite(finite, timesteps, model.dtype)
@@ -150,9 +184,9 @@ class ClassSampler(Sampler):
         if bad := [c for c in config.classes if not 0 <= c < (model.null_class or 0)]:
             known = f"0 .. {model.null_class - 1}" if model.null_class else "no classes"
             raise ValueError(f"class ids {bad} are out of range; this model knows {known}")
-        Diffusion(config.steps)
         if config.sampler not in SAMPLERS:
             raise ValueError(f"sampler is {config.sampler!r}; known: {', '.join(SAMPLERS)}")
+        sampling_timesteps(config.sampler, config.steps)
         guided = config.guidance_scale != 1
         if guided and model.null_class is None:
             raise ValueError(f"guidance_scale is {config.guidance_scale}, and the model is unconditional: set it to 1")
@@ -177,8 +211,46 @@ class ClassSampler(Sampler):
     def method(self) -> str:
         return self.config.sampler
 
-    def timesteps(self, steps: int) -> list[int]:
-        return Diffusion(steps).sampling_timesteps
+    @contextmanager
+    def using(self, method: str) -> Iterator[None]:
+        before, self.config = self.config, replace(self.config, sampler=method)
+        try:
+            yield
+        finally:
+            self.config = before
+
+    def timesteps(self, steps: int | Sequence[int]) -> list[int]:
+        return sampling_timesteps(self.config.sampler, steps)
+
+    def guide(self, rows: Tensor) -> Tensor:
+        if self.config.guidance_scale == 1:
+            return rows
+        return guide(rows, self.config.guidance_scale, self.config.guidance_channels)
+
+    def response(self, steps: int) -> Tensor:
+        timesteps = self.timesteps(steps)
+        count = len(timesteps)
+        x, states = torch.zeros(count + 1, 1, 1, 1, dtype=torch.float64), []
+        alike = [torch.Generator().manual_seed(0) for _ in range(count + 1)]  # every row draws the same noise
+
+        def one_output(x: Tensor, t: Tensor, i: int) -> Tensor:
+            """Row i is moved by 1 at step i; the last one never."""
+            rows = torch.zeros(count + 1, 2, 1, 1, dtype=x.dtype)
+            rows[i, 0] = 1
+            return rows
+
+        _loop(self.config.sampler, steps, one_output, x, alike, lambda i, x, x0: states.append(x.flatten()))
+        reached = torch.stack(states).double()
+        return reached[:, :count] - reached[:, count:]
+
+    def refined(self, steps: int, factor: int) -> int | list[int] | None:
+        if self.config.sampler == "ddpm":
+            return None
+        if self.config.sampler in SOLVERS:
+            return steps * factor if steps * factor < 1000 else None
+        own = self.timesteps(steps)
+        between = [round(a + (b - a) * n / factor) for a, b in pairwise(own) for n in range(factor)]
+        return sorted({*between, own[-1]}, reverse=True)
 
     def identity(self) -> dict[str, Any]:
         return {}

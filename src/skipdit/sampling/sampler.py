@@ -2,6 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ class Sampler(ABC):
         names: of the samples' files, without suffix; None numbers them.
         unit: what a sample is: "image" or "clip".
         suffix: of a sample's file.
+        solvers: names of multistep solvers that `using` knows.
     """
 
     config: Any
@@ -38,6 +40,7 @@ class Sampler(ABC):
     names: Sequence[str] | None = None
     unit: str = "image"
     suffix: str = "png"
+    solvers: Sequence[str] = ("dpm", "dpm3", "unipc", "unipc3", "deis", "deis3")
 
     @property
     @abstractmethod
@@ -45,8 +48,29 @@ class Sampler(ABC):
         """Name of the sampling method, as the config has it."""
 
     @abstractmethod
+    def using(self, method: str) -> AbstractContextManager[None]:
+        """Sample by another method within the context."""
+
+    @abstractmethod
     def timesteps(self, steps: int) -> list[float]:
         """Timesteps of a run of `steps` steps, in sampling order."""
+
+    @abstractmethod
+    def guide(self, rows: Tensor) -> Tensor:
+        """Turn the noise that the model predicts, of all rows of a call, into that which the step takes (N, ...)."""
+
+    @abstractmethod
+    def response(self, steps: int) -> Tensor:
+        """How far latents move by the outputs: entry (k, j), float64 of (steps, steps), is the change of the latents
+        after step k, as the model reads them in the next one, if the guided output of step j grows by 1. It is the same
+        for all latents.
+        """
+
+    @abstractmethod
+    def refined(self, steps: int, factor: int) -> int | list[int] | None:
+        """The `steps` of a run that visits the timesteps of this one, and `factor` - 1 between each two of them; None
+        if there is none, or if the sampler is stochastic.
+        """
 
     @abstractmethod
     def latents(
@@ -69,6 +93,10 @@ class Sampler(ABC):
     @abstractmethod
     def write(self, path: Path, pixels: Tensor) -> None:
         """Write a sample, uint8 of the shape that the autoencoder gives."""
+
+    def to_model(self, latents: Tensor) -> Tensor:
+        """Turn latents of a batch into the layout that the model reads, or back."""
+        return latents
 
     def record(self) -> dict[str, Any]:
         """Entries that the config gets in report.json."""

@@ -3,7 +3,9 @@
 import inspect
 import json
 from abc import abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -32,6 +34,7 @@ def make_scheduler(name: str, settings: dict[str, Any]) -> SchedulerMixin:
     if name not in SCHEDULERS:
         raise ValueError(f"scheduler is {name!r}; known: {', '.join(SCHEDULERS)}")
     kind = getattr(diffusers, SCHEDULERS[name])
+    settings = dict(settings) | ({"solver_order": 3} if name.endswith("3") else {})
     known = set(inspect.signature(kind.__init__).parameters)
     return kind(**{key: value for key, value in settings.items() if key in known})
 
@@ -188,6 +191,45 @@ class PromptSampler(Sampler):
         scheduler = type(self.pipe.scheduler).from_config(self.pipe.scheduler.config)  # the pipe's would begin a run
         scheduler.set_timesteps(steps)
         return scheduler.timesteps.tolist()
+
+    @contextmanager
+    def using(self, method: str) -> Iterator[None]:
+        config, scheduler = self.config, self.pipe.scheduler
+        self.config, self.pipe.scheduler = replace(config, scheduler=method), make_scheduler(method, scheduler.config)
+        try:
+            yield
+        finally:
+            self.config, self.pipe.scheduler = config, scheduler
+
+    def guide(self, rows: Tensor) -> Tensor:
+        if self.config.guidance_scale == 1:
+            return rows
+        unconditional, conditional = rows.chunk(2)
+        return torch.lerp(unconditional, conditional, self.config.guidance_scale)
+
+    def response(self, steps: int) -> Tensor:
+        scheduler = type(self.pipe.scheduler).from_config(self.pipe.scheduler.config)
+        scheduler.set_timesteps(steps)
+        count, reached = len(scheduler.timesteps), []
+        noise = {}
+        if "generator" in inspect.signature(scheduler.step).parameters:  # every row draws the same noise
+            noise["generator"] = [torch.Generator().manual_seed(0) for _ in range(count + 1)]
+        x = torch.zeros(count + 1, 1, 1, 1)
+        for i, t in enumerate(scheduler.timesteps):
+            rows = torch.zeros_like(x)
+            rows[i] = 1  # moved at its step; the last row never
+            x = scheduler.step(rows, t, x, **noise).prev_sample
+            following = scheduler.timesteps[i + 1 : i + 2]
+            reached.append((scheduler.scale_model_input(x, following[0]) if len(following) else x).flatten())
+        reached = torch.stack(reached).double()
+        return reached[:, :count] - reached[:, count:]
+
+    def refined(self, steps: int, factor: int) -> int | None:
+        fine, own = self.timesteps(steps * factor), self.timesteps(steps)
+        nested = [fine.index(t) for t in own if t in fine]
+        if self.config.scheduler == "ddpm" or nested != list(range(0, len(fine), factor)):
+            return None
+        return steps * factor
 
     def identity(self) -> dict[str, Any]:
         return {
