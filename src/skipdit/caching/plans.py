@@ -127,6 +127,10 @@ class CachePlan(CachePolicy):
         return Path(self.source).stem
 
     @property
+    def target(self) -> str | None:
+        return self.about.get("target", "sampler")
+
+    @property
     def calibration_seed(self) -> int | None:
         return self.about.get("calibration", {}).get("seed")
 

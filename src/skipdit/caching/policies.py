@@ -94,6 +94,11 @@ class CachePolicy(ABC):
         other = CACHED if self.branch else FORECAST
         return "".join(FULL if full else other for full in self.full_mask(timesteps))
 
+    @property
+    def target(self) -> str | None:
+        """What the images of a fitted policy should be: "sampler", those of the uncached run, or "converged"."""
+        return None
+
     def coefficients(self, i: int, known: tuple[int, ...]) -> Sequence[float]:
         """Return the coefficients u, v, ... of cached step i, at most `order`: it uses f0 + u (f0 - f1) + v (f1 - f2)
         + ... of the last features, f0 the newest. By default those of a linear forecast.

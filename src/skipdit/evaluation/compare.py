@@ -75,6 +75,9 @@ def check_plans(policies: Sequence[CachePolicy], sampler: Sampler, seeds: Sequen
     model = fingerprint(sampler.model) if policies else ""
     for policy in policies:
         policy.full_mask(sampler.timesteps(sampler.config.steps))
+        if policy.target == "converged":
+            told = f"{policy.label} aims at the converged images, not at the uncached ones"
+            warnings.warn(f"{told}: benchmarks/plans.py measures the distance to both", stacklevel=2)
         policy.check(model, sampler.method, sampler.config.guidance_scale)
         if (seed := policy.calibration_seed) is not None and seed in (seeds or [sampler.config.seed]):
             warnings.warn(f"{policy.label} was calibrated on seed {seed}, too: take another", stacklevel=2)

@@ -22,6 +22,8 @@ from skipdit.utils.device import double
 
 TARGETS = ("converged", "sampler")
 TINY = 1e-20
+# Cached steps that may correct their output, too, are better off with fewer features.
+MEMORY = {"sampler": (2, 3), "converged": (1, 3)}
 
 
 class Recorder:
@@ -84,12 +86,12 @@ class Bench:
             raise ValueError(f"{sampler.method} calls the model {calls}; such runs cannot be planned")
         self.batches = list(sampler.batches(range(sampler.total)))
         self.response = sampler.response(steps)
+        self.factors = (1, 2, 4) if target == "converged" else (1,)  # steps of calibration's runs, over the bench's
         self._known: dict[str, dict[str, float]] = {}
 
     def calibrate(self) -> None:
         """Make the uncached runs, and the target."""
-        factors = (1, 2, 4) if self.target == "converged" else (1,)
-        refined = [self.sampler.refined(self.steps, factor) if factor > 1 else self.steps for factor in factors]
+        refined = [self.sampler.refined(self.steps, each) if each > 1 else self.steps for each in self.factors]
         if None in refined:
             raise ValueError(
                 f"there is no converged run of {self.sampler.method} with {self.steps} steps: it is stochastic, or no "
@@ -99,7 +101,7 @@ class Bench:
         self.goals: list[list[Tensor]] = []
         # per target, the images of every batch
         self.references: dict[str, list[Tensor]] = {name: [] for name in TARGETS if name in ("sampler", self.target)}
-        of_all = sum(factors) * self.steps * len(self.batches)
+        of_all = sum(self.factors) * self.steps * len(self.batches)
         with tqdm(total=of_all, desc=f"uncached runs, for the target {self.target}", unit="step") as progress:
             for indices in self.batches:
                 runs = [self._record(indices, steps, progress) for steps in refined]
@@ -132,14 +134,23 @@ class Bench:
         """Of latents as the model has them, (N, ..., 3, H, W) in [-1, 1]."""
         return decode(self.sampler.vae, self.sampler.to_model(latents).float()).clamp(-1, 1).cpu()
 
-    def fit(self, kinds: str, memory: tuple[int, int] = (2, 3)) -> Fitted:
+    def fit(self, kinds: str, memory: tuple[int, int] | None = None) -> Fitted:
         """Fit a schedule.
 
         Args:
-            memory: how many coefficients a step may have: of features, and of outputs.
+            memory: how many coefficients a step may have at most: of features, and of outputs [`MEMORY`].
         """
         correct = self.target == "converged"
-        fit = Fit(self.sampler, self.own, self.goals, kinds, self.branch, self.response, memory, correct)
+        fit = Fit(
+            self.sampler,
+            self.own,
+            self.goals,
+            kinds,
+            self.branch,
+            self.response,
+            memory or MEMORY[self.target],
+            correct,
+        )
         states = fit.run()
         features = tuple(None if ws is None else tuple(ws.tolist()) for ws in fit.features)
         outputs = tuple(tuple(ws.tolist()) for ws in fit.outputs)

@@ -226,10 +226,8 @@ class PromptSampler(Sampler):
 
     def refined(self, steps: int, factor: int) -> int | None:
         fine, own = self.timesteps(steps * factor), self.timesteps(steps)
-        nested = [fine.index(t) for t in own if t in fine]
-        if self.config.scheduler == "ddpm" or nested != list(range(0, len(fine), factor)):
-            return None
-        return steps * factor
+        # "leading" timesteps of the longer run begin earlier, too; what counts is that it visits those of this one
+        return None if self.config.scheduler == "ddpm" or not set(own) <= set(fine) else steps * factor
 
     def identity(self) -> dict[str, Any]:
         return {
