@@ -7,7 +7,8 @@ from dataclasses import dataclass, field
 from peers import FORA, PAB, DBCache, DeltaDiT, Peer, TaylorSeer, TeaCache, TGate, parts_of
 
 from skipdit.caching.plans import CachePlan
-from skipdit.caching.policies import CachePolicy, CacheSpec, DriftSpec
+from skipdit.caching.policies import CacheSpec, DriftSpec
+from skipdit.caching.policy import CachePolicy
 from skipdit.caching.runtime import SkipCache
 from skipdit.layers.adaln import AdaLNTransformer
 from skipdit.layers.flops import run_flops

@@ -27,7 +27,8 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import skipdit
-from skipdit.caching.policies import CachePolicy, CacheSpec, parse_policy
+from skipdit.caching.policies import CacheSpec, parse_policy
+from skipdit.caching.policy import CachePolicy
 from skipdit.caching.runtime import SkipCache
 from skipdit.class_to_image.sample import Config, ImageSampler
 from skipdit.cli import friendly_errors

@@ -6,7 +6,7 @@ from skipdit.utils.lazy import lazy_names
 __version__ = "0.1.0"
 
 _PLACES = {  # public name -> its module
-    "CachePolicy": "caching.policies",
+    "CachePolicy": "caching.policy",
     "CacheSpec": "caching.policies",
     "SkipCache": "caching.runtime",
     "parse_policy": "caching.policies",

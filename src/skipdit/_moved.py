@@ -16,7 +16,7 @@ MODULES = {  # module of version 0.1 -> the ones that hold its names now
     "analyze.plot": ("analysis.plot",),
     "analyze.trace": ("analysis.trace",),
     "bench": ("layers.flops", "layers.inspect", "utils.timing"),
-    "cache": ("caching.policies", "caching.plans", "caching.runtime", "caching.steps"),
+    "cache": ("caching.policies", "caching.policy", "caching.plans", "caching.runtime", "caching.steps"),
     "checkpoint": ("training.checkpoints",),
     "class_sample": ("sampling.class_conditional", "sampling.settings", "sampling.job"),
     "compare": ("evaluation.compare", "sampling.sampler"),

@@ -6,7 +6,8 @@ from skipdit.utils.lazy import lazy_names
 
 if TYPE_CHECKING:
     from skipdit.caching.plans import CachePlan
-    from skipdit.caching.policies import CachePolicy, CacheSpec, DriftSpec, parse_policy
+    from skipdit.caching.policies import CacheSpec, DriftSpec, parse_policy
+    from skipdit.caching.policy import CachePolicy
     from skipdit.caching.runtime import SkipCache
     from skipdit.caching.steps import CacheStep
 
@@ -14,5 +15,10 @@ __all__ = ["CachePlan", "CachePolicy", "CacheSpec", "CacheStep", "DriftSpec", "S
 __getattr__ = lazy_names(
     __name__,
     dict.fromkeys(__all__, "caching.policies")
-    | {"CachePlan": "caching.plans", "SkipCache": "caching.runtime", "CacheStep": "caching.steps"},
+    | {
+        "CachePlan": "caching.plans",
+        "CachePolicy": "caching.policy",
+        "SkipCache": "caching.runtime",
+        "CacheStep": "caching.steps",
+    },
 )

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from skipdit.caching.policies import CACHED, FORECAST, FULL, CachePolicy, linear_coefficients
+from skipdit.caching.policy import CACHED, FORECAST, FULL, CachePolicy, linear_coefficients
 
 
 @dataclass(frozen=True)

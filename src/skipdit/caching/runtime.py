@@ -10,7 +10,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from skipdit.caching.policies import CACHED, FORECAST, FULL, NAMES, CachePolicy, parse_policy
+from skipdit.caching.policies import parse_policy
+from skipdit.caching.policy import CACHED, FORECAST, FULL, NAMES, CachePolicy
 from skipdit.caching.steps import CacheStep
 
 Stored = list[tuple[int, Tensor]]  # (step, feature or output), oldest first

@@ -13,7 +13,8 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from skipdit.caching.policies import CachePolicy, CacheSpec, parse_policy
+from skipdit.caching.policies import CacheSpec, parse_policy
+from skipdit.caching.policy import CachePolicy
 from skipdit.caching.runtime import SkipCache
 from skipdit.cli import friendly_errors
 from skipdit.config import to_dict

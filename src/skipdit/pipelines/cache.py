@@ -24,7 +24,8 @@ from torch import Tensor, nn
 from torch._dynamo import OptimizedModule
 from torch.utils._pytree import tree_map_only
 
-from skipdit.caching.policies import CachePolicy, parse_policy
+from skipdit.caching.policies import parse_policy
+from skipdit.caching.policy import CachePolicy
 from skipdit.caching.runtime import SkipCache
 from skipdit.layers.skip import SkipTransformer, check_branch
 from skipdit.pipelines import hunyuan2d

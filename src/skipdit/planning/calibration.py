@@ -10,7 +10,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from skipdit.caching.plans import CachePlan
-from skipdit.caching.policies import CachePolicy, CacheSpec
+from skipdit.caching.policies import CacheSpec
+from skipdit.caching.policy import CachePolicy
 from skipdit.caching.runtime import SkipCache
 from skipdit.encoders.autoencoder import decode
 from skipdit.layers.flops import run_flops

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from skipdit.caching.policies import NAMES
+from skipdit.caching.policy import NAMES
 from skipdit.cli import friendly_errors
 from skipdit.config import to_dict
 from skipdit.planning.calibration import Bench, Fitted

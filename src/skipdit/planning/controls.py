@@ -2,7 +2,8 @@
 
 from typing import NamedTuple
 
-from skipdit.caching.policies import CachePolicy, CacheSpec
+from skipdit.caching.policies import CacheSpec
+from skipdit.caching.policy import CachePolicy
 from skipdit.layers.flops import uncached_steps
 from skipdit.planning.calibration import Bench
 

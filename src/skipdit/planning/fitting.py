@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from skipdit.caching.policies import CACHED, FORECAST, FULL
+from skipdit.caching.policy import CACHED, FORECAST, FULL
 from skipdit.caching.steps import CacheStep
 from skipdit.layers.skip import SkipTransformer, predicted_noise
 from skipdit.sampling.sampler import Sampler

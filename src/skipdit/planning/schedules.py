@@ -2,7 +2,7 @@
 
 from itertools import pairwise
 
-from skipdit.caching.policies import CACHED, FORECAST, FULL
+from skipdit.caching.policy import CACHED, FORECAST, FULL
 
 
 def full_steps(steps: int, count: int, warp: float = 1.0, head: int = 1, tail: int = 0) -> list[int]:

@@ -12,7 +12,8 @@ import torch
 from accelerate.utils import gather_object
 from tqdm import tqdm
 
-from skipdit.caching.policies import NAMES, CachePolicy, parse_policy
+from skipdit.caching.policies import parse_policy
+from skipdit.caching.policy import NAMES, CachePolicy
 from skipdit.caching.runtime import SkipCache
 from skipdit.checkpoints.download import is_hub_name
 from skipdit.checkpoints.files import holds_weights

@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from skipdit.caching.policies import NAMES
+from skipdit.caching.policy import NAMES
 from skipdit.caching.runtime import SkipCache
 from skipdit.utils.provenance import versions
 

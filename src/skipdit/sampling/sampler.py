@@ -10,7 +10,7 @@ import torch
 from diffusers import AutoencoderKL
 from torch import Tensor
 
-from skipdit.caching.policies import CachePolicy
+from skipdit.caching.policy import CachePolicy
 from skipdit.caching.runtime import SkipCache
 from skipdit.encoders.autoencoder import decode
 from skipdit.layers.skip import SkipTransformer

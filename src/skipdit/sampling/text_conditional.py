@@ -14,7 +14,7 @@ import torch
 from diffusers import AutoencoderKL, ConfigMixin, DiffusionPipeline, SchedulerMixin
 from torch import Tensor, nn
 
-from skipdit.caching.policies import CachePolicy
+from skipdit.caching.policy import CachePolicy
 from skipdit.caching.runtime import SkipCache
 from skipdit.checkpoints.loading import load_weights
 from skipdit.encoders.autoencoder import downsampling
