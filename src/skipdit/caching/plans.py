@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from skipdit.caching.policy import CACHED, FORECAST, FULL, CachePolicy, linear_coefficients
+from skipdit.caching.policy import CACHED, FORECAST, FULL, CachePolicy, known_outputs, linear_coefficients
 
 
 @dataclass(frozen=True)
@@ -66,18 +66,14 @@ class CachePlan(CachePolicy):
         for i, (kind, features) in enumerate(zip(self.kinds, self.features, strict=True)):
             if (kind == CACHED) != (features is not None):
                 raise ValueError(f"{self.source}: step {i} is of kind {kind}; cached steps alone have features")
-            counts = {"features": len(features or ()), "outputs": len(self.outputs[i])}
-            for (name, count), stored in zip(counts.items(), map(len, (self._full(i), self._known(i))), strict=True):
-                if count >= max(stored, 1):
-                    raise ValueError(f"{self.source}: step {i} has {count} coefficients for {stored} {name}")
+            full, known = self._full(i), known_outputs(self.kinds, i)
+            for name, own, stored in (("features", features or (), full), ("outputs", self.outputs[i], known)):
+                if len(own) >= max(len(stored), 1):
+                    raise ValueError(f"{self.source}: step {i} has {len(own)} coefficients for {len(stored)} {name}")
 
     def _full(self, i: int) -> tuple[int, ...]:
         """The full steps before step i, whose features it may use."""
         return tuple(j for j in range(i) if self.kinds[j] == FULL)
-
-    def _known(self, i: int) -> tuple[int, ...]:
-        """The steps whose outputs step i may use: its own, unless it is a forecast, and those before it."""
-        return tuple(j for j in range(i + 1) if self.kinds[j] != FORECAST)
 
     @classmethod
     def load(cls, file: str | Path) -> CachePlan:
@@ -172,7 +168,7 @@ class CachePlan(CachePolicy):
     def output_coefficients(self, i: int, known: tuple[int, ...]) -> Sequence[float]:
         """Those of step i; if a stream sat out one of the steps that it needs, those of a linear forecast, or none."""
         used = 1 + len(self.outputs[i])
-        if self._known(i)[-used:] == known[-used:]:
+        if known_outputs(self.kinds, i)[-used:] == known[-used:]:
             return self.outputs[i]
         return linear_coefficients(i, known) if self.kinds[i] == FORECAST else ()
 

@@ -125,6 +125,11 @@ class CachePolicy(ABC):
         """
 
 
+def known_outputs(kinds: str, i: int) -> tuple[int, ...]:
+    """The steps whose outputs step i may use: its own, unless it is a forecast, and those before it."""
+    return tuple(j for j in range(i + 1) if kinds[j] != FORECAST)
+
+
 def linear_coefficients(i: int, known: Sequence[int]) -> tuple[float, ...]:
     """How far step i lies ahead of the last two of these steps, in units of their distance; none of one step."""
     return ((i - known[-1]) / (known[-1] - known[-2]),) if len(known) > 1 else ()

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from skipdit.caching.policies import parse_policy
-from skipdit.caching.policy import CACHED, FORECAST, FULL, NAMES, CachePolicy
+from skipdit.caching.policy import CACHED, FORECAST, FULL, NAMES, CachePolicy, known_outputs
 from skipdit.caching.steps import CacheStep
 
 Stored = list[tuple[int, Tensor]]  # (step, feature or output), oldest first
@@ -42,7 +42,7 @@ class SkipCache:
         self.ran = list(self.plan)
         self.peak_bytes = 0
         self._kinds = kinds
-        used = [self.spec.output_coefficients(i, self._known(i)) for i in range(len(kinds))]
+        used = [self.spec.output_coefficients(i, known_outputs(kinds, i)) for i in range(len(kinds))]
         readers = [i for i, kind in enumerate(kinds) if kind != FULL or used[i]]
         self._last_reader = max(readers, default=-1)
         self._outputs_kept = max(map(len, used), default=0) + 1 if FORECAST in kinds or any(used) else 0
@@ -107,10 +107,6 @@ class SkipCache:
         for stored in (self._features, self._outputs, self._memory, self._open):
             stored.clear()
 
-    def _known(self, i: int) -> tuple[int, ...]:
-        """The steps whose outputs step i may use, by the plan."""
-        return tuple(j for j in range(i + 1) if self._kinds[j] != FORECAST)
-
     def _fresh_kind(self, i: int, stream: str) -> str:
         """The step's kind by the plan, or full if its stream has not got what that takes."""
         kind = self._kinds[i]
@@ -119,21 +115,22 @@ class SkipCache:
             return kind if stored and stored[-1][0] >= self.spec.oldest(i, self.plan) else FULL
         if kind == FORECAST:
             stored = self._outputs.get(stream)
-            return kind if stored and stored[-1][0] == self._known(i)[-1] else FULL
+            return kind if stored and stored[-1][0] == known_outputs(self._kinds, i)[-1] else FULL
         return FULL
 
     def _use_outputs(self, i: int, kind: str, stream: str, step: CacheStep) -> None:
         """Give the step its forecast, or the correction of its output; both are computed in float32."""
         stored = self._outputs.get(stream, [])
-        steps, outputs = [j for j, _ in stored], [output.float() for _, output in stored]
-        if kind == FORECAST:
-            coefficients = self.spec.output_coefficients(i, tuple(steps))
+        own = () if kind == FORECAST else (i,)
+        coefficients = self.spec.output_coefficients(i, (*(j for j, _ in stored), *own))
+        if own and not coefficients:
+            return
+        outputs = [output.float() for _, output in stored]
+        if not own:
             step.forecast = _combined(outputs, coefficients).to(stored[-1][1].dtype)
-        elif coefficients := self.spec.output_coefficients(i, (*steps, i)):
-            first, *others = coefficients
-            rest = outputs[-1] * -first  # f0 + u (f0 - f1) + ..., but for f0, which is not known yet
-            for coefficient, new, old in zip(others, outputs[::-1], outputs[-2::-1], strict=False):
-                rest = rest.add_(new, alpha=coefficient).sub_(old, alpha=coefficient)
+        else:
+            first = coefficients[0]  # f0 + u (f0 - f1) + ..., but for f0, which is not known yet
+            rest = _add_differences(outputs[-1] * -first, outputs, coefficients[1:])
             step.correction = torch.full((), 1 + first, device=rest.device), rest
 
     def _collect(self) -> None:
@@ -164,6 +161,11 @@ def _combined(stored: Sequence[Tensor], coefficients: Sequence[float]) -> Tensor
     if not coefficients:
         return stored[-1]
     combined = torch.lerp(stored[-2], stored[-1], 1 + coefficients[0])
-    for coefficient, new, old in zip(coefficients[1:], stored[-2::-1], stored[-3::-1], strict=False):
-        combined = combined.add_(new, alpha=coefficient).sub_(old, alpha=coefficient)
-    return combined
+    return _add_differences(combined, stored[:-1], coefficients[1:])
+
+
+def _add_differences(x: Tensor, stored: Sequence[Tensor], coefficients: Sequence[float]) -> Tensor:
+    """Add v (f1 - f2) + ... to x, in place: differences of what is stored, newest last."""
+    for coefficient, new, old in zip(coefficients, stored[::-1], stored[-2::-1], strict=False):
+        x = x.add_(new, alpha=coefficient).sub_(old, alpha=coefficient)
+    return x

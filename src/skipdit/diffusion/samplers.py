@@ -77,7 +77,7 @@ def ddim(
     return x
 
 
-_SOLVERS = {"deis": DEISMultistepScheduler, "dpm": DPMSolverMultistepScheduler, "unipc": UniPCMultistepScheduler}
+_SOLVERS = {"dpm": DPMSolverMultistepScheduler, "unipc": UniPCMultistepScheduler, "deis": DEISMultistepScheduler}
 SOLVERS = tuple(name + order for name in _SOLVERS for order in ("", "3"))
 
 

@@ -2,6 +2,7 @@
 
 import inspect
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,13 +18,13 @@ from skipdit.encoders.autoencoder import decode
 from skipdit.layers.flops import run_flops
 from skipdit.layers.inspect import replaced
 from skipdit.layers.skip import SkipTransformer, predicted_noise
-from skipdit.planning.fitting import Fit, Recording
+from skipdit.planning.fitting import TINY, Fit, Recording
 from skipdit.sampling.sampler import Sampler
 from skipdit.utils.device import double
 
 TARGETS = ("converged", "sampler")
-TINY = 1e-20
-# Cached steps that may correct their output, too, are better off with fewer features.
+# The most coefficients of a step, of features and of outputs. Cached steps that may correct their output, too, are
+# better off with fewer features.
 MEMORY = {"sampler": (2, 3), "converged": (1, 3)}
 
 
@@ -135,23 +136,10 @@ class Bench:
         """Of latents as the model has them, (N, ..., 3, H, W) in [-1, 1]."""
         return decode(self.sampler.vae, self.sampler.to_model(latents).float()).clamp(-1, 1).cpu()
 
-    def fit(self, kinds: str, memory: tuple[int, int] | None = None) -> Fitted:
-        """Fit a schedule.
-
-        Args:
-            memory: how many coefficients a step may have at most: of features, and of outputs [`MEMORY`].
-        """
-        correct = self.target == "converged"
-        fit = Fit(
-            self.sampler,
-            self.own,
-            self.goals,
-            kinds,
-            self.branch,
-            self.response,
-            memory or MEMORY[self.target],
-            correct,
-        )
+    def fit(self, kinds: str) -> Fitted:
+        """Fit a schedule."""
+        memory, correct = MEMORY[self.target], self.target == "converged"
+        fit = Fit(self.sampler, self.own, self.goals, kinds, self.branch, self.response, memory, correct)
         states = fit.run()
         features = tuple(None if ws is None else tuple(ws.tolist()) for ws in fit.features)
         outputs = tuple(tuple(ws.tolist()) for ws in fit.outputs)
@@ -173,7 +161,7 @@ class Bench:
         """
         key = f"{policy} {steps} {method}"
         if key not in self._known:
-            with self.sampler.using(method or self.sampler.method):
+            with self.sampler.using(method) if method else nullcontext():
                 images = list(self.sampler.images(steps or self.steps, policy))
             self._known[key] = {target: self._error(images, target) for target in self.references}
         return self._known[key]

@@ -40,12 +40,13 @@ class Search:
 
     Args:
         budget: in full steps.
+        progress: of fits.
 
     Attributes:
         tried: kinds of steps -> the fitted plan.
     """
 
-    def __init__(self, bench: Bench, budget: float, progress: tqdm | None = None):
+    def __init__(self, bench: Bench, budget: float, progress: tqdm):
         self.bench, self.budget, self.progress = bench, budget, progress
         self.tried: dict[str, Fitted] = {}
 
@@ -61,8 +62,7 @@ class Search:
             return math.inf
         if kinds not in self.tried:
             self.tried[kinds] = self.bench.fit(kinds)
-            if self.progress is not None:
-                self.progress.update()
+            self.progress.update()
         return self.tried[kinds].error
 
     def descend(self, shares: tuple[float, ...]) -> Fitted:

@@ -150,6 +150,8 @@ class Fit:
         for k, kind in enumerate(self.kinds):
             problem, guess = LeastSquares(), self._guess(k, states[0])
             for batch, state in enumerate(states):
+                if kind == FULL:
+                    self._compute(batch, state, k)
                 moves, output = self._moves(batch, state, k, guess)
                 if moves:
                     state.used.append(self._guided(output, batch, k) - self.own[batch].outputs[k])
@@ -164,7 +166,10 @@ class Fit:
                 if kind == CACHED:
                     self.features[k] = solution[:count]
             for batch, state in enumerate(states):
-                self._advance(batch, state, k, computed=kind == FULL)
+                if kind == CACHED:
+                    self._compute(batch, state, k)
+                output = combined(state.outputs, self.outputs[k])
+                state.used.append(self._guided(output, batch, k) - self.own[batch].outputs[k])
         return states
 
     def _latents(self, batch: int, state: State, k: int) -> Tensor:
@@ -179,7 +184,6 @@ class Fit:
         """The model's whole output at step k."""
         own, latents = self.own[batch], self._latents(batch, state, k)
         rows = latents.to(self.model.dtype).repeat(own.rows, *[1] * (latents.ndim - 1))
-
         output = self.model.forward(**own.arguments[k] | {own.name: rows, "cache": step})
         return output if isinstance(output, Tensor) else output[0]
 
@@ -212,28 +216,19 @@ class Fit:
                 moves.append((self._guided(other, batch, k) - here) / SLOPE)
             known = [output, *state.outputs]
         else:
-            if kind == FULL:
-                self._compute(batch, state, k)
             known, output = state.outputs, state.outputs[0]
         if kind == FORECAST or self.correct:
             moves += [self._guided(change, batch, k) for change in differences(known, self.memory[1])]
         return moves, output
 
     def _compute(self, batch: int, state: State, k: int) -> None:
-        """Run the model at step k, and store what it gives."""
+        """Run the model at step k, which is full or cached, and store what it gives."""
         if self.kinds[k] == FULL:
             step = CacheStep(self.branch, None)
             state.outputs.insert(0, self._call(batch, state, k, step))
             if CACHED in self.kinds:
                 state.features.insert(0, step.kept_feature)
-        elif self.kinds[k] == CACHED:
+        else:
             feature = combined(state.features, self.features[k])
             state.outputs.insert(0, self._call(batch, state, k, CacheStep(self.branch, feature)))
         del state.outputs[self.memory[1] + 1 :], state.features[self.memory[0] + 1 :]
-
-    def _advance(self, batch: int, state: State, k: int, computed: bool = False) -> None:
-        """Take step k with the coefficients as they are."""
-        if not computed:
-            self._compute(batch, state, k)
-        output = combined(state.outputs, self.outputs[k])
-        state.used.append(self._guided(output, batch, k) - self.own[batch].outputs[k])

@@ -227,21 +227,17 @@ class ClassSampler(Sampler):
             return rows
         return guide(rows, self.config.guidance_scale, self.config.guidance_channels)
 
-    def response(self, steps: int) -> Tensor:
-        timesteps = self.timesteps(steps)
-        count = len(timesteps)
-        x, states = torch.zeros(count + 1, 1, 1, 1, dtype=torch.float64), []
-        alike = [torch.Generator().manual_seed(0) for _ in range(count + 1)]  # every row draws the same noise
+    def follow(self, outputs: Tensor, steps: int) -> list[Tensor]:
+        count, states = outputs.shape[1], []
+        x = torch.zeros(count, 1, 1, 1, dtype=torch.float64)
+        alike = [torch.Generator().manual_seed(0) for _ in range(count)]
 
-        def one_output(x: Tensor, t: Tensor, i: int) -> Tensor:
-            """Row i is moved by 1 at step i; the last one never."""
-            rows = torch.zeros(count + 1, 2, 1, 1, dtype=x.dtype)
-            rows[i, 0] = 1
-            return rows
+        def model(x: Tensor, t: Tensor, i: int) -> Tensor:
+            noise = outputs[i].to(x)[:, None, None, None]
+            return torch.cat([noise, torch.zeros_like(noise)], dim=1)  # and the variance
 
-        _loop(self.config.sampler, steps, one_output, x, alike, lambda i, x, x0: states.append(x.flatten()))
-        reached = torch.stack(states).double()
-        return reached[:, :count] - reached[:, count:]
+        _loop(self.config.sampler, steps, model, x, alike, lambda i, x, x0: states.append(x.flatten()))
+        return states
 
     def refined(self, steps: int, factor: int) -> int | list[int] | None:
         if self.config.sampler == "ddpm":

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from skipdit.caching.policy import CachePolicy
 from skipdit.caching.runtime import SkipCache
+from skipdit.diffusion.samplers import SOLVERS
 from skipdit.encoders.autoencoder import decode
 from skipdit.layers.skip import SkipTransformer
 from skipdit.utils.pixels import to_uint8
@@ -40,7 +41,7 @@ class Sampler(ABC):
     names: Sequence[str] | None = None
     unit: str = "image"
     suffix: str = "png"
-    solvers: Sequence[str] = ("dpm", "dpm3", "unipc", "unipc3", "deis", "deis3")
+    solvers: Sequence[str] = SOLVERS
 
     @property
     @abstractmethod
@@ -60,11 +61,25 @@ class Sampler(ABC):
         """Turn the noise that the model predicts, of all rows of a call, into that which the step takes (N, ...)."""
 
     @abstractmethod
+    def follow(self, outputs: Tensor, steps: int) -> list[Tensor]:
+        """Run the sampler without a model, from zero latents of a single value.
+
+        Args:
+            outputs: guided outputs (steps, N) that it gets.
+
+        Returns:
+            The latents (N,) after every step, as the model reads them in the next one. All draw the same noise.
+        """
+
     def response(self, steps: int) -> Tensor:
         """How far latents move by the outputs: entry (k, j), float64 of (steps, steps), is the change of the latents
         after step k, as the model reads them in the next one, if the guided output of step j grows by 1. It is the same
         for all latents.
         """
+        count = len(self.timesteps(steps))
+        moved = torch.eye(count, count + 1)  # row i at its step, the last one never
+        reached = torch.stack(self.follow(moved, steps)).double()
+        return reached[:, :count] - reached[:, count:]
 
     @abstractmethod
     def refined(self, steps: int, factor: int) -> int | list[int] | None:

@@ -207,22 +207,17 @@ class PromptSampler(Sampler):
         unconditional, conditional = rows.chunk(2)
         return torch.lerp(unconditional, conditional, self.config.guidance_scale)
 
-    def response(self, steps: int) -> Tensor:
+    def follow(self, outputs: Tensor, steps: int) -> list[Tensor]:
         scheduler = type(self.pipe.scheduler).from_config(self.pipe.scheduler.config)
         scheduler.set_timesteps(steps)
-        count, reached = len(scheduler.timesteps), []
-        noise = {}
-        if "generator" in inspect.signature(scheduler.step).parameters:  # every row draws the same noise
-            noise["generator"] = [torch.Generator().manual_seed(0) for _ in range(count + 1)]
-        x = torch.zeros(count + 1, 1, 1, 1)
+        x, states, noise = torch.zeros(outputs.shape[1], 1, 1, 1), [], {}
+        if "generator" in inspect.signature(scheduler.step).parameters:
+            noise["generator"] = [torch.Generator().manual_seed(0) for _ in x]
         for i, t in enumerate(scheduler.timesteps):
-            rows = torch.zeros_like(x)
-            rows[i] = 1  # moved at its step; the last row never
-            x = scheduler.step(rows, t, x, **noise).prev_sample
+            x = scheduler.step(outputs[i][:, None, None, None], t, x, **noise).prev_sample
             following = scheduler.timesteps[i + 1 : i + 2]
-            reached.append((scheduler.scale_model_input(x, following[0]) if len(following) else x).flatten())
-        reached = torch.stack(reached).double()
-        return reached[:, :count] - reached[:, count:]
+            states.append((scheduler.scale_model_input(x, following[0]) if len(following) else x).flatten())
+        return states
 
     def refined(self, steps: int, factor: int) -> int | None:
         fine, own = self.timesteps(steps * factor), self.timesteps(steps)
