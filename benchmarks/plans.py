@@ -97,7 +97,7 @@ def curves(table: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
     found: dict[str, list[dict[str, Any]]] = {}
     for rows in table:
         fewer, *others = [name for name in rows if " steps, " in name and not name.endswith("uncached")]
-        best = max(others, key=lambda name: mean(rows[name]["psnr"]["converged"]))
+        best = max(others, key=lambda name: mean(rows[name]["psnr"]["converged"] or rows[name]["psnr"]["sampler"]))
         chosen = {PLAN: PLAN, "the best solver": best, "fewer steps": fewer}
         chosen |= {name.partition(" ")[0]: name for name in rows if name.startswith(("reuse", "forecast"))}
         for label, name in chosen.items():
@@ -117,12 +117,14 @@ def plot(tables: dict[str, list[dict[str, Any]]], path: Path) -> None:
         for panel, (target, title) in zip(line, TITLES.items(), strict=True):
             for (label, rows), style in zip(curves(table).items(), ("o-", "^-", "d:", "v-", "s-"), strict=False):
                 values = [row["psnr"][target] for row in rows]
+                if not values[0]:  # a stochastic sampler has no converged images
+                    continue
                 bars = [stdev(each) if len(each) > 1 else 0 for each in values]
                 speedups = [row["speedup"] for row in rows]
                 panel.errorbar(speedups, list(map(mean, values)), bars, fmt=style, capsize=3, label=label)
             panel.set(title=name, xlabel="speedup in FLOPs", ylabel=title)
             panel.grid(alpha=0.3)
-    figure.legend(*panels[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=5)
+    figure.legend(*panels[0, 1].get_legend_handles_labels(), loc="outside lower center", ncols=5)
     figure.savefig(path, dpi=120)
     plt.close(figure)
 

@@ -28,6 +28,8 @@ from skipdit.utils.device import compile_mode, process_state, set_tf32
 from skipdit.utils.dtypes import resolve_dtype
 from skipdit.utils.files import replace_text
 
+STOCHASTIC = ("ddpm", "euler-ancestral", "kdpm2-ancestral")  # of the schedulers
+
 
 def make_scheduler(name: str, settings: dict[str, Any]) -> SchedulerMixin:
     """A diffusers scheduler with those of the settings that it knows. Raises ValueError for an unknown name."""
@@ -222,7 +224,7 @@ class PromptSampler(Sampler):
     def refined(self, steps: int, factor: int) -> int | None:
         fine, own = self.timesteps(steps * factor), self.timesteps(steps)
         # "leading" timesteps of the longer run begin earlier, too; what counts is that it visits those of this one
-        return None if self.config.scheduler == "ddpm" or not set(own) <= set(fine) else steps * factor
+        return None if self.config.scheduler in STOCHASTIC or not set(own) <= set(fine) else steps * factor
 
     def identity(self) -> dict[str, Any]:
         return {
