@@ -9,12 +9,13 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 from skipdit.caching.policies import parse_policy
 from skipdit.caching.policy import CACHED, FORECAST, FULL, NAMES, CachePolicy, known_outputs
-from skipdit.caching.steps import CacheStep
+from skipdit.caching.steps import CacheStep, Tree, map_tensors
 
-Stored = list[tuple[int, Tensor]]  # (step, feature or output), oldest first
+Stored = list[tuple[int, Tree]]  # (step, feature or output), oldest first
 
 
 class SkipCache:
@@ -89,7 +90,8 @@ class SkipCache:
         feature = None
         if kind == CACHED:
             steps, features = zip(*self._features[stream], strict=True)
-            feature = _combined(features, spec.coefficients(i, steps))
+            coefficients = spec.coefficients(i, steps)
+            feature = map_tensors(lambda *stored: _combined(stored, coefficients), *features)
         step = spec.step(feature, self._memory.get(stream), lambda: self.ran.__setitem__(i, True))
         if not spec.adaptive:
             self.ran[i] = self.ran[i] or kind == FULL
@@ -125,13 +127,15 @@ class SkipCache:
         coefficients = self.spec.output_coefficients(i, (*(j for j, _ in stored), *own))
         if own and not coefficients:
             return
-        outputs = [output.float() for _, output in stored]
+        outputs = [map_tensors(Tensor.float, output) for _, output in stored]
         if not own:
-            step.forecast = _combined(outputs, coefficients).to(stored[-1][1].dtype)
+            forecast = map_tensors(lambda *known: _combined(known, coefficients), *outputs)
+            step.forecast = map_tensors(lambda x, like: x.to(like.dtype), forecast, stored[-1][1])
         else:
             first = coefficients[0]  # f0 + u (f0 - f1) + ..., but for f0, which is not known yet
-            rest = _add_differences(outputs[-1] * -first, outputs, coefficients[1:])
-            step.correction = torch.full((), 1 + first, device=rest.device), rest
+            rest = map_tensors(lambda *known: _add_differences(known[-1] * -first, known, coefficients[1:]), *outputs)
+            device = next(x.device for x in tree_leaves(rest) if isinstance(x, Tensor))
+            step.correction = torch.full((), 1 + first, device=device), rest
 
     def _collect(self) -> None:
         """Copy what calls left in their mailboxes, before the next call of the model.
@@ -146,14 +150,15 @@ class SkipCache:
             ):
                 if kept is not None and most:
                     own = stored.setdefault(stream, [])
-                    own.append((i, kept.detach().clone()))
+                    own.append((i, map_tensors(lambda x: x.detach().clone(), kept)))
                     del own[:-most]
             if step.memory is not None:
                 self._memory[stream] = step.memory.detach()
             step.kept_feature = step.kept_output = None
         self._open.clear()
         kept = [x for stored in (self._features, self._outputs) for own in stored.values() for _, x in own]
-        self.peak_bytes = max(self.peak_bytes, sum(x.nbytes for x in (*kept, *self._memory.values())))
+        leaves = tree_leaves((kept, list(self._memory.values())))
+        self.peak_bytes = max(self.peak_bytes, sum(x.nbytes for x in leaves if isinstance(x, Tensor)))
 
 
 def _combined(stored: Sequence[Tensor], coefficients: Sequence[float]) -> Tensor:

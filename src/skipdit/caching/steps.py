@@ -1,9 +1,23 @@
 """What one model call sees of the cache, and what it leaves."""
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map
+
+Tree = Any  # a tensor, or what a model returns: tuples, lists and output classes that have tensors in them
+
+
+def map_tensors(function: Callable[..., Any], *trees: Tree) -> Tree:
+    """Apply a function to the floating-point tensors of trees that are built alike; the rest is that of the last."""
+
+    def leaf(*leaves: Any) -> Any:
+        last = leaves[-1]
+        return function(*leaves) if isinstance(last, Tensor) and last.is_floating_point() else last
+
+    return leaf(*trees) if isinstance(trees[-1], Tensor) else tree_map(leaf, *trees)
 
 
 class CacheStep:
@@ -12,22 +26,22 @@ class CacheStep:
     Attributes:
         branch: b, how many outer layers a cached pass runs.
         feature: the input of layer L-b to use instead of the middle layers; None makes the pass a full one.
-        forecast: the output of the whole model to return without running anything; None on other steps.
+        forecast: what the whole model returns without running anything; None on other steps.
         correction: (gain, rest), float32, which make the call return gain * output + rest; None returns the output.
         kept_feature: set by a full pass to its own input of layer L-b.
-        kept_output: set by a pass that runs to its output, uncorrected.
+        kept_output: set by a pass that runs to what it returns, uncorrected.
         memory: what a full pass leaves for later steps of its stream besides; see `CachePolicy.step`.
     """
 
     __slots__ = ("branch", "correction", "feature", "forecast", "kept_feature", "kept_output", "memory")
 
-    def __init__(self, branch: int, feature: Tensor | None):
+    def __init__(self, branch: int, feature: Tree | None):
         self.branch = branch
         self.feature = feature
-        self.forecast: Tensor | None = None
-        self.correction: tuple[Tensor, Tensor] | None = None
-        self.kept_feature: Tensor | None = None
-        self.kept_output: Tensor | None = None
+        self.forecast: Tree | None = None
+        self.correction: tuple[Tensor, Tree] | None = None
+        self.kept_feature: Tree | None = None
+        self.kept_output: Tree | None = None
         self.memory: Tensor | None = None
 
     @property
@@ -39,13 +53,13 @@ class CacheStep:
         """Whether the middle layers run. `shallow` is the output of the first `branch` layers."""
         return self.feature is None
 
-    def finish(self, output: Tensor) -> Tensor:
+    def finish(self, output: Tree) -> Tree:
         """Keep the model's output, and return what the call returns."""
         self.kept_output = output
         if self.correction is None:
             return output
         gain, rest = self.correction
-        return torch.addcmul(rest, output.float(), gain).to(output.dtype)
+        return map_tensors(lambda rest, out: torch.addcmul(rest, out.float(), gain).to(out.dtype), rest, output)
 
 
 class DriftStep(CacheStep):

@@ -22,7 +22,6 @@ from typing import Any
 
 import torch
 from diffusers.configuration_utils import ConfigMixin
-from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
 
@@ -136,16 +135,7 @@ def caches_output(forward: Callable[..., Any]) -> Callable[..., Any]:
         cache: CacheStep | None = given.get("cache")
         if cache is None:
             return forward(self, *args, **kwargs)
-        if cache.forecast is None:
-            output = forward(self, *args, **kwargs)
-            if isinstance(output, Tensor):
-                return cache.finish(output)
-            sample = cache.finish(output[0])
-        else:
-            sample = cache.forecast
-        if "return_dict" not in names:
-            return sample
-        return Transformer2DModelOutput(sample=sample) if given.get("return_dict", True) else (sample,)
+        return cache.finish(forward(self, *args, **kwargs)) if cache.forecast is None else cache.forecast
 
     return cached
 
