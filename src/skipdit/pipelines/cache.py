@@ -1,9 +1,12 @@
 """Skip-Cache in diffusers pipelines.
 
-    pipe = LattePipeline.from_pretrained(folder, transformer=model)   # model: one of ours
+    pipe = LattePipeline.from_pretrained(folder, transformer=model)   # one of ours: cached steps, on its long skips
     enable_cache(pipe, "N2-700-50")
     video = pipe("a bicycle").frames
     disable_cache(pipe)
+
+    pipe = FluxPipeline.from_pretrained(folder)   # any other: forecasts of the transformer's output
+    enable_cache(pipe, "N3-1000-0-b0-o1")
 
 The pipeline's scheduler tells all that a cache has to know: `set_timesteps` says the timesteps of a run, the first of
 them that is used says where it begins (image-to-image begins in the middle), `step` ends a step. A run ends with its
@@ -12,47 +15,45 @@ device.
 """
 
 import functools
-import inspect
-import types
 import warnings
 import weakref
 from typing import Any
 
 import torch
-from diffusers import DiffusionPipeline, HunyuanDiT2DModel, SchedulerMixin
-from torch import Tensor, nn
-from torch._dynamo import OptimizedModule
-from torch.utils._pytree import tree_map_only
+from diffusers import DiffusionPipeline, SchedulerMixin
+from torch import Tensor
 
 from skipdit.caching.policies import parse_policy
 from skipdit.caching.policy import CachePolicy
 from skipdit.caching.runtime import SkipCache
-from skipdit.layers.skip import SkipTransformer, check_branch
-from skipdit.pipelines import hunyuan2d
+from skipdit.pipelines.denoiser import Denoiser, denoisers
+from skipdit.pipelines.scheduler import follow, unfollow
 
-MAX_CALLS = 4  # of the model within one step: guidance takes one or two
-RECOMPILES = 64  # torch's limit is 8; full and cached steps, guided or not, of clips and single images take more
+MAX_CALLS = 4  # of a model within one step: guidance takes one or two
 
 
 def enable_cache(pipe: DiffusionPipeline, spec: str | CachePolicy) -> "PipelineCache":
-    """Let a pipeline cache from its next call on, in place of a cache that its transformer or scheduler may have.
+    """Let a pipeline cache from its next call on, in place of a cache that its models or scheduler may have.
 
-    What the model computes from the text alone is computed once per call then, too. Calls may differ in everything:
+    Forecast steps (a spec with `-b0`, or a plan of them) work in any pipeline that has a scheduler with a transformer,
+    two of them or a UNet. Cached steps run the outer blocks of a transformer: of ours, of diffusers'
+    `HunyuanDiT2DModel`, and of others whose blocks diffusers registers for its own caches.
+
+    What our models compute from the text alone is computed once per call then, too. Calls may differ in everything:
     steps, prompts, sizes, guidance, scheduler. Pipelines that share a transformer share its cache; a copy of a pipeline
     has none. To compile the model, write `pipe.transformer = torch.compile(pipe.transformer, fullgraph=True)`.
 
     Args:
-        pipe: its `transformer` is one of ours, or diffusers' `HunyuanDiT2DModel`.
         spec: a policy (see `skipdit.caching.policies`), or the text or file of one; "none" caches nothing but the text.
 
     Returns:
-        The cache; its `run` has the counts of the newest call.
+        The cache; its `summary()` tells about the newest call.
 
-    Raises TypeError for another transformer, ValueError for a spec that does not fit it or a model compiled in place.
+    Raises TypeError for a pipeline that the policy cannot work in, ValueError for a spec that does not fit its model or
+    a model compiled in place.
     """
     spec = parse_policy(spec)
-    model = _cacheable(pipe.transformer, spec)
-    for owner in (model, pipe.scheduler):
+    for owner in (*(getattr(part, "_orig_mod", part) for part in denoisers(pipe)), pipe.scheduler):
         if old := owner.__dict__.get("_skip_cache"):
             old.remove()
     disable_cache(pipe)
@@ -85,51 +86,6 @@ def _ending_runs(kind: type[DiffusionPipeline]) -> type[DiffusionPipeline]:
     return type(kind.__name__, (kind,), named | {"__call__": __call__})
 
 
-def _cacheable(transformer: nn.Module, spec: CachePolicy) -> nn.Module:
-    """A transformer without the wrapper that torch.compile puts around it. Raises as `enable_cache`."""
-    model = getattr(transformer, "_orig_mod", transformer)
-    if not isinstance(model, SkipTransformer | HunyuanDiT2DModel):
-        raise TypeError(
-            f"the pipeline's transformer is a {type(model).__name__}, which has no long skips to cache on: load "
-            "weights that have some into one of skipdit's models, and pass that as `transformer`"
-        )
-    if spec.caches and isinstance(model, SkipTransformer):
-        check_branch(spec.branch, model.depth, model.n_skips)
-    elif spec.caches:
-        check_branch(spec.branch, len(model.blocks), hunyuan2d.n_skips(model))
-    if spec.adaptive and model is not transformer:
-        raise ValueError(f"cache {spec} decides within the transformer, which cannot be compiled then")
-    if model._compiled_call_impl is not None:
-        raise ValueError(
-            "the transformer is compiled in place, and the cache has to stay outside of its graphs: write "
-            "`pipe.transformer = torch.compile(pipe.transformer, fullgraph=True)` instead"
-        )
-    return model
-
-
-def _replace_forward(model: HunyuanDiT2DModel) -> None:
-    """Let diffusers' model compute with a cache. Raises ValueError if its `forward` is wrapped in an unknown way."""
-    if "_cached_forward" in model.__dict__:  # since before somebody wrapped it
-        return
-    slot = "_old_forward" if "_old_forward" in model.__dict__ else "forward"  # accelerate's offloading calls that
-    if slot == "forward" and slot in model.__dict__:
-        raise ValueError(
-            "the transformer's forward is wrapped, by group offloading perhaps: call enable_cache before that"
-        )
-    model.__dict__[slot] = model.__dict__["_cached_forward"] = types.MethodType(hunyuan2d.cached_forward, model)
-
-
-def _restore_forward(model: HunyuanDiT2DModel) -> None:
-    """Undo `_replace_forward`. What has been wrapped since stays: without a cache it computes the same."""
-    if model.__dict__.get("_old_forward") is model._cached_forward:
-        model._old_forward = types.MethodType(type(model).forward, model)
-    elif model.__dict__.get("forward") is model._cached_forward:
-        del model.__dict__["forward"]  # the class's own comes back
-    else:
-        return
-    del model.__dict__["_cached_forward"]
-
-
 class PipelineCache:
     """What `enable_cache` puts between a pipeline, its scheduler and its transformer.
 
@@ -141,13 +97,21 @@ class PipelineCache:
     def __init__(self, pipe: DiffusionPipeline, spec: CachePolicy):
         self.run: SkipCache | None = None
         self._pipe, self._spec = weakref.ref(pipe), spec
-        self._hooks, self._scheduler = [], None
+        self._denoisers: list[Denoiser] = []
+        self._scheduler: SchedulerMixin | None = None
         self.end()
-        self._attach(pipe.transformer)
+        self._attach(pipe)
         self._watch(pipe.scheduler)
 
     def __reduce__(self) -> tuple:
         return type(None), ()  # the copy of a pipeline, a scheduler or a model has no cache
+
+    def summary(self) -> str:
+        """Return a line on the newest call: steps of each kind, and the memory of what was stored."""
+        if self.run is None:
+            return "no call yet"
+        counts = ", ".join(f"{count} {kind}" for kind, count in self.run.counts().items() if count)
+        return f"{len(self.run.plan)} steps: {counts}; {self.run.peak_bytes / 2**20:.1f} MiB stored at most"
 
     def remove(self) -> None:
         """Put everything back."""
@@ -163,49 +127,37 @@ class PipelineCache:
         if self.run is not None:
             self.run.clear()
 
-    def _attach(self, transformer: nn.Module) -> None:
-        """Hook this module, and no longer the one before. A compiled one is hooked outside of its graphs."""
-        model = _cacheable(transformer, self._spec)
+    def _attach(self, pipe: DiffusionPipeline) -> None:
+        """Hook the pipeline's models, and no longer those before. Compiled ones are hooked outside of their graphs."""
+        parts = denoisers(pipe)
+        if len(parts) == len(self._denoisers) and all(a.is_of(b) for a, b in zip(self._denoisers, parts, strict=True)):
+            return
         self._detach()
-        if isinstance(model, HunyuanDiT2DModel):
-            _replace_forward(model)
-        self._hooked, self._model = weakref.ref(transformer), model
-        self._arguments = list(inspect.signature(type(model).forward).parameters)[1:]
-        self._texts = getattr(model, "text_arguments", ()) or ("encoder_hidden_states", "encoder_hidden_states_t5")
-        hook = _Hook(self)
-        self._hooks = [transformer.register_forward_pre_hook(hook, with_kwargs=True)]
-        if isinstance(transformer, OptimizedModule):
-            self._hooks.append(transformer.register_forward_hook(_copied))
-            torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, RECOMPILES)
-        model.__dict__["_skip_cache"] = self
+        for part in parts:
+            denoiser = Denoiser(part, self._spec, self.before_model)
+            denoiser.model.__dict__["_skip_cache"] = self
+            self._denoisers.append(denoiser)
 
     def _detach(self) -> None:
-        if self._hooks:
-            for hook in self._hooks:
-                hook.remove()
-            self._hooks = []
-            self._model.__dict__.pop("_skip_cache", None)
-            if isinstance(self._model, HunyuanDiT2DModel):
-                _restore_forward(self._model)
+        for denoiser in self._denoisers:
+            denoiser.remove()
+            denoiser.model.__dict__.pop("_skip_cache", None)
+        self._denoisers = []
 
     def _watch(self, scheduler: SchedulerMixin | None) -> None:
         """Follow this scheduler's calls, and no longer those of the one before."""
         self.end()
         if self._scheduler is not None:
-            for name in (*_WRAPPED, "_skip_cache"):
-                self._scheduler.__dict__.pop(name, None)  # the class's own come back
+            unfollow(self._scheduler)
         self._scheduler = scheduler
         if scheduler is not None:
-            scheduler._skip_cache = self
-            for name in _WRAPPED:
-                setattr(scheduler, name, _Wrapped(scheduler, name, self))
+            follow(scheduler, self)
 
     def begin(self) -> None:
         """Take the timesteps that the scheduler got. The pipeline may have got another transformer since then."""
         self.end()
-        pipe = self._pipe()
-        if pipe is not None and pipe.transformer is not self._hooked():
-            self._attach(pipe.transformer)
+        if (pipe := self._pipe()) is not None:
+            self._attach(pipe)
         self._timesteps = self._scheduler.timesteps.cpu()
         self._on_device = self._scheduler.timesteps
 
@@ -217,11 +169,23 @@ class PipelineCache:
             first = self._index(t)
             if first is None:
                 return False
-            self._first = first
-            # The scheduler looks up its tables by them, and would read each one back from the device.
-            self._scheduler.timesteps = self._timesteps
-            self.run = SkipCache(self._spec, self._timesteps[first:])
+            self._begin_at(first)
         return self._index(t, self._first + self._step) == self._first + self._step
+
+    def _begin_at(self, first: int) -> None:
+        self._first = first
+        # The scheduler looks up its tables by them, and would read each one back from the device.
+        self._scheduler.timesteps = self._timesteps
+        self.run = SkipCache(self._spec, self._timesteps[first:])
+
+    def _follows(self, denoiser: Denoiser, t: Any) -> bool:
+        """Whether a call of the model at timestep t, whatever the model calls it, belongs to the run's step."""
+        if denoiser.own_timesteps or self._timesteps is None:
+            return self.locate(t)
+        if self._first is None:  # other models get it scaled or turned round: the scheduler knows the place
+            begin = getattr(self._scheduler, "begin_index", None)
+            self._begin_at(begin or 0 if begin is not None or self._index(t) is None else self._index(t))
+        return True
 
     def _index(self, t: Any, expected: int | None = None) -> int | None:
         """Where t, a number or a tensor with the timestep of every sample, is among the run's timesteps; None if it is
@@ -239,8 +203,17 @@ class PipelineCache:
 
     def host_timestep(self, t: Any) -> Any:
         """The timestep of a call of the scheduler, on the CPU if it is this step's."""
-        if isinstance(t, Tensor) and self.locate(t):
+        if not isinstance(t, Tensor):
+            return t
+        if self.locate(t):
             return self._timesteps[self._first + self._step]
+        if self._first is not None and self._index(t) is not None:  # of another step than the model was called for
+            self.end()
+            warnings.warn(
+                "the steps are not those that the cache took them for, so the rest of this call runs without it: a "
+                "loop that begins in the middle of the timesteps calls scheduler.set_begin_index first",
+                stacklevel=4,
+            )
         return t
 
     def end_step(self) -> None:
@@ -253,58 +226,49 @@ class PipelineCache:
         if self._step == len(self.run.plan):
             self.end()
 
-    def before_model(self, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-        """Give the model its step's cache, and the encoded text in place of the text. Returns the call's arguments."""
+    def before_model(self, denoiser: Denoiser, named: dict[str, Any]) -> dict[str, Any]:
+        """Give a model its step's cache, and the encoded text in place of the text. Returns the call's arguments."""
         pipe = self._pipe()
         if pipe is not None and pipe.scheduler is not self._scheduler:  # replaced: this is the first step of its run
             self._watch(pipe.scheduler)
             self.begin()
-        named = dict(zip(self._arguments, args, strict=False)) | kwargs
-        latents, t = named.get("hidden_states"), named.get("timestep")
-        if len(self._calls) == MAX_CALLS or not self.locate(t):  # of a run that broke off, or of none
+        latents, t = denoiser.latents(named), named.get("timestep")
+        if len(self._calls) == MAX_CALLS or not self._follows(denoiser, t):  # of a run that broke off, or of none
             if self._first is not None:
                 self.end()
-            return args, kwargs
+            return named
         if isinstance(latents, Tensor) and isinstance(t, Tensor):
             named["timestep"] = t.to(latents.device)  # of a loop that, other than pipelines, leaves it on the CPU
-        stream = self._stream(tuple(named.get(name) for name in self._texts))
+        stream = self._stream(denoiser, tuple(named.get(name) for name in denoiser.texts))
         name = f"{stream.number}.{self._calls.count(stream.number)}"
         self._calls.append(stream.number)
         named["cache"] = self.run.at(self._step, stream=name)
-        if self._model_reads_encoded(stream.texts):
+        if denoiser.encodes(stream.texts):
             if stream.encoded is None:
-                stream.encoded = self._model.encode_text(*stream.texts)
-            named |= dict.fromkeys(self._texts) | {self._texts[0]: stream.encoded}
-        return (), named
+                stream.encoded = denoiser.model.encode_text(*stream.texts)
+            named |= dict.fromkeys(denoiser.texts) | {denoiser.texts[0]: stream.encoded}
+        return named
 
-    def _stream(self, texts: tuple) -> "_Stream":
-        """The calls with these texts: guidance may run its halves one after the other, and leave one of them out."""
+    def _stream(self, denoiser: Denoiser, texts: tuple) -> "_Stream":
+        """The calls of a model with these texts: guidance may run its halves one after the other, and leave one out."""
         for stream in self._streams:
-            if stream.has(texts):
+            if stream.denoiser is denoiser and stream.has(texts):
                 return stream
         used = max((stream.number for stream in self._streams), default=-1)
-        self._streams.append(_Stream(used + 1, texts))
-        del self._streams[:-MAX_CALLS]
+        self._streams.append(_Stream(used + 1, denoiser, texts))
+        del self._streams[: -MAX_CALLS * len(self._denoisers)]
         return self._streams[-1]
-
-    def _model_reads_encoded(self, texts: tuple) -> bool:
-        """Whether the model takes these texts encoded. A module that is offloaded has its weights elsewhere until its
-        forward begins: it encodes the text there.
-        """
-        if not hasattr(self._model, "encode_text") or not isinstance(texts[0], Tensor):
-            return False
-        return texts[0].device == next(self._model.parameters()).device
 
 
 class _Stream:
     """The calls of a run that have the same texts, which are held: another tensor cannot take their place in memory."""
 
-    def __init__(self, number: int, texts: tuple):
-        self.number, self.texts, self.encoded = number, texts, None
+    def __init__(self, number: int, denoiser: Denoiser, texts: tuple):
+        self.number, self.denoiser, self.texts, self.encoded = number, denoiser, texts, None
 
     def has(self, texts: tuple) -> bool:
         """Whether these are its texts: the same memory or, in a loop that makes them anew each step, equal values."""
-        return all(_same(old, new) for old, new in zip(self.texts, texts, strict=True))
+        return _same(self.texts, texts)
 
 
 def _memory(x: Tensor) -> int:
@@ -312,62 +276,10 @@ def _memory(x: Tensor) -> int:
 
 
 def _same(old: Any, new: Any) -> bool:
+    if isinstance(old, list | tuple) and isinstance(new, list | tuple):
+        return len(old) == len(new) and all(map(_same, old, new))
     if old is new or not (isinstance(old, Tensor) and isinstance(new, Tensor)):
         return old is new
     if (old.shape, old.dtype, old.device) != (new.shape, new.dtype, new.device):
         return False
     return (old.data_ptr(), old.stride()) == (new.data_ptr(), new.stride()) or torch.equal(old, new)
-
-
-class _Hook:
-    """The forward pre-hook of a transformer; that of a copied one does nothing."""
-
-    def __init__(self, cache: PipelineCache | None):
-        self.cache = cache
-
-    def __reduce__(self) -> tuple:
-        return _Hook, (None,)
-
-    def __call__(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-        if self.cache is None:
-            return args, kwargs
-        if torch.compiler.is_compiling():
-            raise RuntimeError("assign the compiled transformer to pipe.transformer before calling the pipeline")
-        torch.compiler.cudagraph_mark_step_begin()
-        return self.cache.before_model(args, kwargs)
-
-
-def _copied(module: nn.Module, args: tuple, output: Any) -> Any:
-    """What a compiled transformer returns, in memory of its own: that of a CUDA graph is written again by the next
-    call, while guidance in two calls and multistep schedulers still need it.
-    """
-    return tree_map_only(Tensor, Tensor.clone, output)
-
-
-_WRAPPED = ("set_timesteps", "scale_model_input", "step")  # methods of a scheduler
-
-
-class _Wrapped:
-    """A method of a scheduler that a cache follows. Its signature stays: pipelines look at it."""
-
-    def __init__(self, scheduler: SchedulerMixin, name: str, cache: PipelineCache):
-        self._scheduler, self._name, self._cache = weakref.ref(scheduler), name, cache
-        self.__wrapped__ = getattr(scheduler, name)
-        self.__name__ = name
-
-    def __call__(self, *args, **kwargs):
-        if self._name == "set_timesteps":
-            result = self.__wrapped__(*args, **kwargs)
-            self._cache.begin()
-            return result
-        if "timestep" in kwargs:
-            kwargs["timestep"] = self._cache.host_timestep(kwargs["timestep"])
-        elif len(args) > 1:
-            args = (args[0], self._cache.host_timestep(args[1]), *args[2:])
-        result = self.__wrapped__(*args, **kwargs)
-        if self._name == "step":
-            self._cache.end_step()
-        return result
-
-    def __reduce__(self) -> tuple:
-        return getattr, (self._scheduler(), self._name)  # of the copied scheduler, whose attributes are not there yet
