@@ -38,7 +38,7 @@ from tqdm import tqdm
 
 from skipdit.caching.policies import CacheSpec, parse_policy
 from skipdit.cli import friendly_errors
-from skipdit.config import load_config, to_dict
+from skipdit.config import changed, load_config, to_dict
 from skipdit.evaluation.compare import check_plans
 from skipdit.layers.inspect import replaced
 from skipdit.layers.skip import SkipTransformer
@@ -189,15 +189,15 @@ def fitted_polynomial(backbone: Backbone, steps: int, store: Store) -> list[floa
     """TeaCache's for this model, from samples of other seeds than those that are compared."""
     key = f"{backbone.name}-teacache-fit"
     if (known := store.result(key)) is None:
-        config = backbone.sampler.config
+        sampler, config = backbone.sampler, backbone.sampler.config
         seed = config.seed
         try:
-            config.seed = seed + 1
+            sampler.config = changed(config, {"seed": seed + 1})
             polynomial = TeaCache.fit(
-                backbone.model, backbone.sampler.timesteps(steps), lambda: backbone.sampler.make(steps, CacheSpec())
+                backbone.model, sampler.timesteps(steps), lambda: sampler.make(steps, CacheSpec())
             )
         finally:
-            config.seed = seed
+            sampler.config = config
         known = {"polynomial": polynomial, "seed": seed + 1}
         store.save(key, known)
     return known["polynomial"]
@@ -334,7 +334,7 @@ def open_backbones(args: argparse.Namespace) -> list[Backbone]:
         quick = ["steps=20", *(["num_samples=4", "batch_size=4"] if args.task.startswith("class") else [])]
     config = load_config(task.schema, file, quick + args.overrides)
     if args.quick and not args.task.startswith("class"):
-        config.prompts = config.prompts[:2]
+        config = changed(config, {"prompts": config.prompts[:2]})
     if compile_mode(config.compile):
         raise ValueError("peers replace parts of the model, so it cannot be compiled: set compile=none")
     backbones = [Backbone("skip", task.open_sampler(config, window.branch), window)]
@@ -345,9 +345,8 @@ def open_backbones(args: argparse.Namespace) -> list[Backbone]:
         print(f"no plain weights in {plain}: rows of the plain backbone are left out. Train some with skip=false")
         return backbones
     plain_config = load_config(task.schema, file, [*quick, *args.overrides, *task.plain])
-    plain_config.weights = str(plain)
-    if hasattr(config, "prompts"):
-        plain_config.prompts = config.prompts
+    same = {"prompts": config.prompts} if hasattr(config, "prompts") else {}
+    plain_config = changed(plain_config, {"weights": str(plain)} | same)
     backbones.append(Backbone("plain", task.open_sampler(plain_config, None), window))
     if backbones[1].model.n_skips:
         raise ValueError(f"{plain} holds a model with long skips; --plain wants one without")

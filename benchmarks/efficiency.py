@@ -21,7 +21,7 @@ same command again continues an interrupted run, and with more seeds or train.st
 import argparse
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean, median, stdev
 
@@ -40,7 +40,7 @@ from skipdit.class_to_image.model import DiT
 from skipdit.class_to_image.sample import build_model
 from skipdit.class_to_image.train import Config, train
 from skipdit.cli import friendly_errors, make_parser
-from skipdit.config import load_config, to_dict
+from skipdit.config import changed, load_config, to_dict
 from skipdit.diffusion.gaussian import Diffusion
 from skipdit.encoders.autoencoder import encode, latent_size, load_vae, pixels
 from skipdit.evaluation.fashion import CLASSES, EPOCHS, IMAGE_SIZE, Judge, load_images, load_judge
@@ -197,7 +197,7 @@ def train_to(config: Config, step: int) -> DiT:
             f"{config.out} was trained to step {done}, and is to be measured at step {step}: "
             "keep --every, do not lower train.steps, or give another folder with --out"
         )
-    return train(replace(config, train=replace(config.train, steps=step)))
+    return train(changed(config, {"train.steps": step}))
 
 
 def log_of(config: Config) -> list[dict]:

@@ -29,7 +29,7 @@ from skipdit.caching.plans import CachePlan
 from skipdit.caching.policies import CacheSpec
 from skipdit.caching.runtime import SkipCache
 from skipdit.cli import friendly_errors
-from skipdit.config import load_config, to_dict
+from skipdit.config import changed, load_config, to_dict
 from skipdit.evaluation.compare import check_plans
 from skipdit.layers.flops import run_flops
 from skipdit.planning.calibration import TARGETS, Bench
@@ -58,7 +58,7 @@ def measure(bench: Bench, plans: list[CachePlan], seeds: list[int], store: Store
     ]
     with tqdm(total=len(seeds) * sum(map(len, groups)), desc="measuring", unit="run") as progress:
         for seed in seeds:
-            bench.sampler.config.seed = seed
+            bench.sampler.config = changed(bench.sampler.config, {"seed": seed})
             calibrated = False
             for rows, group in zip(table, groups, strict=True):
                 for row in group:

@@ -14,7 +14,6 @@ if __name__ == "__main__":
     read_arguments(__doc__)  # answers --help and mistakes before the imports below, which take seconds
 
 
-from dataclasses import fields
 from pathlib import Path
 
 import numpy as np
@@ -36,9 +35,7 @@ from skipdit.utils.files import whole_file, write_png
 
 def build_model(config: ModelConfig, input_size: int, in_channels: int = 4) -> DiT:
     """The model of a config for latents of a given side and number of channels."""
-    given = {f.name: getattr(config, f.name) for f in fields(config) if f.name != "name"}
-    given = {name: value for name, value in given.items() if value is not None}
-    given |= {"input_size": input_size, "in_channels": in_channels}
+    given = config.given("name") | {"input_size": input_size, "in_channels": in_channels}
     return DiT.from_name(config.name, **given) if config.name else DiT(**given)
 
 

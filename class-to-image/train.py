@@ -36,7 +36,7 @@ from skipdit.utils.seeding import generators
 
 def train(config: Config, dry_run: bool = False) -> DiT:
     """Run a config. Returns the averaged model."""
-    model, vae = open_training(
+    config, model, vae = open_training(
         config,
         config.data.files(),
         lambda vae: build_model(config.model, latent_size(config.data.image_size, vae), vae.config.latent_channels),

@@ -15,7 +15,6 @@ if __name__ == "__main__":
     read_arguments(__doc__)  # answers --help and mistakes before the imports below, which take seconds
 
 
-from dataclasses import fields
 from pathlib import Path
 
 from torch import Tensor
@@ -36,9 +35,7 @@ SHOWN = 16  # clips on the contact sheet
 
 def build_model(config: ModelConfig, input_size: int, num_frames: int, in_channels: int = 4) -> Latte:
     """The model of a config for clips of latents of a given side and number of channels."""
-    given = {f.name: getattr(config, f.name) for f in fields(config) if f.name != "name"}
-    given = {name: value for name, value in given.items() if value is not None}
-    given |= {"input_size": input_size, "num_frames": num_frames, "in_channels": in_channels}
+    given = config.given("name") | {"input_size": input_size, "num_frames": num_frames, "in_channels": in_channels}
     given["extras"] = 1 if config.num_classes is None else 2
     return Latte.from_name(config.name, **given) if config.name else Latte(**given)
 

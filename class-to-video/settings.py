@@ -7,12 +7,12 @@ from skipdit.config import Settings, load_config, setting
 from skipdit.data.settings import ClipData
 from skipdit.sampling.arguments import add_cache_arguments, cache_override, checked
 from skipdit.sampling.settings import SamplingConfig
-from skipdit.training.settings import TrainConfig
+from skipdit.training.settings import TrainerConfig
 
 WINDOW = "N{}-900-49"  # the original code's caching window for this task
 
 
-@dataclass
+@dataclass(frozen=True)
 class ModelConfig(Settings):
     """A model by name, or by its constructor's arguments; unset ones are the class's defaults or the name's."""
 
@@ -27,7 +27,7 @@ class ModelConfig(Settings):
     fuse: str | None = setting(None, "how skips join: replace as in the paper, or residual, which start at zero")
 
 
-@dataclass
+@dataclass(frozen=True)
 class SampleConfig(SamplingConfig):
     """A class-to-video sampling run."""
 
@@ -49,18 +49,11 @@ def read_arguments(description: str) -> SampleConfig:
         return checked(load_config(SampleConfig, args.config, args.overrides + spec))
 
 
-@dataclass
-class TrainingConfig(Settings):
+@dataclass(frozen=True)
+class TrainingConfig(TrainerConfig):
     """A class-to-video training run."""
 
     out: str = setting("results/class-to-video", "run folder", identity=False)
-    init: str | None = setting(
-        None, "checkpoint to start from; a plain Latte may start a skip model (stage 1)", identity=False
-    )
-    vae: str = setting("stabilityai/sd-vae-ft-ema", "autoencoder, folder or Hub name", identity=False)
-    vae_fingerprint: str | None = setting(None, "of the autoencoder; the trainer fills it in and refuses another")
     label_dropout: float = setting(0.1, "share of labels replaced by the null class, for guidance", least=0, most=1)
-    grid_guidance: float = setting(1.0, "guidance scale of the sample clips", identity=False, least=0)
     model: ModelConfig = field(default_factory=ModelConfig)
     data: ClipData = field(default_factory=ClipData)
-    train: TrainConfig = field(default_factory=TrainConfig)

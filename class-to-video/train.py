@@ -57,7 +57,7 @@ def train(config: Config, dry_run: bool = False) -> Latte:
         side = latent_size(config.data.image_size, vae)
         return build_model(config.model, side, config.data.num_frames, vae.config.latent_channels)
 
-    model, vae = open_training(
+    config, model, vae = open_training(
         config,
         config.data.files(),
         build,

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from skipdit.cli import friendly_errors, make_parser
-from skipdit.config import Settings, load_config, setting
+from skipdit.config import Settings, changed, load_config, setting
 from skipdit.data.settings import PictureData
 from skipdit.sampling.arguments import (
     add_cache_arguments,
@@ -15,12 +15,12 @@ from skipdit.sampling.arguments import (
     take_prompts,
 )
 from skipdit.sampling.settings import SCHEDULERS, WINDOW, PromptConfig
-from skipdit.training.settings import TrainConfig
+from skipdit.training.settings import TrainerConfig
 
 NEGATIVE = "错误的眼睛，糟糕的人脸，毁容，糟糕的艺术，变形，多余的肢体，模糊的颜色，模糊，重复，病态，残缺，"
 
 
-@dataclass
+@dataclass(frozen=True)
 class SampleConfig(PromptConfig):
     """A text-to-image sampling run."""
 
@@ -115,14 +115,11 @@ def read_arguments(description: str) -> SampleConfig:
                 raise ValueError("--cache-at-branch goes with --cache or --cache-step")
             cache = [f"{cache[0]}-b{args.cache_at_branch}"]
         settings = original_settings(args)
-        config = load_config(SampleConfig, args.config, args.overrides + cache)
-        for name, value in settings.items():
-            setattr(config, name, value)
-        take_prompts(config, args)
-        return checked(config)
+        config = changed(load_config(SampleConfig, args.config, args.overrides + cache), settings)
+        return checked(take_prompts(config, args))
 
 
-@dataclass
+@dataclass(frozen=True)
 class ModelConfig(Settings):
     """Arguments of `HunyuanDiT`; unset ones are those of the released model."""
 
@@ -130,7 +127,7 @@ class ModelConfig(Settings):
     depth: int | None = setting(None, "blocks", least=1)
     num_heads: int | None = setting(None, "attention heads", least=1)
     patch_size: int | None = setting(None, "side of a patch in latent pixels", least=1)
-    mlp_ratio: float | None = setting(None, "hidden width of the MLP over the model's")
+    mlp_ratio: float | None = setting(None, "hidden width of the MLP over the model's", least=0.01)
     text_states_dim: int | None = setting(None, "channels of the CLIP", least=1)
     text_len: int | None = setting(None, "tokens of its texts", least=1)
     text_states_dim_t5: int | None = setting(None, "channels of the T5", least=1)
@@ -139,7 +136,7 @@ class ModelConfig(Settings):
     fuse: str = setting("replace", "replace, as released, or residual, which starts at the model without skips")
 
 
-@dataclass
+@dataclass(frozen=True)
 class TextConfig(Settings):
     """Where one of the two encodings of the captions comes from."""
 
@@ -152,16 +149,12 @@ class TextConfig(Settings):
     dropout: float = setting(0.2, "share of captions replaced by the empty one, for guidance", least=0, most=1)
 
 
-@dataclass
-class TrainingConfig(Settings):
+@dataclass(frozen=True)
+class TrainingConfig(TrainerConfig):
     """A text-to-image training run."""
 
     out: str = setting("results/text-to-image", "run folder", identity=False)
-    init: str | None = setting(
-        None, "checkpoint to start from; one without skips may start a model with (stage 1)", identity=False
-    )
     vae: str = setting("ckpts/t2i/sdxl-vae-fp16-fix", "autoencoder, folder or Hub name", identity=False)
-    vae_fingerprint: str | None = setting(None, "of the autoencoder; the trainer fills it in and refuses another")
     clip: TextConfig = field(default_factory=TextConfig)
     t5: TextConfig = field(default_factory=TextConfig)
     text_dtype: str = setting("bfloat16", "of the text encoders: auto, float32, bfloat16 or float16")
@@ -169,7 +162,6 @@ class TrainingConfig(Settings):
     lora_rank: int = setting(0, "train adapters of this rank, and nothing else; 0: none", least=0)
     model: ModelConfig = field(default_factory=ModelConfig)
     data: PictureData = field(default_factory=PictureData)
-    train: TrainConfig = field(default_factory=TrainConfig)
 
     def files(self) -> dict[str, str]:
         """What has to be there, by setting."""

@@ -14,7 +14,6 @@ if __name__ == "__main__":
     read_arguments(Config, __doc__)  # answers --help and mistakes before the imports below, which take seconds
 
 
-from dataclasses import fields
 from functools import cache
 from pathlib import Path
 
@@ -23,6 +22,7 @@ from diffusers import AutoencoderKL
 from torch import Tensor
 from torchvision.utils import make_grid
 
+from skipdit.config import changed
 from skipdit.data.latents import open_pictures
 from skipdit.data.pictures import bucket_sizes
 from skipdit.data.texts import Texts
@@ -47,9 +47,7 @@ SHOWN = 8  # pictures of a sample grid
 
 def build_model(config: ModelConfig, latents: int, in_channels: int = 4) -> HunyuanDiT:
     """The model of a config for latents of a given side and number of channels."""
-    given = {f.name: getattr(config, f.name) for f in fields(config)}
-    given = {name: value for name, value in given.items() if value is not None}
-    return HunyuanDiT((latents, latents), in_channels=in_channels, **given)
+    return HunyuanDiT((latents, latents), in_channels=in_channels, **config.given())
 
 
 def make_loss(config: Config, vae: AutoencoderKL, clip: Texts, t5: Texts, model: HunyuanDiT) -> Loss:
@@ -101,7 +99,7 @@ def train(config: Config, dry_run: bool = False) -> HunyuanDiT:
                 latent_size(side, vae, name, model.config.patch_size)
         return model
 
-    model, vae = open_training(config, config.files(), build, FETCH, absent)
+    config, model, vae = open_training(config, config.files(), build, FETCH, absent)
     if config.lora_rank:
         add_lora(model, config.lora_rank)
     dataset, sizes = open_pictures(config.data, vae), model.config
@@ -111,7 +109,8 @@ def train(config: Config, dry_run: bool = False) -> HunyuanDiT:
         ("t5", config.t5, T5._replace(max_tokens=sizes.text_len_t5), sizes.text_states_dim_t5),
     ]:
         texts = open_texts(captions, part.files, part.encoder, part.tokenizer, config.text_dtype, reading)
-        part.fingerprint = texts.require(name, dim, part.fingerprint)  # kept with the run, which goes on with no other
+        known = texts.require(name, dim, part.fingerprint)
+        config = changed(config, {f"{name}.fingerprint": known})  # kept with the run, as the autoencoder's is
         pair.append(texts)
     clip, t5 = pair
     shown = torch.arange(min(SHOWN, len(captions))) * (len(captions) // min(SHOWN, len(captions)))

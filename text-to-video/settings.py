@@ -13,10 +13,10 @@ from skipdit.sampling.arguments import (
     take_prompts,
 )
 from skipdit.sampling.settings import WINDOW, PromptConfig
-from skipdit.training.settings import TrainConfig
+from skipdit.training.settings import TrainerConfig
 
 
-@dataclass
+@dataclass(frozen=True)
 class SampleConfig(PromptConfig):
     """A text-to-video sampling run."""
 
@@ -60,11 +60,10 @@ def read_arguments(description: str) -> SampleConfig:
     with friendly_errors():
         spec = cache_override(args, WINDOW)
         config = load_config(SampleConfig, args.config, args.overrides + spec)
-        take_prompts(config, args)
-        return checked(config)
+        return checked(take_prompts(config, args))
 
 
-@dataclass
+@dataclass(frozen=True)
 class ModelConfig(Settings):
     """A model by the config.json of its folder, or by its constructor's arguments; unset ones are the class's."""
 
@@ -80,16 +79,12 @@ class ModelConfig(Settings):
     fuse: str = setting("replace", "replace, as in the paper, or residual, which starts at the plain model")
 
 
-@dataclass
-class TrainingConfig(Settings):
+@dataclass(frozen=True)
+class TrainingConfig(TrainerConfig):
     """A text-to-video training run."""
 
     out: str = setting("results/text-to-video", "run folder", identity=False)
-    init: str | None = setting(
-        None, "checkpoint to start from; a plain Latte may start a skip model (stage 1)", identity=False
-    )
     vae: str = setting("checkpoints/Latte-0/vae", "autoencoder, folder or Hub name", identity=False)
-    vae_fingerprint: str | None = setting(None, "of the autoencoder; the trainer fills it in and refuses another")
     text_encoder: str = setting("checkpoints/Latte-0/text_encoder", "folder or Hub name; frozen", identity=False)
     tokenizer: str | None = setting(None, "folder or Hub name; unset: beside the text encoder", identity=False)
     text_dtype: str = setting("bfloat16", "of the text encoder: auto, float32, bfloat16 or float16")
@@ -97,8 +92,7 @@ class TrainingConfig(Settings):
         None, "embeddings of `python -m skipdit encode-text`, in place of the text encoder", identity=False
     )
     text_fingerprint: str | None = setting(None, "of the text encoder; the trainer fills it in and refuses another")
-    caption_dropout: float = setting(0.1, "share of captions replaced by the empty one, for guidance")
-    grid_guidance: float = setting(7.5, "guidance scale of the sample clips", identity=False)
+    caption_dropout: float = setting(0.1, "share of captions replaced by the empty one, for guidance", least=0, most=1)
+    grid_guidance: float = setting(7.5, "guidance scale of the sample clips", identity=False, least=0)
     model: ModelConfig = field(default_factory=ModelConfig)
     data: ClipData = field(default_factory=ClipData)
-    train: TrainConfig = field(default_factory=TrainConfig)

@@ -15,13 +15,13 @@ if __name__ == "__main__":
     read_arguments(Config, __doc__)  # answers --help and mistakes before the imports below, which take seconds
 
 
-from dataclasses import fields
 from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKL, LattePipeline
 from torch import Tensor
 
+from skipdit.config import changed
 from skipdit.data.latents import open_clips
 from skipdit.data.texts import Texts
 from skipdit.diffusion.gaussian import Diffusion
@@ -54,8 +54,7 @@ def build_model(config: ModelConfig, latents: int, num_frames: int, in_channels:
                 f"{in_channels}"
             )
         return LatteT2V.from_config(settings, skip=config.skip, fuse=config.fuse)
-    given = {f.name: getattr(config, f.name) for f in fields(config) if f.name != "folder"}
-    given = {name: value for name, value in given.items() if value is not None}
+    given = config.given("folder")
     width = given.get("num_attention_heads", 16) * given.get("attention_head_dim", 72)
     given |= {"in_channels": in_channels, "out_channels": 2 * in_channels}
     model = LatteT2V(**given, cross_attention_dim=width, sample_size=latents, video_length=num_frames)
@@ -90,7 +89,7 @@ def train(config: Config, dry_run: bool = False) -> LatteT2V:
         side = latent_size(config.data.image_size, vae)
         return build_model(config.model, side, config.data.num_frames, vae.config.latent_channels)
 
-    model, vae = open_training(
+    config, model, vae = open_training(
         config,
         files | ({"model.folder": config.model.folder} if config.model.folder else {}),
         build,
@@ -103,7 +102,7 @@ def train(config: Config, dry_run: bool = False) -> LatteT2V:
         raise ValueError(f"{config.data.path}: the clips have no captions; {fix}")
     texts = open_texts(dataset.captions, config.texts, config.text_encoder, config.tokenizer, config.text_dtype)
     dim, known = model.config.caption_channels, config.text_fingerprint
-    config.text_fingerprint = texts.require("texts", dim, known)  # kept with the run, which goes on with no other
+    config = changed(config, {"text_fingerprint": texts.require("texts", dim, known)})  # kept, as the autoencoder's is
     shown = sorted(set(dataset.labels))[:SHOWN]  # captions of the sample clips
 
     def sample(model: LatteT2V, step: int) -> None:

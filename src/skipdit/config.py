@@ -8,8 +8,8 @@ import difflib
 import io
 import math
 import re
-from collections.abc import Callable, Iterator
-from dataclasses import field, fields, is_dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import field, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -45,7 +45,7 @@ def setting(
 
 
 class Settings:
-    """Base of dataclasses of settings: numbers outside their bounds are refused, nan among them."""
+    """Base of frozen dataclasses of settings: numbers outside their bounds are refused, nan among them."""
 
     def __post_init__(self):
         for entry in fields(self):
@@ -55,6 +55,25 @@ class Settings:
             if not (math.isfinite(value) and least <= value and (most is None or value <= most)):
                 bounds = f"{least:g} or more" if most is None else f"{least:g} to {most:g}"
                 raise ConfigError(f"{entry.name} is {value:g}; it should be {bounds}")
+
+    def given(self, *without: str) -> dict[str, Any]:
+        """Return the settings that are not None, by name, but for those called `without`."""
+        values = {entry.name: getattr(self, entry.name) for entry in fields(self) if entry.name not in without}
+        return {name: value for name, value in values.items() if value is not None}
+
+
+def changed(config: T, values: Mapping[str, Any]) -> T:
+    """Return a copy of a config in which some settings have other values.
+
+    Args:
+        values: by dotted name, as in an override: {"train.steps": 3}.
+
+    Raises ConfigError for numbers outside their bounds.
+    """
+    for key, value in values.items():
+        name, _, rest = key.partition(".")
+        config = replace(config, **{name: changed(getattr(config, name), {rest: value}) if rest else value})
+    return config
 
 
 def required(help: str, identity: bool = True) -> Any:

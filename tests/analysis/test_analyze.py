@@ -17,7 +17,7 @@ from skipdit.checkpoints.released import to_released
 from skipdit.class_to_image.sample import Config, ImageSampler, ModelConfig
 from skipdit.class_to_video import Latte
 from skipdit.class_to_video import sample as sample_c2v
-from skipdit.config import to_yaml
+from skipdit.config import changed, to_yaml
 from skipdit.text_to_image import sample_t2i
 from skipdit.text_to_video import sample_t2v
 
@@ -285,7 +285,7 @@ def test_command_line_on_videos(released_t2v, tmp_path, analysis):
     config = sample_t2v.Config(
         weights=str(released_t2v / "Latte-skip.pt"), pipeline=str(folder), prompts=["a dog runs"], steps=4
     )
-    config.num_frames, config.height, config.width = 2, 16, 16
+    config = changed(config, {"num_frames": 2, "height": 16, "width": 16})
     found = run(tmp_path, "text-to-video", config, analysis)
     assert set(found["models"]) == {"with skips"} and found["models"]["with skips"]["n_skips"] == 2
 

@@ -16,7 +16,7 @@ from conftest import ROOT, skipdit_command
 from PIL import Image
 
 from skipdit.class_to_image.train import Config
-from skipdit.config import ConfigError, to_yaml
+from skipdit.config import ConfigError, changed, to_yaml
 from skipdit.data.clip_folder import ClipFolder
 from skipdit.data.files import read_list
 from skipdit.data.images import ImageFolder
@@ -145,7 +145,7 @@ def test_training_and_encoding_go_on_past_such_names(old_names, tmp_path, vae_fo
 
 def test_a_config_names_the_path_that_it_cannot_hold():
     config = Config()
-    config.data.path = f"data/{CAFE}"
+    config = changed(config, {"data.path": f"data/{CAFE}"})
     with pytest.raises(ConfigError, match=r"'data/caf\\udce9' is no UTF-8, .* rename that"):
         to_yaml(config)
 

@@ -13,7 +13,7 @@ from skipdit.caching.plans import CachePlan
 from skipdit.caching.policies import parse_policy
 from skipdit.class_to_image.sample import Config, ImageSampler
 from skipdit.class_to_image.sample import main as sample_classes
-from skipdit.config import load_config, to_yaml
+from skipdit.config import changed, load_config, to_yaml
 from skipdit.diffusion.gaussian import Diffusion
 from skipdit.evaluation.compare import check_plans, rows_for
 from skipdit.planning.calibration import Bench
@@ -360,9 +360,9 @@ def test_shipped_plans_beat_even_forecasts(name):
     task, plan = find_task(str(file)), CachePlan.load(file.with_name("demo_plan.json"))
     config = load_config(task.schema, file, ["seed=0"])
     if name.startswith("class"):
-        config.num_samples = 1
+        config = changed(config, {"num_samples": 1})
     else:
-        config.prompts = config.prompts[:1]
+        config = changed(config, {"prompts": config.prompts[:1]})
     bench = Bench(task.open_sampler(config, plan.branch), config.steps, plan.branch)
     bench.calibrate()
     assert plan.about["model"] == fingerprint(bench.model) and plan.timesteps == bench.timesteps

@@ -11,7 +11,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
-from dataclasses import fields
+from dataclasses import FrozenInstanceError, fields
 from fnmatch import fnmatch
 from functools import cached_property
 from pathlib import Path
@@ -30,7 +30,7 @@ from skipdit.checkpoints.loading import identify
 from skipdit.class_to_image import sample, train
 from skipdit.class_to_video import sample as video_sample
 from skipdit.class_to_video import train as video_train
-from skipdit.config import ConfigError, load_config, to_yaml
+from skipdit.config import ConfigError, changed, load_config, to_yaml
 from skipdit.data.settings import ClipData
 from skipdit.data.stream import rows_of
 from skipdit.diffusion.gaussian import Diffusion
@@ -893,8 +893,8 @@ def test_advice_holds_in_any_folder(tmp_path, monkeypatch):
     config = load_config(sample.Config, ROOT / "configs/class-to-image/demo.yaml")
     with pytest.raises(FileNotFoundError, match=rf"weights/vae; {config.weights} lies in {ROOT}: run"):
         sample.sample(config)
-    config.weights = "nowhere.pt"
-    config.vae = str(ROOT / config.vae)
+    config = changed(config, {"weights": "nowhere.pt"})
+    config = changed(config, {"vae": str(ROOT / config.vae)})
     with pytest.raises(FileNotFoundError, match=r"`python -m skipdit download class-to-image` fetches"):
         sample.sample(config)
     sources = [*ROOT.glob("src/**/*.py"), *ROOT.glob("class-to-*/*.py"), *ROOT.glob("text-to-*/*.py")]
@@ -933,9 +933,29 @@ def test_numbers_out_of_range_are_refused_before_anything_loads(override, compla
         load_config(sample.Config, ROOT / "configs/class-to-image/demo.yaml", [override])
 
 
+@pytest.mark.parametrize("task", SCRIPTS)
+@pytest.mark.parametrize(
+    "number", ["batch_size=0", "seed=-1", "steps=0", "guidance_scale=.nan", "guidance_scale=.inf", "guidance_scale=-1"]
+)
+def test_every_sampler_refuses_numbers_out_of_range(task, number):
+    name, value = number.replace("=.", "=").split("=")
+    with pytest.raises(ConfigError, match=f"^{name} is {value}; it should be [01] or more$"):
+        load_config(SCRIPTS[task][1].Config, ROOT / f"configs/{task}/demo.yaml", [number])
+
+
+def test_a_changed_config_leaves_the_first_as_it_is_and_is_checked():
+    config = train.Config(out="a")
+    other = changed(config, {"out": "b", "train.steps": 3})
+    assert (config.out, config.train.steps, other.out, other.train.steps) == ("a", 400_000, "b", 3)
+    with pytest.raises(FrozenInstanceError):
+        config.train.steps = 3
+    with pytest.raises(ConfigError, match="batch_size is 0; it should be 1 or more"):
+        changed(config, {"train.batch_size": 0})
+
+
 def test_more_guided_channels_than_the_latents_have(tmp_path):
     config = load_config(sample.Config, ROOT / "configs/class-to-image/demo.yaml", ["guidance_channels=9"])
-    config.weights, config.vae = (str(ROOT / place) for place in (config.weights, config.vae))
+    config = changed(config, {name: str(ROOT / getattr(config, name)) for name in ("weights", "vae")})
     with pytest.raises(ValueError, match="guidance_channels is 9; the latents have 4"):
         sample.ImageSampler(config, None)
 

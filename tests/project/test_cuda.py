@@ -37,6 +37,7 @@ from skipdit import SkipCache, enable_cache
 from skipdit.checkpoints.loading import load_weights
 from skipdit.class_to_image import DiT
 from skipdit.class_to_video import Latte
+from skipdit.config import changed
 from skipdit.diffusion.gaussian import Diffusion
 from skipdit.sampling.class_conditional import generate
 from skipdit.text_to_image import HunyuanDiT
@@ -340,9 +341,7 @@ def train(out, **settings) -> None:
         noisy = diffusion.q_sample(x, t, noise)
         return diffusion.losses(model(noisy, t, batch["label"]), x, noisy, t, noise)["loss"]
 
-    config = short_training()
-    for name, value in settings.items():
-        setattr(config, name, value)
+    config = changed(short_training(), settings)
     fit(tiny_dit(num_classes=3), loss, Latents(), config, out, Run(str(out), config))
 
 

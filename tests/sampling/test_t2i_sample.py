@@ -14,7 +14,7 @@ from torchvision.io import read_image
 
 from skipdit import disable_cache, enable_cache, load_weights
 from skipdit.checkpoints.files import load_state
-from skipdit.config import to_yaml
+from skipdit.config import changed, to_yaml
 from skipdit.layers.embeddings import TimestepEmbedder
 from skipdit.metrics.fidelity import psnr
 from skipdit.text_to_image import HunyuanDiT, sample_t2i
@@ -101,7 +101,7 @@ def test_pipeline_makes_its_own_size_without_being_told(pipe, released_t2i):
 
 @torch.no_grad()
 def test_picture_is_what_diffusers_makes(config, pipe, monkeypatch):
-    config.prompts, config.negative_prompt = [PROMPT], "the rain"
+    config = changed(config, {"prompts": [PROMPT], "negative_prompt": "the rain"})
     sample(config)
     (made,) = pictures(config).values()
     pipe.scheduler = make_scheduler("ddim")
@@ -112,7 +112,7 @@ def test_picture_is_what_diffusers_makes(config, pipe, monkeypatch):
 
 def test_oblong_pictures_have_the_released_tables(config):
     """Those of the pipeline are for other places; see `rotary_tables`."""
-    config.width, config.steps = 96, 2
+    config = changed(config, {"width": 96, "steps": 2})
     parts = check(config, None)
     pipe, seen = open_pipeline(config, parts), []
     text, negative, _ = encode_prompts(config, parts.model, ["the cat"])
@@ -127,7 +127,7 @@ def test_oblong_pictures_have_the_released_tables(config):
 
 @pytest.mark.slow
 def test_run_writes_pictures_and_report(config):
-    config.cache = "N2-900-49"
+    config = changed(config, {"cache": "N2-900-49"})
     report = sample(config)
     assert sorted(path.name for path in Path(config.out).iterdir()) == [
         "000000-一只小猫-sleeps-on-the-warm-sofa.png",
@@ -146,17 +146,17 @@ def test_run_writes_pictures_and_report(config):
 def test_both_layouts_give_the_same_pictures(config, released_t2i, tmp_path):
     sample(config)
     released = pictures(config)
-    config.pipeline, config.out = str(released_t2i / "diffusers"), str(tmp_path / "theirs")
+    config = changed(config, {"pipeline": str(released_t2i / "diffusers"), "out": str(tmp_path / "theirs")})
     sample(config)
     assert all((picture - released[name]).abs().max() <= 1 for name, picture in pictures(config).items())
 
 
 @pytest.mark.slow
 def test_picture_does_not_depend_on_its_neighbours(config, tmp_path):
-    config.images_per_prompt = 2
+    config = changed(config, {"images_per_prompt": 2})
     sample(config)
     alone = pictures(config)
-    config.out, config.batch_size = str(tmp_path / "batched"), 3
+    config = changed(config, {"out": str(tmp_path / "batched"), "batch_size": 3})
     sample(config)
     assert all((picture - alone[name]).abs().max() <= 1 for name, picture in pictures(config).items())
     assert len(alone) == 4
@@ -170,26 +170,26 @@ def test_interrupted_run_continues(config):
     sample(config)
     assert all(torch.equal(picture, whole[name]) for name, picture in pictures(config).items())
     with pytest.raises(ValueError, match=r"guidance_scale: 6\.0 there, 2\.0 now"):
-        config.guidance_scale = 2.0
+        config = changed(config, {"guidance_scale": 2.0})
         sample(config)
 
 
 @pytest.mark.parametrize("scheduler", ["ddpm", "dpmms", "euler"])
 def test_other_schedulers_sample(config, scheduler):
-    config.scheduler, config.prompts, config.cache = scheduler, ["the cat"], "N2-900-49"
+    config = changed(config, {"scheduler": scheduler, "prompts": ["the cat"], "cache": "N2-900-49"})
     assert sample(config)["steps"]["cached"] > 0
 
 
 @pytest.mark.slow
 def test_half_precision(config, monkeypatch):
     """The model is told the timesteps as they are: bfloat16 has no 831."""
-    config.dtype, config.prompts, seen = "bfloat16", ["the cat"], []
+    seen, config = [], changed(config, {"dtype": "bfloat16", "prompts": ["the cat"]})
     embed = TimestepEmbedder.forward
     monkeypatch.setattr(TimestepEmbedder, "forward", lambda self, t: seen.append(t[:1]) or embed(self, t))
     sample(config)
     (half,) = pictures(config).values()
     assert [t.item() for t in seen if not t.is_meta] == [831, 665, 499, 333, 167, 1]
-    config.dtype, config.out = "float32", config.out + "-whole"
+    config = changed(config, {"dtype": "float32", "out": config.out + "-whole"})
     sample(config)
     (whole,) = pictures(config).values()
     assert psnr(half.byte()[None], whole.byte()[None]) > 30
@@ -198,10 +198,10 @@ def test_half_precision(config, monkeypatch):
 @pytest.mark.slow
 def test_compiled(config):
     """Full and cached steps as one graph each, and the pictures of the model as it is."""
-    config.prompts, config.cache = ["the cat"], "N2-900-49"
+    config = changed(config, {"prompts": ["the cat"], "cache": "N2-900-49"})
     sample(config)
     (eager,) = pictures(config).values()
-    config.compile, config.out = True, config.out + "-compiled"
+    config = changed(config, {"compile": True, "out": config.out + "-compiled"})
     assert sample(config)["steps"]["cached"] > 0
     (compiled,) = pictures(config).values()
     assert (compiled - eager).abs().max() <= 1
@@ -215,19 +215,17 @@ def test_compiled(config):
         ({"height": 72}, "height 72 and width 64 must be multiples of 16 pixels"),
         ({"cache": "N2-700-50-b4"}, "cache branch 4 is larger than the model's number of skips, 3"),
         ({"dtype": "float8"}, "dtype is 'float8'"),
-        ({"guidance_scale": 0.5}, r"guidance_scale is 0\.5; 1 is no guidance"),
+        ({"guidance_scale": 0.5}, r"guidance_scale is 0\.5; it should be 1 or more"),
         ({"load_key": "module"}, r"pytorch_model_module\.pt"),
     ],
 )
 def test_bad_input_is_named(config, change, complaint):
-    for key, value in change.items():
-        setattr(config, key, value)
     with pytest.raises((ValueError, FileNotFoundError), match=complaint):
-        sample(config)
+        sample(changed(config, change))
 
 
 def test_everything_missing_is_listed_at_once(config, released_t2i, tmp_path):
-    config.pipeline = str(tmp_path / "half")
+    config = changed(config, {"pipeline": str(tmp_path / "half")})
     shutil.copytree(released_t2i / "ckpts/t2i/mt5", tmp_path / "half/t2i/mt5")
     (tmp_path / "half/t2i/mt5/model.safetensors").unlink()
     with pytest.raises(FileNotFoundError) as caught:
@@ -241,7 +239,7 @@ def test_versions_before_1_2_are_told_apart(config, released_t2i, tmp_path):
     state = load_state(released_t2i / "ckpts/t2i/model/pytorch_model_ema.pt")
     old = tmp_path / "v1.1.pt"
     torch.save(state | {"style_embedder.weight": torch.zeros(1, 32)}, old)
-    config.weights = str(old)
+    config = changed(config, {"weights": str(old)})
     with pytest.raises(ValueError, match=r"v1\.1\.pt.*before v1\.2.*Tencent-Hunyuan/HunyuanDiT-v1\.2"):
         sample(config)
     with pytest.raises(ValueError, match=r"Tencent-Hunyuan/HunyuanDiT-v1\.2"):
@@ -277,11 +275,11 @@ def test_original_command_line(config, tmp_path, monkeypatch):
 @pytest.mark.slow
 def test_two_processes_make_the_same_pictures(config, tmp_path):
     """Each encodes its own prompts; the second has none of the single prompt's."""
-    config.prompts, config.cache = ["the cat", "the dog", "a man sleeps"], "N2-900-49"
+    config = changed(config, {"prompts": ["the cat", "the dog", "a man sleeps"], "cache": "N2-900-49"})
     sample(config)
     alone = pictures(config)
     for number, prompts in enumerate([config.prompts, ["the cat"]]):
-        config.out, config.prompts = str(tmp_path / f"two{number}"), prompts
+        config = changed(config, {"out": str(tmp_path / f"two{number}"), "prompts": prompts})
         (tmp_path / "run.yaml").write_text(to_yaml(config))
         script = [str(ROOT / "text-to-image/sample_t2i.py"), "--config", str(tmp_path / "run.yaml")]
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *script]

@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -21,7 +22,7 @@ from skipdit.checkpoints.released import to_released
 from skipdit.class_to_image import sample as sampler
 from skipdit.class_to_image import train as trainer
 from skipdit.cli import friendly_errors
-from skipdit.config import to_yaml
+from skipdit.config import changed, to_yaml
 from skipdit.data.settings import ImageData
 from skipdit.sampling.job import Job
 from skipdit.utils.files import replace_text, whole_file
@@ -36,7 +37,7 @@ def config(tmp_path, vae_folder, image_folder):
     """A training of many steps."""
     model = sampler.ModelConfig(patch_size=2, hidden_size=32, depth=4, num_heads=2, num_classes=3, skip=True)
     training = short_training()
-    training.steps, training.save_every, training.log_every = 400, 100, 100
+    training = changed(training, {"steps": 400, "save_every": 100, "log_every": 100})
     data = ImageData(path=str(image_folder), image_size=8)
     return trainer.Config(out=str(tmp_path / "run"), vae=str(vae_folder), model=model, data=data, train=training)
 
@@ -74,7 +75,7 @@ def steps_done(told: Path) -> int:
 def test_a_training_that_is_stopped_goes_on_bit_equal(config, tmp_path, signum, workers):
     """The signal goes to its data loading processes, too, as from a terminal or a batch system."""
     file, told = tmp_path / "run.yaml", tmp_path / "told.txt"
-    config.train.workers, config.train.steps = workers, 80
+    config = changed(config, {"train.workers": workers, "train.steps": 80})
     file.write_text(to_yaml(config))
     process = started(TRAIN, tmp_path)
     wait_for(lambda: steps_done(told) > 3, process)
@@ -88,7 +89,7 @@ def test_a_training_that_is_stopped_goes_on_bit_equal(config, tmp_path, signum, 
     assert 3 < int(done) < 80 and Path(folder) == Path(config.out, "checkpoints")
     assert [path.name for path in Path(folder).iterdir()] == [f"{int(done):07d}.pt"]
     trainer.train(config)
-    stopped, config.out = state(config), str(tmp_path / "whole")
+    stopped, config = state(config), changed(config, {"out": str(tmp_path / "whole")})
     trainer.train(config)
     assert_equal(stopped | {"args": None}, state(config) | {"args": None})
 
@@ -96,7 +97,7 @@ def test_a_training_that_is_stopped_goes_on_bit_equal(config, tmp_path, signum, 
 @pytest.mark.slow
 def test_processes_stop_after_the_same_step(config, tmp_path):
     """Only one of them is asked. On going on, all is as if nothing had been."""
-    config.train.steps = 60
+    config = changed(config, {"train.steps": 60})
     (tmp_path / "run.yaml").write_text(to_yaml(config))
 
     def launch(out: str) -> list:
@@ -154,17 +155,17 @@ with friendly_errors():
 
 def test_two_trainings_in_one_folder(config, tmp_path, monkeypatch):
     """The second refuses and names the first; after SIGKILL the next one need not wait, though data is being loaded."""
-    config.train.workers = 1
+    config = changed(config, {"train.workers": 1})
     (tmp_path / "run.yaml").write_text(to_yaml(config))
     first = started(TRAIN, tmp_path)
     wait_for(lambda: steps_done(tmp_path / "told.txt") > 1, first)
-    config.train.workers = 0
+    config = changed(config, {"train.workers": 0})
     with pytest.raises(ValueError, match=rf"process {first.pid} on {socket.gethostname()} is training in .*run: wait"):
         trainer.train(config)
     assert first.is_alive()
     first.kill()
     first.join()
-    config.train.steps = 2
+    config = changed(config, {"train.steps": 2})
     trainer.train(config)
     with hold(Path(config.out)):  # a run that has ended holds nothing
         pass
@@ -172,7 +173,7 @@ def test_two_trainings_in_one_folder(config, tmp_path, monkeypatch):
 
 def test_a_dry_run_needs_no_folder_of_its_own(config, tmp_path):
     with hold(tmp_path):
-        config.out = str(tmp_path)
+        config = changed(config, {"out": str(tmp_path)})
         trainer.train(config, dry_run=True)
 
 
@@ -190,7 +191,7 @@ def test_a_file_system_without_locks_is_told(tmp_path, monkeypatch):
 
 
 def test_what_a_killed_process_left_half_written_goes(config):
-    config.train.steps = 2
+    config = changed(config, {"train.steps": 2})
     folder = Path(config.out, "checkpoints")
     folder.mkdir(parents=True)
     (folder / "0000001.pt.partial").write_bytes(b"half")
@@ -231,7 +232,7 @@ def test_a_sampler_that_is_stopped_leaves_whole_files(sampling, tmp_path, signum
     for path in made:
         Image.open(path).load()
     assert {path.name for path in folder.iterdir()} - {path.name for path in made} == {"job.json"}
-    sampling.num_samples = len(made) // 4 * 4 + 4
+    sampling = changed(sampling, {"num_samples": len(made) // 4 * 4 + 4})
     before = {path.name: path.read_bytes() for path in made}
     sampler.sample(sampling)
     assert before.items() <= {path.name: path.read_bytes() for path in folder.glob("0*.png")}.items()
@@ -352,13 +353,13 @@ def error_of(capsys, call) -> str:
 
 def test_a_full_disk_keeps_the_last_good_checkpoint(config, disk, capsys):
     """The disk has room for one checkpoint and a half."""
-    config.out, config.train.steps, config.train.save_every = str(disk(3072) / "run"), 40, 10
+    config = changed(config, {"out": str(disk(3072) / "run"), "train.steps": 40, "train.save_every": 10})
     line = error_of(capsys, lambda: trainer.train(config))
     folder = Path(config.out, "checkpoints")
     (last,) = folder.iterdir()
     assert re.search(r"could not write \S+\.pt: No space left on device; free some space, and run", line)
     assert line.endswith(f"the last good checkpoint is {last}")
-    config.train.steps, config.train.keep = int(last.stem) + 1, 1
+    config = changed(config, {"train.steps": int(last.stem) + 1, "train.keep": 1})
     (Path(config.out) / "ballast").unlink(missing_ok=True)
     before = torch.load(last, weights_only=True)
     assert before["step"] == int(last.stem)
@@ -367,7 +368,7 @@ def test_a_full_disk_keeps_the_last_good_checkpoint(config, disk, capsys):
 @pytest.mark.slow
 @pytest.mark.parametrize("room", [0, 8, 200])
 def test_a_training_that_cannot_even_begin_says_so(config, disk, capsys, room):
-    config.out = str(disk(room + 4) / "run")
+    config = changed(config, {"out": str(disk(room + 4) / "run")})
     (Path(config.out).parent / "ballast").write_bytes(bytes(1024 * 4))
     line = error_of(capsys, lambda: trainer.train(config))
     assert re.search(r"error: could not write \S*run\S*: No space left on device; free some space", line)
@@ -376,22 +377,21 @@ def test_a_training_that_cannot_even_begin_says_so(config, disk, capsys, room):
 
 def test_a_disk_that_cannot_be_written(config, sampling, disk, capsys):
     folder = disk(4096)
-    config.out, config.train.steps = str(folder / "run"), 2
+    config = changed(config, {"out": str(folder / "run"), "train.steps": 2})
     trainer.train(config)
     subprocess.run(["mount", "-o", "remount,ro", str(folder)], check=True)
-    config.train.steps = 4
+    config = changed(config, {"train.steps": 4})
     for out in (folder / "run", folder / "new"):
-        config.out = sampling.out = str(out)
         complaint = rf"could not write {out}(?!\S*partial)\S*: Read-only file system; name a folder that may be written"
-        for run in (lambda: trainer.train(config), lambda: sampler.sample(sampling)):
-            assert re.search(complaint, error_of(capsys, run))
+        for run, settings in ((trainer.train, config), (sampler.sample, sampling)):
+            assert re.search(complaint, error_of(capsys, partial(run, changed(settings, {"out": str(out)}))))
     assert [path.name for path in (folder / "run/checkpoints").iterdir()] == ["0000002.pt"]
 
 
 def test_a_sampler_on_a_full_disk(sampling, disk, capsys):
     """Every picture that is there is whole."""
     folder = disk(64)
-    sampling.out, sampling.num_samples = str(folder / "out"), 40
+    sampling = changed(sampling, {"out": str(folder / "out"), "num_samples": 40})
     line = error_of(capsys, lambda: sampler.sample(sampling))
     assert re.search(r"could not write \S+\.png: No space left on device; free some space", line)
     made = list((folder / "out").glob("*.png"))

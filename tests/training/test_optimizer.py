@@ -17,6 +17,7 @@ from conftest import (
 
 from skipdit.class_to_image.sample import ModelConfig
 from skipdit.class_to_image.train import Config, train
+from skipdit.config import changed
 from skipdit.data.settings import ImageData
 from skipdit.training.optimizer import hidden_matrices, make_optimizers
 
@@ -68,12 +69,12 @@ def test_a_torch_without_muon_is_told(monkeypatch):
 @needs_muon
 @pytest.mark.parametrize("freeze", [False, True])
 def test_muon_resumes_bit_equal(config, tmp_path, freeze):
-    config.train.freeze, config.train.warmup = freeze, 3
+    config = changed(config, {"train.freeze": freeze, "train.warmup": 3})
     train(config)
     whole = state(config)
-    config.out, config.train.steps = str(tmp_path / "resumed"), 2
+    config = changed(config, {"out": str(tmp_path / "resumed"), "train.steps": 2})
     train(config)
-    config.train.steps = 4
+    config = changed(config, {"train.steps": 4})
     train(config)
     assert_equal(whole | {"args": None}, state(config) | {"args": None})
 
@@ -100,7 +101,7 @@ def test_updates_of_muon_are_orthogonal_and_as_large_as_those_of_adamw():
 def test_two_processes_equal_one(config, tmp_path, parallel):
     train(config)
     alone, whole = stats(config), state(config)["ema"]
-    config.out, config.train.parallel = str(tmp_path / parallel), parallel
+    config = changed(config, {"out": str(tmp_path / parallel), "train.parallel": parallel})
     result = run_script(config, "train.steps=2", processes=2)
     assert result.returncode == 0, result.stderr[-3000:]
     train(config)

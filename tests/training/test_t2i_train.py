@@ -16,6 +16,7 @@ from transformers import BertModel
 
 from skipdit.checkpoints.files import load_state
 from skipdit.checkpoints.loading import load_weights
+from skipdit.config import changed
 from skipdit.data.settings import PictureData
 from skipdit.data.texts import LiveTexts
 from skipdit.diffusion.gaussian import Diffusion
@@ -74,10 +75,6 @@ def config(captioned, hunyuan_folder, vae_folder, tmp_path) -> Config:
     )
 
 
-def given(config: Config) -> dict:
-    return {name: value for name, value in vars(config.model).items() if value is not None}
-
-
 def sample(config: Config, hunyuan_folder: Path, weights: Path, out: Path) -> torch.Tensor:
     settings = {"weights": str(weights), "vae": config.vae, "pipeline": str(hunyuan_folder), "out": str(out)}
     places = {"text_encoder": config.clip.encoder, "text_encoder_2": config.t5.encoder}
@@ -89,7 +86,7 @@ def sample(config: Config, hunyuan_folder: Path, weights: Path, out: Path) -> to
 @pytest.mark.parametrize("fuse", ["replace", "residual"])
 def test_both_stages_end_to_end(config, tmp_path, hunyuan_folder, fuse):
     """A backbone without skips; stage 1, only its skips; stage 2, everything. The result samples."""
-    config.out, config.model.skip, config.train.sample_every = str(tmp_path / "plain"), False, 4
+    config = changed(config, {"out": str(tmp_path / "plain"), "model.skip": False, "train.sample_every": 4})
     train(config)
     grid = read_image(str(tmp_path / "plain/samples/0000004.png"))
     assert grid.shape[0] == 3 and grid.shape[2] > 4 * 16
@@ -97,16 +94,18 @@ def test_both_stages_end_to_end(config, tmp_path, hunyuan_folder, fuse):
     plain = state(config)["ema"]
     losses = stats(config)
 
-    config.out, config.init, config.train.sample_every = str(tmp_path / "stage1"), str(tmp_path / "plain"), 0
-    config.model = ModelConfig(**vars(config.model) | {"skip": True, "fuse": fuse})
-    config.train.freeze = True
+    config = changed(
+        config, {"out": str(tmp_path / "stage1"), "init": str(tmp_path / "plain"), "train.sample_every": 0}
+    )
+    config = changed(config, {"model.skip": True, "model.fuse": fuse})
+    config = changed(config, {"train.freeze": True})
     train(config)
     first = state(config)["ema"]
     assert all(torch.equal(first[name], tensor) for name, tensor in plain.items())
     new = first.keys() - plain.keys()
     assert len(new) == 2 * 4 and all("skip" in name for name in new)
 
-    config.out, config.init, config.train.freeze = str(tmp_path / "stage2"), str(tmp_path / "stage1"), False
+    config = changed(config, {"out": str(tmp_path / "stage2"), "init": str(tmp_path / "stage1"), "train.freeze": False})
     train(config)
     second = state(config)["ema"]
     still = {name for name, tensor in second.items() if torch.equal(tensor, first[name])}
@@ -116,25 +115,25 @@ def test_both_stages_end_to_end(config, tmp_path, hunyuan_folder, fuse):
 
 def test_residual_stage_1_starts_at_the_backbone(config, tmp_path):
     """Its first loss is that without skips; with the paper's skips, drawn at random, it is not."""
-    config.out, config.model.skip = str(tmp_path / "plain"), False
+    config = changed(config, {"out": str(tmp_path / "plain"), "model.skip": False})
     train(config)
-    config.model.skip, config.train.freeze, config.init, config.train.lr = True, True, config.out, 0.0
+    config = changed(config, {"model.skip": True, "train.freeze": True, "init": config.out, "train.lr": 0.0})
     losses = {}
     for fuse in ("replace", "residual"):
-        config.out, config.model.fuse = str(tmp_path / fuse), fuse
+        config = changed(config, {"out": str(tmp_path / fuse), "model.fuse": fuse})
         train(config)
         losses[fuse] = stats(config)[0]["loss"]
-    config.out, config.model.skip, config.train.freeze = str(tmp_path / "again"), False, False
+    config = changed(config, {"out": str(tmp_path / "again"), "model.skip": False, "train.freeze": False})
     train(config)
     assert losses["residual"] == pytest.approx(stats(config)[0]["loss"], rel=1e-5)
     assert losses["replace"] != pytest.approx(losses["residual"], rel=1e-4)
 
 
 def test_killed_run_continues_bit_equal(config, tmp_path):
-    config.train.steps, config.train.save_every, config.train.keep = 30, 1, 2
+    config = changed(config, {"train.steps": 30, "train.save_every": 1, "train.keep": 2})
     train(config)
     whole = state(config)
-    config.out = str(tmp_path / "killed")
+    config = changed(config, {"out": str(tmp_path / "killed")})
     kill_at(config, (3, 11), task="text-to-image")
     assert run_script(config, task="text-to-image").returncode == 0
     assert_equal(whole | {"args": None}, state(config) | {"args": None})
@@ -144,7 +143,7 @@ def test_killed_run_continues_bit_equal(config, tmp_path):
 def test_two_processes_equal_one(config, tmp_path, parallel):
     train(config)
     alone, whole = stats(config), state(config)["ema"]
-    config.out, config.train.parallel = str(tmp_path / "two"), parallel
+    config = changed(config, {"out": str(tmp_path / "two"), "train.parallel": parallel})
     result = run_script(config, processes=2, task="text-to-image")
     assert result.returncode == 0, result.stderr[-3000:]
     for a, b in zip(alone, stats(config), strict=True):
@@ -157,7 +156,7 @@ def test_encoded_files_train_the_same(config, captioned, tmp_path):
     """Latents and texts made once, against both on the fly; neither text encoder is there then."""
     lines = (captioned / "captions.jsonl").read_text().splitlines()[: len(CAPTIONS)]
     (tmp_path / "good.jsonl").write_text("\n".join(lines))  # the encoder leaves out broken ones: another order
-    config.data.latents, config.data.captions = "mean", str(tmp_path / "good.jsonl")
+    config = changed(config, {"data.latents": "mean", "data.captions": str(tmp_path / "good.jsonl")})
     train(config)
     losses = [line["loss"] for line in stats(config)]
     data = config.data
@@ -170,11 +169,16 @@ def test_encoded_files_train_the_same(config, captioned, tmp_path):
             *(str(tmp_path / "run.yaml"), "--text-encoder", part.encoder, "--out", str(tmp_path / role)),
             *("--role", role, "--max-tokens", str(TOKENS)),
         ])  # fmt: skip
-        part.files, part.encoder = str(tmp_path / role), None
-    config.data = PictureData(
-        kind="latents", path=str(tmp_path / "latents"), image_size=16, buckets=data.buckets, latents="mean"
+        config = changed(config, {f"{role}.files": str(tmp_path / role), f"{role}.encoder": None})
+    config = changed(
+        config,
+        {
+            "data": PictureData(
+                kind="latents", path=str(tmp_path / "latents"), image_size=16, buckets=data.buckets, latents="mean"
+            )
+        },
     )
-    config.out = str(tmp_path / "encoded")
+    config = changed(config, {"out": str(tmp_path / "encoded")})
     train(config)
     assert [line["loss"] for line in stats(config)] == pytest.approx(
         losses, rel=2e-3
@@ -211,7 +215,7 @@ class Recorder(nn.Module):
 
 def test_loss_reads_texts_sizes_and_drops_either_by_itself(config, both):
     recorder, rows = Recorder(), 400
-    model = HunyuanDiT((4, 4), **given(config))
+    model = HunyuanDiT((4, 4), **config.model.given())
     batch = {"mean": torch.randn(rows, 2, 4, 4, 6), "std": torch.rand(rows, 2, 4, 4, 6)}
     batch["label"] = torch.arange(rows) % len(CAPTIONS)
     loss = make_loss(config, None, *both, model)(recorder, batch, Draw(0, 0, range(rows), rows, torch.device("cpu")))
@@ -230,8 +234,8 @@ def test_loss_reads_texts_sizes_and_drops_either_by_itself(config, both):
 
 def test_loss_is_of_the_noise_that_the_sampler_takes_away(config, both):
     """Noisy latents, and the v to predict, are those of the sampler's scheduler."""
-    config.data.latents, config.data.flip = "mean", False
-    model = HunyuanDiT((4, 4), **given(config))
+    config = changed(config, {"data.latents": "mean", "data.flip": False})
+    model = HunyuanDiT((4, 4), **config.model.given())
     batch = {"mean": torch.randn(6, 2, 4, 4, 4), "label": torch.arange(6)}
     draw, recorder = Draw(0, 0, range(6), 6, torch.device("cpu")), Recorder()
     loss = make_loss(config, None, *both, model)(recorder, batch, draw)
@@ -251,13 +255,13 @@ def test_loss_is_of_the_noise_that_the_sampler_takes_away(config, both):
 def test_mixed_precision(config, tmp_path, monkeypatch, parallel):
     """bf16, the default: near float32, and not equal to it; the residual stream is float32."""
     train(config)
-    exact, config.out, config.train.precision = stats(config), str(tmp_path / "bf16"), "bf16"
-    config.train.parallel = parallel
+    exact, config = stats(config), changed(config, {"out": str(tmp_path / "bf16"), "train.precision": "bf16"})
+    config = changed(config, {"train.parallel": parallel})
     result = run_script(config, processes=1 + (parallel == "fsdp"), task="text-to-image")  # one precision per process
     assert result.returncode == 0, result.stderr[-3000:]
     assert stats(config)[-1]["loss"] == pytest.approx(exact[-1]["loss"], rel=0.02)
     assert stats(config)[-1]["loss"] != exact[-1]["loss"]
-    model, dtypes, run = HunyuanDiT((8, 8), **given(config)), set(), HunyuanDiT._run
+    model, dtypes, run = HunyuanDiT((8, 8), **config.model.given()), set(), HunyuanDiT._run
     monkeypatch.setattr(HunyuanDiT, "_run", lambda self, *args: dtypes.add(args[1].dtype) or run(self, *args))
     with torch.autocast("cpu", torch.bfloat16):
         model(**model.random_inputs(2, encoded=False))
@@ -265,7 +269,7 @@ def test_mixed_precision(config, tmp_path, monkeypatch, parallel):
 
 
 def test_gradient_checkpointing_changes_no_gradient(config):
-    model = HunyuanDiT((8, 8), **given(config)).train()
+    model = HunyuanDiT((8, 8), **config.model.given()).train()
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.1)
     inputs, gradients = model.random_inputs(2, encoded=False), []
@@ -282,12 +286,12 @@ def test_gradient_checkpointing_changes_no_gradient(config):
 def test_lora_trains_adapters_and_merges_them(config, tmp_path, hunyuan_folder):
     train(config)
     base = state(config)["ema"]
-    config.init, config.out, config.lora_rank = config.out, str(tmp_path / "lora"), 2
+    config = changed(config, {"init": config.out, "out": str(tmp_path / "lora"), "lora_rank": 2})
     trained = train(config)
     learning = {name for name, parameter in trained.named_parameters() if ".lora_B." in name and parameter.any()}
     assert len(learning) == 6 * 5  # Wqkv, out_proj; q_proj, kv_proj, out_proj, of every block
     merged = load_state(tmp_path / "lora/merged.pt")
-    model = HunyuanDiT((4, 4), **given(config)).eval()
+    model = HunyuanDiT((4, 4), **config.model.given()).eval()
     load_weights(model, tmp_path / "lora")  # of all that lies there, what has everything
     untouched = {name for name, tensor in load_state(config.init).items() if torch.equal(tensor, merged[name])}
     assert len(merged) == len(base) and len(merged) - len(untouched) == 6 * 5
@@ -309,11 +313,11 @@ def test_another_autoencoder_is_refused(config, tmp_path):
     train(config)
     vae = AutoencoderKL.from_pretrained(config.vae)
     vae.save_pretrained(tmp_path / "vae")
-    config.vae, config.train.steps = str(tmp_path / "vae"), 5
+    config = changed(config, {"vae": str(tmp_path / "vae"), "train.steps": 5})
     train(config)
     torch.nn.init.normal_(vae.decoder.conv_out.weight)
     vae.save_pretrained(tmp_path / "vae")
-    config.train.steps = 6
+    config = changed(config, {"train.steps": 6})
     with pytest.raises(ValueError, match="vae_fingerprint: "):
         train(config)
 
@@ -322,12 +326,12 @@ def test_another_text_encoder_is_refused(config, hunyuan_folder, tmp_path):
     """By a run that goes on; but the encoder, like the data, may have moved."""
     train(config)
     shutil.copytree(hunyuan_folder, tmp_path / "moved")
-    config.clip.encoder, config.train.steps, config.clip.fingerprint = str(tmp_path / "moved/text_encoder"), 5, None
+    config = changed(config, {"clip.encoder": str(tmp_path / "moved/text_encoder"), "train.steps": 5})
     train(config)
     other = BertModel.from_pretrained(config.clip.encoder)
     torch.nn.init.normal_(other.embeddings.word_embeddings.weight)
     other.save_pretrained(config.clip.encoder)
-    config.train.steps, config.clip.fingerprint = 6, None
+    config = changed(config, {"train.steps": 6})
     with pytest.raises(ValueError, match=r"clip\.fingerprint: "):
         train(config)
 
@@ -352,7 +356,6 @@ def test_another_text_encoder_is_refused(config, hunyuan_folder, tmp_path):
     ],
 )
 def test_what_does_not_fit_is_named(config, section, settings, complaint):
-    for name, value in settings.items():
-        setattr(getattr(config, section) if section else config, name, value)
+    settings = {f"{section}.{name}" if section else name: value for name, value in settings.items()}
     with pytest.raises((ValueError, FileNotFoundError), match=complaint):
-        train(config)
+        train(changed(config, settings))

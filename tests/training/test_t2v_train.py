@@ -12,6 +12,7 @@ from torch import nn
 from transformers import T5EncoderModel
 
 from skipdit.checkpoints.loading import load_weights
+from skipdit.config import changed
 from skipdit.data.settings import ClipData
 from skipdit.data.texts import LiveTexts
 from skipdit.data.video import read_mp4
@@ -65,23 +66,25 @@ def config(captioned, text_folder, vae_folder, tmp_path) -> Config:
 @pytest.mark.parametrize("fuse", ["replace", "residual"])
 def test_both_stages_end_to_end(config, tmp_path, released_t2v, fuse):
     """A plain model; stage 1, only its skips; stage 2, everything. The result samples in the released layout."""
-    config.out, config.model.skip, config.train.sample_every = str(tmp_path / "plain"), False, 4
+    config = changed(config, {"out": str(tmp_path / "plain"), "model.skip": False, "train.sample_every": 4})
     train(config)
     assert (tmp_path / "plain/samples/0000004.gif").exists()
     captions = (tmp_path / "plain/samples/captions.txt").read_text().splitlines()
     assert captions == [*CAPTIONS, "cut off"]  # nobody has found out yet that the last clip is broken
     plain = state(config)["ema"]
 
-    config.out, config.init, config.train.sample_every = str(tmp_path / "stage1"), str(tmp_path / "plain"), 0
-    config.model = ModelConfig(**vars(config.model) | {"skip": True, "fuse": fuse})
-    config.train.freeze = True
+    config = changed(
+        config, {"out": str(tmp_path / "stage1"), "init": str(tmp_path / "plain"), "train.sample_every": 0}
+    )
+    config = changed(config, {"model.skip": True, "model.fuse": fuse})
+    config = changed(config, {"train.freeze": True})
     train(config)
     first = state(config)["ema"]
     new = {name for name in first if not (name in plain and torch.equal(first[name], plain[name]))}
     assert new == first.keys() - plain.keys()
     assert {name.split(".")[0] for name in new} <= {"skip_norms", "skip_linears", "skips"}
 
-    config.out, config.init, config.train.freeze = str(tmp_path / "stage2"), str(tmp_path / "stage1"), False
+    config = changed(config, {"out": str(tmp_path / "stage2"), "init": str(tmp_path / "stage1"), "train.freeze": False})
     trained = train(config)
     assert all(not torch.equal(tensor, first[name]) for name, tensor in state(config)["ema"].items())
 
@@ -99,15 +102,15 @@ def test_both_stages_end_to_end(config, tmp_path, released_t2v, fuse):
 @pytest.mark.slow
 def test_residual_stage_1_starts_at_the_plain_model(config, tmp_path):
     """Its first loss is the plain model's; with the paper's skips, drawn at random, it is not."""
-    config.out, config.model.skip = str(tmp_path / "plain"), False
+    config = changed(config, {"out": str(tmp_path / "plain"), "model.skip": False})
     train(config)
-    config.model.skip, config.train.freeze, config.init, config.train.lr = True, True, config.out, 0.0
+    config = changed(config, {"model.skip": True, "train.freeze": True, "init": config.out, "train.lr": 0.0})
     losses = {}
     for fuse in ("replace", "residual"):
-        config.out, config.model.fuse = str(tmp_path / fuse), fuse
+        config = changed(config, {"out": str(tmp_path / fuse), "model.fuse": fuse})
         train(config)
         losses[fuse] = stats(config)[0]["loss"]
-    config.out, config.model.skip, config.train.freeze = str(tmp_path / "again"), False, False
+    config = changed(config, {"out": str(tmp_path / "again"), "model.skip": False, "train.freeze": False})
     train(config)
     assert losses["residual"] == pytest.approx(stats(config)[0]["loss"], rel=1e-5)
     assert losses["replace"] != pytest.approx(losses["residual"], rel=1e-4)
@@ -115,10 +118,10 @@ def test_residual_stage_1_starts_at_the_plain_model(config, tmp_path):
 
 @pytest.mark.slow
 def test_killed_run_continues_bit_equal(config, tmp_path):
-    config.train.steps, config.train.save_every, config.train.keep = 30, 1, 2
+    config = changed(config, {"train.steps": 30, "train.save_every": 1, "train.keep": 2})
     train(config)
     whole = state(config)
-    config.out = str(tmp_path / "killed")
+    config = changed(config, {"out": str(tmp_path / "killed")})
     kill_at(config, (3, 11), task="text-to-video")
     assert run_script(config, task="text-to-video").returncode == 0
     assert_equal(whole | {"args": None}, state(config) | {"args": None})
@@ -129,7 +132,7 @@ def test_killed_run_continues_bit_equal(config, tmp_path):
 def test_two_processes_equal_one(config, tmp_path, parallel):
     train(config)
     alone, whole = stats(config), state(config)["ema"]
-    config.out, config.train.parallel = str(tmp_path / "two"), parallel
+    config = changed(config, {"out": str(tmp_path / "two"), "train.parallel": parallel})
     result = run_script(config, processes=2, task="text-to-video")
     assert result.returncode == 0, result.stderr[-3000:]
     for a, b in zip(alone, stats(config), strict=True):
@@ -140,12 +143,14 @@ def test_two_processes_equal_one(config, tmp_path, parallel):
 
 def test_files_of_latents_and_texts_train_like_clips_and_captions(config, captioned, tmp_path, monkeypatch):
     """What `encode` and `encode-text` wrote gives the losses of the clips and captions themselves."""
-    config.data.flip = False
+    config = changed(config, {"data.flip": False})
     shutil.copytree(captioned, tmp_path / "clips")
     (tmp_path / "clips/5.mp4").unlink()  # the encoder leaves a broken clip out, and the order changes
     lines = (tmp_path / "clips/captions.jsonl").read_text().splitlines()[:5]
     (tmp_path / "clips/captions.jsonl").write_text("\n".join(lines))
-    config.data.path, config.data.captions = str(tmp_path / "clips"), str(tmp_path / "clips/captions.jsonl")
+    config = changed(
+        config, {"data.path": str(tmp_path / "clips"), "data.captions": str(tmp_path / "clips/captions.jsonl")}
+    )
     train(config)
     live = [line["loss"] for line in stats(config)]
 
@@ -162,16 +167,18 @@ def test_files_of_latents_and_texts_train_like_clips_and_captions(config, captio
     arguments += ["--vae", config.vae, "--out", str(tmp_path / "latents"), "--workers", "0"]
     monkeypatch.setattr("sys.argv", ["encode", *arguments])
     encode()
-    config.data.kind, config.data.path, config.data.captions = "latents", str(tmp_path / "latents"), None
+    config = changed(config, {"data.kind": "latents", "data.path": str(tmp_path / "latents"), "data.captions": None})
     (tmp_path / "run.yaml").write_text(f"data: {{kind: latents, path: {tmp_path / 'latents'}, num_frames: 4}}\n")
     encode_text([str(tmp_path / "run.yaml"), "--text-encoder", config.text_encoder, "--out", str(tmp_path / "texts")])
-    config.texts, config.text_encoder, config.out = str(tmp_path / "texts"), "nowhere/at/all", str(tmp_path / "files")
+    config = changed(
+        config, {"texts": str(tmp_path / "texts"), "text_encoder": "nowhere/at/all", "out": str(tmp_path / "files")}
+    )
     train(config)
     assert [line["loss"] for line in stats(config)] == pytest.approx(live, rel=2e-3)
 
 
 def test_broken_and_uncaptioned_clips_are_listed(config):
-    config.train.steps = 12
+    config = changed(config, {"train.steps": 12})
     train(config)
     listed = (Path(config.out) / "broken_files.txt").read_text().splitlines()
     assert len(listed) == 2
@@ -189,10 +196,10 @@ class _Listener(nn.Module):
 def test_captions_reach_their_pictures(config, captioned):
     """Every clip and every image has the tokens of its own caption, or the empty one's under the same mask."""
     texts = LiveTexts(load_text_encoder(config.text_encoder), CAPTIONS)
-    rows, model, config.data.latents = 64, _Listener(), "mean"
+    rows, model, config = 64, _Listener(), changed(config, {"data.latents": "mean"})
     labels, others = torch.arange(rows) % 5, torch.stack([torch.arange(rows) % 3, torch.arange(rows) % 2], dim=1)
     batch = {"mean": torch.zeros(rows, 6, 2, 4, 2, 2), "label": labels, "image_label": others}
-    config.caption_dropout = 0.3
+    config = changed(config, {"caption_dropout": 0.3})
     make_loss(config, None, texts)(model, batch, Draw(0, 0, range(rows), rows, torch.device("cpu")))
     wanted = torch.cat([labels[:, None], others], dim=1)
     kept, mask = texts.take(wanted, torch.zeros(rows, 3, dtype=torch.bool))
@@ -209,11 +216,13 @@ def test_released_folder_gives_the_model(config, released_t2v, tmp_path):
     """Stage 1 as for the released model: config.json and weights of a transformer folder."""
     plain = LatteT2V.from_config(LatteT2V.load_config(released_t2v / "Latte-0/transformer"), skip=False)
     plain.save_pretrained(tmp_path / "transformer")
-    config.model, config.init = ModelConfig(folder=str(tmp_path / "transformer")), str(tmp_path / "transformer")
-    config.train.freeze = True
+    config = changed(
+        config, {"model": ModelConfig(folder=str(tmp_path / "transformer")), "init": str(tmp_path / "transformer")}
+    )
+    config = changed(config, {"train.freeze": True})
     trained = train(config)
     assert trained.config.sample_size == 4 and trained.n_skips == 2
-    config.out, config.data.image_size = config.out + "-large", 16
+    config = changed(config, {"out": config.out + "-large", "data.image_size": 16})
     with pytest.raises(ValueError, match=r"for 4 frames of 4 latent pixels; the data has 4 of 8 .*data.image_size"):
         train(config)
 
@@ -222,44 +231,37 @@ def test_another_text_encoder_is_refused(config, text_folder, tmp_path):
     """By a run that goes on; but the encoder, like the data, may have moved."""
     train(config)
     shutil.copytree(text_folder, tmp_path / "moved")
-    config.text_encoder, config.train.steps, config.text_fingerprint = str(tmp_path / "moved/text_encoder"), 5, None
+    config = changed(config, {"text_encoder": str(tmp_path / "moved/text_encoder"), "train.steps": 5})
     train(config)
     other = T5EncoderModel.from_pretrained(config.text_encoder)
     torch.nn.init.normal_(other.shared.weight)
     other.save_pretrained(config.text_encoder)
-    config.train.steps, config.text_fingerprint = 6, None
+    config = changed(config, {"train.steps": 6})
     with pytest.raises(ValueError, match="text_fingerprint: "):
         train(config)
-
-
-def change(config: Config, **settings) -> None:
-    for key, value in settings.items():
-        section, _, name = key.rpartition("__")
-        setattr(getattr(config, section) if section else config, name, value)
 
 
 @pytest.mark.parametrize(
     ("settings", "complaint"),
     [
-        ({"data__captions": None}, "the clips have no captions; set data.captions"),
-        ({"model__caption_channels": 12}, "they have 16 channels, the model takes 12"),
-        ({"data__image_size": 9}, "image_size 9 is not a multiple of the autoencoder's factor 2"),
-        ({"data__image_size": 10}, "image_size makes latents of 5 pixels a side, which patches of 2"),
+        ({"data.captions": None}, "the clips have no captions; set data.captions"),
+        ({"model.caption_channels": 12}, "they have 16 channels, the model takes 12"),
+        ({"data.image_size": 9}, "image_size 9 is not a multiple of the autoencoder's factor 2"),
+        ({"data.image_size": 10}, "image_size makes latents of 5 pixels a side, which patches of 2"),
         (
-            {"data__captions": "nowhere.jsonl", "text_encoder": "nowhere/else/t5"},
+            {"data.captions": "nowhere.jsonl", "text_encoder": "nowhere/else/t5"},
             r"missing: data.captions=nowhere.jsonl, nowhere/else/t5/config.json",
         ),
         ({"texts": "nowhere/texts"}, "missing: texts=nowhere/texts"),
     ],
 )
 def test_what_does_not_fit_is_named(config, settings, complaint):
-    change(config, **settings)
     with pytest.raises((ValueError, FileNotFoundError), match=complaint):
-        train(config)
+        train(changed(config, settings))
 
 
 def test_stage_1_weights_load_as_released(config, tmp_path):
-    config.model.skip = True
+    config = changed(config, {"model.skip": True})
     trained = train(config)
     again = LatteT2V.from_config(trained.config)
     load_weights(again, config.out)

@@ -31,7 +31,7 @@ from skipdit.class_to_video import Latte
 from skipdit.class_to_video import sample as sampler
 from skipdit.class_to_video.sample import ModelConfig, sample
 from skipdit.class_to_video.train import Config, make_loss, train
-from skipdit.config import to_yaml
+from skipdit.config import changed, to_yaml
 from skipdit.data.settings import ClipData
 from skipdit.data.video import read_mp4
 from skipdit.diffusion.gaussian import Diffusion
@@ -95,7 +95,7 @@ def sampling(tmp_path, vae_folder):
 
 @pytest.mark.slow
 def test_loss_falls(training):
-    training.train.steps, training.train.lr = 60, 3e-3
+    training = changed(training, {"train.steps": 60, "train.lr": 3e-3})
     train(training)
     losses = [line["loss"] for line in stats(training)]
     assert sum(losses[-10:]) < 0.9 * sum(losses[:10])
@@ -109,8 +109,7 @@ def test_resume_is_bit_equal(training, tmp_path):
     """Two steps, then two more in another process, equal four at once: crops, images and labels included."""
     train(training)
     whole = state(training)
-    training.out = str(tmp_path / "resumed")
-    training.train.steps = 2
+    training = changed(training, {"out": str(tmp_path / "resumed"), "train.steps": 2})
     train(training)
     result = run_script(training, "train.steps=4", task="class-to-video")
     assert result.returncode == 0, result.stderr[-3000:]
@@ -120,10 +119,10 @@ def test_resume_is_bit_equal(training, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("parallel", ["ddp", FSDP])
 def test_two_processes_equal_one(training, tmp_path, parallel):
-    training.train.sample_every = 4
+    training = changed(training, {"train.sample_every": 4})
     train(training)
     alone, whole = stats(training), state(training)["ema"]
-    training.out, training.train.parallel = str(tmp_path / "two"), parallel
+    training = changed(training, {"out": str(tmp_path / "two"), "train.parallel": parallel})
     result = run_script(training, processes=2, task="class-to-video")
     assert result.returncode == 0, result.stderr[-3000:]
     for a, b in zip(alone, stats(training), strict=True):
@@ -138,9 +137,8 @@ def test_two_processes_equal_one(training, tmp_path, parallel):
 @pytest.mark.slow
 def test_accumulated_gradients_are_the_same(training, tmp_path):
     train(training)
-    whole, training.out = stats(training), str(tmp_path / "accumulated")
-    training.train.micro_batch_size = 1
-    training.train.gradient_checkpointing = True
+    whole, training = stats(training), changed(training, {"out": str(tmp_path / "accumulated")})
+    training = changed(training, {"train.micro_batch_size": 1, "train.gradient_checkpointing": True})
     train(training)
     for a, b in zip(whole, stats(training), strict=True):
         assert a["loss"] == pytest.approx(b["loss"], rel=1e-4)
@@ -152,8 +150,8 @@ def test_accumulated_gradients_are_the_same(training, tmp_path):
 def test_mixed_precision(training, tmp_path, parallel):
     """bf16, the default: near float32, and not equal to it."""
     train(training)
-    exact, training.out, training.train.precision = stats(training), str(tmp_path / "bf16"), "bf16"
-    training.train.parallel = parallel
+    exact, training = stats(training), changed(training, {"out": str(tmp_path / "bf16"), "train.precision": "bf16"})
+    training = changed(training, {"train.parallel": parallel})
     result = run_script(training, processes=1 + (parallel == "fsdp"), task="class-to-video")  # one precision each
     assert result.returncode == 0, result.stderr[-3000:]
     assert stats(training)[-1]["loss"] == pytest.approx(exact[-1]["loss"], rel=0.02)
@@ -175,7 +173,7 @@ def listen(training, rows=64) -> _Listener:
     draw = Draw(0, 0, range(rows), rows, torch.device("cpu"))
     draw.randint = lambda high: torch.zeros(rows, dtype=torch.long)
     draw.randn = lambda *shape: torch.zeros(rows, *shape)
-    model, training.data.latents = _Listener(), "mean"
+    model, training = _Listener(), changed(training, {"data.latents": "mean"})
     make_loss(training, None)(model, batch, draw)
     return model
 
@@ -185,16 +183,16 @@ def test_a_clip_is_flipped_as_a_whole_and_images_by_themselves(training):
     assert (x[:, :4] == x[:, :1]).all()
     patterns = {tuple(row) for row in x[:, [0, 4, 5]].tolist()}
     assert len(patterns) == 8
-    training.data.flip = False
+    training = changed(training, {"data.flip": False})
     assert (listen(training).x.round() == 1).all()
 
 
 def test_labels_are_dropped_one_by_one(training):
-    training.label_dropout = 0.5
+    training = changed(training, {"label_dropout": 0.5})
     model, null = listen(training), training.model.num_classes
     assert set(model.y.tolist()) == {0, null}
     assert {tuple(row) for row in model.y_image.tolist()} == {(1, 2), (null, 2), (1, null), (null, null)}
-    training.label_dropout = 0.0
+    training = changed(training, {"label_dropout": 0.0})
     model = listen(training)
     assert model.y.eq(0).all()
     assert model.y_image.eq(torch.tensor([1, 2])).all()
@@ -204,7 +202,7 @@ def test_stage_1_trains_the_skips_only(training, tmp_path):
     """Onto a plain Latte; with the skips of the outer pair only."""
     plain = tiny_latte(num_classes=3, skip=False)
     torch.save({"ema": to_released(plain.state_dict())}, tmp_path / "plain.pt")
-    training.init, training.train.freeze, training.model.n_skips = str(tmp_path / "plain.pt"), True, 1
+    training = changed(training, {"init": str(tmp_path / "plain.pt"), "train.freeze": True, "model.n_skips": 1})
     train(training)
     trained = state(training)["model"]
     for name, tensor in to_released(plain.state_dict()).items():
@@ -215,7 +213,7 @@ def test_stage_1_trains_the_skips_only(training, tmp_path):
 
 
 def test_unconditional_training(training):
-    training.model.num_classes, training.data.labelled = None, False
+    training = changed(training, {"model.num_classes": None, "data.labelled": False})
     train(training)
     assert "y_embedder.embedding_table.weight" not in state(training)["model"]
 
@@ -223,9 +221,9 @@ def test_unconditional_training(training):
 @pytest.mark.parametrize("change", [{"labelled": False}, {"classes": []}])
 def test_classes_that_do_not_fit_are_named(training, change):
     if "labelled" in change:
-        training.data.labelled = False
+        training = changed(training, {"data.labelled": False})
     else:
-        training.model.num_classes = 2
+        training = changed(training, {"model.num_classes": 2})
     with pytest.raises(ValueError, match=r"has [03] classes and the model [23]: set model\.num_classes"):
         train(training)
 
@@ -256,24 +254,24 @@ def test_clip_does_not_depend_on_batch_size_or_interruption(sampling, tmp_path):
         (Path(sampling.out) / f"{index:06d}.mp4").unlink()
     sample(sampling)  # continues
     torch.testing.assert_close(clips(sampling.out), whole, atol=2, rtol=0)
-    sampling.out, sampling.batch_size, sampling.gif = str(tmp_path / "other"), 5, False
+    sampling = changed(sampling, {"out": str(tmp_path / "other"), "batch_size": 5, "gif": False})
     sample(sampling)
     torch.testing.assert_close(clips(sampling.out), whole, atol=2, rtol=0)
     assert not list(Path(sampling.out).glob("0*.gif"))
-    sampling.gif = True  # asked for later
+    sampling = changed(sampling, {"gif": True})  # asked for later
     sample(sampling)
     assert len(list(Path(sampling.out).glob("0*.gif"))) == 5
 
 
 def test_gif_shows_its_clip(sampling):
     """Also if it was there before the clip: without its clips, a folder is free for other settings."""
-    sampling.num_samples, gif = 1, Path(sampling.out) / "000000.gif"
+    gif, sampling = Path(sampling.out) / "000000.gif", changed(sampling, {"num_samples": 1})
     sample(sampling)
     first, written = gif.read_bytes(), gif.stat().st_mtime_ns
     sample(sampling)
     assert gif.stat().st_mtime_ns == written
     (Path(sampling.out) / "000000.mp4").unlink()
-    sampling.seed = 1
+    sampling = changed(sampling, {"seed": 1})
     sample(sampling)
     assert gif.read_bytes() != first
 
@@ -281,7 +279,7 @@ def test_gif_shows_its_clip(sampling):
 @pytest.mark.slow
 def test_clip_does_not_depend_on_the_number_of_processes(sampling, tmp_path):
     sample(sampling)
-    whole, sampling.out = clips(sampling.out), str(tmp_path / "two")
+    whole, sampling = clips(sampling.out), changed(sampling, {"out": str(tmp_path / "two")})
     (tmp_path / "two.yaml").write_text(to_yaml(sampling))
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     command += [str(ROOT / "class-to-video/sample.py"), "--config", str(tmp_path / "two.yaml")]
@@ -303,18 +301,16 @@ def test_clip_does_not_depend_on_the_number_of_processes(sampling, tmp_path):
     ],
 )
 def test_bad_input_is_named(sampling, change, complaint):
-    for key, value in change.items():
-        setattr(sampling, key, value)
     with pytest.raises((ValueError, FileNotFoundError), match=complaint):
-        sample(sampling)
+        sample(changed(sampling, change))
 
 
 def test_unconditional_model(sampling, tmp_path):
     torch.save({"ema": to_released(tiny_latte(extras=1).state_dict())}, tmp_path / "tiny.pt")
-    sampling.model.num_classes = None
+    sampling = changed(sampling, {"model.num_classes": None})
     with pytest.raises(ValueError, match=r"guidance_scale is 4\.0, and the model is unconditional"):
         sample(sampling)
-    sampling.guidance_scale = 1.0
+    sampling = changed(sampling, {"guidance_scale": 1.0})
     assert sample(sampling)["steps"] == {"full": 3, "cached": 3, "forecast": 0}
 
 

@@ -11,7 +11,7 @@ from skipdit.analysis import measure, plot
 from skipdit.analysis.trace import record, spread_out
 from skipdit.caching.policies import parse_policy
 from skipdit.cli import friendly_errors
-from skipdit.config import load_config, to_dict
+from skipdit.config import changed, load_config, to_dict
 from skipdit.layers.skip import SkipTransformer
 from skipdit.sampling.sampler import Sampler
 from skipdit.tasks import Task, read_settings
@@ -44,7 +44,7 @@ def open_subjects(task: Task, args: argparse.Namespace) -> dict[str, Subject]:
     subjects = {}
     for overrides in runs:
         config = load_config(task.schema, args.config, overrides)
-        config.dtype, config.compile = "float32" if config.dtype == "auto" else config.dtype, False
+        config = changed(config, {"dtype": "float32" if config.dtype == "auto" else config.dtype, "compile": "none"})
         sampler = task.open_sampler(config, None)
         n_skips = sampler.model.n_skips
         if n_skips and branch > n_skips:

@@ -9,7 +9,7 @@ IMAGES = ("image_folder", "fashion_mnist")  # as data.kind
 CLIPS = ("videos", "frames")
 
 
-@dataclass
+@dataclass(frozen=True)
 class ImageData(Settings):
     """Where training images come from."""
 
@@ -24,7 +24,7 @@ class ImageData(Settings):
         return {} if self.kind == "fashion_mnist" else {"data.path": self.path}
 
 
-@dataclass
+@dataclass(frozen=True)
 class ClipData(Settings):
     """Where training clips come from."""
 
@@ -54,7 +54,7 @@ class ClipData(Settings):
         return {f"data.{name}": value for name in names if (value := getattr(self, name)) is not None}
 
 
-@dataclass
+@dataclass(frozen=True)
 class PictureData(Settings):
     """Where captioned pictures come from."""
 

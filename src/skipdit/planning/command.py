@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from skipdit.caching.policy import NAMES
 from skipdit.cli import friendly_errors
-from skipdit.config import to_dict
+from skipdit.config import changed, to_dict
 from skipdit.planning.calibration import Bench, Fitted
 from skipdit.planning.controls import controls
 from skipdit.planning.schedules import affordable, schedule
@@ -157,7 +157,8 @@ def psnr_of(error: float) -> float:
 def run(args: argparse.Namespace) -> tuple[Fitted, dict[str, float]]:
     """Plan as the command line asks for."""
     task, config = read_settings(args)
-    config.steps = args.steps or config.steps
+    if args.steps is not None:
+        config = changed(config, {"steps": args.steps})
     budget = budget_of(config.steps, args)
     if args.max_error is not None and not args.max_error > 0:
         raise ValueError(f"--max-error is {args.max_error:g}; it must be above 0")

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from skipdit.caching.policies import parse_policy
-from skipdit.config import Settings, to_dict
+from skipdit.config import Settings, changed, to_dict
 from skipdit.sampling.prompts import slug
 from skipdit.sampling.settings import PromptConfig
 
@@ -71,19 +71,20 @@ def add_prompt_argument(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def take_prompts(config: PromptConfig, args: argparse.Namespace) -> None:
-    """Put the prompts of a command line into a config, if there are some.
+def take_prompts(config: PromptConfig, args: argparse.Namespace) -> PromptConfig:
+    """Return the config with the prompts of a command line, if there are some.
 
     They get a folder of their own, named after the first of them and all settings, unless the command line names one:
     one command after the other, and the same one again, can be given without thinking of `out`. Raises ValueError if
     the command line says otherwise, too, what to show.
     """
     if not args.prompt:
-        return
+        return config
     for name in ("prompts", "prompt_file"):
         if any(text.startswith(f"{name}=") for text in args.overrides):
             raise ValueError(f"--prompt and {name}= both say what to show: leave one out")
-    config.prompts, config.prompt_file = args.prompt, None
-    if not any(text.startswith("out=") for text in args.overrides):
-        digest = hashlib.sha256(json.dumps(to_dict(config), sort_keys=True).encode()).hexdigest()[:8]
-        config.out = str(Path(config.out, f"{slug(args.prompt[0])}-{digest}".strip("-")))
+    config = changed(config, {"prompts": args.prompt, "prompt_file": None})
+    if any(text.startswith("out=") for text in args.overrides):
+        return config
+    digest = hashlib.sha256(json.dumps(to_dict(config), sort_keys=True).encode()).hexdigest()[:8]
+    return changed(config, {"out": str(Path(config.out, f"{slug(args.prompt[0])}-{digest}".strip("-")))})

@@ -25,12 +25,28 @@ SCHEDULERS = {
 }
 
 
-@dataclass
-class SamplingConfig(Settings):
-    """Settings of a sampling run that do not depend on the task."""
+@dataclass(frozen=True)
+class RunConfig(Settings):
+    """Settings of every sampling run."""
+
+    out: str = setting("samples", "folder for the samples and the report", identity=False)
+    batch_size: int = setting(1, "samples per model call and process (guidance doubles it)", identity=False, least=1)
+    seed: int = setting(0, "seed of the run; sample i depends on it and on i", least=0)
+    steps: int = setting(50, "sampling steps", least=1)
+    guidance_scale: float = setting(7.5, "classifier-free guidance; 1 is none", least=1)
+    cache: str = setting("none", "Skip-Cache spec, as --cache")
+    dtype: str = setting("auto", "auto, float32, bfloat16 or float16")
+    tf32: bool = setting(False, "let float32 products run in TF32 on the GPU: faster, to about three digits")
+    compile: str = setting(
+        "none", "torch.compile: none, default, reduce-overhead (CUDA graphs) or max-autotune", identity=False
+    )
+
+
+@dataclass(frozen=True)
+class SamplingConfig(RunConfig):
+    """Settings of a run by classes that do not depend on the task."""
 
     weights: str = required("checkpoint: .pt, .safetensors, or folder", identity=False)
-    out: str = setting("samples", "folder for the samples and the report", identity=False)
     vae: str = setting("stabilityai/sd-vae-ft-ema", "autoencoder, folder or Hub name", identity=False)
     image_size: int = setting(256, "pixels along a side", least=1)
     classes: list[int] = field(
@@ -38,19 +54,12 @@ class SamplingConfig(Settings):
     )
     num_samples: int = setting(8, "samples to make", identity=False, least=1)
     batch_size: int = setting(8, "samples per model call and process (guidance doubles it)", identity=False, least=1)
-    seed: int = setting(0, "seed of the run; sample i depends on it and on i", least=0)
     sampler: str = setting("ddpm", "ddpm, ddim, or a solver: deis, dpm, unipc; order 3: deis3, dpm3, unipc3")
     steps: int = setting(250, "sampling steps", least=1)
     guidance_scale: float = setting(1.0, "classifier-free guidance; 1 is none", least=0)
     guidance_channels: int | None = setting(None, "latent channels to guide; null for all", least=1)
     guidance_low: int = setting(0, "guide at timesteps from here ...", least=0)
     guidance_high: int = setting(1000, "... to here", least=0)
-    cache: str = setting("none", "Skip-Cache spec, as --cache")
-    dtype: str = setting("auto", "auto, float32, bfloat16 or float16")
-    tf32: bool = setting(False, "let float32 products run in TF32 on the GPU: faster, to about three digits")
-    compile: str = setting(
-        "none", "torch.compile: none, default, reduce-overhead (CUDA graphs) or max-autotune", identity=False
-    )
 
     def __post_init__(self):
         super().__post_init__()
@@ -58,11 +67,10 @@ class SamplingConfig(Settings):
             raise ConfigError(f"guidance_low is {self.guidance_low}, above guidance_high, {self.guidance_high}")
 
 
-@dataclass
-class PromptConfig(Settings):
+@dataclass(frozen=True)
+class PromptConfig(RunConfig):
     """Settings of a run from prompts that do not depend on the task."""
 
-    out: str = setting("samples", "folder for the samples and the report", identity=False)
     prompts: list[str] = field(default_factory=list, metadata={"identity": False, "help": "what to show, as --prompt"})
     prompt_file: str | None = setting(
         None, "text file with a prompt per line, folder of such files, or CSV, JSON, JSONL of captions", identity=False
@@ -70,19 +78,9 @@ class PromptConfig(Settings):
     negative_prompt: str = setting("", "what not to show")
     height: int | None = setting(None, "pixels; unset: as the model was made for", identity=False, least=1)
     width: int | None = setting(None, "pixels; unset: as the model was made for", identity=False, least=1)
-    batch_size: int = setting(1, "samples per model call and process (guidance doubles it)", identity=False, least=1)
-    seed: int = setting(0, "seed of the run; sample i depends on it and on i", least=0)
     scheduler: str = setting("ddim", f"one of {', '.join(SCHEDULERS)}")
-    steps: int = setting(50, "sampling steps", least=1)
-    guidance_scale: float = setting(7.5, "classifier-free guidance; 1 is none", least=1)
-    cache: str = setting("none", "Skip-Cache spec, as --cache")
-    dtype: str = setting("auto", "auto, float32, bfloat16 or float16")
     vae_slicing: bool = setting(False, "decode one picture at a time, to save memory", identity=False)
     vae_tiling: bool = setting(False, "decode pictures in tiles, to save more")
     offload: str = setting(
         "none", "keep on the GPU only what runs: none, model (one by one) or group (layer by layer)", identity=False
-    )
-    tf32: bool = setting(False, "let float32 products run in TF32 on the GPU: faster, to about three digits")
-    compile: str = setting(
-        "none", "torch.compile: none, default, reduce-overhead (CUDA graphs) or max-autotune", identity=False
     )

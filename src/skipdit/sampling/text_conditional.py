@@ -94,8 +94,6 @@ def check_settings(
         raise ValueError(f"offload is {config.offload!r}; known: none, model, group")
     if compile_mode(config.compile) and config.offload == "group":
         raise ValueError("offload=group moves weights within the model, which cannot be compiled: set offload=model")
-    if config.guidance_scale < 1:
-        raise ValueError(f"guidance_scale is {config.guidance_scale}; 1 is no guidance, and less is not possible")
     set_tf32(config.tf32)
     dtype = resolve_dtype(config.dtype, process_state().device, released)
     nn.Module.to(model, dtype=dtype)  # not diffusers' own, which warns

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from accelerate.utils import broadcast_object_list
@@ -11,6 +11,7 @@ from diffusers import AutoencoderKL
 from skipdit.checkpoints.files import saved
 from skipdit.checkpoints.loading import load_weights
 from skipdit.cli import friendly_errors
+from skipdit.config import changed
 from skipdit.data.texts import LiveTexts, Texts, TextTable
 from skipdit.encoders.autoencoder import load_vae
 from skipdit.encoders.reading import LATTE, Reading
@@ -18,12 +19,12 @@ from skipdit.encoders.text import load_text_encoder
 from skipdit.layers.skip import SkipTransformer
 from skipdit.sampling.job import preflight
 from skipdit.training.arguments import read_arguments
-from skipdit.training.settings import TrainConfig
+from skipdit.training.settings import TrainerConfig
 from skipdit.utils.device import process_state
 from skipdit.utils.dtypes import resolve_dtype
 from skipdit.utils.provenance import fingerprint
 
-T = TypeVar("T")
+T = TypeVar("T", bound=TrainerConfig)
 
 
 def run_trainer(schema: type[T], description: str, train: Callable[[T, bool], Any]) -> None:
@@ -39,32 +40,26 @@ def run_trainer(schema: type[T], description: str, train: Callable[[T, bool], An
         train(config, dry_run)
 
 
-class TrainerConfig(Protocol):
-    """What all trainers' settings have."""
-
-    out: str  # run folder; a run that goes on has its own weights and needs no `init`
-    init: str | None  # checkpoint to start from; it may lack the long skips (stage 1)
-    vae: str  # folder or Hub name
-    vae_fingerprint: str | None
-    train: TrainConfig
-
-
 def open_training(
-    config: TrainerConfig,
+    config: T,
     files: dict[str, str],
     build: Callable[[AutoencoderKL], SkipTransformer],
     fetch: str,
     absent: Sequence[str] = (),
-) -> tuple[SkipTransformer, AutoencoderKL]:
+) -> tuple[T, SkipTransformer, AutoencoderKL]:
     """Check that all files are there, then make the model of a training run and load its autoencoder.
 
-    The autoencoder's fingerprint is kept in the config, and so with the run, which goes on with no other.
+    A run that goes on has its own weights and needs no `init`.
 
     Args:
         files: setting name -> path of the data, and whatever else has to be there.
         build: makes the model, for latents of this autoencoder.
         fetch: the command that fetches the released weights.
         absent: files that are known to be missing besides.
+
+    Returns:
+        The config with the autoencoder's fingerprint, which is kept with the run, so that it goes on with no other; the
+        model; and the autoencoder.
 
     Raises FileNotFoundError that lists every missing file, before anything is loaded; WeightsError.
     """
@@ -73,14 +68,13 @@ def open_training(
     needed = {"vae": config.vae} | ({"init": config.init} if config.init and not begun else {}) | files
     preflight(needed, fetch, absent)
     vae = load_vae(config.vae)
-    config.vae_fingerprint = fingerprint(vae)
     torch.manual_seed(config.train.seed)
     model = build(vae)
     if "init" in needed:
         new = load_weights(model, config.init, allow_missing="skips.*")
         if new and process_state().is_main_process:
             print(f"{len(new)} skip parameters are not in {config.init} and start anew:\n  " + "\n  ".join(new))
-    return model, vae
+    return changed(config, {"vae_fingerprint": fingerprint(vae)}), model, vae
 
 
 def open_texts(

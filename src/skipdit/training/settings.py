@@ -1,11 +1,11 @@
 """Settings of a training."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from skipdit.config import Settings, setting
 
 
-@dataclass
+@dataclass(frozen=True)
 class TrainConfig(Settings):
     """Settings of `fit`."""
 
@@ -47,3 +47,17 @@ class TrainConfig(Settings):
     max_bad_steps: int = setting(
         10, "abort after this many steps in a row with a non-finite loss", identity=False, least=1
     )
+
+
+@dataclass(frozen=True)
+class TrainerConfig(Settings):
+    """What the settings of all tasks' trainers have; a task adds its model, its data and its condition."""
+
+    out: str = setting("results", "run folder", identity=False)
+    init: str | None = setting(
+        None, "checkpoint to start from; one without skips may start a model with them (stage 1)", identity=False
+    )
+    vae: str = setting("stabilityai/sd-vae-ft-ema", "autoencoder, folder or Hub name", identity=False)
+    vae_fingerprint: str | None = setting(None, "of the autoencoder; the trainer fills it in and refuses another")
+    grid_guidance: float = setting(1.0, "guidance scale of the sample grids", identity=False, least=0)
+    train: TrainConfig = field(default_factory=TrainConfig)
