@@ -27,7 +27,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import BertConfig, BertModel, T5Config, T5EncoderModel
 
 from skipdit.__main__ import main as run_command
+from skipdit.checkpoints.convert import export
 from skipdit.checkpoints.diffusers_layout import diffusers_config, to_diffusers
+from skipdit.checkpoints.files import recorded_flow_shift
 from skipdit.checkpoints.released import to_released
 from skipdit.class_to_image import DiT
 from skipdit.class_to_video import Latte
@@ -387,3 +389,20 @@ def short_training(**more) -> TrainConfig:
     """Four steps of four samples, a checkpoint every other step."""
     settings = {"steps": 4, "batch_size": 4, "lr": 1e-2, "ema_decay": 0.9, "precision": "fp32", "workers": 0}
     return TrainConfig(**settings, log_every=1, save_every=2, sample_every=0, **more)
+
+
+def train_flow(config, train, tmp_path: Path) -> Path:
+    """Train by flow matching, resume bit-equal, and export. Returns the exported weights."""
+    config.train.objective, config.train.flow_shift, config.train.sample_every = "flow", 2.0, 4
+    train(config)
+    whole, out, exported = state(config), config.out, tmp_path / "flow.pt"
+    config.out, config.train.steps, config.train.sample_every = str(tmp_path / "resumed"), 2, 0
+    train(config)
+    config.train.steps = 4
+    train(config)
+    assert_equal(whole | {"args": None}, state(config) | {"args": None})
+    config.out = out
+    assert list((Path(out) / "samples").iterdir())
+    export(Path(out), exported, torch.float32)
+    assert recorded_flow_shift(out) == recorded_flow_shift(exported) == 2.0
+    return exported

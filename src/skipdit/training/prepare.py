@@ -80,6 +80,7 @@ def open_training(
         new = load_weights(model, config.init, allow_missing="skips.*")
         if new and process_state().is_main_process:
             print(f"{len(new)} skip parameters are not in {config.init} and start anew:\n  " + "\n  ".join(new))
+    model.flow_shift = config.train.flow_shift if config.train.objective == "flow" else None
     return model, vae
 
 

@@ -2,7 +2,9 @@
 
 from dataclasses import dataclass
 
-from skipdit.config import Settings, setting
+from skipdit.config import ConfigError, Settings, setting
+
+CHOICES = {"objective": ("diffusion", "flow"), "flow_times": ("logit-normal", "uniform")}
 
 
 @dataclass
@@ -14,6 +16,10 @@ class TrainConfig(Settings):
     micro_batch_size: int | None = setting(
         None, "samples per forward pass and process; fewer accumulate gradients", identity=False, least=1
     )
+    objective: str = setting("diffusion", "diffusion, as released: noise (text-to-image: v); or flow: flow matching")
+    flow_times: str = setting("logit-normal", "distribution of flow matching's times: logit-normal or uniform")
+    flow_shift: float = setting(1.0, "of flow matching's times: above 1 more noise; samplers use it too", least=0.01)
+    min_snr: float = setting(0.0, "of diffusion: weight in x0's error at most, usually 5; 0: that of noise", least=0)
     optimizer: str = setting("adamw", "adamw, or muon: Muon for the matrices of blocks and skips, AdamW for the rest")
     lr: float = setting(1e-4, "learning rate", least=0)
     muon_lr: float | None = setting(None, "Muon's learning rate; as lr by default", least=0)
@@ -47,3 +53,16 @@ class TrainConfig(Settings):
     max_bad_steps: int = setting(
         10, "abort after this many steps in a row with a non-finite loss", identity=False, least=1
     )
+
+    def __post_init__(self):
+        super().__post_init__()
+        for name, known in CHOICES.items():
+            if (value := getattr(self, name)) not in known:
+                raise ConfigError(f"{name} is {value!r}; known: {', '.join(known)}")
+        if self.min_snr and self.objective == "flow":
+            raise ConfigError(f"min_snr is {self.min_snr:g}, and objective=flow has no such weights: set min_snr=0")
+
+    @property
+    def preview(self) -> str:
+        """Name of the sampling method of sample grids."""
+        return "euler" if self.objective == "flow" else "ddim"
