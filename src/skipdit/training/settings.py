@@ -4,7 +4,11 @@ from dataclasses import dataclass
 
 from skipdit.config import ConfigError, Settings, setting
 
-CHOICES = {"objective": ("diffusion", "flow"), "flow_times": ("logit-normal", "uniform")}
+CHOICES = {
+    "objective": ("diffusion", "flow"),
+    "flow_times": ("logit-normal", "uniform"),
+    "decay": ("linear", "cosine"),
+}
 
 
 @dataclass
@@ -24,7 +28,8 @@ class TrainConfig(Settings):
     lr: float = setting(1e-4, "learning rate", least=0)
     muon_lr: float | None = setting(None, "Muon's learning rate; as lr by default", least=0)
     warmup: int = setting(0, "steps of linear warm-up", least=0)
-    decay_steps: int = setting(0, "steps of linear decay to zero at the end", least=0)
+    decay: str = setting("linear", "course of the learning rate's decay: linear or cosine")
+    decay_steps: int = setting(0, "steps of decay to zero at the end", least=0)
     weight_decay: float = setting(0.0, "weight decay", least=0)
     betas: tuple[float, float] = setting((0.9, 0.999), "AdamW betas")
     grad_clip: float = setting(0.0, "largest gradient norm; 0 leaves gradients alone", least=0)
@@ -47,6 +52,7 @@ class TrainConfig(Settings):
     log_every: int = setting(
         50, "steps between lines of stats.jsonl and tensorboard; 0: the last only", identity=False, least=0
     )
+    tracker: str | None = setting(None, "also log to wandb or trackio", identity=False)
     save_every: int = setting(5_000, "steps between checkpoints; 0: the last only", identity=False, least=0)
     keep: int = setting(3, "checkpoints to keep; 0 for all", identity=False, least=0)
     sample_every: int = setting(10_000, "steps between sample grids; 0 for none", identity=False, least=0)
