@@ -295,9 +295,14 @@ def test_what_cannot_be_planned_is_refused(command, capsys, arguments, complaint
 
 
 @pytest.mark.slow
-def test_pipelines_are_planned_too(released_t2i, tmp_path, monkeypatch):
+@pytest.mark.parametrize(("scheduler", "is_flow"), [("ddim", False), *flow(["euler", "unipc"])])
+def test_pipelines_are_planned_too(released_t2i, tmp_path, monkeypatch, scheduler, is_flow):
     settings = {"pipeline": str(released_t2i / "ckpts"), "prompts": ["a dog", "a cat"], "height": 64, "width": 64}
-    config = sample_t2i.Config(**settings, scheduler="ddim", steps=5, guidance_scale=2.0)
+    if is_flow:
+        state = load_state(released_t2i / "ckpts/t2i/model/pytorch_model_ema.pt")
+        torch.save({"ema": state, "config": {"flow_shift": 2.0}}, tmp_path / "flow.pt")
+        settings["weights"] = str(tmp_path / "flow.pt")
+    config = sample_t2i.Config(**settings, scheduler=scheduler, steps=5, guidance_scale=2.0)
     (tmp_path / "text-to-image").mkdir()
     (tmp_path / "text-to-image/tiny.yaml").write_text(to_yaml(config))
     file, out = str(tmp_path / "text-to-image/tiny.yaml"), str(tmp_path / "p.json")
