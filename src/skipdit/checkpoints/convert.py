@@ -82,7 +82,7 @@ def _load(
     if model_class is HunyuanDiT2DModel:
         model.load_state_dict(state)
     else:
-        load_weights(model, state)
+        load_weights(model, {"ema": state, "config": config})
     return model
 
 
