@@ -20,7 +20,7 @@ same command again continues an interrupted run, and with more seeds or train.st
 
 import argparse
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean, median, stdev
@@ -146,7 +146,8 @@ class Examiner:
         return changes
 
 
-def open_examiner(args: argparse.Namespace, config: Config) -> Examiner:
+def open_examiner(args: argparse.Namespace, config: Config, kind: Callable[..., Examiner] = Examiner) -> Examiner:
+    """An examiner of a kind, with a judge of its own for the folder of the study."""
     device = process_state().device
     if (config.data.image_size, config.model.num_classes) != (IMAGE_SIZE, CLASSES):
         raise ValueError(f"{args.config}: FashionMNIST has {CLASSES} classes, here at data.image_size={IMAGE_SIZE}")
@@ -155,7 +156,7 @@ def open_examiner(args: argparse.Namespace, config: Config) -> Examiner:
     real, labels = load_images(args.data, train=False)
     judge = load_judge(args.out / "classifier.pt", load_images(args.data, train=True), (real, labels), device)
     some = to_float(real[: args.held_out]).to(device)
-    return Examiner(vae, judge, encode(vae, some)[0], labels[: args.held_out].to(device), args.samples)
+    return kind(vae, judge, encode(vae, some)[0], labels[: args.held_out].to(device), args.samples)
 
 
 def follow(config: Config, every: int, examiner: Examiner, protocol: dict) -> dict:
@@ -286,21 +287,21 @@ def spectral_table(runs: dict[str, list[dict]], config: Config) -> str:
     return "\n".join(lines)
 
 
-def draw(runs: dict[str, list[dict]], path: Path) -> None:
-    """Curves of loss and Fréchet distance: means over the seeds, the range of all of them shaded."""
-    figure, panels = plt.subplots(1, len(FALLING), figsize=(9, 3.4), layout="constrained")
-    for axes, metric in zip(panels, FALLING, strict=True):
+def draw(runs: dict[str, list[dict]], path: Path, metrics: Sequence[str] = FALLING, baseline: str = "plain") -> None:
+    """Curves over steps: means over the seeds, the range of all of them shaded; a line where the baseline ends."""
+    figure, panels = plt.subplots(1, len(metrics), figsize=(9, 3.4), layout="constrained")
+    for axes, metric in zip(panels, metrics, strict=True):
         for color, (variant, several) in enumerate(runs.items()):
             steps = [point["step"] for point in several[0]["points"]]
             values = torch.tensor([[point[metric] for point in run["points"]] for run in several])
             axes.plot(steps, values.mean(0), ".-", color=f"C{color}", label=variant)
             axes.fill_between(steps, values.amin(0), values.amax(0), color=f"C{color}", alpha=0.2, linewidth=0)
-            if variant == "plain":
+            if variant == baseline:
                 axes.axhline(values.mean(0)[-1].item(), color="grey", linestyle="--", linewidth=0.8)
-        axes.set(xlabel="step", ylabel=METRICS[metric], yscale="log")
+        axes.set(xlabel="step", ylabel=METRICS[metric], yscale="log" if metric in FALLING else "linear")
         axes.yaxis.set_major_formatter("{x:g}")
         axes.yaxis.set_minor_formatter("{x:g}")
-        axes.legend()
+    panels[-1].legend(fontsize="small")
     figure.savefig(path, dpi=110)
 
 

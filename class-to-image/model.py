@@ -28,6 +28,7 @@ class DiT(AdaLNTransformer):
         num_classes: class ids are 0 .. num_classes - 1; `num_classes` itself is the null class.
         skip: whether block i is joined to block L-1-i, for every i < L // 2.
         fuse: "replace" as in the paper, or "residual"; see `skipdit.layers.skip.LongSkip`.
+        flow_shift: see `SkipTransformer.flow_shift`.
     """
 
     @register_to_config
@@ -43,6 +44,7 @@ class DiT(AdaLNTransformer):
         num_classes: int = 1000,
         skip: bool = True,
         fuse: str = "replace",
+        flow_shift: float | None = None,
     ):
         super().__init__()
         self._build(num_classes, n_skips=depth // 2 if skip else 0)

@@ -21,11 +21,11 @@ from torchvision.utils import make_grid
 from skipdit.class_to_image.model import DiT
 from skipdit.class_to_image.sample import build_model
 from skipdit.data.latents import open_images
-from skipdit.diffusion.gaussian import Diffusion
 from skipdit.encoders.autoencoder import decode, latent_size
 from skipdit.sampling.class_conditional import generate
 from skipdit.training.latents import clean_latents
 from skipdit.training.loop import fit
+from skipdit.training.objective import make_objective
 from skipdit.training.prepare import open_training, run_trainer
 from skipdit.training.steps import Draw
 from skipdit.utils.device import process_state
@@ -46,21 +46,21 @@ def train(config: Config, dry_run: bool = False) -> DiT:
         dataset = open_images(config.data, vae)
     if dataset.num_classes > config.model.num_classes:
         raise ValueError(f"{config.data.path} has {dataset.num_classes} classes; set model.num_classes to that")
-    diffusion = Diffusion()
+    objective = make_objective(config.train)
 
     def loss(model: torch.nn.Module, batch: dict, draw: Draw) -> torch.Tensor:
         flipped = (draw.rand() < 0.5) & config.data.flip
         x0 = clean_latents(batch, flipped, config.data.latents, vae, draw.randn)
         labels = torch.where(draw.rand() < config.label_dropout, config.model.num_classes, batch["label"])
-        t, noise = draw.randint(len(diffusion)), draw.randn(*x0.shape[1:])
-        x = diffusion.q_sample(x0, t, noise)
-        return diffusion.losses(model(x, t, labels), x0, x, t, noise)["loss"]
+        x, t, losses = objective(x0, draw)
+        return losses(model(x, t, labels))
 
     def sample(model: DiT, step: int) -> None:
         labels = torch.arange(min(64, 8 * config.model.num_classes), device=model.device) % config.model.num_classes
         noise = generators(config.train.seed, range(len(labels)), model.device)
         try:
-            latents = generate(model, labels, noise, steps=50, sampler="ddim", guidance_scale=config.grid_guidance)
+            settings = {"sampler": config.train.preview, "guidance_scale": config.grid_guidance}
+            latents = generate(model, labels, noise, steps=50, **settings)
         except FloatingPointError as error:  # of the average only; the training goes on
             print(f"no sample grid at step {step}: {error}")
             return

@@ -36,6 +36,7 @@ class Latte(AdaLNTransformer):
         skip: whether pair i is joined to pair L-1-i, for every i < n_skips.
         n_skips: long skips, counted from the outside; None joins all pairs, L // 2.
         fuse: "replace" as in the paper, or "residual"; see `skipdit.layers.skip.LongSkip`.
+        flow_shift: see `SkipTransformer.flow_shift`.
     """
 
     blocks_per_layer = 2
@@ -57,6 +58,7 @@ class Latte(AdaLNTransformer):
         skip: bool = True,
         n_skips: int | None = None,
         fuse: str = "replace",
+        flow_shift: float | None = None,
     ):
         super().__init__()
         pairs, odd = divmod(depth, 2)

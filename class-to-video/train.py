@@ -21,11 +21,11 @@ from diffusers import AutoencoderKL
 from skipdit.class_to_video.model import Latte
 from skipdit.class_to_video.sample import build_model
 from skipdit.data.latents import open_clips
-from skipdit.diffusion.gaussian import Diffusion
 from skipdit.encoders.autoencoder import latent_size, pixels
 from skipdit.sampling.class_conditional import generate
 from skipdit.training.latents import joint_latents
 from skipdit.training.loop import fit
+from skipdit.training.objective import make_objective
 from skipdit.training.prepare import open_training, run_trainer
 from skipdit.training.steps import Draw, Loss
 from skipdit.utils.seeding import generators
@@ -33,8 +33,8 @@ from skipdit.utils.video import write_look
 
 
 def make_loss(config: Config, vae: AutoencoderKL) -> Loss:
-    """The loss of joint training: noise predicted for the F frames of a clip and the I images behind them."""
-    diffusion, classes, images = Diffusion(), config.model.num_classes, config.data.images
+    """The loss of joint training, of the F frames of a clip and the I images behind them."""
+    objective, classes, images = make_objective(config.train), config.model.num_classes, config.data.images
 
     def loss(model: torch.nn.Module, batch: dict, draw: Draw) -> torch.Tensor:
         x0 = joint_latents(batch, config.data, vae, draw)  # (N, F + I, C, h, w)
@@ -43,9 +43,8 @@ def make_loss(config: Config, vae: AutoencoderKL) -> Loss:
             labels = torch.cat([batch["label"][:, None], *([batch["image_label"]] if images else [])], dim=1)
             labels = torch.where(draw.rand(1 + images) < config.label_dropout, classes, labels)
             y, y_image = labels[:, 0], labels[:, 1:]
-        t, noise = draw.randint(len(diffusion)), draw.randn(*x0.shape[1:])
-        x = diffusion.q_sample(x0, t, noise)
-        return diffusion.losses(model(x, t, y, y_image, use_image_num=images), x0, x, t, noise)["loss"]
+        x, t, losses = objective(x0, draw)
+        return losses(model(x, t, y, y_image, use_image_num=images))
 
     return loss
 
@@ -75,7 +74,8 @@ def train(config: Config, dry_run: bool = False) -> Latte:
         labels = None if classes is None else torch.arange(count, device=model.device)
         noise = generators(config.train.seed, range(count), model.device)
         try:
-            latents = generate(model, labels, noise, steps=50, sampler="ddim", guidance_scale=config.grid_guidance)
+            settings = {"sampler": config.train.preview, "guidance_scale": config.grid_guidance}
+            latents = generate(model, labels, noise, steps=50, **settings)
         except FloatingPointError as error:  # of the average only; the training goes on
             print(f"no sample clips at step {step}: {error}")
             return

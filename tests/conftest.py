@@ -27,11 +27,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import BertConfig, BertModel, T5Config, T5EncoderModel
 
 from skipdit.__main__ import main as run_command
+from skipdit.checkpoints.convert import export
 from skipdit.checkpoints.diffusers_layout import diffusers_config, to_diffusers
+from skipdit.checkpoints.files import recorded_flow_shift
 from skipdit.checkpoints.released import to_released
 from skipdit.class_to_image import DiT
 from skipdit.class_to_video import Latte
-from skipdit.config import to_yaml
+from skipdit.config import changed, to_yaml
 from skipdit.text_to_image import HunyuanDiT
 from skipdit.text_to_video import LatteT2V
 from skipdit.training.checkpoints import latest
@@ -387,3 +389,18 @@ def short_training(**more) -> TrainConfig:
     """Four steps of four samples, a checkpoint every other step."""
     settings = {"steps": 4, "batch_size": 4, "lr": 1e-2, "ema_decay": 0.9, "precision": "fp32", "workers": 0}
     return TrainConfig(**settings, log_every=1, save_every=2, sample_every=0, **more)
+
+
+def train_flow(config, train, tmp_path: Path) -> Path:
+    """Train by flow matching, resume bit-equal, and export. Returns the exported weights."""
+    config = changed(config, {"train.objective": "flow", "train.flow_shift": 2.0, "train.sample_every": 4})
+    train(config)
+    whole, out, exported = state(config), config.out, tmp_path / "flow.pt"
+    resumed = {"out": str(tmp_path / "resumed"), "train.sample_every": 0}
+    train(changed(config, resumed | {"train.steps": 2}))
+    train(changed(config, resumed | {"train.steps": 4}))
+    assert_equal(whole | {"args": None}, state(changed(config, resumed)) | {"args": None})
+    assert list((Path(out) / "samples").iterdir())
+    export(Path(out), exported, torch.float32)
+    assert recorded_flow_shift(out) == recorded_flow_shift(exported) == 2.0
+    return exported

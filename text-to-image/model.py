@@ -123,6 +123,7 @@ class HunyuanDiT(SkipTransformer):
         qk_norm: normalise queries and keys.
         skip: whether block i is joined to block L-1-i, for every i < L // 2 - 1.
         fuse: "replace" as released, or "residual"; see `skipdit.layers.skip.LongSkip`.
+        flow_shift: see `SkipTransformer.flow_shift`.
     """
 
     _no_split_modules = ["Block"]  # noqa: RUF012 (diffusers' convention; also the unit that FSDP shards)
@@ -151,6 +152,7 @@ class HunyuanDiT(SkipTransformer):
         qk_norm: bool = True,
         skip: bool = True,
         fuse: str = "replace",
+        flow_shift: float | None = None,
     ):
         super().__init__()
         if hidden_size % num_heads:

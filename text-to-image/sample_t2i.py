@@ -30,7 +30,7 @@ from torchvision.utils import make_grid
 from tqdm import tqdm
 
 from skipdit.caching.policies import parse_policy
-from skipdit.checkpoints.files import load_state
+from skipdit.checkpoints.files import load_state, recorded_flow_shift
 from skipdit.checkpoints.loading import identify
 from skipdit.checkpoints.released import BEFORE_V1_2
 from skipdit.cli import friendly_errors
@@ -68,10 +68,12 @@ class TextPair(NamedTuple):
         return TextPair(*(Encoded(*parts) for parts in chosen))
 
 
-def make_scheduler(name: str, folder: Path | None = None) -> SchedulerMixin:
-    """A diffusers scheduler for v-prediction, with the noise of the released model or the settings of a folder."""
+def make_scheduler(name: str, folder: Path | None = None, flow_shift: float | None = None) -> SchedulerMixin:
+    """A diffusers scheduler for v-prediction, with the noise of the released model or the settings of a folder; or that
+    of a model trained by flow matching, with its shift.
+    """
     settings = NOISE | {"clip_sample": False} | text_sample.scheduler_settings(folder)
-    return text_sample.make_scheduler(name, settings | {"prediction_type": "v_prediction"})
+    return text_sample.make_scheduler(name, settings | {"prediction_type": "v_prediction"}, flow_shift)
 
 
 def generate(
@@ -148,7 +150,8 @@ def check(config: Config, branch: int | None) -> Parts:
     missing = missing_text_files(places["text_encoder"], config.tokenizer)
     missing += missing_text_files(places["text_encoder_2"], config.tokenizer_2)
     preflight({"weights": places["weights"], "vae": places["vae"]}, FETCH, absent=missing)
-    scheduler = make_scheduler(config.scheduler, folder if folder.is_dir() else None)
+    flow_shift = recorded_flow_shift(places["weights"])
+    scheduler = make_scheduler(config.scheduler, folder if folder.is_dir() else None, flow_shift)
     vae = load_vae(places["vae"])
     state = load_state(places["weights"])
     if "style_embedder.weight" in state:

@@ -36,6 +36,7 @@ from skipdit.text_to_image.sample_t2i import FETCH, NOISE, UNIT, TextPair, gener
 from skipdit.training.latents import clean_latents
 from skipdit.training.loop import fit
 from skipdit.training.lora import add_lora, save_lora
+from skipdit.training.objective import make_objective
 from skipdit.training.prepare import open_texts, open_training, run_trainer
 from skipdit.training.steps import Draw, Loss
 from skipdit.utils.device import process_state
@@ -51,8 +52,9 @@ def build_model(config: ModelConfig, latents: int, in_channels: int = 4) -> Huny
 
 
 def make_loss(config: Config, vae: AutoencoderKL, clip: Texts, t5: Texts, model: HunyuanDiT) -> Loss:
-    """The loss of v-prediction; either text is dropped by itself. Of the model only the shapes count."""
-    diffusion = Diffusion(beta_start=NOISE["beta_start"], beta_end=NOISE["beta_end"], scaled=True, prediction="v")
+    """The loss of the chosen objective; either text is dropped by itself. Of the model only the shapes count."""
+    noise = {key: NOISE[key] for key in ("beta_start", "beta_end")}
+    objective = make_objective(config.train, Diffusion(**noise, scaled=True, prediction="v"))
     patch_size, head_dim = model.config.patch_size, model.head_dim
 
     @cache
@@ -68,10 +70,9 @@ def make_loss(config: Config, vae: AutoencoderKL, clip: Texts, t5: Texts, model:
             *clip.take_whole(batch["label"], chance[:, 0] < config.clip.dropout),
             *t5.take_whole(batch["label"], chance[:, 1] < config.t5.dropout),
         ]
-        t, noise = draw.randint(len(diffusion)), draw.randn(*x0.shape[1:])
-        x = diffusion.q_sample(x0, t, noise)
+        x, t, losses = objective(x0, draw)
         (out,) = model(x, t, *texts, image_rotary_emb=rotary(*x.shape[-2:], x.device), return_dict=False)
-        return diffusion.losses(out, x0, x, t, noise)["loss"]
+        return losses(out)
 
     return loss
 
@@ -116,7 +117,8 @@ def train(config: Config, dry_run: bool = False) -> HunyuanDiT:
     shown = torch.arange(min(SHOWN, len(captions))) * (len(captions) // min(SHOWN, len(captions)))
 
     def sample(model: HunyuanDiT, step: int) -> None:
-        device, scheduler, pictures = model.device, make_scheduler("ddim"), []
+        device, pictures = model.device, []
+        scheduler = make_scheduler(config.train.preview, flow_shift=model.flow_shift)
         pipe = make_pipeline(vae.to(device), model, scheduler)
         pipe.set_progress_bar_config(disable=True)
         enable_cache(pipe, "none")  # the texts once

@@ -135,6 +135,7 @@ class LatteT2V(SkipTransformer):
         video_length: frames it is made for; fewer work.
         skip: whether pair i is joined to pair L-1-i, for every i < L // 2.
         fuse: "replace" as in the paper, or "residual"; see `skipdit.layers.skip.LongSkip`.
+        flow_shift: see `SkipTransformer.flow_shift`.
     """
 
     _no_split_modules = ["Block"]  # noqa: RUF012 (diffusers' convention; also the unit that FSDP shards)
@@ -161,6 +162,7 @@ class LatteT2V(SkipTransformer):
         video_length: int = 16,
         skip: bool = True,
         fuse: str = "replace",
+        flow_shift: float | None = None,
     ):
         super().__init__()
         if (norm_type, norm_elementwise_affine, norm_eps) != ("ada_norm_single", False, 1e-6):

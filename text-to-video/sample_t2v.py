@@ -27,6 +27,7 @@ from torch import Tensor
 from torchvision.io import ImageReadMode, read_image
 
 from skipdit.caching.policies import parse_policy
+from skipdit.checkpoints.files import recorded_flow_shift
 from skipdit.cli import friendly_errors
 from skipdit.data.video import add_gifs, read_mp4
 from skipdit.encoders.autoencoder import downsampling, load_vae
@@ -47,13 +48,15 @@ RELEASED_WIDTH = 1152
 NOISE = {"beta_start": 1e-4, "beta_end": 0.02, "beta_schedule": "linear"}  # that Latte was trained with
 
 
-def make_scheduler(name: str, folder: Path | None = None) -> SchedulerMixin:
-    """A diffusers scheduler with the settings of a folder, if given, and the noise that Latte was trained with."""
+def make_scheduler(name: str, folder: Path | None = None, flow_shift: float | None = None) -> SchedulerMixin:
+    """A diffusers scheduler with the settings of a folder, if given, and the noise that Latte was trained with; or that
+    of a model trained by flow matching, with its shift.
+    """
     settings = text_sample.scheduler_settings(folder) | NOISE | {"clip_sample": False}
     settings.pop("variance_type", None)
     if name == "ddpm":  # the others have no use for a learned variance, and the pipeline keeps it from them then
         settings["variance_type"] = "learned_range"
-    return text_sample.make_scheduler(name, settings)
+    return text_sample.make_scheduler(name, settings, flow_shift)
 
 
 class Prompt(NamedTuple):
@@ -135,7 +138,7 @@ def check(config: Config, branch: int | None) -> Parts:
     extra = ["temporal_decoder"] * config.temporal_decoder + ["plain"] * (not config.skip)
     fetch = FETCH + (f"`, and `{FETCH} --only {' '.join(extra)}" if extra else "")
     preflight(needed, fetch, absent=missing_text_files(places["text_encoder"], config.tokenizer))
-    scheduler = make_scheduler(config.scheduler, folder / "scheduler")
+    scheduler = make_scheduler(config.scheduler, folder / "scheduler", recorded_flow_shift(config.weights))
     vae = load_vae(places["vae"])
     settings = LatteT2V.load_config(folder / "transformer")
     with torch.device("meta"):

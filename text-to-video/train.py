@@ -24,13 +24,13 @@ from torch import Tensor
 from skipdit.config import changed
 from skipdit.data.latents import open_clips
 from skipdit.data.texts import Texts
-from skipdit.diffusion.gaussian import Diffusion
 from skipdit.encoders.autoencoder import latent_size, pixels
 from skipdit.encoders.text import missing_text_files
 from skipdit.text_to_video.model import LatteT2V
 from skipdit.text_to_video.sample_t2v import Prompt, generate, make_scheduler
 from skipdit.training.latents import joint_latents
 from skipdit.training.loop import fit
+from skipdit.training.objective import make_objective
 from skipdit.training.prepare import open_texts, open_training, run_trainer
 from skipdit.training.steps import Draw, Loss
 from skipdit.utils.seeding import generators
@@ -66,17 +66,16 @@ def build_model(config: ModelConfig, latents: int, num_frames: int, in_channels:
 
 
 def make_loss(config: Config, vae: AutoencoderKL, texts: Texts) -> Loss:
-    """The loss of joint training: noise predicted for the F frames of a clip and the I images behind them."""
-    diffusion, images = Diffusion(), config.data.images
+    """The loss of joint training, of the F frames of a clip and the I images behind them."""
+    objective, images = make_objective(config.train), config.data.images
 
     def loss(model: torch.nn.Module, batch: dict, draw: Draw) -> Tensor:
         x0 = joint_latents(batch, config.data, vae, draw)  # (N, F + I, C, h, w)
         labels = torch.cat([batch["label"][:, None], *([batch["image_label"]] if images else [])], dim=1)
         text, mask = texts.take(labels, draw.rand(1 + images) < config.caption_dropout)  # (N, 1 + I, S, C')
-        t, noise = draw.randint(len(diffusion)), draw.randn(*x0.shape[1:])
-        x = diffusion.q_sample(x0, t, noise)
+        x, t, losses = objective(x0, draw)
         (out,) = model(x.transpose(1, 2), t, text, mask, use_image_num=images, return_dict=False)
-        return diffusion.losses(out.transpose(1, 2), x0, x, t, noise)["loss"]
+        return losses(out.transpose(1, 2))
 
     return loss
 
@@ -106,7 +105,8 @@ def train(config: Config, dry_run: bool = False) -> LatteT2V:
     shown = sorted(set(dataset.labels))[:SHOWN]  # captions of the sample clips
 
     def sample(model: LatteT2V, step: int) -> None:
-        pipe = LattePipeline(None, None, vae.to(model.device), model, make_scheduler("ddim"))
+        scheduler = make_scheduler(config.train.preview, flow_shift=model.flow_shift)
+        pipe = LattePipeline(None, None, vae.to(model.device), model, scheduler)
         pipe.set_progress_bar_config(disable=True)
         clips = []
         for label in shown:

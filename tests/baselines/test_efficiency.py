@@ -22,6 +22,7 @@ from skipdit.training.checkpoints import latest
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 import efficiency
+import training_recipes
 
 SMALL = "model.hidden_size=32 model.depth=4 train.steps=4 train.batch_size=4 train.warmup=0 train.log_every=1"
 STEPS = [2, 4]
@@ -277,3 +278,45 @@ def test_evaluate_fashion_of_a_plain_model(data, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", command.split())
     runpy.run_path(str(ROOT / "scripts/evaluate_fashion.py"), run_name="__main__")
     assert "| 2 steps | 2 + 0 | 2.00x |" in capsys.readouterr().out
+
+
+def test_training_recipes_are_compared(data, tmp_path, monkeypatch, capsys):
+    """Two factors; a second call with the third adds to it and measures nothing again."""
+
+    def judge(path, train, test, device) -> Judge:
+        torch.manual_seed(0)
+        return Judge(Classifier(), *test)
+
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(efficiency, "load_judge", judge)
+    command = f"recipes {SMALL} data.path={data / 'latents'} --data {data / 'data'} --out {tmp_path}"
+    command += " --every 2 --samples 4 --sampling-steps 2 3 --held-out 64 model.num_heads=2"
+
+    def call(*more: str) -> dict:
+        monkeypatch.setattr(sys, "argv", [*command.split(), *more])
+        training_recipes.main()
+        return json.loads((tmp_path / "recipes.json").read_text())
+
+    first = call("--optimizers", "adamw")
+    names = [f"{skips}-{objective}-adamw" for skips in ("plain", "skip") for objective in ("diffusion", "flow")]
+    assert list(first["runs"]) == names
+    for name, (run,) in first["runs"].items():
+        for point in run["points"]:
+            assert point["frechet"] == point["frechet_3"] != point["frechet_2"] and 0 <= point["accuracy"] <= 1
+        args = latest(tmp_path / f"runs/{name}-seed0/checkpoints")[1]["args"]
+        assert args["model"]["skip"] == name.startswith("skip") and args["train"]["objective"] == name.split("-")[1]
+    (plain,) = first["rows"][training_recipes.BASELINE]
+    assert plain["step_ratio"] == pytest.approx(plain["pflop_ratio"]) and plain["step"] <= 4
+    assert (tmp_path / "recipes.md").read_text() in capsys.readouterr().out
+    with Image.open(tmp_path / "recipes.png") as picture:
+        assert picture.size[0] > 600 and len(picture.getcolors(10**6)) > 10
+    monkeypatch.setattr(training_recipes.RecipeExaminer, "point", None)
+    assert call("--objectives", "diffusion", "--optimizers", "adamw")["runs"].items() <= first["runs"].items()
+
+
+def test_recipes_need_their_baseline(data, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["recipes", "--objectives", "flow", "--out", str(tmp_path)])
+    monkeypatch.chdir(ROOT)
+    with pytest.raises(SystemExit, match="2"):
+        training_recipes.main()
+    assert "plain-diffusion-adamw has to be among the recipes" in capsys.readouterr().err

@@ -514,6 +514,25 @@ def test_convert_and_export_a_training_checkpoint(model, tmp_path):
     assert_same(load_state(tmp_path / "small.pt"), halves)
 
 
+def test_convert_and_export_keep_that_a_model_is_of_flow_matching(tmp_path):
+    ema = tiny()
+    ema.flow_shift = 2.0
+    place, model = tmp_path / "run/checkpoints", tiny()
+    checkpoint.save(place, 7, model, ema, torch.optim.AdamW(model.parameters()), {}, keep=1, writer=True)
+    run_cli("export", tmp_path / "run", tmp_path / "small.pt")
+    for source in ("run", "small.pt"):
+        heads = ["--num-heads", "2"] if source == "small.pt" else []
+        run_cli("convert", tmp_path / source, tmp_path / f"{source}-folder", *heads)
+    for name in ("run", "small.pt", "run-folder", "small.pt-folder"):
+        model = tiny()
+        load_weights(model, tmp_path / name)
+        assert model.flow_shift == 2.0, name
+    assert DiT.from_pretrained(tmp_path / "run-folder").flow_shift == 2.0
+    (tmp_path / "run-folder/config.json").write_text('{"flow_shift": "large"}')
+    with pytest.raises(WeightsError, match="run-folder: flow_shift is 'large'; it should be a number above 0"):
+        load_weights(tiny(), tmp_path / "run-folder")
+
+
 def test_export_round_trip_is_bit_exact(model, tmp_path):
     model.save_pretrained(tmp_path / "folder")
     run_cli("export", tmp_path / "folder", tmp_path / "out.pt")

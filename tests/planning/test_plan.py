@@ -11,16 +11,19 @@ from conftest import ROOT, skipdit_command, tiny_dit
 from skipdit import CacheSpec, SkipCache
 from skipdit.caching.plans import CachePlan
 from skipdit.caching.policies import parse_policy
+from skipdit.checkpoints.files import load_state
 from skipdit.class_to_image.sample import Config, ImageSampler
 from skipdit.class_to_image.sample import main as sample_classes
 from skipdit.config import changed, load_config, to_yaml
+from skipdit.diffusion.flow import FLOW_SOLVERS
 from skipdit.diffusion.gaussian import Diffusion
+from skipdit.diffusion.samplers import SOLVERS
 from skipdit.evaluation.compare import check_plans, rows_for
 from skipdit.planning.calibration import Bench
 from skipdit.planning.controls import controls
 from skipdit.planning.fitting import Fit, LeastSquares, combined
 from skipdit.planning.schedules import affordable, full_steps, schedule
-from skipdit.sampling.class_conditional import SAMPLERS, generate
+from skipdit.sampling.class_conditional import generate
 from skipdit.tasks import find_task
 from skipdit.text_to_image import sample_t2i
 from skipdit.utils.provenance import fingerprint
@@ -94,15 +97,31 @@ def bench(tmp_path, target="sampler", steps=8, **settings) -> Bench:
     return made
 
 
-@pytest.mark.parametrize("sampler", SAMPLERS)
-def test_response_says_where_outputs_lead(sampler, tmp_path):
+@pytest.fixture
+def flow_weights(tmp_path) -> str:
+    """The embedded weights, as if they predicted velocities."""
+    state = load_state(WEIGHTS / "fashion-skip.pt")
+    torch.save({"ema": state, "config": {"flow_shift": 2.0}}, tmp_path / "flow.pt")
+    return str(tmp_path / "flow.pt")
+
+
+def flow(names) -> list:
+    return [pytest.param(name, True, id=f"flow-{name}") for name in names]
+
+
+@pytest.mark.parametrize(
+    ("sampler", "is_flow"), [*((name, False) for name in ("ddpm", "ddim", *SOLVERS)), *flow(FLOW_SOLVERS)]
+)
+def test_response_says_where_outputs_lead(sampler, is_flow, tmp_path, flow_weights):
     """Latents that another output at one step leads to, in a real run of a model that does not look at them."""
     (tmp_path / "tiny.yaml").write_text(TINY)
-    it = ImageSampler(load_config(Config, tmp_path / "tiny.yaml", [f"sampler={sampler}", "guidance_scale=1"]), 1)
-    outputs, seen = torch.randn(6, 2, 8, 8, 8, generator=torch.Generator().manual_seed(0)), []
+    given = [f"sampler={sampler}", "guidance_scale=1", *[f"weights={flow_weights}"] * is_flow]
+    it = ImageSampler(load_config(Config, tmp_path / "tiny.yaml", given), 1)
+    count, seen = len(it.timesteps(6)), []
+    outputs = torch.randn(count, 2, 8, 8, 8, generator=torch.Generator().manual_seed(0))
 
     def run(changed: int | None):
-        calls = iter(range(6))
+        calls = iter(range(count))
 
         def forward(x, t, y, cache=None, conditioning=None):
             k = next(calls)
@@ -132,9 +151,11 @@ def test_the_fit_foresees_the_run_of_its_plan(target, batch_size, tmp_path):
         assert fitted.error == pytest.approx(made.error(fitted.plan), rel=1e-2, abs=1e-6)
 
 
-@pytest.mark.parametrize("sampler", ["ddpm", "dpm", "unipc3"])
-def test_the_fit_foresees_other_samplers(sampler, tmp_path):
-    made = bench(tmp_path, sampler=sampler)
+@pytest.mark.parametrize(
+    ("sampler", "is_flow"), [("ddpm", False), ("dpm", False), ("unipc3", False), *flow(["euler", "unipc"])]
+)
+def test_the_fit_foresees_other_samplers(sampler, is_flow, tmp_path, flow_weights):
+    made = bench(tmp_path, sampler=sampler, **({"weights": flow_weights} if is_flow else {}))
     fitted = made.fit("FFSOFSOF")
     assert fitted.error == pytest.approx(made.error(fitted.plan), rel=0.1)  # ddpm: the variance is not fitted
     linear = CachePlan(made.timesteps, (None, None, (1.0,), None, None, (0.5,), None, None), 1, "FFSOFSOF")
@@ -189,6 +210,17 @@ def test_converged_images_are_those_of_many_steps(tmp_path):
     longest, _ = made.sampler.latents([0, 1], made.sampler.refined(8, 4), CacheSpec())
     far = [(each.double() - many.double()).square().mean() for each in (own.latents[-1], longest, goals[-1])]
     assert far[2] < 0.5 * far[1] < far[0]
+
+
+@pytest.mark.parametrize("sampler", ["euler", "dpm"])
+def test_flow_matching_has_a_converged_run(sampler, tmp_path, flow_weights):
+    made = bench(tmp_path, "converged", steps=6, sampler=sampler, weights=flow_weights)
+    many, _ = made.sampler.latents([0, 1], 96, CacheSpec())
+    (own,), (goals,) = made.own, made.goals
+    far = [(each.double() - many.double()).square().mean() for each in (own.latents[-1], goals[-1])]
+    assert far[1] < 0.2 * far[0]
+    assert made.fit("FFSOFF").error < 0.1
+    assert {each.method for each in controls(made, made.flops(CacheSpec(2)))} >= {"heun", "unipc"} - {sampler}
 
 
 def test_stochastic_samplers_have_no_converged_run(tmp_path):
@@ -263,9 +295,14 @@ def test_what_cannot_be_planned_is_refused(command, capsys, arguments, complaint
 
 
 @pytest.mark.slow
-def test_pipelines_are_planned_too(released_t2i, tmp_path, monkeypatch):
+@pytest.mark.parametrize(("scheduler", "is_flow"), [("ddim", False), *flow(["euler", "unipc"])])
+def test_pipelines_are_planned_too(released_t2i, tmp_path, monkeypatch, scheduler, is_flow):
     settings = {"pipeline": str(released_t2i / "ckpts"), "prompts": ["a dog", "a cat"], "height": 64, "width": 64}
-    config = sample_t2i.Config(**settings, scheduler="ddim", steps=5, guidance_scale=2.0)
+    if is_flow:
+        state = load_state(released_t2i / "ckpts/t2i/model/pytorch_model_ema.pt")
+        torch.save({"ema": state, "config": {"flow_shift": 2.0}}, tmp_path / "flow.pt")
+        settings["weights"] = str(tmp_path / "flow.pt")
+    config = sample_t2i.Config(**settings, scheduler=scheduler, steps=5, guidance_scale=2.0)
     (tmp_path / "text-to-image").mkdir()
     (tmp_path / "text-to-image/tiny.yaml").write_text(to_yaml(config))
     file, out = str(tmp_path / "text-to-image/tiny.yaml"), str(tmp_path / "p.json")

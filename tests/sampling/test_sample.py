@@ -197,7 +197,11 @@ def test_other_weights_in_the_same_folder_are_refused(config):
         ({"cache": "N2-1000-20-b3"}, "cache branch 3 is larger than the model's number of skips, 2"),
         ({"cache": "N0-1000-20"}, "interval is 0"),
         ({"cache": "sometimes"}, "does not parse"),
-        ({"sampler": "euler"}, "sampler is 'euler'"),
+        ({"sampler": "edm"}, "sampler is 'edm'"),
+        (
+            {"sampler": "euler"},
+            "'euler', for models trained by flow matching, and this one was not; known: dpm",
+        ),
         ({"dtype": "float8"}, "dtype is 'float8'"),
         ({"steps": 2000}, "steps are 2000"),
         (

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import FSDP, assert_equal, kill_at, run_script, short_training, skipdit_command, state, stats
+from conftest import FSDP, assert_equal, kill_at, run_script, short_training, skipdit_command, state, stats, train_flow
 from diffusers import AutoencoderKL
 from PIL import Image
 from torch import nn
@@ -75,11 +75,11 @@ def config(captioned, hunyuan_folder, vae_folder, tmp_path) -> Config:
     )
 
 
-def sample(config: Config, hunyuan_folder: Path, weights: Path, out: Path) -> torch.Tensor:
+def sample(config: Config, hunyuan_folder: Path, weights: Path, out: Path, **more) -> torch.Tensor:
     settings = {"weights": str(weights), "vae": config.vae, "pipeline": str(hunyuan_folder), "out": str(out)}
     places = {"text_encoder": config.clip.encoder, "text_encoder_2": config.t5.encoder}
     sizes = {"height": 16, "width": 32, "steps": 2, "guidance_scale": 2.0}
-    sample_t2i.sample(sample_t2i.Config(**settings, **places, **sizes, prompts=["a dog"]))
+    sample_t2i.sample(sample_t2i.Config(**settings, **places, **sizes, **more, prompts=["a dog"]))
     return read_image(str(out / "000000-a-dog.png"))
 
 
@@ -111,6 +111,15 @@ def test_both_stages_end_to_end(config, tmp_path, hunyuan_folder, fuse):
     still = {name for name, tensor in second.items() if torch.equal(tensor, first[name])}
     assert still == set() and len(losses) == 4
     assert sample(config, hunyuan_folder, tmp_path / "stage2", tmp_path / "out").shape == (3, 16, 32)
+
+
+@pytest.mark.parametrize("scheduler", ["euler", "dpm"])
+def test_flow_matching_trains_resumes_and_samples(config, tmp_path, hunyuan_folder, scheduler):
+    weights = train_flow(config, train, tmp_path)
+    more = {"scheduler": scheduler, "cache": "N2-1000-0"}
+    assert sample(config, hunyuan_folder, weights, tmp_path / "out", **more).shape == (3, 16, 32)
+    with pytest.raises(ValueError, match="was trained by flow matching, which 'ddpm' does not sample; choose euler"):
+        sample(config, hunyuan_folder, weights, tmp_path / "out")
 
 
 def test_residual_stage_1_starts_at_the_backbone(config, tmp_path):

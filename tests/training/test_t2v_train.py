@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import FSDP, assert_equal, kill_at, run_script, short_training, skipdit_command, state, stats
+from conftest import FSDP, assert_equal, kill_at, run_script, short_training, skipdit_command, state, stats, train_flow
 from torch import nn
 from transformers import T5EncoderModel
 
@@ -97,6 +97,21 @@ def test_both_stages_end_to_end(config, tmp_path, released_t2v, fuse):
     }
     sample_t2v.sample(sample_t2v.Config(**sampling, prompts=["a dog"], num_frames=4, height=16, width=16, steps=2))
     assert read_mp4(tmp_path / "out/000000-a-dog.mp4").shape == (4, 3, 16, 16)
+
+
+@pytest.mark.parametrize("scheduler", ["euler", "heun"])
+def test_flow_matching_trains_resumes_and_samples(config, tmp_path, released_t2v, scheduler):
+    shutil.copytree(released_t2v / "Latte-0", tmp_path / "pipeline")
+    config = changed(config, {"model.folder": None})
+    weights = train_flow(config, train, tmp_path)
+    trained = LatteT2V.from_config(torch.load(weights.parent / "run/checkpoints/0000004.pt")["config"])
+    trained.save_config(tmp_path / "pipeline/transformer")
+    places = {"weights": str(weights), "pipeline": str(tmp_path / "pipeline"), "out": str(tmp_path / "out")}
+    sizes = {"num_frames": 4, "height": 16, "width": 16, "prompts": ["a dog"], "steps": 4, "cache": "N2-1000-0"}
+    report = sample_t2v.sample(sample_t2v.Config(**places, **sizes, scheduler=scheduler))
+    assert report["steps"]["cached"] == (3 if scheduler == "heun" else 2)
+    with pytest.raises(ValueError, match="was trained by flow matching, which 'ddim' does not sample; choose euler"):
+        sample_t2v.sample(sample_t2v.Config(**places, **sizes, scheduler="ddim"))
 
 
 @pytest.mark.slow

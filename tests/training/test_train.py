@@ -1,5 +1,6 @@
 """Training: resume, processes, freezing, broken data, bad numbers. Small models of the real classes, a real folder."""
 
+import json
 import math
 import os
 import re
@@ -11,6 +12,7 @@ import accelerate
 import pytest
 import torch
 from accelerate.state import AcceleratorState, GradientState
+from accelerate.utils import LoggerType
 from conftest import FSDP, assert_equal, kill_at, run_script, short_training, state, stats, tiny_dit
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -465,3 +467,70 @@ def test_draws_do_not_depend_on_the_split():
 def test_learning_rate_warms_up_and_decays():
     config = TrainConfig(steps=100, lr=1.0, warmup=10, decay_steps=20)
     assert [learning_rate(config, step) for step in (0, 9, 50, 80, 90, 99)] == pytest.approx([0.1, 1, 1, 1, 0.5, 0.05])
+    config = changed(config, {"decay": "cosine", "decay_steps": 90})
+    assert [learning_rate(config, step) for step in (0, 10, 55, 100)] == pytest.approx([0.1, 1, 0.5, 0])
+    assert learning_rate(config, 30) == pytest.approx((1 + math.cos(math.pi * 20 / 90)) / 2)
+
+
+class Wandb:
+    """Stands in for the package."""
+
+    def __init__(self):
+        self.given, self.logged, self.config, self.ended = {}, [], self, False
+        self.Image = lambda image: image.shape
+
+    def init(self, **given):
+        self.given = given
+        return self
+
+    def update(self, settings, **kwargs):
+        self.given["settings"] = settings
+
+    def log(self, values, step=None, **kwargs):
+        self.logged.append((step, values))
+
+    def finish(self):
+        self.ended = True
+
+
+def test_a_tracker_gets_numbers_samples_and_settings(config, monkeypatch):
+    wandb = Wandb()
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    monkeypatch.setattr(accelerate.tracking, "get_available_trackers", lambda: [LoggerType.WANDB])
+    config = changed(config, {"train.tracker": "wandb", "train.sample_every": 4})
+    train(config)
+    assert wandb.ended and wandb.given["project"] == "skipdit" and wandb.given["name"] == "run"
+    assert wandb.given["dir"] == config.out and wandb.given["settings"]["train"]["lr"] == config.train.lr
+    assert [step for step, values in wandb.logged if "train/loss" in values] == [1, 2, 3, 4]
+    assert [step for step, values in wandb.logged if "samples" in values] == [4]
+    board = EventAccumulator(str(Path(config.out) / "tensorboard")).Reload()
+    assert [event.step for event in board.Images("samples")] == [4]
+
+
+@pytest.mark.parametrize(
+    ("name", "complaint"),
+    [
+        ("wandb", "train.tracker=wandb needs its package: pip install wandb"),
+        ("csv", "train.tracker is 'csv'; known"),
+    ],
+)
+def test_a_tracker_that_is_not_there_is_told(config, monkeypatch, name, complaint):
+    monkeypatch.setattr(accelerate.tracking, "get_available_trackers", list)
+    with pytest.raises(ValueError, match=complaint):
+        train(changed(config, {"train.tracker": name}))
+
+
+@pytest.mark.parametrize("objective", ["diffusion", "flow"])
+def test_the_end_says_what_to_type_next(config, tmp_path, objective):
+    """And that is right."""
+    config = changed(config, {"train.objective": objective})
+    result = run_script(config)
+    told, command = result.stdout.splitlines()[-2:]
+    assert told.startswith(f"the trained model is in {config.out}/checkpoints/0000004.pt; to sample from it")
+    model = {name: value for name, value in vars(config.model).items() if value is not None}
+    settings = {"model": model, "image_size": 8, "num_samples": 1, "guidance_scale": 1.0, "steps": 3}
+    (tmp_path / "sampling.yaml").write_text(json.dumps(settings))
+    words = command.replace("CONFIG", "sampling.yaml").split()
+    result = subprocess.run([sys.executable, *words[1:]], capture_output=True, text=True, cwd=tmp_path, timeout=300)
+    assert result.returncode == 0, result.stderr[-2000:]
+    assert "1 images in samples/class-to-image" in result.stdout

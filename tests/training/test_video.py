@@ -20,6 +20,7 @@ from conftest import (
     state,
     stats,
     tiny_latte,
+    train_flow,
 )
 from PIL import Image
 from torch._dynamo.testing import CompileCounterWithBackend
@@ -91,6 +92,17 @@ def sampling(tmp_path, vae_folder):
         cache="N2-900-49",
         model=ModelConfig(**TINY),
     )
+
+
+def test_flow_matching_trains_resumes_and_samples(training, tmp_path, vae_folder):
+    """Clips with images beside them; the sampler knows by the weights alone."""
+    weights = train_flow(training, train, tmp_path)
+    places = {"weights": str(weights), "vae": str(vae_folder), "out": str(tmp_path / "out"), "image_size": 8}
+    run = {"num_frames": 4, "num_samples": 2, "steps": 6, "sampler": "unipc", "guidance_scale": 2.0}
+    report = sample(sampler.Config(**places, **run, cache="N2-1000-0", model=training.model))
+    assert report["steps"] == {"full": 3, "cached": 3, "forecast": 0}
+    with pytest.raises(ValueError, match="by flow matching, which 'ddim' does not sample"):
+        sample(sampler.Config(**places, **run | {"sampler": "ddim"}, model=training.model))
 
 
 @pytest.mark.slow

@@ -3,9 +3,8 @@
 import argparse
 import importlib
 import inspect
-import json
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,14 @@ from torch import nn
 
 from skipdit.checkpoints.diffusers_layout import diffusers_config, to_diffusers
 from skipdit.checkpoints.errors import WeightsError
-from skipdit.checkpoints.files import is_finite, is_partial, load_checkpoint, load_state, model_settings, read
+from skipdit.checkpoints.files import (
+    is_finite,
+    is_partial,
+    load_checkpoint,
+    load_state,
+    recorded_flow_shift,
+    recorded_settings,
+)
 from skipdit.checkpoints.loading import load_weights
 from skipdit.checkpoints.released import State, to_released
 from skipdit.checkpoints.sums import SUMS, require_sound, sha256, verify
@@ -76,7 +82,7 @@ def _load(
     if model_class is HunyuanDiT2DModel:
         model.load_state_dict(state)
     else:
-        load_weights(model, state)
+        load_weights(model, {"ema": state, "config": config})
     return model
 
 
@@ -91,10 +97,12 @@ def export(source: Path, out: Path, dtype: torch.dtype, skips: str | None = None
     require_sound(source, state)
     state = {name: tensor.to(dtype, copy=True) for name, tensor in state.items()}
     _require_finite(state, dtype)
-    state = state if is_partial(state) else to_released(state)
+    content: dict[str, Any] = {"ema": state if is_partial(state) else to_released(state)}
+    if (flow_shift := recorded_flow_shift(source)) is not None:
+        content["config"] = {"flow_shift": flow_shift}
 
     def save(path: Path) -> None:
-        torch.save({"ema": state}, path)
+        torch.save(content, path)
         require_sound(path, load_checkpoint(path))
 
     _write(out, save)
@@ -102,7 +110,7 @@ def export(source: Path, out: Path, dtype: torch.dtype, skips: str | None = None
 
 def _config(source: Path, state: State, model_class: type[nn.Module], num_heads: int | None) -> dict[str, Any]:
     """Constructor arguments: by the shapes of the weights, and, of those that leave no trace there, as recorded."""
-    recorded, known = _recorded(source), inspect.signature(model_class).parameters
+    recorded, known = recorded_settings(source), inspect.signature(model_class).parameters
     heads = num_heads or recorded.get("num_heads") or recorded.get("num_attention_heads")
     config = model_class.config_from_state(state, heads)
     config |= {key: value for key, value in recorded.items() if key in known and key not in config}
@@ -110,18 +118,6 @@ def _config(source: Path, state: State, model_class: type[nn.Module], num_heads:
         told = ", ".join(f"{key} {known[key].default}" for key in untold)
         warnings.warn(f"nothing in {source} tells {told}, as released: mend config.json if that is wrong", stacklevel=3)
     return config
-
-
-def _recorded(source: Path) -> Mapping[str, Any]:
-    """A model's settings, as the config.json beside safetensors or our trainer's checkpoints have them, if they do."""
-    file = (source.parent if source.suffix == ".safetensors" else source) / "config.json"
-    if file.is_file():
-        try:
-            return model_settings(json.loads(file.read_text(encoding="utf-8")))
-        except ValueError as error:
-            raise WeightsError(f"{file} is damaged ({error}); download or copy it again") from error
-    content = read(source)
-    return model_settings(content.get("config") or content.get("args"))
 
 
 def _require_finite(state: State, dtype: torch.dtype) -> None:

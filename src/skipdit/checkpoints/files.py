@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import math
 import pickle
 import re
 from collections.abc import Iterator, Mapping
@@ -111,6 +112,33 @@ def model_settings(settings: Any) -> Mapping:
     """What a checkpoint's `config` or `args` say of the model."""
     settings = settings.get("model", settings) if isinstance(settings, Mapping) else {}
     return settings if isinstance(settings, Mapping) else {}
+
+
+def recorded_settings(source: str | Path | Mapping) -> Mapping[str, Any]:
+    """A model's settings, as the config.json beside safetensors or our trainer's checkpoints have them, if they do."""
+    if isinstance(source, str | Path):
+        path = Path(source)
+        file = (path.parent if path.suffix == ".safetensors" else path) / "config.json"
+        if file.is_file():
+            try:
+                return model_settings(json.loads(file.read_text(encoding="utf-8")))
+            except ValueError as error:
+                raise WeightsError(f"{file} is damaged ({error}); download or copy it again") from error
+        if _weights_files(path)[0].suffix == ".safetensors":
+            return {}
+        source = read(path)
+    return model_settings(source.get("config") or source.get("args"))
+
+
+def recorded_flow_shift(source: str | Path | Mapping) -> float | None:
+    """The shift of times of a checkpoint that was trained by flow matching; None for one that says nothing of it.
+
+    Raises WeightsError if what it says is no number above 0.
+    """
+    shift = recorded_settings(source).get("flow_shift")
+    if shift is not None and not (isinstance(shift, int | float) and 0 < shift < math.inf):
+        raise WeightsError(f"{_name(source)}: flow_shift is {shift!r}; it should be a number above 0, or none")
+    return shift
 
 
 def require_tensors(source: str, state: Mapping) -> None:

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from skipdit.checkpoints.errors import WeightsError
-from skipdit.checkpoints.files import _name, load_state
+from skipdit.checkpoints.files import _name, load_state, recorded_flow_shift
 from skipdit.checkpoints.released import BEFORE_V1_2, State
 from skipdit.checkpoints.sums import _MARKS, require_sound
 
@@ -29,7 +29,7 @@ def load_weights(model: nn.Module, source: str | Path | State, allow_missing: st
     """Copy a checkpoint into a model, strictly.
 
     Args:
-        model: any of our backbones; its dtype and device stay.
+        model: any of our backbones; its dtype and device stay. Its `flow_shift` becomes what the source records.
         source: see `load_state`.
         allow_missing: name pattern of parameters that the checkpoint may lack as a whole; `"skips.*"` lets plain DiT
             weights start a skip model (stage 1). The model keeps its own values there.
@@ -69,6 +69,8 @@ def load_weights(model: nn.Module, source: str | Path | State, allow_missing: st
     with torch.no_grad():
         for name, tensor in theirs.items():  # one at a time: mapped pages are read once and can be dropped again
             ours[name].copy_(tensor)
+    if hasattr(model, "flow_shift"):
+        model.flow_shift = recorded_flow_shift(source)
     return missing
 
 

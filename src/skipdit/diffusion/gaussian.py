@@ -144,15 +144,22 @@ class Diffusion:
         low, high = self.coefficient("min_log", k, x), self.coefficient("max_log", k, x)
         return Posterior(mean, fraction * high + (1 - fraction) * low, x0)
 
-    def losses(self, out: Tensor, x0: Tensor, x: Tensor, k: Tensor, noise: Tensor) -> dict[str, Tensor]:
+    def losses(
+        self, out: Tensor, x0: Tensor, x: Tensor, k: Tensor, noise: Tensor, min_snr: float = 0.0
+    ) -> dict[str, Tensor]:
         """Per-sample training losses (N,), in float32.
 
         `mse` trains the prediction; `vb`, the variational bound in bits per dimension (iDDPM eq. 4-6), trains the
-        variance only: the prediction is detached in it. `loss` is their sum.
+        variance only: the prediction is detached in it. `loss` is their sum. With `min_snr`, `mse` is the error of x0,
+        weighted by the signal-to-noise ratio or by `min_snr`, whichever is less (arXiv 2303.09556).
         """
         out, x0, x, noise = out.float(), x0.float(), x.float(), noise.float()
         predicted, fraction = out.chunk(2, dim=-3)
         mse = _mean((predicted - self.target(x0, k, noise)).square())
+        if min_snr:
+            signal = self.coefficient("signal", k, mse)
+            ratio = signal / (1 - signal)
+            mse = mse * ratio.clamp(max=min_snr) / (ratio if self.prediction == "noise" else ratio + 1)
 
         p = self.posterior(torch.cat([predicted.detach(), fraction], dim=-3), x, k)
         true_mean = self.coefficient("mean_from_x0", k, x) * x0 + self.coefficient("mean_from_x", k, x) * x

@@ -13,6 +13,7 @@ from diffusers import (
 from torch import Tensor
 from tqdm import tqdm
 
+from skipdit.diffusion.flow import FLOW_SOLVERS, SCALE, StraightPath, make_flow_scheduler
 from skipdit.diffusion.gaussian import Diffusion
 
 Model = Callable[[Tensor, Tensor, int], Tensor]  # (x, timesteps (N,), step index from 0) -> (N, ..., 2C, H, W)
@@ -81,22 +82,27 @@ _SOLVERS = {"dpm": DPMSolverMultistepScheduler, "unipc": UniPCMultistepScheduler
 SOLVERS = tuple(name + order for name in _SOLVERS for order in ("", "3"))
 
 
-def make_solver(name: str, steps: int) -> SchedulerMixin:
-    """Make a multistep solver for the noise schedule of `Diffusion`, with its timesteps set.
+def make_solver(name: str, steps: int, flow_shift: float | None = None) -> SchedulerMixin:
+    """Make a solver for the noise schedule of `Diffusion`, or for the path of flow matching, with its timesteps set.
 
     Args:
         name: "deis" (arXiv 2204.13902), "dpm" (DPM-Solver++, 2211.01095) or "unipc" (2302.04867), of order 2; with a 3
-            behind it, of order 3.
+            behind it, of order 3. For flow matching one of `FLOW_SOLVERS`.
         steps: at even distances from timestep 999 on.
+        flow_shift: of a model trained by flow matching, see `make_flow_scheduler`; None for `Diffusion`.
 
     Raises ValueError for other names, or other steps than a whole number from 1 to 999.
     """
-    if name not in SOLVERS:
-        raise ValueError(f"solver is {name!r}; known: {', '.join(SOLVERS)}")
+    if flow_shift is None and name not in SOLVERS:
+        reason = ", for models trained by flow matching, and this one was not" if name in FLOW_SOLVERS else ""
+        raise ValueError(f"solver is {name!r}{reason}; known: {', '.join(SOLVERS)}")
     if not isinstance(steps, int) or not 1 <= steps < 1000:
         raise ValueError(f"steps are {steps!r}; the sampler {name} takes a number from 1 to 999")
-    kind, order = _SOLVERS[name.removesuffix("3")], 3 if name.endswith("3") else 2
-    solver = kind(1000, beta_start=1e-4, beta_end=0.02, beta_schedule="linear", solver_order=order)
+    if flow_shift is not None:
+        solver = make_flow_scheduler(name, flow_shift)
+    else:
+        kind, order = _SOLVERS[name.removesuffix("3")], 3 if name.endswith("3") else 2
+        solver = kind(1000, beta_start=1e-4, beta_end=0.02, beta_schedule="linear", solver_order=order)
     solver.set_timesteps(steps)
     return solver
 
@@ -105,16 +111,23 @@ def make_solver(name: str, steps: int) -> SchedulerMixin:
 def multistep(
     model: Model, x: Tensor, solver: SchedulerMixin, callback: Callback | None = None, progress: bool = False
 ) -> Tensor:
-    """Sample with a multistep solver of `make_solver`, which reads outputs of earlier steps. Arguments as in `ddpm`."""
-    channels, signals = x.shape[-3], solver.alphas_cumprod.tolist()
+    """Sample with a solver of `make_solver`, which may read outputs of earlier steps. Arguments as in `ddpm`."""
+    channels = x.shape[-3]
     for i, timestep in enumerate(
         tqdm(solver.timesteps, disable=not progress, desc="sampling", unit="step", leave=False)
     ):
-        t = torch.full((len(x),), int(timestep), device=x.device)
-        noise = model(x, t, i).to(x.dtype).narrow(-3, 0, channels)
-        signal = signals[int(timestep)]
-        x0 = (x - math.sqrt(1 - signal) * noise) / math.sqrt(signal)
-        x = solver.step(noise, timestep, x).prev_sample
+        t = torch.full((len(x),), timestep.item(), device=x.device)
+        out = model(x, t, i).to(x.dtype).narrow(-3, 0, channels)
+        x0 = _pred_x0(solver, out, x, timestep.item())
+        x = solver.step(out, timestep, x).prev_sample
         if callback is not None:
             callback(i, x, x0)
     return x
+
+
+def _pred_x0(solver: SchedulerMixin, out: Tensor, x: Tensor, timestep: float) -> Tensor:
+    """x0 that the noise, or the velocity, in a model's output implies."""
+    if isinstance(solver, StraightPath):
+        return x - timestep / SCALE * out
+    signal = solver.alphas_cumprod[timestep].item()
+    return (x - math.sqrt(1 - signal) * out) / math.sqrt(signal)

@@ -157,6 +157,18 @@ class SkipTransformer(ModelMixin, ConfigMixin):
     text_arguments: tuple[str, ...] = ()
 
     @property
+    def flow_shift(self) -> float | None:
+        """Of a model trained by flow matching, the shift of its times, see `diffusion.flow`; None for noise or v. It is
+        an entry of the config, and so of checkpoints.
+        """
+        return self.config.flow_shift
+
+    @flow_shift.setter
+    def flow_shift(self, shift: float | None) -> None:
+        dict.__setitem__(self.config, "flow_shift", shift)  # diffusers' configs are frozen, once the model is made
+        vars(self.config)["flow_shift"] = shift
+
+    @property
     def n_skips(self) -> int:
         return len(self.skips)
 
@@ -197,7 +209,7 @@ class SkipTransformer(ModelMixin, ConfigMixin):
 
 
 def predicted_noise(output: Any, latents: Tensor) -> Tensor:
-    """The noise (or v) in what a backbone returns for latents, of their shape; the variance lies behind it."""
+    """The prediction (noise, v or velocity) in what a backbone returns, of the latents' shape; the variance follows."""
     out = output if isinstance(output, Tensor) else output[0]
     axis = next((i for i, (a, b) in enumerate(zip(out.shape, latents.shape, strict=True)) if a != b), 1)
     return out.narrow(axis, 0, latents.shape[axis])

@@ -99,6 +99,7 @@ class Bench:
                 f"there is no converged run of {self.sampler.method} with {self.steps} steps: it is stochastic, or no "
                 "longer run visits the same timesteps. --target sampler plans towards the uncached run"
             )
+        first_order = self.sampler.method == ("ddim" if self.model.flow_shift is None else "euler")
         self.own: list[Recording] = []
         self.goals: list[list[Tensor]] = []
         # per target, the images of every batch
@@ -108,7 +109,7 @@ class Bench:
             for indices in self.batches:
                 runs = [self._record(indices, steps, progress) for steps in refined]
                 goal = runs[-1].latents
-                if len(runs) > 1 and self.sampler.method == "ddim":  # of first order: its error halves with the steps
+                if len(runs) > 1 and first_order:  # its error halves with the steps
                     goal = [2 * fine - coarse for fine, coarse in zip(goal, runs[-2].latents, strict=True)]
                 self.own.append(runs[0])
                 self.goals.append(goal[1:])

@@ -12,7 +12,9 @@ from torch import Tensor, nn
 
 from skipdit.caching.policy import CachePolicy
 from skipdit.caching.runtime import SkipCache
+from skipdit.checkpoints.files import recorded_flow_shift
 from skipdit.checkpoints.loading import load_weights
+from skipdit.diffusion.flow import FLOW_SOLVERS
 from skipdit.diffusion.gaussian import Diffusion
 from skipdit.diffusion.samplers import SOLVERS, Callback, Model, ddim, ddpm, make_solver, multistep, randn
 from skipdit.encoders.autoencoder import load_vae
@@ -26,20 +28,31 @@ from skipdit.utils.device import compile_mode, process_state, set_tf32
 from skipdit.utils.dtypes import resolve_dtype
 from skipdit.utils.seeding import generators
 
-SAMPLERS = ("ddpm", "ddim", *SOLVERS)
+SAMPLERS = tuple(dict.fromkeys(("ddpm", "ddim", *SOLVERS, *FLOW_SOLVERS)))
 AHEAD_BYTES = 2**28  # memory for modulations that are computed ahead of their steps
 
 
-def sampling_timesteps(sampler: str, steps: int | str | Sequence[int]) -> list[int]:
-    """Return the timesteps of a run, in sampling order. Raises ValueError for steps that the sampler does not take."""
-    if sampler in SOLVERS:
-        return make_solver(sampler, steps).timesteps.tolist()
+def _is_solved(sampler: str, flow_shift: float | None) -> bool:
+    """Whether a solver runs, and not DDPM or DDIM."""
+    return flow_shift is not None or sampler in (*SOLVERS, *FLOW_SOLVERS)
+
+
+def sampling_timesteps(
+    sampler: str, steps: int | str | Sequence[int], flow_shift: float | None = None
+) -> list[int] | list[float]:
+    """Return the timesteps of a run, in sampling order, of a model whose `flow_shift` this is.
+
+    Raises ValueError for steps that the sampler does not take, and a sampler that is not for such a model.
+    """
+    if _is_solved(sampler, flow_shift):
+        return make_solver(sampler, steps, flow_shift).timesteps.tolist()
     return Diffusion(steps).sampling_timesteps
 
 
 def _loop(
     sampler: str,
     steps: int | str | Sequence[int],
+    flow_shift: float | None,
     model: Model,
     x: Tensor,
     generators: Sequence[torch.Generator],
@@ -47,8 +60,8 @@ def _loop(
     progress: bool = False,
 ) -> Tensor:
     """Run the sampling loop of this name."""
-    if sampler in SOLVERS:
-        return multistep(model, x, make_solver(sampler, steps), callback, progress)
+    if _is_solved(sampler, flow_shift):
+        return multistep(model, x, make_solver(sampler, steps, flow_shift), callback, progress)
     loop = {"ddpm": ddpm, "ddim": ddim}[sampler]
     return loop(model, x, Diffusion(steps), generators, callback=callback, progress=progress)
 
@@ -106,13 +119,14 @@ def generate(
             is not run at all (arXiv 2404.07724).
         cache: a spec, or a `SkipCache` for these steps to read its counts afterwards.
         callback: see `diffusion.ddpm`.
+        sampler: one of `FLOW_SOLVERS` for a model trained by flow matching, and of the other `SAMPLERS` otherwise.
 
     Returns:
         Latents (N, *model.sample_shape), float32.
 
     Raises FloatingPointError, naming the step, if they stop being finite.
     """
-    timesteps, count = sampling_timesteps(sampler, steps), len(generators)
+    timesteps, count = sampling_timesteps(sampler, steps, model.flow_shift), len(generators)
     run = cache if isinstance(cache, SkipCache) else SkipCache(cache, timesteps)
     if run.spec.adaptive and model._compiled_call_impl is not None:
         raise ValueError(f"cache {run.spec} decides within the model, which cannot be compiled then: set compile=none")
@@ -155,7 +169,7 @@ def generate(
             callback(i, x, x0)
 
     try:
-        x = _loop(sampler, steps, guided, x, generators, after_step, progress)
+        x = _loop(sampler, steps, model.flow_shift, guided, x, generators, after_step, progress)
     finally:
         run.clear()
     require_finite(finite, timesteps, model.dtype)
@@ -186,7 +200,7 @@ class ClassSampler(Sampler):
             raise ValueError(f"class ids {bad} are out of range; this model knows {known}")
         if config.sampler not in SAMPLERS:
             raise ValueError(f"sampler is {config.sampler!r}; known: {', '.join(SAMPLERS)}")
-        sampling_timesteps(config.sampler, config.steps)
+        sampling_timesteps(config.sampler, config.steps, recorded_flow_shift(config.weights))
         guided = config.guidance_scale != 1
         if guided and model.null_class is None:
             raise ValueError(f"guidance_scale is {config.guidance_scale}, and the model is unconditional: set it to 1")
@@ -220,7 +234,7 @@ class ClassSampler(Sampler):
             self.config = before
 
     def timesteps(self, steps: int | Sequence[int]) -> list[int]:
-        return sampling_timesteps(self.config.sampler, steps)
+        return sampling_timesteps(self.config.sampler, steps, self.model.flow_shift)
 
     def guide(self, rows: Tensor) -> Tensor:
         if self.config.guidance_scale == 1:
@@ -236,20 +250,28 @@ class ClassSampler(Sampler):
             noise = outputs[i].to(x)[:, None, None, None]
             return torch.cat([noise, torch.zeros_like(noise)], dim=1)  # and the variance
 
-        _loop(self.config.sampler, steps, model, x, alike, lambda i, x, x0: states.append(x.flatten()))
+        _loop(
+            self.config.sampler,
+            steps,
+            self.model.flow_shift,
+            model,
+            x,
+            alike,
+            lambda i, x, x0: states.append(x.flatten()),
+        )
         return states
 
     def refined(self, steps: int, factor: int) -> int | list[int] | None:
         if self.config.sampler == "ddpm":
             return None
-        if self.config.sampler in SOLVERS:
+        if _is_solved(self.config.sampler, self.model.flow_shift):
             return steps * factor if steps * factor < 1000 else None
         own = self.timesteps(steps)
         between = [round(a + (b - a) * n / factor) for a, b in pairwise(own) for n in range(factor)]
         return sorted({*between, own[-1]}, reverse=True)
 
     def identity(self) -> dict[str, Any]:
-        return {}
+        return {"flow_shift": self.model.flow_shift}
 
     def latents(
         self, indices: list[int], steps: int, policy: CachePolicy, on_step: Callable[[int, str], None] | None = None

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from skipdit.caching.policy import CachePolicy
 from skipdit.caching.runtime import SkipCache
+from skipdit.diffusion.flow import FLOW_SOLVERS
 from skipdit.diffusion.samplers import SOLVERS
 from skipdit.encoders.autoencoder import decode
 from skipdit.layers.skip import SkipTransformer
@@ -30,7 +31,6 @@ class Sampler(ABC):
         names: of the samples' files, without suffix; None numbers them.
         unit: what a sample is: "image" or "clip".
         suffix: of a sample's file.
-        solvers: names of multistep solvers that `using` knows.
     """
 
     config: Any
@@ -41,7 +41,11 @@ class Sampler(ABC):
     names: Sequence[str] | None = None
     unit: str = "image"
     suffix: str = "png"
-    solvers: Sequence[str] = SOLVERS
+
+    @property
+    def solvers(self) -> Sequence[str]:
+        """Names of solvers that `using` knows, for the model's process."""
+        return SOLVERS if self.model.flow_shift is None else FLOW_SOLVERS
 
     @property
     @abstractmethod

@@ -54,7 +54,9 @@ class SamplingConfig(RunConfig):
     )
     num_samples: int = setting(8, "samples to make", identity=False, least=1)
     batch_size: int = setting(8, "samples per model call and process (guidance doubles it)", identity=False, least=1)
-    sampler: str = setting("ddpm", "ddpm, ddim, or a solver: deis, dpm, unipc; order 3: deis3, dpm3, unipc3")
+    sampler: str = setting(
+        "ddpm", "ddpm, ddim, deis, dpm, unipc; of order 3: deis3, dpm3, unipc3; of flows: euler, heun"
+    )
     steps: int = setting(250, "sampling steps", least=1)
     guidance_scale: float = setting(1.0, "classifier-free guidance; 1 is none", least=0)
     guidance_channels: int | None = setting(None, "latent channels to guide; null for all", least=1)

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from skipdit.caching.policy import CachePolicy
 from skipdit.caching.runtime import SkipCache
 from skipdit.checkpoints.loading import load_weights
+from skipdit.diffusion.flow import make_flow_scheduler
 from skipdit.encoders.autoencoder import downsampling
 from skipdit.layers.flops import step_flops
 from skipdit.layers.skip import SkipTransformer, check_branch
@@ -31,10 +32,18 @@ from skipdit.utils.files import replace_text
 STOCHASTIC = ("ddpm", "euler-ancestral", "kdpm2-ancestral")  # of the schedulers
 
 
-def make_scheduler(name: str, settings: dict[str, Any]) -> SchedulerMixin:
-    """A diffusers scheduler with those of the settings that it knows. Raises ValueError for an unknown name."""
+def make_scheduler(name: str, settings: dict[str, Any], flow_shift: float | None = None) -> SchedulerMixin:
+    """A diffusers scheduler with those of the settings that it knows.
+
+    Args:
+        flow_shift: of a model trained by flow matching, whose scheduler has no other settings; None for others.
+
+    Raises ValueError for an unknown name, and one that is not for such a model.
+    """
     if name not in SCHEDULERS:
         raise ValueError(f"scheduler is {name!r}; known: {', '.join(SCHEDULERS)}")
+    if flow_shift is not None:
+        return make_flow_scheduler(name, flow_shift)
     kind = getattr(diffusers, SCHEDULERS[name])
     settings = dict(settings) | ({"solver_order": 3} if name.endswith("3") else {})
     known = set(inspect.signature(kind.__init__).parameters)
@@ -195,7 +204,8 @@ class PromptSampler(Sampler):
     @contextmanager
     def using(self, method: str) -> Iterator[None]:
         config, scheduler = self.config, self.pipe.scheduler
-        self.config, self.pipe.scheduler = replace(config, scheduler=method), make_scheduler(method, scheduler.config)
+        self.config = replace(config, scheduler=method)
+        self.pipe.scheduler = make_scheduler(method, scheduler.config, self.model.flow_shift)
         try:
             yield
         finally:

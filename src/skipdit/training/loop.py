@@ -116,7 +116,9 @@ def _fit(
     batches = make_loader(stream, rows, config.batch_size, first, stop, config.workers)
     loader = chain(batches, batches) if dry_run else iter(batches)  # the first step makes the optimizer's moments
     accelerator.print(describe(model, config, len(rows), micro, world, len(dataset)))
-    log = Log(out, start) if accelerator.is_main_process and not dry_run else None
+    log = None
+    if accelerator.is_main_process and not dry_run:
+        log = Log(out, start, accelerator, config.tracker, to_dict(run_config))
     broken = BrokenFiles(out / "broken_files.txt")
     if accelerator.is_main_process and not dry_run:
         broken.add(getattr(dataset, "left_out", []))
@@ -185,6 +187,7 @@ def _fit(
                 if accelerator.is_main_process:
                     with accelerator.autocast():
                         sample(averaged, done)
+                    log.samples(out / "samples" / f"{done:07d}.png", done)
                 del averaged  # an unsharded copy would stay for the rest of the run
                 accelerator.wait_for_everyone()
     accelerator.wait_for_everyone()

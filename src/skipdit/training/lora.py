@@ -50,4 +50,4 @@ def save_lora(model: nn.Module, folder: Path) -> None:
     with whole_file(folder / "lora.safetensors") as partial:
         save_file(adapters, partial)
     with whole_file(folder / "merged.pt") as partial, open(partial, "wb") as file:
-        torch.save({"ema": to_released(merge_lora(model))}, file)
+        torch.save({"ema": to_released(merge_lora(model)), "config": {"flow_shift": model.flow_shift}}, file)

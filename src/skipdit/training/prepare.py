@@ -1,5 +1,6 @@
 """How a training run begins: its command line; all files are there, the model is made, its weights are loaded."""
 
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -38,6 +39,24 @@ def run_trainer(schema: type[T], description: str, train: Callable[[T, bool], An
     config, dry_run = read_arguments(schema, description)
     with friendly_errors():
         train(config, dry_run)
+        files = saved(Path(config.out, "checkpoints"))
+        if files and not dry_run and process_state().is_main_process:
+            print(next_step(Path(sys.argv[0]), files[-1], config))
+
+
+def next_step(script: Path, checkpoint: Path, config: "TrainerConfig") -> str:
+    """What a trainer says at its end: where its checkpoint is, and how to sample from it.
+
+    Args:
+        script: the task's train.py.
+    """
+    sampler = next(script.parent.glob("sample*.py"), script)
+    method = "scheduler" if "_t2" in sampler.name else "sampler"
+    chosen = f" {method}={config.train.preview}" if config.train.objective == "flow" else ""
+    return (
+        f"the trained model is in {checkpoint}; to sample from it, with a CONFIG of this model:\n"
+        f"  python {sampler} --config CONFIG weights={config.out} vae={config.vae}{chosen}"
+    )
 
 
 def open_training(
@@ -74,6 +93,7 @@ def open_training(
         new = load_weights(model, config.init, allow_missing="skips.*")
         if new and process_state().is_main_process:
             print(f"{len(new)} skip parameters are not in {config.init} and start anew:\n  " + "\n  ".join(new))
+    model.flow_shift = config.train.flow_shift if config.train.objective == "flow" else None
     return changed(config, {"vae_fingerprint": fingerprint(vae)}), model, vae
 
 

@@ -3,16 +3,39 @@
 import json
 from pathlib import Path
 
+import numpy as np
+from accelerate import Accelerator
+from accelerate.tracking import filter_trackers
+from PIL import Image
 from torch.utils.tensorboard import SummaryWriter
 
 from skipdit.utils.files import naming, replace_text
 
+TRACKERS = {"wandb": "dir", "trackio": None}  # and the argument that is their folder
+
 
 class Log:
-    """stats.jsonl and tensorboard of a run. A resumed run drops the steps after `start`: it will write them again."""
+    """stats.jsonl and tensorboard of a run, and a tracker. A resumed run drops the steps after `start`: it will write
+    them again.
 
-    def __init__(self, out: Path, start: int):
-        self.path = out / "stats.jsonl"
+    Args:
+        accelerator: of the main process; ends the tracker.
+        tracker: one of `TRACKERS`, or None. Its project is "skipdit", its run is called as the folder.
+        settings: of the run, for the tracker.
+
+    Raises ValueError for a tracker that is unknown or not installed.
+    """
+
+    def __init__(self, out: Path, start: int, accelerator: Accelerator, tracker: str | None, settings: dict):
+        self.path, self._accelerator = out / "stats.jsonl", accelerator
+        if tracker:
+            if tracker not in TRACKERS:
+                raise ValueError(f"train.tracker is {tracker!r}; known: {', '.join(TRACKERS)}")
+            accelerator.log_with = filter_trackers([tracker])
+            if not accelerator.log_with:
+                raise ValueError(f"train.tracker={tracker} needs its package: pip install {tracker}")
+            folder = {TRACKERS[tracker]: str(out)} if TRACKERS[tracker] else {}
+            accelerator.init_trackers("skipdit", settings, {tracker: {"name": out.name} | folder})
         if self.path.exists():
             lines = self.path.read_text(encoding="utf-8").splitlines()
             lines = [line for line in lines if line.endswith("}")]  # a full disk may have cut one off
@@ -28,6 +51,18 @@ class Log:
             for key, value in stats.items():
                 if value is not None:
                     self.board.add_scalar(f"train/{key}", value, stats["step"])
+        known = {f"train/{key}": value for key, value in stats.items() if value is not None and key != "step"}
+        self._accelerator.log(known, stats["step"])
+
+    def samples(self, file: Path, step: int) -> None:
+        """Send a picture of samples to tensorboard and the tracker, if it was made."""
+        if not file.is_file():
+            return
+        with Image.open(file) as image, naming(self.board.log_dir):
+            pixels = np.array(image.convert("RGB"))
+            self.board.add_image("samples", pixels, step, dataformats="HWC")
+        for tracker in self._accelerator.trackers:
+            tracker.log_images({"samples": [pixels]}, step)
 
     def close(self) -> None:
         with naming(self.board.log_dir):

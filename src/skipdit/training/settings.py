@@ -2,7 +2,13 @@
 
 from dataclasses import dataclass, field
 
-from skipdit.config import Settings, setting
+from skipdit.config import ConfigError, Settings, setting
+
+CHOICES = {
+    "objective": ("diffusion", "flow"),
+    "flow_times": ("logit-normal", "uniform"),
+    "decay": ("linear", "cosine"),
+}
 
 
 @dataclass(frozen=True)
@@ -14,11 +20,16 @@ class TrainConfig(Settings):
     micro_batch_size: int | None = setting(
         None, "samples per forward pass and process; fewer accumulate gradients", identity=False, least=1
     )
+    objective: str = setting("diffusion", "diffusion, as released: noise (text-to-image: v); or flow: flow matching")
+    flow_times: str = setting("logit-normal", "distribution of flow matching's times: logit-normal or uniform")
+    flow_shift: float = setting(1.0, "of flow matching's times: above 1 more noise; samplers use it too", least=0.01)
+    min_snr: float = setting(0.0, "of diffusion: weight in x0's error at most, usually 5; 0: that of noise", least=0)
     optimizer: str = setting("adamw", "adamw, or muon: Muon for the matrices of blocks and skips, AdamW for the rest")
     lr: float = setting(1e-4, "learning rate", least=0)
     muon_lr: float | None = setting(None, "Muon's learning rate; as lr by default", least=0)
     warmup: int = setting(0, "steps of linear warm-up", least=0)
-    decay_steps: int = setting(0, "steps of linear decay to zero at the end", least=0)
+    decay: str = setting("linear", "course of the learning rate's decay: linear or cosine")
+    decay_steps: int = setting(0, "steps of decay to zero at the end", least=0)
     weight_decay: float = setting(0.0, "weight decay", least=0)
     betas: tuple[float, float] = setting((0.9, 0.999), "AdamW betas")
     grad_clip: float = setting(0.0, "largest gradient norm; 0 leaves gradients alone", least=0)
@@ -41,12 +52,26 @@ class TrainConfig(Settings):
     log_every: int = setting(
         50, "steps between lines of stats.jsonl and tensorboard; 0: the last only", identity=False, least=0
     )
+    tracker: str | None = setting(None, "also log to wandb or trackio", identity=False)
     save_every: int = setting(5_000, "steps between checkpoints; 0: the last only", identity=False, least=0)
     keep: int = setting(3, "checkpoints to keep; 0 for all", identity=False, least=0)
     sample_every: int = setting(10_000, "steps between sample grids; 0 for none", identity=False, least=0)
     max_bad_steps: int = setting(
         10, "abort after this many steps in a row with a non-finite loss", identity=False, least=1
     )
+
+    def __post_init__(self):
+        super().__post_init__()
+        for name, known in CHOICES.items():
+            if (value := getattr(self, name)) not in known:
+                raise ConfigError(f"{name} is {value!r}; known: {', '.join(known)}")
+        if self.min_snr and self.objective == "flow":
+            raise ConfigError(f"min_snr is {self.min_snr:g}, and objective=flow has no such weights: set min_snr=0")
+
+    @property
+    def preview(self) -> str:
+        """Name of the sampling method of sample grids."""
+        return "euler" if self.objective == "flow" else "ddim"
 
 
 @dataclass(frozen=True)

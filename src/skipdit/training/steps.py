@@ -1,6 +1,7 @@
 """Steps of a training: their random numbers, which weights they move, and the learning rate."""
 
 import fnmatch
+import math
 from collections.abc import Callable
 
 import torch
@@ -53,5 +54,6 @@ def learning_rate(config: TrainConfig, step: int, peak: float | None = None) -> 
     """Learning rate of optimizer step `step`, from 0: warm-up, constant (`peak`, by default `config.lr`), decay."""
     scale = min(1.0, (step + 1) / config.warmup) if config.warmup else 1.0
     if config.decay_steps:
-        scale = min(scale, (config.steps - step) / config.decay_steps)
+        left = min(1.0, (config.steps - step) / config.decay_steps)
+        scale = min(scale, left if config.decay == "linear" else math.sin(math.pi / 2 * left) ** 2)
     return (config.lr if peak is None else peak) * scale
