@@ -37,14 +37,18 @@ class SampleConfig(SamplingConfig):
     model: ModelConfig = field(default_factory=ModelConfig)
 
 
-def read_arguments(description: str) -> SampleConfig:
-    """Return the settings that the sampler's command line asks for; ends the program for --help and mistakes."""
-    parser = make_parser(SampleConfig, description)
+def read_arguments(description: str, argv: list[str] | None = None) -> SampleConfig:
+    """Return the settings that the sampler's command line asks for; ends the program for --help and mistakes.
+
+    Args:
+        argv: arguments of `skipdit sample`; None: those of the task's own script.
+    """
+    parser = make_parser(SampleConfig, description, prog=argv and "skipdit sample")
     add_cache_arguments(parser, WINDOW)
     parser.add_argument(
         "--model", metavar="NAME", help="model name, as model.name; the original's DiT-cache-N also sets the cache"
     )
-    args = parser.parse_intermixed_args()
+    args = parser.parse_intermixed_args(argv)
     with friendly_errors():
         if args.model:
             name, interval = original_model_name(args.model)

@@ -101,13 +101,19 @@ def original_settings(args: argparse.Namespace) -> dict[str, str | int | float]:
     return {key: value for key, value in given.items() if value is not None}
 
 
-def read_arguments(description: str) -> SampleConfig:
-    """Return the settings that the sampler's command line asks for; ends the program for --help and mistakes."""
-    parser = make_parser(SampleConfig, description, default="the released model in ckpts/")
+def read_arguments(description: str, argv: list[str] | None = None) -> SampleConfig:
+    """Return the settings that the sampler's command line asks for; ends the program for --help and mistakes.
+
+    Args:
+        argv: arguments of `skipdit sample`; None: those of the task's own script.
+    """
+    parser = make_parser(
+        SampleConfig, description, default="the released model in ckpts/", prog=argv and "skipdit sample"
+    )
     add_cache_arguments(parser, WINDOW)
     add_prompt_argument(parser)
     add_original_arguments(parser)
-    args = parser.parse_intermixed_args()
+    args = parser.parse_intermixed_args(argv)
     with friendly_errors():
         cache = cache_override(args, WINDOW)
         if args.cache_at_branch is not None:

@@ -51,12 +51,16 @@ class SampleConfig(PromptConfig):
         }
 
 
-def read_arguments(description: str) -> SampleConfig:
-    """Return the settings that the sampler's command line asks for; ends the program for --help and mistakes."""
-    parser = make_parser(SampleConfig, description)
+def read_arguments(description: str, argv: list[str] | None = None) -> SampleConfig:
+    """Return the settings that the sampler's command line asks for; ends the program for --help and mistakes.
+
+    Args:
+        argv: arguments of `skipdit sample`; None: those of the task's own script.
+    """
+    parser = make_parser(SampleConfig, description, prog=argv and "skipdit sample")
     add_cache_arguments(parser, WINDOW)
     add_prompt_argument(parser)
-    args = parser.parse_intermixed_args()
+    args = parser.parse_intermixed_args(argv)
     with friendly_errors():
         spec = cache_override(args, WINDOW)
         config = load_config(SampleConfig, args.config, args.overrides + spec)
