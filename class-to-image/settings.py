@@ -5,11 +5,28 @@ from dataclasses import dataclass, field
 from skipdit.cli import friendly_errors, make_parser
 from skipdit.config import Settings, load_config, setting
 from skipdit.data.settings import ImageData
-from skipdit.sampling.arguments import add_cache_arguments, cache_override, checked, original_model_name
+from skipdit.sampling.arguments import (
+    ORIGINAL,
+    add_cache_arguments,
+    add_original_switches,
+    cache_override,
+    checked,
+    original_model_name,
+)
 from skipdit.sampling.settings import SamplingConfig
 from skipdit.training.settings import TrainerConfig
 
 WINDOW = "N{}-1000-20-b4"  # the original code's caching window for this task
+SWITCHES = {  # of the original samplers -> settings
+    "image-size": "image_size",
+    "num-classes": "model.num_classes",
+    "vae": "vae=stabilityai/sd-vae-ft-{0}",
+    "sample_method": "sampler",
+    "sample-dir": "out",
+    "global-seed": "seed",
+    "per-proc-batch-size": "batch_size",
+    "num-fid-samples": "num_samples",
+}
 
 
 @dataclass(frozen=True)
@@ -37,21 +54,36 @@ class SampleConfig(SamplingConfig):
     model: ModelConfig = field(default_factory=ModelConfig)
 
 
-def read_arguments(description: str) -> SampleConfig:
-    """Return the settings that the sampler's command line asks for; ends the program for --help and mistakes."""
-    parser = make_parser(SampleConfig, description)
+def read_arguments(description: str, argv: list[str] | None = None) -> SampleConfig:
+    """Return the settings that the sampler's command line asks for; ends the program for --help and mistakes.
+
+    Args:
+        argv: arguments of `skipdit sample`; None: those of the task's own script.
+    """
+    default = "that of the released model which --model names"
+    parser = make_parser(SampleConfig, description, default, prog=argv and "skipdit sample")
     add_cache_arguments(parser, WINDOW)
     parser.add_argument(
         "--model", metavar="NAME", help="model name, as model.name; the original's DiT-cache-N also sets the cache"
     )
-    args = parser.parse_intermixed_args()
+    add_original_switches(parser, ORIGINAL, SWITCHES)
+    args = parser.parse_intermixed_args(argv)
+    if not (args.config or args.model):
+        parser.error("the following arguments are required: --config, or --model")
     with friendly_errors():
         if args.model:
             name, interval = original_model_name(args.model)
             args.overrides.append(f"model.name={name}")
             args.cache_step = args.cache_step or interval
+            args.config = args.config or released_config(name, args.first + args.overrides)
         spec = cache_override(args, WINDOW)
-        return checked(load_config(SampleConfig, args.config, args.overrides + spec))
+        return checked(load_config(SampleConfig, args.config, args.first + args.overrides + spec))
+
+
+def released_config(model: str, overrides: list[str]) -> str:
+    """Return the config of a released model, as the original commands ask for it: without a file."""
+    size = "512" if "image_size=512" in overrides else "256"
+    return f"configs/class-to-image/imagenet{size}_sample{'' if model.endswith('-skip') else '_plain'}.yaml"
 
 
 @dataclass(frozen=True)

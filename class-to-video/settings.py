@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from skipdit.cli import friendly_errors, make_parser
 from skipdit.config import Settings, load_config, setting
 from skipdit.data.settings import ClipData
-from skipdit.sampling.arguments import add_cache_arguments, cache_override, checked
+from skipdit.sampling.arguments import ORIGINAL, add_cache_arguments, add_original_switches, cache_override, checked
 from skipdit.sampling.settings import SamplingConfig
 from skipdit.training.settings import TrainerConfig
 
@@ -39,14 +39,19 @@ class SampleConfig(SamplingConfig):
     model: ModelConfig = field(default_factory=ModelConfig)
 
 
-def read_arguments(description: str) -> SampleConfig:
-    """Return the settings that the sampler's command line asks for; ends the program for --help and mistakes."""
-    parser = make_parser(SampleConfig, description)
+def read_arguments(description: str, argv: list[str] | None = None) -> SampleConfig:
+    """Return the settings that the sampler's command line asks for; ends the program for --help and mistakes.
+
+    Args:
+        argv: arguments of `skipdit sample`; None: those of the task's own script.
+    """
+    parser = make_parser(SampleConfig, description, prog=argv and "skipdit sample")
     add_cache_arguments(parser, WINDOW)
-    args = parser.parse_intermixed_args()
+    add_original_switches(parser, ORIGINAL, {"sample_method": "sampler"})
+    args = parser.parse_intermixed_args(argv)
     with friendly_errors():
         spec = cache_override(args, WINDOW)
-        return checked(load_config(SampleConfig, args.config, args.overrides + spec))
+        return checked(load_config(SampleConfig, args.config, args.first + args.overrides + spec))
 
 
 @dataclass(frozen=True)

@@ -26,6 +26,7 @@ def started(command: str, folder: Path, told: str = "told.txt", **env: str) -> m
     """A command that runs in a folder; what it says lies in the file `told` there."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOADED)  # of the first call
+    command = command.replace("skipdit ", "python -m skipdit ", 1) if command.startswith("skipdit ") else command
     process = context.Process(target=become, args=(shlex.split(command), folder, folder / told, env))
     process.start()
     return process

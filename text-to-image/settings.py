@@ -1,14 +1,17 @@
 """Settings of text-to-image: of the model, the sampler and the trainer, and the sampler's command line."""
 
 import argparse
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from skipdit.cli import friendly_errors, make_parser
-from skipdit.config import Settings, changed, load_config, setting
+from skipdit.config import Settings, load_config, setting
 from skipdit.data.settings import PictureData
 from skipdit.sampling.arguments import (
+    ORIGINAL,
     add_cache_arguments,
+    add_original_switches,
     add_prompt_argument,
     cache_override,
     checked,
@@ -61,61 +64,68 @@ class SampleConfig(PromptConfig):
         return {name: getattr(self, name) or str(root / place) for name, place in names.items()}
 
 
+SWITCHES = {  # of the released code -> settings
+    "negative": "negative_prompt",
+    "batch-size": "images_per_prompt batch_size",
+    "sampler sample_method": "scheduler",
+    "infer-steps": "steps",
+    "load-key": "load_key",
+    "model-root": "pipeline",
+    "dit-weight": "weights",
+    "save-dir": "out",
+}
+UNIT = 16  # pixels of a patch
+
+
 def add_original_arguments(parser: argparse.ArgumentParser) -> None:
-    """The released code's switches; each stands for a setting."""
-    parser.add_argument("--negative", metavar="TEXT", help="negative_prompt")
-    parser.add_argument("--seed", type=int, metavar="N", help="seed")
-    parser.add_argument("--batch-size", type=int, metavar="N", help="images_per_prompt, made together")
-    parser.add_argument("--cfg-scale", type=float, metavar="X", help="guidance_scale")
-    parser.add_argument("--sampler", choices=SCHEDULERS, help="scheduler")
-    parser.add_argument("--infer-steps", type=int, metavar="N", help="steps")
+    """Add the released code's switches."""
+    add_original_switches(parser, ORIGINAL, SWITCHES)
     parser.add_argument(
         "--image-size", nargs="+", metavar="PIXELS", help="height and width, one for both if they agree"
     )
-    parser.add_argument("--load-key", choices=["ema", "module", "distill", "merge"], help="load_key")
-    parser.add_argument("--model-root", metavar="FOLDER", help="pipeline")
     parser.add_argument("--cache-at-branch", type=int, metavar="B", help="branch of --cache and --cache-step")
     parser.add_argument("--infer-mode", choices=["fa", "torch"], help="accepted: attention is PyTorch's in both")
     parser.add_argument("--no-enhance", action="store_true", help="accepted: prompts are taken as they are")
 
 
-def original_settings(args: argparse.Namespace) -> dict[str, str | int | float]:
-    """Settings that the released code's switches stand for. Raises ValueError for an image size that is none."""
-    given = {
-        "negative_prompt": args.negative,
-        "seed": args.seed,
-        "images_per_prompt": args.batch_size,
-        "batch_size": args.batch_size,
-        "guidance_scale": args.cfg_scale,
-        "scheduler": args.sampler,
-        "steps": args.infer_steps,
-        "load_key": args.load_key,
-        "pipeline": args.model_root,
-    }
-    if sides := args.image_size:
-        args.overrides += [text for text in sides if "=" in text]  # argparse gives the switch what follows it
-        sides = [text for text in sides if "=" not in text]
-        if len(sides) not in (1, 2) or not all(text.isdecimal() for text in sides):
-            raise ValueError(f"--image-size {' '.join(sides)}: it takes a height and a width in pixels")
-        given["height"], given["width"] = int(sides[0]), int(sides[-1])
-    return {key: value for key, value in given.items() if value is not None}
+def image_size(args: argparse.Namespace) -> list[str]:
+    """Return the overrides that --image-size stands for, rounded down as the released code does, which is said.
+
+    Raises ValueError for an image size that is none.
+    """
+    if not (sides := args.image_size):
+        return []
+    args.overrides += [text for text in sides if "=" in text]  # argparse gives the switch what follows it
+    sides = [text for text in sides if "=" not in text]
+    if len(sides) not in (1, 2) or not all(text.isdecimal() and int(text) >= UNIT for text in sides):
+        raise ValueError(f"--image-size {' '.join(sides)}: it takes a height and a width in pixels, {UNIT} or more")
+    height, width = (int(text) // UNIT * UNIT for text in (sides[0], sides[-1]))
+    if (height, width) != (int(sides[0]), int(sides[-1])):
+        print(f"--image-size {' '.join(sides)} is no multiple of {UNIT}: taking {height} {width}", file=sys.stderr)
+    return [f"height={height}", f"width={width}"]
 
 
-def read_arguments(description: str) -> SampleConfig:
-    """Return the settings that the sampler's command line asks for; ends the program for --help and mistakes."""
-    parser = make_parser(SampleConfig, description, default="the released model in ckpts/")
+def read_arguments(description: str, argv: list[str] | None = None) -> SampleConfig:
+    """Return the settings that the sampler's command line asks for; ends the program for --help and mistakes.
+
+    Args:
+        argv: arguments of `skipdit sample`; None: those of the task's own script.
+    """
+    parser = make_parser(
+        SampleConfig, description, default="the released model in ckpts/", prog=argv and "skipdit sample"
+    )
     add_cache_arguments(parser, WINDOW)
     add_prompt_argument(parser)
     add_original_arguments(parser)
-    args = parser.parse_intermixed_args()
+    args = parser.parse_intermixed_args(argv)
     with friendly_errors():
         cache = cache_override(args, WINDOW)
         if args.cache_at_branch is not None:
             if not cache:
                 raise ValueError("--cache-at-branch goes with --cache or --cache-step")
             cache = [f"{cache[0]}-b{args.cache_at_branch}"]
-        settings = original_settings(args)
-        config = changed(load_config(SampleConfig, args.config, args.overrides + cache), settings)
+        first = [*args.first, *image_size(args)]
+        config = load_config(SampleConfig, args.config, first + args.overrides + cache)
         return checked(take_prompts(config, args))
 
 

@@ -6,7 +6,9 @@ from skipdit.cli import friendly_errors, make_parser
 from skipdit.config import Settings, load_config, required, setting
 from skipdit.data.settings import ClipData
 from skipdit.sampling.arguments import (
+    ORIGINAL,
     add_cache_arguments,
+    add_original_switches,
     add_prompt_argument,
     cache_override,
     checked,
@@ -51,15 +53,20 @@ class SampleConfig(PromptConfig):
         }
 
 
-def read_arguments(description: str) -> SampleConfig:
-    """Return the settings that the sampler's command line asks for; ends the program for --help and mistakes."""
-    parser = make_parser(SampleConfig, description)
+def read_arguments(description: str, argv: list[str] | None = None) -> SampleConfig:
+    """Return the settings that the sampler's command line asks for; ends the program for --help and mistakes.
+
+    Args:
+        argv: arguments of `skipdit sample`; None: those of the task's own script.
+    """
+    parser = make_parser(SampleConfig, description, prog=argv and "skipdit sample")
     add_cache_arguments(parser, WINDOW)
     add_prompt_argument(parser)
-    args = parser.parse_intermixed_args()
+    add_original_switches(parser, ORIGINAL, {"sample_method": "scheduler"})
+    args = parser.parse_intermixed_args(argv)
     with friendly_errors():
         spec = cache_override(args, WINDOW)
-        config = load_config(SampleConfig, args.config, args.overrides + spec)
+        config = load_config(SampleConfig, args.config, args.first + args.overrides + spec)
         return checked(take_prompts(config, args))
 
 

@@ -1,9 +1,13 @@
-"""python -m skipdit COMMAND: what runs from the library alone; the task folders hold trainers and samplers."""
+"""`skipdit COMMAND`, which is also `python -m skipdit COMMAND`."""
 
 import sys
 from importlib import import_module
 
 COMMANDS = {  # name -> module whose `main` runs it, and what it does; `commands` has its command line
+    "demo": ("evaluation.compare", "the embedded model of a task, without and with caches"),
+    "doctor": ("doctor", "what is installed, what this machine has, what is missing for which task, and the fix"),
+    "sample": ("commands.sample", "images or clips, with or without a cache"),
+    "train": ("commands.train", "train a model: from scratch, or in two stages"),
     "compare": ("evaluation.compare", "the same samples with several caches: speed, fidelity, pictures"),
     "plan": ("planning.command", "plan which steps are cached, measured on the model itself"),
     "analyze": ("analysis.command", "features, skips and caching of a model, in numbers and pictures"),
@@ -12,13 +16,18 @@ COMMANDS = {  # name -> module whose `main` runs it, and what it does; `commands
     "encode-text": ("data.encode_text", "the same for captions"),
     "data": ("data.check", "check a data set"),
     "download": ("checkpoints.download", "fetch released checkpoints"),
+    "convert": ("checkpoints.convert", "short for weights convert: a folder for from_pretrained"),
     "weights": ("checkpoints.convert", "convert, export and verify checkpoints"),
 }
-USAGE = "usage: python -m skipdit COMMAND ...; python -m skipdit COMMAND --help tells more"
+USAGE = "usage: skipdit COMMAND ..., or python -m skipdit COMMAND ...; skipdit COMMAND --help tells more"
 
 
-def main(argv: list[str]) -> None:
-    """Run a command. Its own module, which takes seconds to import, comes after --help and mistakes are answered."""
+def main(argv: list[str] | None = None) -> None:
+    """Run a command, of `argv` or the program's own arguments.
+
+    Its own module, which takes seconds to import, comes after --help and mistakes are answered.
+    """
+    argv = sys.argv[1:] if argv is None else argv
     if not argv or argv[0] in ("-h", "--help"):
         print(USAGE + "\n" + "\n".join(f"  {name:12} {help}" for name, (_, help) in COMMANDS.items()))
         return
@@ -29,4 +38,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main()

@@ -15,13 +15,17 @@ from skipdit.utils.files import FULL, explained
 from skipdit.utils.signals import stop_signals
 
 
-def make_parser(schema: type, description: str, default: str | None = None) -> argparse.ArgumentParser:
+def make_parser(
+    schema: type, description: str, default: str | None = None, prog: str | None = None
+) -> argparse.ArgumentParser:
     """The command line that all tasks share: `--config FILE [key=value ...]`.
 
     Args:
         default: what runs without --config; None requires it.
+        prog: the program's name, if it is not that of the script.
     """
     parser = argparse.ArgumentParser(
+        prog or None,
         description=description,
         epilog="settings:\n" + describe(schema),
         formatter_class=argparse.RawDescriptionHelpFormatter,

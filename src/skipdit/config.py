@@ -17,10 +17,10 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from skipdit.utils.shipped import find_config, found, locate
 from skipdit.utils.text import read_text, user_path
 
 T = TypeVar("T")
-PROJECT = Path(__file__).parents[2]  # of a checkout; an installed package has none
 _TEXT = (str, str | None)  # types of settings that are a text
 _QUOTED = re.compile(r"""\s*(?:"(?:[^"\\]|\\.)*"|'(?:[^']|'')*')\s*""")  # all of it, as YAML has it
 
@@ -86,11 +86,15 @@ def load_config(schema: type[T], file: str | Path | None, overrides: list[str] =
 
     With `section`, the schema is that of one section of the file, and overrides are of its keys.
 
+    A file that is not here is looked for in the project, see `find_config`; so are the files and folders that settings
+    name, of which `found` tells.
+
     Raises ConfigError naming file, line and key for anything the schema does not know.
     """
     config = OmegaConf.structured(schema)
+    file = None if file is None else find_config(file)
     if file is not None:
-        values, lines = _read(Path(file), section, schema)
+        values, lines = _read(file, section, schema)
         prefix = f"{section}." if section else ""
         config = _merge(schema, config, values, lambda key: f"{file}, line {lines.get(prefix + key, '?')}")
     for text in overrides:
@@ -99,20 +103,36 @@ def load_config(schema: type[T], file: str | Path | None, overrides: list[str] =
     try:
         if missing := sorted(OmegaConf.missing_keys(config)):
             raise ConfigError(f"{file or 'the config'} does not set {', '.join(missing)}, which has no default")
+        _find_files(schema, config)
         return OmegaConf.to_object(config)
     except OmegaConfBaseException as error:  # a ${reference} to nothing
         raise ConfigError(f"{file or 'the config'}: {error.full_key}: {_first_line(error)}") from error
 
 
+def _find_files(schema: type, config: DictConfig) -> None:
+    """Put in where the files lie that settings name. Others say what a run makes, and stay as they are written."""
+    for entry in fields(schema):
+        value, identity = config[entry.name], entry.metadata.get("identity", True)
+        if is_dataclass(entry.type):
+            _find_files(entry.type, value)
+        elif isinstance(value, str) and entry.name != "out" and (not identity or entry.name == "cache"):
+            config[entry.name] = found(value)
+
+
 def in_the_project(path: str | Path) -> str:
     """What to tell of a file that is not here, but where the project lies; empty for others."""
-    place = PROJECT / path
-    return f"; {path} lies in {PROJECT}: run the command there, or write {place}" if place.exists() else ""
+    place = locate(path)
+    return f"; {path} comes with the project: write {place}" if place else ""
 
 
 def given_values(file: str | Path, section: str) -> dict:
     """What a section of a YAML file sets. Raises ConfigError if there is none."""
-    return _read(Path(file), section)[0]
+    return _read(find_config(file), section)[0]
+
+
+def named_task(file: str | Path) -> str | None:
+    """Return what a YAML file says under `task`, None if nothing. Raises ConfigError for a file that is none."""
+    return _read(find_config(file), None)[0].get("task")
 
 
 class _Words(yaml.SafeLoader):
@@ -128,9 +148,8 @@ def _read(path: Path, section: str | None, schema: type | None = None) -> tuple[
     With a schema, of that file or section, what is text there is taken as text.
     """
     if not path.is_file():
-        ours = f"in {PROJECT / 'configs'}" if (PROJECT / "configs").is_dir() else "not part of the installed package"
-        hint = in_the_project(path) or f"; the ones that come with the project are {ours}"
-        raise ConfigError(f"no config file {path}{hint}")
+        ours = locate("configs/class-to-image")
+        raise ConfigError(f"no config file {path}" + (f"; those of the project are in {ours.parent}" if ours else ""))
     try:
         text = read_text(path)
         node = yaml.compose(text)
@@ -143,6 +162,8 @@ def _read(path: Path, section: str | None, schema: type | None = None) -> tuple[
         mark = getattr(error, "problem_mark", None)
         where = f"{path}, line {mark.line + 1}" if mark else path
         raise ConfigError(f"{where}: not valid YAML: {getattr(error, 'problem', '') or _first_line(error)}") from error
+    if schema and not section:
+        values.pop("task", None)  # see `skipdit.tasks.find_task`
     if section:
         values, words = values.get(section), (words or {}).get(section)
         if not isinstance(values, dict):

@@ -5,11 +5,13 @@ from __future__ import annotations
 import argparse
 from dataclasses import dataclass, fields
 from importlib import import_module
-from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from skipdit.caching.policies import CacheSpec, parse_policy
-from skipdit.config import load_config
+from skipdit.cli import friendly_errors
+from skipdit.config import load_config, named_task
+from skipdit.utils.shipped import find_config
 
 if TYPE_CHECKING:  # torch takes seconds, and settings can be read without it
     from skipdit.sampling.sampler import Sampler
@@ -31,10 +33,22 @@ class Task:
     sampler: str
     window: CacheSpec
 
+    def part(self, name: str) -> ModuleType:
+        """Return a module of the task's package, such as `settings`, which needs no torch."""
+        return import_module(f"skipdit.{self.module.partition('.')[0]}.{name}")
+
     @property
     def schema(self) -> type:
         """Settings of the sampler."""
-        return import_module(f"skipdit.{self.module.partition('.')[0]}.settings").SampleConfig
+        return self.part("settings").SampleConfig
+
+    def sample(self, config: Any) -> dict:
+        """Make the samples of a config. Returns their report."""
+        return import_module(f"skipdit.{self.module}").sample(config)
+
+    def train(self, config: Any, dry_run: bool = False) -> Any:
+        """Run a training. Returns the averaged model."""
+        return self.part("train").train(config, dry_run)
 
     def open_sampler(self, config: Any, branch: int | None) -> Sampler:
         """Load all that a config asks for.
@@ -62,18 +76,46 @@ TASKS = {
 }
 
 
-def find_task(config: str, name: str | None = None) -> Task:
-    """Return the task of a config: that which the config's folder is named after, or the one called `name`.
+def find_task(config: str | None, name: str | None = None) -> Task:
+    """Return the task called `name`, or that which a config names as `task`, or that which its folder is named after.
 
-    Raises ValueError if there is none of this name.
+    Raises ValueError if there is none of this name, ConfigError for a config that is no file.
     """
-    folder = name or Path(config).resolve().parent.name
-    if folder not in TASKS:
+    name = name or named_task(config) or find_config(config).resolve().parent.name
+    if name not in TASKS:
         raise ValueError(
-            f"{folder!r} is no task: keep a config in a folder named after its own, for example class-to-image, or say "
-            "--task class-to-image"
+            f"{name!r} is no task: keep a config in a folder named after its own, for example class-to-image, write "
+            "task: class-to-image into it, or say --task class-to-image"
         )
-    return TASKS[folder]
+    return TASKS[name]
+
+
+def take_task(prog: str, description: str, argv: list[str] | None) -> tuple[Task, list[str]]:
+    """Return the task that a command line asks for, and the arguments that are left for it.
+
+    Ends the program for mistakes, and for --help if no task is said.
+    """
+    parser = argparse.ArgumentParser(
+        prog,
+        description=description,
+        epilog="With --config or --task, --help lists the settings of that task.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        add_help=False,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--config", metavar="FILE", help="YAML file with the run's settings")
+    parser.add_argument(
+        "--task", choices=TASKS, help="unset: what the config names as `task`, or the name of its folder"
+    )
+    given, rest = parser.parse_known_args(argv)
+    if given.config is None and given.task is None:
+        parser.add_argument("-h", "--help", action="help", help="show this message")
+        parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings that override the file's")
+        parser.parse_known_args(rest)
+        parser.error("say what to run: --config FILE, or --task NAME")
+    with friendly_errors():
+        task = find_task(given.config, given.task)
+    return task, [*(["--config", given.config] if given.config else []), *rest]
 
 
 def read_settings(args: argparse.Namespace) -> tuple[Task, Any]:

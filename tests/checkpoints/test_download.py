@@ -25,6 +25,7 @@ from skipdit.text_to_image import train as train_t2i
 DIT, LATTE = "blocks.0.attn.qkv.weight", "temporal_transformer_blocks.0.scale_shift_table"
 SKIP_DIT, HUNYUAN = "GuanjieChen/Skip-DiT", "Tencent-Hunyuan/HunyuanDiT-v1.2"
 PLAIN, CLIPS = "maxin-cn/Latte-0", "datasets/GuanjieChen/video_seg"
+FACEBOOK = "https://dl.fbaipublicfiles.com/DiT/models"
 DIFFUSERS = f"{HUNYUAN}-Diffusers"
 T2I = [f"t2i/{name}" for name in ("clip_text_encoder/a.bin", "mt5/a.bin", "tokenizer/vocab.txt")]
 T2I_PARTS = ("scheduler", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "transformer", "vae")
@@ -59,6 +60,9 @@ class Hub:
             "Latte-skip.pt": checkpoint(LATTE, 14),
             "transformer/diffusion_pytorch_model.safetensors": checkpoint(LATTE, 0)["ema"],
             "t2i/model/pytorch_model_ema.pt": hunyuan,
+            **{f"{name}.pt": checkpoint("temp_embed", 0) for name in ("ffs", "skytimelapse", "taichi-hd")},
+            "ucf101.pt": checkpoint("temp_embed", 0, 101),
+            **{f"DiT-XL-2-{size}x{size}.pt": checkpoint(DIT, 0, 1000) for size in (256, 512)},
         }
         self.repos = {
             SKIP_DIT: ["README.md", *(name for name in self.content if name.endswith("-skip.pt"))],
@@ -75,6 +79,7 @@ class Hub:
                 "vae_temporal_decoder/config.json",
                 "vae_temporal_decoder/diffusion_pytorch_model.safetensors",
             ],
+            "maxin-cn/Latte": ["README.md", "ffs.pt", "skytimelapse.pt", "taichi-hd.pt", "ucf101.pt", "t2v.pt"],
             CLIPS: ["README.md", "00000/1.mp4", "00001/2.mp4"],
             "maxin-cn/Latte-1": ["tokenizer/spiece.model", "transformer/config.json", "vae/config.json"],
             HUNYUAN: [
@@ -95,14 +100,17 @@ class Hub:
     def url(self, repo, name, repo_type="model") -> tuple[str, str]:
         return f"datasets/{repo}" if repo_type == "dataset" else repo, name
 
-    def get_hf_file_metadata(self, url):
+    def get_hf_file_metadata(self, url, token=None):
+        assert isinstance(url, tuple) or token is False, "a token would leave for another place than the Hub"
         return SimpleNamespace(size=len(self.bytes(url)), etag="git-checksum")
 
     def http_get(self, url, file, *, resume_size, headers, expected_size):
+        assert isinstance(url, tuple) or "authorization" not in headers
         self.fetched.append(url)
         file.write(self.bytes(url)[resume_size:])
 
-    def bytes(self, url: tuple[str, str]) -> bytes:
+    def bytes(self, url: tuple[str, str] | str) -> bytes:
+        url = url if isinstance(url, tuple) else tuple(url.rsplit("/", 1))
         if url[1].endswith(".safetensors"):
             return save({name: tensor.clone() for name, tensor in self.content.get(url[1], {}).items()})
         buffer = io.BytesIO()
@@ -158,13 +166,19 @@ OPTIONAL = {
         (PLAIN, "vae_temporal_decoder/diffusion_pytorch_model.safetensors"),
     ],
     "data": [(CLIPS, "README.md"), (CLIPS, "00000/1.mp4"), (CLIPS, "00001/2.mp4")],
+    **{f"plain-{size}": [f"{FACEBOOK}/DiT-XL-2-{size}x{size}.pt"] for size in (256, 512)},
+    "plain-ffs": [("maxin-cn/Latte", "ffs.pt")],
+    "plain-sky": [("maxin-cn/Latte", "skytimelapse.pt")],
+    "plain-taichi": [("maxin-cn/Latte", "taichi-hd.pt")],
+    "plain-ucf101": [("maxin-cn/Latte", "ucf101.pt")],
     "diffusers": [(DIFFUSERS, "model_index.json"), *((DIFFUSERS, f"{part}/a.json") for part in T2I_PARTS)],
 }
 
 
-@pytest.mark.parametrize("only", [["plain"], ["temporal_decoder"], ["data"], ["plain", "data"], ["diffusers"]])
-def test_optional_files_are_fetched_where_they_are_named(hub, tmp_path, only):
-    tool.download("text-to-image" if "diffusers" in only else "text-to-video", tmp_path, only)
+@pytest.mark.parametrize("only", [*([name] for name in OPTIONAL), ["plain", "data"], ["plain-256", "plain-512"]])
+def test_optional_files_are_fetched_where_they_are_named(hub, tmp_path, only, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", "hf_secret")
+    tool.download(next(task for task, items in TASKS.items() if only[0] in items), tmp_path, only)
     assert hub.fetched == [file for name in only for file in OPTIONAL[name]]
 
 
@@ -199,6 +213,8 @@ def test_files_land_where_pipelines_look(hub, tmp_path):
         "Latte-0/transformer/diffusion_pytorch_model.safetensors",
         "Latte-0/vae_temporal_decoder/config.json",
         "video_seg/00001/2.mp4",
+        "DiT-XL-2-512x512.pt",
+        "Latte/taichi-hd.pt",
         "t2i/model/pytorch_model_ema.pt",
         "t2i/tokenizer/vocab.txt",
         "HunyuanDiT-v1.2-Diffusers/model_index.json",
@@ -403,8 +419,8 @@ def test_help_tells_what_is_only_fetched_by_name(capsys):
     with pytest.raises(SystemExit):
         run_cli("--help")
     said = capsys.readouterr().out
-    marked = [line.split()[1] for line in said.splitlines() if re.match(r"\* \w+  ", line)]
-    assert marked == list(OPTIONAL)
+    marked = [line.split()[1] for line in said.splitlines() if re.match(r"\* [\w-]+  ", line)]
+    assert sorted(marked) == sorted(OPTIONAL)
     assert "* only where --only names it" in said
 
 

@@ -40,6 +40,7 @@ from skipdit.layers.flops import run_flops, step_flops
 from skipdit.sampling.class_conditional import SAMPLERS
 from skipdit.sampling.prompts import read_prompts
 from skipdit.sampling.settings import SCHEDULERS
+from skipdit.tasks import find_task
 from skipdit.text_to_image import HunyuanDiT
 from skipdit.text_to_image import sample_t2i as t2i_sample
 from skipdit.text_to_image import train as t2i_train
@@ -47,6 +48,7 @@ from skipdit.text_to_video import LatteT2V
 from skipdit.text_to_video import sample_t2v as t2v_sample
 from skipdit.text_to_video import train as t2v_train
 from skipdit.training.lora import add_lora
+from skipdit.utils import shipped
 from skipdit.utils.seeding import seed_of
 
 SCRIPTS = {
@@ -883,22 +885,34 @@ def test_a_seed_that_other_programs_draw_is_refused(task, kind):
         seed_of(-1, 3)
 
 
-def test_advice_holds_in_any_folder(tmp_path, monkeypatch):
+def test_files_of_the_project_are_found_in_any_folder(tmp_path, monkeypatch, capsys):
     """What lies in the checkout is found there; the others are fetched by a command that needs no checkout."""
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ConfigError, match=rf"no config file configs/none\.yaml; .* are in {ROOT}/configs$"):
         load_config(sample.Config, "configs/none.yaml")
-    with pytest.raises(ConfigError, match=rf"demo\.yaml lies in {ROOT}: run the command there,"):
-        load_config(sample.Config, "configs/class-to-image/demo.yaml")
-    config = load_config(sample.Config, ROOT / "configs/class-to-image/demo.yaml")
-    with pytest.raises(FileNotFoundError, match=rf"weights/vae; {config.weights} lies in {ROOT}: run"):
-        sample.sample(config)
-    config = changed(config, {"weights": "nowhere.pt"})
-    config = changed(config, {"vae": str(ROOT / config.vae)})
+    shipped._told.cache_clear()
+    plan = "configs/class-to-image/demo_plan.json"
+    config = load_config(sample.Config, "configs/class-to-image/demo.yaml", [f"cache={plan}"])
+    assert config.weights == str(ROOT / "class-to-image/weights/fashion-skip.pt") and config.out == "samples/demo"
+    assert config.cache == str(ROOT / plan)
+    assert f"demo.yaml is not here: taking {ROOT}/configs/class-to-image/demo.yaml\n" in capsys.readouterr().err
+    assert find_task("configs/class-to-video/demo.yaml").name == "class-to-video"
     with pytest.raises(FileNotFoundError, match=r"`python -m skipdit download class-to-image` fetches"):
-        sample.sample(config)
+        sample.sample(load_config(sample.Config, "configs/class-to-image/demo.yaml", ["weights=nowhere.pt"]))
     sources = [*ROOT.glob("src/**/*.py"), *ROOT.glob("class-to-*/*.py"), *ROOT.glob("text-to-*/*.py")]
     assert len(sources) > 60 and not [path for path in sources if "bash scripts/" in path.read_text()]
+
+
+def test_a_config_can_name_its_task(tmp_path):
+    file = tmp_path / "mine.yaml"
+    file.write_text("task: text-to-video\nweights: x.pt\n")
+    assert (
+        find_task(str(file)).name == "text-to-video" and find_task(str(file), "class-to-image").name == "class-to-image"
+    )
+    assert load_config(t2v_sample.Config, file).weights == "x.pt"
+    file.write_text("weights: x.pt\n")
+    with pytest.raises(ValueError, match="write task: class-to-image into it"):
+        find_task(str(file))
 
 
 def test_what_commands_write_is_ignored_by_git():

@@ -32,15 +32,19 @@ for name, module in sys.modules.items():
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory) -> Path:
     """Built from a copy of what git knows: the checkout stays as it is, and what lies about in it cannot help."""
-    source = tmp_path_factory.mktemp("source")
+    source = copy_of_the_checkout(tmp_path_factory.mktemp("source"))
+    run([sys.executable, "-m", "build", "--wheel", "--no-isolation", str(source)], cwd=source)
+    (path,) = (source / "dist").glob("*.whl")
+    return path
+
+
+def copy_of_the_checkout(source: Path) -> Path:
     listing = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
     for name in subprocess.run(listing, cwd=ROOT, check=True, capture_output=True, text=True).stdout.split("\0"):
         if (ROOT / name).is_file():
             (source / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(ROOT / name, source / name)
-    run([sys.executable, "-m", "build", "--wheel", "--no-isolation", str(source)], cwd=source)
-    (path,) = (source / "dist").glob("*.whl")
-    return path
+    return source
 
 
 @pytest.fixture(scope="module")
@@ -49,6 +53,36 @@ def installed(wheel, tmp_path_factory) -> Path:
     target = tmp_path_factory.mktemp("installed")
     run([sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(target), str(wheel)], ROOT)
     return target
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory) -> Path:
+    """A copy of what git knows, in a folder named as the README's clone is."""
+    return copy_of_the_checkout(tmp_path_factory.mktemp("around") / "skipdit")
+
+
+def environment(folder: Path, package: str, *options: str) -> Path:
+    """A fresh environment with the package in it, whose other packages are those of this process. Returns its Python.
+
+    The .pth file that lends them does not run their own .pth files: this process's editable install stays out.
+    """
+    run([sys.executable, "-m", "venv", "--without-pip", str(folder)], ROOT)
+    python = folder / "bin/python"
+    (site,) = folder.glob("lib/python*/site-packages")
+    (site / "lent.pth").write_text("\n".join(path for path in sys.path if path.endswith("-packages")) + "\n")
+    pip = [sys.executable, "-m", "pip", f"--python={python}", "install", "--quiet", "--no-deps", "--ignore-installed"]
+    run([*pip, *options, package], folder)
+    return python
+
+
+@pytest.fixture(scope="module")
+def wheel_python(wheel, tmp_path_factory) -> Path:
+    return environment(tmp_path_factory.mktemp("wheel"), str(wheel))
+
+
+@pytest.fixture(scope="module")
+def editable_python(source, tmp_path_factory) -> Path:
+    return environment(tmp_path_factory.mktemp("editable"), str(source), "--no-build-isolation", "--editable")
 
 
 def run(command: list[str], cwd: Path, **environment: str) -> str:
@@ -70,6 +104,7 @@ def test_wheel_holds_every_package_and_data_file(wheel):
         assert sum(path.stat().st_size for path in weights) < 20e6, "the embedded models are to stay small"
         files = [*task.rglob("*.py"), *weights]
         expected |= {f"{package.replace('.', '/')}/{path.relative_to(task).as_posix()}" for path in files}
+    expected |= {f"skipdit/{path.relative_to(ROOT)}" for path in (ROOT / "configs").rglob("*") if path.is_file()}
     assert TASKS
     with zipfile.ZipFile(wheel) as archive:
         assert sorted(expected - set(archive.namelist())) == []
@@ -109,3 +144,37 @@ def test_every_task_has_its_scripts():
     downloads = {f"text-to-{what}/download.py" for what in ("video", "image")}
     trainers = {f"{task.name}/train.py" for task in TASKS}
     assert samplers | downloads | trainers <= {named(script) for script in SCRIPTS}
+
+
+@pytest.mark.slow
+def test_the_demo_and_the_doctor_of_a_wheel_run_in_an_empty_folder(wheel_python, tmp_path):
+    command = wheel_python.parent / "skipdit"
+    said = run([str(command), "demo", "num_samples=1", "steps=3"], tmp_path, PYTHONPATH="")
+    assert "side by side: samples/demo/compare.png" in said and (tmp_path / "samples/demo/compare.png").exists()
+    said = run([str(command), "doctor"], tmp_path, PYTHONPATH="", HF_HUB_OFFLINE="1")
+    assert f"skipdit 0.1.0 in {wheel_python.parents[1]}/lib" in said and "MISSING" not in said
+    assert "class-to-image: embedded model" in said and "skipdit download class-to-image --only dit vae" in said
+
+
+@pytest.mark.slow
+def test_a_sampler_of_a_wheel_finds_the_projects_configs(wheel_python, tmp_path):
+    command = [str(wheel_python), "-m", "skipdit", "sample", "--config", "configs/class-to-image/demo.yaml"]
+    run([*command, "--cache", "configs/class-to-image/demo_plan.json", "num_samples=1"], tmp_path, PYTHONPATH="")
+    assert (tmp_path / "samples/demo/000000.png").exists()
+
+
+ORIGIN = "from skipdit import parse_policy; import skipdit; print(skipdit.__file__)"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("place", ["parent", "inside", "elsewhere"])
+@pytest.mark.parametrize("kind", ["wheel", "editable"])
+def test_imports_work_wherever_one_stands(kind, place, request, source, tmp_path):
+    """Beside a clone named skipdit, too, where Python takes its folder for the package."""
+    python = request.getfixturevalue(f"{kind}_python")
+    folder = {"parent": source.parent, "inside": source, "elsewhere": tmp_path}[place]
+    home = source / "src" if kind == "editable" else python.parents[1]
+    assert Path(run([str(python), "-c", ORIGIN], folder, PYTHONPATH="").strip()).is_relative_to(home)
+    assert "usage: skipdit" in run([str(python), "-m", "skipdit", "--help"], folder, PYTHONPATH="")
+    task = "import skipdit; from skipdit.class_to_image import settings; print(settings.__file__)"
+    run([str(python), "-c", task], folder, PYTHONPATH="")

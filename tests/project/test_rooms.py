@@ -21,7 +21,7 @@ ROOMS = [
     {"training"},
     {"tasks"},
     {"metrics", "evaluation"},
-    {"planning", "analysis"},
+    {"planning", "analysis", "doctor"},
     {"commands"},
     {"__main__"},
 ]

@@ -10,6 +10,7 @@ from conftest import ROOT
 from skipdit.__main__ import COMMANDS
 
 HEAVY = ("torch", "torchvision", "diffusers", "transformers", "accelerate", "timm", "matplotlib", "scipy", "sympy")
+MOST_MODULES = 500  # a bare Python has 60, and torch alone brings a thousand: this is what a second has time for
 SCRIPTS = [
     *(f"{task}/train.py" for task in ("class-to-image", "class-to-video", "text-to-video", "text-to-image")),
     "class-to-image/sample.py",
@@ -21,6 +22,7 @@ SCRIPTS = [
 PROGRAM = """
 import atexit, runpy, sys
 atexit.register(lambda: print("modules:", *(name for name in %r if name in sys.modules), file=sys.stderr))
+atexit.register(lambda: print("count:", len(sys.modules), file=sys.stderr))
 sys.argv = %r
 sys.path.insert(0, "")
 runpy.run_module("skipdit", run_name="__main__") if %r else runpy.run_path(sys.argv[0], run_name="__main__")
@@ -38,18 +40,31 @@ def start(*argv: str) -> tuple[int, str, str, set[str]]:
 
 @pytest.mark.parametrize("program", [*SCRIPTS, *(f"skipdit {name}" for name in COMMANDS)])
 def test_help_imports_nothing_heavy(program):
-    code, out, _, modules = start(*program.split(), "--help")
+    code, out, messages, modules = start(*program.split(), "--help")
     assert code == 0 and "usage:" in out and not modules
+    assert int(messages.partition("count:")[2].split()[0]) < MOST_MODULES
+
+
+def test_help_of_a_task_lists_its_settings():
+    for command, setting in {"sample": "guidance_channels=3", "train": "train.freeze=False"}.items():
+        code, out, _, modules = start("skipdit", command, "--task", "class-to-image", "--help")
+        assert code == 0 and f"usage: skipdit {command}" in out and setting in out and not modules
+    code, _, messages, _ = start("skipdit", "sample", "steps=3")
+    assert code == 2 and "--config FILE, or --task NAME" in messages
 
 
 def example(program: str) -> str:
     """A config of the program's task and kind."""
     task = Path(program).parent.name if program in SCRIPTS else "class-to-image"
     files = sorted((ROOT / "configs" / task).glob("*.yaml"))
-    return str(next(file for file in files if ("\ntrain:" in file.read_text()) == program.endswith("train.py")))
+    return str(
+        next(file for file in files if ("\ntrain:" in file.read_text()) == program.endswith(("train.py", "train")))
+    )
 
 
 WITH_CONFIG = {
+    "sample": ["skipdit", "sample"],
+    "train": ["skipdit", "train"],
     **{script: [script] for script in SCRIPTS},
     "compare": ["skipdit", "compare"],
     "plan": ["skipdit", "plan", "--budget", "3"],

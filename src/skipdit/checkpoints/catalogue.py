@@ -1,4 +1,4 @@
-"""What is released: the files of each task on the Hugging Face Hub."""
+"""What is released: the files of each task, most of them on the Hugging Face Hub."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,6 +16,7 @@ class Item:
         holds: what `weights.identify` must say of the checkpoint; None for files that are no checkpoint of ours.
         repo_type: model or dataset, as the Hub calls it.
         optional: fetched only where it is asked for by name.
+        url: where the files lie that are not on the Hub; `repo` is then whose they are.
     """
 
     repo: str
@@ -25,15 +26,28 @@ class Item:
     holds: str | None = None
     repo_type: str = "model"
     optional: bool = False
+    url: str = ""
 
     def __str__(self) -> str:
         size = f"{self.gigabytes:5.2f} GB" if self.gigabytes else "size n/a"
-        repo = f"{self.repo} (dataset)" if self.repo_type == "dataset" else self.repo
+        repo = self.url or (f"{self.repo} (dataset)" if self.repo_type == "dataset" else self.repo)
         return f"{size}  {repo}: {either_name(self.files)}"
 
 
 def _skip_dit(files: str, gigabytes: float, holds: str) -> Item:
     return Item("GuanjieChen/Skip-DiT", (files,), gigabytes=gigabytes, holds=holds)
+
+
+def _plain_dit(size: int) -> Item:
+    """The DiT-XL/2 that was published with DiT, whose license allows no commercial use; no checksum is published."""
+    place = "https://dl.fbaipublicfiles.com/DiT/models"
+    file = f"DiT-XL-2-{size}x{size}.pt"
+    return Item("facebookresearch/DiT", (file,), holds="class-to-image DiT, 1000 classes", optional=True, url=place)
+
+
+def _plain_latte(file: str, holds: str) -> Item:
+    """A Latte that was published with it, under the name that its own scripts have."""
+    return Item("maxin-cn/Latte", (file,), "Latte", holds=holds, optional=True)
 
 
 # The table of the paper's repository swaps the links of Latte-skip and DiT-XL/2-skip. File names are right, so they
@@ -44,6 +58,8 @@ TASKS: dict[str, dict[str, Item]] = {
     "class-to-image": {
         "dit": _skip_dit("DiT-XL-2-skip.pt", 11.40, "class-to-image DiT, 14 long skips, 1000 classes"),
         "vae": _SD_VAE,
+        "plain-256": _plain_dit(256),
+        "plain-512": _plain_dit(512),
     },
     "class-to-video": {
         "ffs": _skip_dit("ffs-skip.pt", 2.77, _LATTE),
@@ -51,6 +67,10 @@ TASKS: dict[str, dict[str, Item]] = {
         "taichi": _skip_dit("taichi-skip.pt", 2.77, _LATTE),
         "ucf101": _skip_dit("ucf101-skip.pt", 2.77, f"{_LATTE}, 101 classes"),
         "vae": _SD_VAE,
+        "plain-ffs": _plain_latte("ffs.pt", "class-to-video Latte"),
+        "plain-sky": _plain_latte("skytimelapse.pt", "class-to-video Latte"),
+        "plain-taichi": _plain_latte("taichi-hd.pt", "class-to-video Latte"),
+        "plain-ucf101": _plain_latte("ucf101.pt", "class-to-video Latte, 101 classes"),
     },
     "text-to-video": {
         "latte": _skip_dit("Latte-skip.pt", 8.76, "text-to-video Latte, 14 long skips"),

@@ -64,7 +64,9 @@ def download(task: str, folder: str | Path | None = None, only: Sequence[str] = 
     items, folder = select(task, only), Path(folder or FOLDERS[task])
     published: dict[str, list[str]] = {}
     for item in items.values():
-        if item.repo not in published:
+        if item.url:
+            published[item.repo] = [*published.get(item.repo, []), *item.files]
+        elif item.repo not in published:
             published[item.repo] = _ask_hub(item, item.files, list_repo_files, item.repo, repo_type=item.repo_type)
     names, missing = {}, []
     for key, item in items.items():
@@ -77,7 +79,7 @@ def download(task: str, folder: str | Path | None = None, only: Sequence[str] = 
         target = folder / item.folder
         for name in names[key]:
             place = target / _saved_as(name, item)
-            local.append(_ask_hub(item, [name], fetch, item.repo, name, place, repo_type=item.repo_type))
+            local.append(_ask_hub(item, [name], fetch, item.repo, name, place, item.repo_type, item.url))
         if item.holds:
             _check(local[-1], item)
     return local
@@ -101,14 +103,18 @@ def _saved_as(name: str, item: Item) -> str:
     return next((names[0] for names in either if len(names) > 1 and name in names), name)
 
 
-def fetch(repo: str, name: str, target: Path, repo_type: str = "model") -> Path:
+def fetch(repo: str, name: str, target: Path, repo_type: str = "model", place: str = "") -> Path:
     """One file of a Hub repository, continued from what an interrupted call left. Returns `target`.
+
+    Args:
+        place: where the file lies if that is not the Hub, whose token then stays here.
 
     The Hub client's own download does the same but starts an interrupted file from its first byte again. Raises what
     the client raises, and OSError if the bytes do not have the published checksum.
     """
-    url = hf_hub_url(repo, name, repo_type=repo_type)
-    remote = get_hf_file_metadata(url)
+    url = f"{place}/{name}" if place else hf_hub_url(repo, name, repo_type=repo_type)
+    access: dict[str, bool] = {"token": False} if place else {}
+    remote = get_hf_file_metadata(url, **access)
     if target.exists() and target.stat().st_size == remote.size:
         return target
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -117,7 +123,7 @@ def fetch(repo: str, name: str, target: Path, repo_type: str = "model") -> Path:
         if file.tell() > remote.size:  # two processes wrote it
             file.truncate(0)
         done = partial.stat().st_size
-        http_get(url, file, resume_size=done, headers=build_hf_headers(), expected_size=remote.size)
+        http_get(url, file, resume_size=done, headers=build_hf_headers(**access), expected_size=remote.size)
     if len(remote.etag) == 64 and sha256(partial) != remote.etag:  # small files have no such checksum
         partial.unlink()
         raise OSError("what arrived is damaged and was removed")

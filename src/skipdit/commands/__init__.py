@@ -1,1 +1,1 @@
-"""The command lines of `python -m skipdit`: what each takes. The rooms that they call are imported afterwards."""
+"""The command lines of `skipdit`: what each takes. The rooms that they call are imported afterwards."""

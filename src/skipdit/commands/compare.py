@@ -15,6 +15,7 @@ import argparse
 
 from skipdit.cli import friendly_errors
 from skipdit.tasks import read_settings
+from skipdit.utils.shipped import found
 
 
 def read_arguments(argv: list[str] | None = None) -> argparse.Namespace:
@@ -32,6 +33,7 @@ def read_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--repeats", type=int, default=1, help="times to run each row; medians are shown [%(default)s]")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings that override the config's")
     args = parser.parse_intermixed_args(argv)
+    args.also = [found(spec) for spec in args.also]
     with friendly_errors():
         read_settings(args)
     return args

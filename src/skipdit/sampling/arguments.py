@@ -32,6 +32,50 @@ def add_cache_arguments(parser: argparse.ArgumentParser, window: str) -> None:
     parser.add_argument("--cache-step", "--deepcache", type=int, metavar="N", help=f"as --cache {window.format('<N>')}")
 
 
+ORIGINAL = {  # switches of the original samplers -> settings, the same in all tasks
+    "ckpt": "weights",
+    "save_video_path": "out",
+    "num_sampling_steps": "steps",
+    "cfg-scale": "guidance_scale",
+    "seed": "seed",
+}
+FLAGS = {"use-fp16": "dtype=float16", "no-fp16": "dtype=float32", "tf32": "tf32=true", "no-tf32": "tf32=false"}
+
+
+def add_original_switches(
+    parser: argparse.ArgumentParser, switches: dict[str, str], own: dict[str, str], flags: dict[str, str] = FLAGS
+) -> None:
+    """Add switches of the original code, each for settings; their names may be written with dashes or underscores.
+
+    Args:
+        switches, own: names, in one text -> names of the settings, or `setting=value` with {0} for what is given.
+        flags: the same, of switches without a value.
+    """
+    group = parser.add_argument_group("switches of the original code, each for a setting")
+    for names, settings in (switches | own).items():
+        forms = [text if "=" in text else f"{text}={{0}}" for text in settings.split()]
+        spellings = [
+            f"--{form}"
+            for name in names.split()
+            for form in dict.fromkeys((name, name.replace("_", "-"), name.replace("-", "_")))
+        ]
+        shown = ", ".join(form.format("X") for form in forms)
+        group.add_argument(*spellings, dest="first", action=_Override, forms=forms, metavar="X", help=shown)
+    for name, override in flags.items():
+        group.add_argument(f"--{name}", dest="first", action=_Override, forms=[override], nargs=0, help=override)
+
+
+class _Override(argparse.Action):
+    """Collects overrides, which those that are written as `key=value` win over."""
+
+    def __init__(self, *args, forms: list[str], **kwargs):
+        super().__init__(*args, default=[], **kwargs)
+        self.forms = forms
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        namespace.first = [*namespace.first, *(form.format(values) for form in self.forms)]
+
+
 def cache_override(args: argparse.Namespace, window: str) -> list[str]:
     """What a command line says of the cache, as overrides of the setting `cache`; nothing leaves it to the config.
 

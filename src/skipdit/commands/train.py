@@ -1,0 +1,25 @@
+"""Train a model: from scratch, or in two stages onto one without long skips.
+
+    skipdit train --config configs/class-to-image/fashion_stage1.yaml out=results/mine
+    torchrun --nproc-per-node 8 -m skipdit train --config configs/class-to-video/ucf101_scratch.yaml
+
+The same command again continues an interrupted run.
+"""
+
+import argparse
+
+from skipdit.cli import friendly_errors
+from skipdit.tasks import take_task
+from skipdit.training.arguments import read_arguments as read_training
+
+
+def read_arguments(argv: list[str] | None = None) -> argparse.Namespace:
+    """Return task, settings and `dry_run`, of `argv` or the program's own; ends the program for --help and mistakes."""
+    task, rest = take_task("skipdit train", __doc__, argv)
+    config, dry_run = read_training(task.part("settings").TrainingConfig, __doc__, rest)
+    return argparse.Namespace(task=task, config=config, dry_run=dry_run)
+
+
+def main(args: argparse.Namespace) -> None:
+    with friendly_errors():
+        args.task.train(args.config, args.dry_run)
