@@ -111,6 +111,7 @@ def load_config(schema: type[T], file: str | Path | None, overrides: list[str] =
 
 def _find_files(schema: type, config: DictConfig) -> None:
     """Put in where the files lie that settings name. Others say what a run makes, and stay as they are written."""
+    OmegaConf.set_readonly(config, False)  # which it is for a frozen class
     for entry in fields(schema):
         value, identity = config[entry.name], entry.metadata.get("identity", True)
         if is_dataclass(entry.type):
