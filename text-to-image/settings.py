@@ -124,8 +124,8 @@ def read_arguments(description: str, argv: list[str] | None = None) -> SampleCon
             if not cache:
                 raise ValueError("--cache-at-branch goes with --cache or --cache-step")
             cache = [f"{cache[0]}-b{args.cache_at_branch}"]
-        first = [*args.first, *image_size(args)]
-        config = load_config(SampleConfig, args.config, first + args.overrides + cache)
+        args.overrides = [*args.first, *image_size(args), *args.overrides]
+        config = load_config(SampleConfig, args.config, args.overrides + cache)
         return checked(take_prompts(config, args))
 
 

@@ -66,7 +66,8 @@ def read_arguments(description: str, argv: list[str] | None = None) -> SampleCon
     args = parser.parse_intermixed_args(argv)
     with friendly_errors():
         spec = cache_override(args, WINDOW)
-        config = load_config(SampleConfig, args.config, args.first + args.overrides + spec)
+        args.overrides = args.first + args.overrides
+        config = load_config(SampleConfig, args.config, args.overrides + spec)
         return checked(take_prompts(config, args))
 
 

@@ -103,21 +103,21 @@ def load_config(schema: type[T], file: str | Path | None, overrides: list[str] =
     try:
         if missing := sorted(OmegaConf.missing_keys(config)):
             raise ConfigError(f"{file or 'the config'} does not set {', '.join(missing)}, which has no default")
-        _find_files(schema, config)
-        return OmegaConf.to_object(config)
+        return _with_files(OmegaConf.to_object(config))
     except OmegaConfBaseException as error:  # a ${reference} to nothing
         raise ConfigError(f"{file or 'the config'}: {error.full_key}: {_first_line(error)}") from error
 
 
-def _find_files(schema: type, config: DictConfig) -> None:
+def _with_files(config: T) -> T:
     """Put in where the files lie that settings name. Others say what a run makes, and stay as they are written."""
-    OmegaConf.set_readonly(config, False)  # which it is for a frozen class
-    for entry in fields(schema):
-        value, identity = config[entry.name], entry.metadata.get("identity", True)
-        if is_dataclass(entry.type):
-            _find_files(entry.type, value)
+    places = {}
+    for entry in fields(config):
+        value, identity = getattr(config, entry.name), entry.metadata.get("identity", True)
+        if is_dataclass(value):
+            places[entry.name] = _with_files(value)
         elif isinstance(value, str) and entry.name != "out" and (not identity or entry.name == "cache"):
-            config[entry.name] = found(value)
+            places[entry.name] = found(value)
+    return replace(config, **places)
 
 
 def in_the_project(path: str | Path) -> str:
