@@ -52,7 +52,11 @@ def _latte(case: Case, device: torch.device, dtype: torch.dtype, rows: int) -> t
     from diffusers import LatteTransformer3DModel
 
     ours = build(case, device, dtype, skip=False)
-    arguments = {name: value for name, value in ours.config.items() if name not in ("skip", "fuse") and name[0] != "_"}
+    arguments = {
+        name: value
+        for name, value in ours.config.items()
+        if name not in ("skip", "fuse", "flow_shift") and name[0] != "_"
+    }
     with torch.device(device):
         theirs = LatteTransformer3DModel(**arguments).eval().requires_grad_(False)
     nn.Module.to(theirs, device, dtype)

@@ -1,4 +1,4 @@
-"""Commands of the original code: its switches stand for settings; its configs and weights are found."""
+"""Commands of the original code: what its switches set, and where its configs and weights are found."""
 
 import pytest
 from conftest import ROOT
