@@ -9,7 +9,7 @@ import pytest
 import torch
 from conftest import ROOT
 from diffusers import DiffusionPipeline
-from tiny import BUILDERS, Arguments, build
+from pipelines.tiny import BUILDERS, Arguments, build
 from torch import Tensor, nn
 
 from skipdit import disable_cache, enable_cache
@@ -28,13 +28,18 @@ def name(request) -> str:
 
 
 @pytest.fixture
-def pipe(name) -> DiffusionPipeline:
-    return build(name)[0]
+def built(name) -> tuple[DiffusionPipeline, Arguments]:
+    return build(name)
 
 
 @pytest.fixture
-def call(name) -> Arguments:
-    return build(name)[1]
+def pipe(built) -> DiffusionPipeline:
+    return built[0]
+
+
+@pytest.fixture
+def call(built) -> Arguments:
+    return built[1]
 
 
 def run(pipe: DiffusionPipeline, call: Arguments, **changes) -> Tensor:
@@ -46,7 +51,7 @@ def changed(pipe: DiffusionPipeline, call: Arguments) -> Arguments:
     choices = inspect.signature(type(pipe).__call__).parameters
     guidance = "true_cfg_scale" if "true_cfg_scale" in choices else "guidance_scale"
     size = {"width": 2 * call["width"]} if "width" in call else {}
-    return call | size | {guidance: 1.0, "num_inference_steps": call["num_inference_steps"] + 1}
+    return call | size | {guidance: 1.0, "num_inference_steps": call["num_inference_steps"] + 2}
 
 
 def cached_or_none(pipe: DiffusionPipeline, call: Arguments, spec: str = CACHED) -> PipelineCache | None:
@@ -163,7 +168,7 @@ def test_a_call_that_breaks_off_leaves_a_good_pipeline(pipe, call):
     interrupt = Interrupt()
     names = ["callback_on_step_end", "callback"]  # DiTPipeline has neither
     argument = next((name for name in names if name in inspect.signature(type(pipe).__call__).parameters), None)
-    hook = None if argument else pipe.transformer.register_forward_hook(interrupt)
+    hook = None if argument else pipe.transformer.register_forward_hook(lambda *_: interrupt() or None)
     with pytest.raises(KeyboardInterrupt):
         run(pipe, call, **({argument: interrupt} if argument else {}))
     if hook:

@@ -96,8 +96,8 @@ def flux_from_image():
 
 
 def from_image() -> Arguments:
-    """Begin after two of seven steps."""
-    return {"image": torch.rand(1, 3, 32, 32), "strength": 0.75, "num_inference_steps": 7}
+    """An image to begin from, after half of ten steps."""
+    return {"image": torch.rand(1, 3, 32, 32), "strength": 0.5, "num_inference_steps": 10}
 
 
 @builds("FluxPipeline (true guidance)")
