@@ -88,9 +88,7 @@ class CachedBlocks:
         finally:
             self.cache = None
         if self._next != len(self.blocks):
-            raise ValueError(
-                f"{type(self.model).__name__} ran {self._next} of its {len(self.blocks)} blocks: {ONLY}"
-            )
+            raise ValueError(f"{type(self.model).__name__} ran {self._next} of its {len(self.blocks)} blocks: {ONLY}")
         return cache.finish(output)
 
     def block(self, i: int) -> Callable[..., Any]:
