@@ -31,6 +31,7 @@ import pytest
 import torch
 from commands import forked
 from conftest import ROOT
+from pipelines.tiny import build
 
 from skipdit.checkpoints.released import to_released
 from skipdit.class_to_image import DiT
@@ -212,6 +213,19 @@ def small_hunyuan(code: str, tmp_path: Path, request) -> str:
     )
 
 
+def small_flux(code: str, tmp_path: Path, request) -> str:
+    build("FluxPipeline")[0].save_pretrained(tmp_path / "flux")
+    embeds = "prompt_embeds=torch.ones(1, 4, 16), pooled_prompt_embeds=torch.ones(1, 16)"
+    return replaced(
+        code,
+        {
+            "black-forest-labs/FLUX.1-dev": str(tmp_path / "flux"),
+            'torch.bfloat16).to("cuda")': "torch.float32)",
+            '"a red fox trots through snow"': f'{embeds}, height=32, width=32, output_type="latent"',
+        },
+    )
+
+
 def replaced(code: str, changes: dict[str, str]) -> str:
     for old, new in changes.items():
         assert old in code, f"the example no longer has {old}"
@@ -231,10 +245,15 @@ def check_hunyuan(names: dict) -> None:
     assert names["image"].size == (64, 64) and names["pipe"]._skip_cache.run.cached_steps > 0
 
 
+def check_flux(names: dict) -> None:
+    assert names["image"].isfinite().all() and names["cache"].run.counts() == {"full": 10, "cached": 0, "forecast": 18}
+
+
 STAND_INS = {
     "small_dit": (small_dit, check_dit),
     "small_latte": (small_latte, check_latte),
     "small_hunyuan": (small_hunyuan, check_hunyuan),
+    "small_flux": (small_flux, check_flux),
 }
 
 

@@ -3,7 +3,8 @@
 A forecast step needs nothing of the model: its `forward` returns the forecast. A cached step needs to know what is a
 block. diffusers registers the classes of blocks that its own caches work on, with the streams that they take and
 return; a model whose blocks are all among them is one stack, of two lists maybe (FLUX: joint blocks, then single ones).
-Such models have no long skips, so what is stored is what the middle blocks added to each stream.
+Refiners are no part of the stack: they prepare the image or the text for it (Z-Image). Such models have no long skips, so
+what is stored is what the middle blocks added to each stream.
 """
 
 import inspect
@@ -14,6 +15,8 @@ from torch import Tensor, nn
 
 from skipdit.caching.steps import CacheStep
 
+ONLY = "only forecasts work, as in N3-1000-0-b0-o1"  # how errors end
+
 Streams = tuple[Tensor, Tensor | None]  # hidden states, and those of the text where a block changes them, too
 
 
@@ -22,7 +25,11 @@ def blocks_of(model: nn.Module) -> list[nn.Module]:
     there are others beside them.
     """
     registered = _registry()
-    lists = [child for child in model.children() if isinstance(child, nn.ModuleList) and len(child)]
+    lists = [
+        child
+        for name, child in model.named_children()
+        if isinstance(child, nn.ModuleList) and len(child) and "refiner" not in name
+    ]
     known = [all(type(block) in registered for block in each) for each in lists]
     alike = [block for each, good in zip(lists, known, strict=True) if good for block in each]
     others = (block for each, good in zip(lists, known, strict=True) if not good for block in each)
@@ -59,7 +66,7 @@ class CachedBlocks:
         self.blocks = blocks_of(model) if branch else []
         name, self.forward = type(model).__name__, type(model).forward.__get__(model)
         if branch and not self.blocks:
-            raise TypeError(f"the blocks of {name} are not known: only forecasts work, as in N3-1000-0-b0-o1")
+            raise TypeError(f"the blocks of {name} are not known: {ONLY}")
         if branch and 2 * branch > len(self.blocks):
             raise ValueError(f"cache branch {branch} is larger than half of the model's {len(self.blocks)} blocks")
         self._next, self._cached = 0, False  # the block whose turn it is, and whether the middle is left out
@@ -81,10 +88,7 @@ class CachedBlocks:
         finally:
             self.cache = None
         if self._next != len(self.blocks):
-            raise ValueError(
-                f"{type(self.model).__name__} ran {self._next} of its {len(self.blocks)} blocks: only forecasts work, "
-                "as in N3-1000-0-b0-o1"
-            )
+            raise ValueError(f"{type(self.model).__name__} ran {self._next} of its {len(self.blocks)} blocks: {ONLY}")
         return cache.finish(output)
 
     def block(self, i: int) -> Callable[..., Any]:
@@ -92,6 +96,11 @@ class CachedBlocks:
         block = self.blocks[i]
         kind = _registry()[type(block)]
         names = list(inspect.signature(type(block).forward).parameters)[1:]
+        hidden, text = kind.hidden_states_argument_name, None
+        if hidden not in names:  # ZImageTransformerBlock calls them x
+            hidden = names[0]
+        if kind.return_encoder_hidden_states_index is not None:
+            text = kind.encoder_hidden_states_argument_name
         forward, first, last = block.forward, self.branch, len(self.blocks) - self.branch - 1
 
         def cached(*args: Any, **kwargs: Any) -> Any:
@@ -99,10 +108,10 @@ class CachedBlocks:
             if cache is None:
                 return forward(*args, **kwargs)
             if i != self._next:
-                raise ValueError(f"block {i} of {type(self.model).__name__} runs out of turn: only forecasts work")
+                raise ValueError(f"block {i} of {type(self.model).__name__} runs out of turn: {ONLY}")
             self._next = i + 1
             given = dict(zip(names, args, strict=False)) | kwargs
-            streams = _taken(kind, given)
+            streams = given[hidden], given.get(text)
             if i == first:
                 self._cached, self._start = not cache.is_full(streams[0]), streams
                 if self._cached:
@@ -115,12 +124,6 @@ class CachedBlocks:
             return output
 
         return cached
-
-
-def _taken(kind: Any, given: dict[str, Any]) -> Streams:
-    text = given.get(kind.encoder_hidden_states_argument_name)
-    both = kind.return_encoder_hidden_states_index is not None
-    return given[kind.hidden_states_argument_name], text if both else None
 
 
 def _split(kind: Any, output: Any) -> Streams:
@@ -141,5 +144,5 @@ def _added(streams: Streams, changes: Streams) -> Streams:
 
 def _changes(end: Streams, start: Streams) -> Streams:
     if any(b is not None and (a is None or a.shape != b.shape) for a, b in zip(start, end, strict=True)):
-        raise ValueError("the streams change their shape between blocks: only forecasts work, as in N3-1000-0-b0-o1")
+        raise ValueError(f"the streams change their shape between blocks: {ONLY}")
     return tuple(None if b is None else b - a for a, b in zip(start, end, strict=True))

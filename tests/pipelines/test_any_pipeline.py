@@ -1,0 +1,201 @@
+"""`enable_cache` in pipelines of diffusers with models that are not ours: forecasts in all, cached steps in many."""
+
+import copy
+import functools
+import inspect
+import re
+
+import pytest
+import torch
+from conftest import ROOT
+from diffusers import DiffusionPipeline
+from pipelines.tiny import BUILDERS, Arguments, build
+from torch import Tensor, nn
+
+from skipdit import disable_cache, enable_cache
+from skipdit.pipelines.blocks import blocks_of
+from skipdit.pipelines.cache import PipelineCache
+from skipdit.pipelines.denoiser import denoisers
+
+FORECASTS, CACHED = "N3-1000-0-b0-o1", "N2-1000-0"
+TWO_MODELS = "WanPipeline (2.2, two transformers)"  # the second one takes over at the third step, which is full then
+EVERY_2ND, EVERY_3RD = [True, False, True, False, True], [True, False, False, True, False]
+
+
+@pytest.fixture(params=BUILDERS)
+def name(request) -> str:
+    return request.param
+
+
+@pytest.fixture
+def built(name) -> tuple[DiffusionPipeline, Arguments]:
+    return build(name)
+
+
+@pytest.fixture
+def pipe(built) -> DiffusionPipeline:
+    return built[0]
+
+
+@pytest.fixture
+def call(built) -> Arguments:
+    return built[1]
+
+
+def run(pipe: DiffusionPipeline, call: Arguments, **changes) -> Tensor:
+    return torch.as_tensor(pipe(**call | changes, generator=torch.Generator().manual_seed(1))[0])
+
+
+def changed(pipe: DiffusionPipeline, call: Arguments) -> Arguments:
+    """The arguments of another call, that differs in steps and, where there is a choice, in size and guidance."""
+    choices = inspect.signature(type(pipe).__call__).parameters
+    guidance = "true_cfg_scale" if "true_cfg_scale" in choices else "guidance_scale"
+    size = {"width": 2 * call["width"]} if "width" in call else {}
+    return call | size | {guidance: 1.0, "num_inference_steps": call["num_inference_steps"] + 2}
+
+
+def cached_or_none(pipe: DiffusionPipeline, call: Arguments, spec: str = CACHED) -> PipelineCache | None:
+    """A cache with cached steps, None where there are only forecasts. That is said then, at the latest in a call."""
+    try:
+        cache = enable_cache(pipe, spec)
+        run(pipe, call)
+    except (TypeError, ValueError) as error:
+        assert "only forecasts work, as in N3-1000-0-b0-o1" in str(error)
+        disable_cache(pipe)
+        return None
+    return cache
+
+
+class Counter:
+    """How often modules without submodules run in each step, as long as the scheduler's `step` ends them."""
+
+    def __init__(self, pipe: DiffusionPipeline, monkeypatch):
+        self.calls = [0]
+        kind = type(pipe.scheduler)
+        original = kind.step
+
+        @functools.wraps(original)
+        def step(*args, **kwargs):
+            self.calls.append(0)
+            return original(*args, **kwargs)
+
+        monkeypatch.setattr(kind, "step", step)
+
+    def follow(self, modules: list[nn.Module]) -> None:
+        for leaf in (part for module in modules for part in module.modules() if not list(part.children())):
+            leaf.register_forward_pre_hook(self._count)
+
+    def _count(self, module: nn.Module, args: tuple) -> None:
+        self.calls[-1] += 1
+
+    @property
+    def ran(self) -> list[bool]:
+        return [count > 0 for count in self.calls[:-1]]
+
+
+def test_interval_1_is_uncached_to_the_bit(pipe, call):
+    expected = run(pipe, call)
+    enable_cache(pipe, "N1-1000-0-b0")
+    assert torch.equal(run(pipe, call), expected)
+    if cached_or_none(pipe, call, "N1-1000-0"):
+        assert torch.equal(run(pipe, call), expected)
+
+
+def test_forecast_steps_run_nothing(name, pipe, call, monkeypatch):
+    expected = run(pipe, call)
+    counter = Counter(pipe, monkeypatch)
+    counter.follow(denoisers(pipe))
+    cache = enable_cache(pipe, FORECASTS)
+    result = run(pipe, call)
+    full = [True, False, True, True, False] if name == TWO_MODELS else EVERY_3RD
+    assert counter.ran == cache.run.ran == full
+    assert cache.run.counts() == {"full": sum(full), "cached": 0, "forecast": 5 - sum(full)}
+    assert result.isfinite().all() and not torch.equal(result, expected)
+
+
+def test_cached_steps_run_the_outer_blocks(pipe, call, monkeypatch):
+    expected = run(pipe, call)
+    if not cached_or_none(pipe, call):
+        pytest.skip("its blocks are not known")
+    disable_cache(pipe)
+    blocks = [blocks_of(model) for model in denoisers(pipe)]
+    outer, inner = Counter(pipe, monkeypatch), Counter(pipe, monkeypatch)
+    for own in blocks:
+        outer.follow([own[0], own[-1]])
+        inner.follow(own[1:-1])
+    cache = enable_cache(pipe, CACHED)
+    result = run(pipe, call)
+    assert outer.ran == [True] * 5
+    assert inner.ran == cache.run.ran == EVERY_2ND
+    assert cache.run.counts() == {"full": 3, "cached": 2, "forecast": 0}
+    assert result.isfinite().all() and not torch.equal(result, expected)
+
+
+@pytest.mark.parametrize("spec", [FORECASTS, CACHED])
+def test_calls_do_not_see_each_other(name, pipe, call, spec):
+    if not cached_or_none(pipe, call, spec):
+        pytest.skip("its blocks are not known")
+    other = changed(pipe, call)
+    first, second = run(pipe, call), run(pipe, other)
+    assert torch.equal(run(pipe, call), first)
+    fresh = build(name)[0]
+    enable_cache(fresh, spec)
+    assert torch.equal(run(fresh, other), second)
+
+
+def test_disable_puts_everything_back(pipe, call):
+    expected = run(pipe, call)
+    cached_or_none(pipe, call)
+    enable_cache(pipe, FORECASTS)
+    assert not torch.equal(run(pipe, call), expected)
+    disable_cache(pipe)
+    assert torch.equal(run(pipe, call), expected)
+    assert not any("forward" in vars(part) for model in denoisers(pipe) for part in model.modules())
+    assert not {"step", "set_timesteps"} & vars(pipe.scheduler).keys()
+
+
+def test_copies_have_no_cache(pipe, call):
+    expected = run(pipe, call)
+    enable_cache(pipe, FORECASTS)
+    cached = run(pipe, call)
+    assert torch.equal(run(copy.deepcopy(pipe), call), expected)
+    assert torch.equal(run(pipe, call), cached)
+
+
+def test_a_call_that_breaks_off_leaves_a_good_pipeline(pipe, call):
+    enable_cache(pipe, FORECASTS)
+    first = run(pipe, call)
+    interrupt = Interrupt()
+    names = ["callback_on_step_end", "callback"]  # DiTPipeline has neither
+    argument = next((name for name in names if name in inspect.signature(type(pipe).__call__).parameters), None)
+    hook = None if argument else pipe.transformer.register_forward_hook(lambda *_: interrupt() or None)
+    with pytest.raises(KeyboardInterrupt):
+        run(pipe, call, **({argument: interrupt} if argument else {}))
+    if hook:
+        hook.remove()
+    assert torch.equal(run(pipe, call), first)
+
+
+class Interrupt:
+    """A callback that interrupts a call at its second step."""
+
+    def __init__(self):
+        self.calls = 0
+
+    def __call__(self, *args):
+        self.calls += 1
+        if self.calls == 2:
+            raise KeyboardInterrupt
+        return {}
+
+
+def test_docs_say_what_works_where():
+    page = (ROOT / "docs/pipelines.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| `(.*?)`(.*?) \| (yes|no) \| (yes|no) \|$", page, flags=re.M)
+    expected = []
+    for name in BUILDERS:
+        kind, _, variant = name.partition(" ")
+        pipe, call = build(name)
+        works = [cached_or_none(pipe, call, spec) is not None for spec in (FORECASTS, CACHED)]
+        expected.append((kind, f" {variant}" if variant else "", *("yes" if good else "no" for good in works)))
+    assert sorted(rows) == sorted(expected)
