@@ -3,8 +3,8 @@
 A forecast step needs nothing of the model: its `forward` returns the forecast. A cached step needs to know what is a
 block. diffusers registers the classes of blocks that its own caches work on, with the streams that they take and
 return; a model whose blocks are all among them is one stack, of two lists maybe (FLUX: joint blocks, then single ones).
-Refiners are no part of the stack: they prepare the image or the text for it (Z-Image). Such models have no long skips, so
-what is stored is what the middle blocks added to each stream.
+Refiners are no part of the stack: they prepare the image or the text for it (Z-Image). Such models have no long skips,
+so what is stored is what the middle blocks added to each stream.
 """
 
 import inspect
