@@ -31,7 +31,6 @@ import pytest
 import torch
 from commands import forked
 from conftest import ROOT
-from pipelines.tiny import build
 
 from skipdit.checkpoints.released import to_released
 from skipdit.class_to_image import DiT
