@@ -458,7 +458,7 @@ def test_without_a_gpu_the_way_out_is_named(capsys):
 def wheels(tmp_path_factory) -> Path:
     """A folder with a wheel of this package, of a version of its own and without weights, and with a broken one."""
     source, folder = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("wheels")
-    for name in ("src", "class-to-image", "class-to-video", "text-to-video", "text-to-image"):
+    for name in ("src", "configs", "class-to-image", "class-to-video", "text-to-video", "text-to-image"):
         ignored = shutil.ignore_patterns("weights", "__pycache__", "*.egg-info")
         shutil.copytree(ROOT / name, source / name, ignore=ignored)
     for name in ("pyproject.toml", "README.md", "LICENSE"):
