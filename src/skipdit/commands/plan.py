@@ -3,6 +3,7 @@
     python -m skipdit plan --config configs/class-to-image/demo.yaml --speedup 3 --out plan.json
     python -m skipdit plan --config configs/text-to-video/demo.yaml --budget 20 --out plan.json steps=50
     python -m skipdit plan --config configs/class-to-image/demo.yaml --max-error 0.01 --out plan.json
+    python -m skipdit plan --pipeline black-forest-labs/FLUX.1-dev --prompts prompts.txt --speedup 2 guidance_scale=3.5
 
 Take samples for it that are judged nowhere else: the seed is not that of the config, and prompts should be others, too.
 The plan is for this model, sampler, number of steps and guidance, and is refused on other timesteps.
@@ -21,7 +22,17 @@ def read_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         "python -m skipdit plan", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--config", required=True, metavar="FILE", help="a sampler's config")
+    planned = parser.add_mutually_exclusive_group(required=True)
+    planned.add_argument("--config", metavar="FILE", help="a sampler's config")
+    planned.add_argument("--pipeline", metavar="NAME", help="any diffusers pipeline, a folder or Hub name")
+    parser.add_argument("--prompts", metavar="FILE", help="what the pipeline shows, one prompt per line")
+    parser.add_argument("--dtype", default="auto", help="of the pipeline: float32, float16, bfloat16 [%(default)s]")
+    parser.add_argument(
+        "--offload",
+        choices=["none", "model", "sequential"],
+        default="none",
+        help="bring the pipeline's models, or their layers, to the GPU when they run [%(default)s]",
+    )
     wanted = parser.add_mutually_exclusive_group(required=True)
     wanted.add_argument("--speedup", type=float, metavar="X", help="in FLOPs, against all steps full")
     wanted.add_argument("--budget", type=float, metavar="N", help="the same, as the number of full steps that it costs")
@@ -52,12 +63,16 @@ def read_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         "overrides",
         nargs="*",
         metavar="key=value",
-        help=f"settings that override the config's, whose seed {SEED} does unless you say another",
+        help=f"settings that override the config's, or arguments of the pipeline's call; the seed is {SEED} unless you "
+        "say another",
     )
     args = parser.parse_intermixed_args(argv)
     args.overrides = [f"seed={SEED}", *args.overrides]
     with friendly_errors():
-        read_settings(args)
+        if args.config:
+            read_settings(args)
+        elif not args.pipeline:
+            raise ValueError("--config and --pipeline are both empty: name one of them")
     return args
 
 

@@ -76,8 +76,13 @@ class Bench:
         branch: b, of cached steps.
         target: "sampler": the uncached run itself; "converged": what it tends to with ever more steps.
 
+    Attributes:
+        runs: about how many runs of a plan's cost it takes to find one, controls included.
+
     Raises ValueError for a sampler that cannot be planned, or has no converged run.
     """
+
+    runs = 45
 
     def __init__(self, sampler: Sampler, steps: int, branch: int, target: str = "sampler"):
         self.sampler, self.steps, self.branch, self.target = sampler, steps, branch, target

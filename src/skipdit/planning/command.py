@@ -14,6 +14,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
@@ -27,11 +28,13 @@ from skipdit.tasks import read_settings
 from skipdit.utils.files import whole_file
 from skipdit.utils.provenance import fingerprint, versions
 
+if TYPE_CHECKING:
+    from skipdit.planning.pipelines import PipelineBench
+
 SHARES = (0.0, 1 / 3, 2 / 3, 1.0)  # of the steps that are not full: cached ones, the others are forecasts
 WARPS = (0.5, 0.7, 0.85, 1.0, 1.25, 1.5)  # this and the next two: see `schedules.full_steps`
 TAILS = (0, 1, 3)
 HEADS = (1, 2, 3)
-RUNS = 45  # about how many runs of the plan's cost it takes to find one, controls included
 FORECASTS, CACHED_ALONE = "forecasts alone, fitted", "cached steps alone, fitted"
 
 
@@ -156,16 +159,41 @@ def psnr_of(error: float) -> float:
 
 def run(args: argparse.Namespace) -> tuple[Fitted, dict[str, float]]:
     """Plan as the command line asks for."""
+    if args.max_error is not None and not args.max_error > 0:
+        raise ValueError(f"--max-error is {args.max_error:g}; it must be above 0")
+    if args.pipeline:
+        return run_pipeline(args)
     task, config = read_settings(args)
     if args.steps is not None:
         config = changed(config, {"steps": args.steps})
-    budget = budget_of(config.steps, args)
-    if args.max_error is not None and not args.max_error > 0:
-        raise ValueError(f"--max-error is {args.max_error:g}; it must be above 0")
     sampler = task.open_sampler(config, args.branch)
     target = args.target or ("converged" if sampler.refined(config.steps, 4) else "sampler")
     bench = Bench(sampler, config.steps, args.branch, target)
-    cost = sum(bench.factors) + RUNS * (budget or config.steps / 2) / config.steps
+    made_for = {"model": fingerprint(bench.model), "guidance_scale": config.guidance_scale}
+    return search(bench, args, made_for, {"config": args.config, "samples": sampler.total, **to_dict(config)})
+
+
+def run_pipeline(args: argparse.Namespace) -> tuple[Fitted, dict[str, float]]:
+    """Plan for a diffusers pipeline; saves its pictures beside the plan."""
+    from skipdit.planning.pipelines import PipelineBench, call_arguments, open_pipeline, save_pictures
+
+    arguments, seed = call_arguments(args)
+    bench = PipelineBench(open_pipeline(args), arguments, args.steps or 50, seed, args.target)
+    fitted, errors = search(bench, args, {}, {"pipeline": args.pipeline, "seed": seed, **arguments})
+    print(f"\n{save_pictures(bench, fitted.plan, args.out)}: uncached, with the plan, and as many full steps alone")
+    return fitted, errors
+
+
+def search(
+    bench: "Bench | PipelineBench", args: argparse.Namespace, made_for: dict[str, Any], calibration: dict[str, Any]
+) -> tuple[Fitted, dict[str, float]]:
+    """The plan that a command line asks for, and errors as of `make_plan`. Says first what it will cost.
+
+    Args:
+        made_for, calibration: entries of the plan's file.
+    """
+    budget = budget_of(bench.steps, args)
+    cost = sum(bench.factors) + bench.runs * (budget or bench.steps / 2) / bench.steps
     print(
         f"this costs about what {cost:.0f} uncached runs of the samples do"
         + ("" if budget else ", or several times that")
@@ -174,13 +202,12 @@ def run(args: argparse.Namespace) -> tuple[Fitted, dict[str, float]]:
     fitted, errors = within(bench, args.max_error) if budget is None else make_plan(bench, budget)
     about = {
         "format": "skipdit plan 2",
-        "model": fingerprint(bench.model),
-        "sampler": sampler.method,
-        "guidance_scale": config.guidance_scale,
-        "target": target,
+        **made_for,
+        "sampler": bench.sampler.method,
+        "target": bench.target,
         "speedup": bench.speedup(fitted.plan),
         "errors": errors,
-        "calibration": {"config": args.config, "samples": sampler.total, **to_dict(config)},
+        "calibration": calibration,
         **versions(),
     }
     return replace(fitted, plan=replace(fitted.plan, about=about)), errors

@@ -27,16 +27,16 @@ def controls(bench: Bench, flops: float) -> list[Control]:
     """Return runs that cost about as much as these FLOPs, and the uncached one.
 
     They are: fewer steps of the same sampler; as many of the multistep solvers, without a cache; and Skip-Cache at a
-    regular interval, with features that are reused or forecast, whose cost comes nearest.
+    regular interval, with features, or outputs if no step is cached, that are reused or forecast, whose cost comes
+    nearest.
     """
     sampler, steps = bench.sampler, uncached_steps(flops, bench.sampler.flops)
     found = [Control(f"{steps} steps, {sampler.method}", CacheSpec(), steps)]
     others = [method for method in sampler.solvers if method != sampler.method]
     found += [Control(f"{steps} steps, {method}", CacheSpec(), steps, method) for method in others]
-    if bench.branch:
-        regular = [CacheSpec(interval, branch=bench.branch) for interval in INTERVALS]
-        nearest = min(regular, key=lambda spec: abs(bench.flops(spec) - flops))
-        cost = f"N={nearest.interval}, {bench.speedup(nearest):.2f}x"
-        found.append(Control(f"reuse {cost}", nearest, bench.steps))
-        found.append(Control(f"forecast {cost}", nearest.with_order(1), bench.steps))
+    regular = [CacheSpec(interval, branch=bench.branch) for interval in INTERVALS]
+    nearest = min(regular, key=lambda spec: abs(bench.flops(spec) - flops))
+    cost = f"N={nearest.interval}, {bench.speedup(nearest):.2f}x"
+    found.append(Control(f"reuse {cost}", nearest, bench.steps))
+    found.append(Control(f"forecast {cost}", nearest.with_order(1), bench.steps))
     return [*found, Control(f"{bench.steps} steps, {sampler.method}, uncached", CacheSpec(), bench.steps)]
