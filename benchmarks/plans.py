@@ -33,8 +33,8 @@ from skipdit.config import changed, load_config, to_dict
 from skipdit.evaluation.compare import check_plans
 from skipdit.layers.flops import run_flops
 from skipdit.planning.calibration import TARGETS, Bench
-from skipdit.planning.command import psnr_of
 from skipdit.planning.controls import Control, controls
+from skipdit.planning.tables import psnr_of
 from skipdit.tasks import find_task
 from skipdit.utils.files import replace_text
 from skipdit.utils.provenance import fingerprint, versions

@@ -37,6 +37,7 @@ MODULES = {  # module of version 0.1 -> the ones that hold its names now
     "pipeline": ("pipelines.cache",),
     "plan": (
         "planning.command",
+        "planning.search",
         "planning.schedules",
         "planning.calibration",
         "planning.fitting",

@@ -247,7 +247,7 @@ def cogvideox():
 @builds("DiTPipeline")
 def dit():
     transformer = diffusers.DiTTransformer2DModel(out_channels=8, num_layers=4, sample_size=4, **HEADS)
-    parts = {"transformer": transformer, "vae": autoencoder(), "scheduler": diffusers.DDIMScheduler()}
+    parts = {"transformer": transformer, "vae": autoencoder(), "scheduler": diffusers.DDIMScheduler(clip_sample=False)}
     return parts, {"class_labels": [3], "output_type": "np"}
 
 

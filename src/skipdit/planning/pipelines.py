@@ -6,20 +6,18 @@ out at forecast steps, and in which every step's output is replaced by the combi
 latents nearest to the target's.
 """
 
-import argparse
 import copy
 import inspect
+import time
 from collections.abc import Callable
+from contextlib import ExitStack, nullcontext, suppress
 from dataclasses import dataclass, field
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import torch
-import yaml
 from diffusers import DiffusionPipeline, SchedulerMixin
-from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
@@ -30,11 +28,11 @@ from skipdit.caching.runtime import SkipCache
 from skipdit.layers.flops import run_flops
 from skipdit.layers.inspect import replaced
 from skipdit.pipelines.cache import disable_cache, enable_cache
+from skipdit.pipelines.denoiser import denoisers
 from skipdit.planning.calibration import MEMORY, Fitted
 from skipdit.planning.fitting import TINY, LeastSquares, differences
-from skipdit.sampling.prompts import read_prompts
-from skipdit.utils.device import double, process_state
-from skipdit.utils.dtypes import resolve_dtype
+from skipdit.planning.search import budget_of, find_plan
+from skipdit.utils.device import double
 
 FACTORS = (1, 2, 4)  # steps of the runs from which the converged one follows, over the bench's
 NEAR = 1e-3  # relative: timesteps of a longer run are the same as those of the bench's if they differ by less
@@ -42,10 +40,19 @@ NEAR = 1e-3  # relative: timesteps of a longer run are the same as those of the 
 
 @dataclass
 class StepRecord:
-    """What a scheduler's steps got and gave in a run: latents after every step, float64, and their timesteps."""
+    """What a scheduler's steps got and gave in a run.
+
+    Attributes:
+        latents: after every step, float64.
+        timesteps: before every step.
+        random: whether a step drew noise.
+        models: the places, among the pipeline's models, of those that ran in every step.
+    """
 
     latents: list[Tensor] = field(default_factory=list)
     timesteps: list[float] = field(default_factory=list)
+    random: bool = False
+    models: list[set[int]] = field(default_factory=lambda: [set()])
 
 
 class _Kinds(CachePolicy):
@@ -60,6 +67,10 @@ class _Kinds(CachePolicy):
         return [kind == FULL for kind in self.kinds]
 
 
+class _OtherTimesteps(Exception):
+    """A longer run does not pass the timesteps of the bench's."""
+
+
 class PipelineBench:
     """Calls of one pipeline, and the target that they are measured by; stands in for `planning.calibration.Bench`.
 
@@ -70,6 +81,10 @@ class PipelineBench:
         seed: of the noise.
         target: "sampler", "converged", or None for the latter where it can be: if longer runs pass through the
             timesteps of this one, and nothing is drawn at random on the way.
+
+    Attributes:
+        seconds: that the newest call took.
+        restarts: steps that begin with another model than the step before ended with. They are full.
 
     Raises ValueError for a pipeline whose scheduler makes more or fewer steps than it is asked for.
     """
@@ -83,106 +98,126 @@ class PipelineBench:
         self.factors = (1,) if target == "sampler" else FACTORS
         method = type(pipe.scheduler).__name__
         self.sampler = SimpleNamespace(method=method, flops={"full": 1.0, "cached": 0.0}, solvers=())
-        self.images: dict[str, np.ndarray] = {}  # of every run whose error is known, by its name
-        self._known: dict[str, float] = {}
+        self.seconds = 0.0
+        self._known: dict[tuple[CachePolicy, int], float] = {}
+
+    def about(self) -> dict[str, Any]:
+        """What a plan's file says of its calibration."""
+        plain = (str, int, float, list, type(None))
+        return {"seed": self.seed} | {name: each for name, each in self.arguments.items() if isinstance(each, plain)}
 
     @torch.no_grad()
     def calibrate(self) -> None:
         """Make the uncached runs, and the target."""
         disable_cache(self.pipe)
-        self._progress = tqdm(desc="uncached runs", unit="step", total=sum(self.factors) * self.steps)
-        self._random = False
-        runs = [self._record(self.steps)]
-        self.timesteps = tuple(runs[0].timesteps)
-        if len(self.timesteps) != self.steps:
-            raise ValueError(
-                f"{self.sampler.method} makes {len(self.timesteps)} steps of {self.steps}; such runs cannot be planned"
-            )
-        if not self._random:
-            runs += [self._record(factor * self.steps) for factor in self.factors[1:]]
-        self._progress.close()
-        places = [self._places(run) for run in runs]
-        possible = len(runs) > 1 and None not in places
+        with tqdm(desc="uncached runs", unit="step", total=sum(self.factors) * self.steps) as self._progress:
+            own = self._record(self.steps)
+            self.timesteps = tuple(own.timesteps)
+            if len(self.timesteps) != self.steps:
+                raise ValueError(
+                    f"{self.sampler.method} makes {len(self.timesteps)} steps of {self.steps}; such runs cannot be "
+                    "planned"
+                )
+            self.restarts = [k for k in range(1, self.steps) if own.models[k] != own.models[k - 1]]
+            finer = [] if own.random else [self._refined(factor) for factor in self.factors[1:]]
+        possible = bool(finer) and None not in finer
         if self.target == "converged" and not possible:
             raise ValueError(
                 f"there is no converged run of {self.sampler.method} with {self.steps} steps: it is stochastic, or "
                 "longer runs visit other timesteps. --target sampler plans towards the uncached run"
             )
-        self.target, self.goals = "converged" if possible else "sampler", runs[0].latents
-        if possible:
-            coarse, fine = ([run.latents[k] for k in place] for run, place in zip(runs[1:], places[1:], strict=True))
-            # The error of a solver of first order halves with the steps; taken off, that of others is small.
-            self.goals = [2 * b - a for a, b in zip(coarse, fine, strict=True)]
-        self.uncached = self._call(CacheSpec(), self.steps)
+        self.target, self.goals = "converged" if possible else "sampler", own.latents
+        if possible:  # the errors of three runs are a geometric series, whose ratio is 2 for solvers of first order
+            coarse, fine = finer
+            ratio = max(_norm(own.latents[-1] - coarse[-1]) / max(_norm(coarse[-1] - fine[-1]), TINY), 2.0)
+            self.goals = [b + (b - a) / (ratio - 1) for a, b in zip(coarse, fine, strict=True)]
         self.reference = self._call(CacheSpec(), self.steps, goal=self.goals[-1])
         self._known.clear()
 
-    def _places(self, run: StepRecord) -> list[int] | None:
-        """Where in a run the latents are that the bench's steps end with; None if it passes others."""
+    def _refined(self, factor: int) -> list[Tensor] | None:
+        """The latents of a longer run where the bench's steps end; None if it passes other timesteps."""
+        for steps in (factor * self.steps, factor * (self.steps - 1) + 1):  # the last is 0, or is above it
+            with suppress(_OtherTimesteps):
+                run = self._record(steps)
+                return [run.latents[k] for k in self._places(run.timesteps)]
+        return None
+
+    def _places(self, timesteps: list[float]) -> list[int]:
+        """Where in a run the latents are that the bench's steps end with. Raises _OtherTimesteps without them."""
         places = []
         for t in self.timesteps[1:]:
-            near = [k for k, each in enumerate(run.timesteps) if abs(each - t) <= NEAR * max(abs(t), NEAR)]
+            near = [k for k, each in enumerate(timesteps) if abs(each - t) <= NEAR * max(abs(t), NEAR)]
             if not near:
-                return None
+                raise _OtherTimesteps
             places.append(near[0] - 1)
-        return [*places, len(run.timesteps) - 1]
+        return [*places, len(timesteps) - 1]
 
     def _record(self, steps: int) -> StepRecord:
+        """Make an uncached run. Raises _OtherTimesteps at the first step of a longer one that passes others."""
         run = StepRecord()
 
         def step(own: Callable, output: Tensor, t: Any, latents: Tensor, *args: Any, **kwargs: Any) -> Any:
-            if not run.latents:
-                tries = [_trial(self.pipe.scheduler, output, t, latents, args, kwargs) for _ in range(2)]
-                self._random = self._random or not torch.equal(*tries)
+            if steps != self.steps and not run.latents:
+                self._places([float(each) for each in self.pipe.scheduler.timesteps])
+            before = self._generator.get_state(), torch.get_rng_state()
             result = own(output, t, latents, *args, **kwargs)
+            after = self._generator.get_state(), torch.get_rng_state()
+            run.random = run.random or not all(map(torch.equal, before, after))
             run.latents.append(double(_sample(result)))
             run.timesteps.append(float(t))
+            run.models.append(set())
             self._progress.update()
             return result
 
-        self._call(CacheSpec(), steps, step)
+        with ExitStack() as hooks:
+            for place, model in enumerate(denoisers(self.pipe)):
+                hook = model.register_forward_pre_hook(lambda *_, place=place: run.models[-1].add(place))
+                hooks.callback(hook.remove)
+            self._call(CacheSpec(), steps, step)
         return run
 
     @torch.no_grad()
     def fit(self, kinds: str) -> Fitted:
         """Fit a schedule of full steps and forecasts."""
+        kinds = "".join(FULL if k in self.restarts else kind for k, kind in enumerate(kinds))
         coefficients: list[tuple[float, ...]] = []
         stored: list[Tensor] = []  # guided outputs of full steps, newest first
         memory, correct = MEMORY[self.target][1], self.target == "converged"
 
         def step(own: Callable, output: Tensor, t: Any, latents: Tensor, *args: Any, **kwargs: Any) -> Any:
             k = len(coefficients)
+            if k in self.restarts:
+                stored.clear()
             if kinds[k] == FULL:
                 stored.insert(0, double(output))
                 del stored[memory + 1 :]
             moves = differences(stored, memory) if kinds[k] == FORECAST or correct else []
             solution = torch.zeros(0)
             if moves:
-                tried = [
+                nudge = moves[0].std().clamp_min(TINY)
+                ends = [
                     double(_trial(self.pipe.scheduler, each.to(output.dtype), t, latents, args, kwargs))
-                    for each in (stored[0], stored[0] + moves[0].std().clamp_min(TINY))
+                    for each in (stored[0], stored[0] + nudge)
                 ]
-                gain = ((tried[1] - tried[0]).mean() / moves[0].std().clamp_min(TINY)).item()
+                gain = ((ends[1] - ends[0]).mean() / nudge).item()
                 problem = LeastSquares()
-                problem.add(_flat(tried[0] - self.goals[k]), [_flat(gain * move) for move in moves])
+                problem.add(_flat(ends[0] - self.goals[k]), [_flat(gain * move) for move in moves])
                 solution = problem.solve()
             coefficients.append(tuple(solution.tolist()))
             used = stored[0] + sum(u * move for u, move in zip(coefficients[-1], moves, strict=True))
             return own(used.to(output.dtype), t, latents, *args, **kwargs)
 
-        self._call(_Kinds(kinds), self.steps, step)
-        plan = CachePlan(self.timesteps, (None,) * self.steps, 0, kinds, tuple(coefficients))
-        return Fitted(plan, self.error(plan))
+        images = self._call(_Kinds(kinds), self.steps, step)
+        return Fitted(
+            CachePlan(self.timesteps, (None,) * self.steps, 0, kinds, tuple(coefficients)),
+            distance(images, self.reference),
+        )
 
     def error(self, policy: CachePolicy, steps: int | None = None, method: str | None = None) -> float:
-        """The root of the mean squared error of the images, of their range, to the target's: the geometric mean over
-        samples, as a mean of PSNRs is.
-        """
-        key = f"{policy} {steps}"
+        """The error of a policy; see `distance`. Of `steps` steps, if not the bench's."""
+        key = (policy, steps or self.steps)
         if key not in self._known:
-            self.images[key] = images = self._call(policy, steps or self.steps)
-            squares = np.square(images - self.reference).reshape(len(images), -1).mean(1)
-            self._known[key] = float(np.exp(np.log(np.maximum(squares, TINY)).mean() / 2))
+            self._known[key] = distance(self.images(*key), self.reference)
         return self._known[key]
 
     def flops(self, policy: CachePolicy) -> float:
@@ -191,10 +226,14 @@ class PipelineBench:
     def speedup(self, policy: CachePolicy) -> float:
         return self.steps / self.flops(policy)
 
+    def images(self, policy: CachePolicy, steps: int) -> np.ndarray:
+        """Images (N, H, W, 3), or clips (N, F, H, W, 3), in [0, 1]."""
+        return self._call(policy, steps)
+
     def _call(
         self, policy: CachePolicy, steps: int, step: Callable | None = None, goal: Tensor | None = None
     ) -> np.ndarray:
-        """Call the pipeline. Returns its images (N, ..., 3) in [0, 1].
+        """Call the pipeline.
 
         Args:
             step: called in place of the scheduler's, which is its first argument.
@@ -212,20 +251,26 @@ class PipelineBench:
 
         if policy.caches:
             enable_cache(self.pipe, policy)
+        step = step or (ending if goal is not None else None)
+        self._generator, begun = torch.Generator().manual_seed(self.seed), time.perf_counter()
         try:
-            own = scheduler.step
-            step = step or (ending if goal is not None else lambda own, *args, **kwargs: own(*args, **kwargs))
-            with replaced(scheduler, "step", _Step(own, step)):
+            with replaced(scheduler, "step", _Step(scheduler.step, step)) if step else nullcontext():
                 images = self.pipe(
-                    **self.arguments,
+                    **{"output_type": "np"} | self.arguments,
                     num_inference_steps=steps,
-                    generator=torch.Generator().manual_seed(self.seed),
-                    output_type="np",
+                    generator=self._generator,
                     return_dict=False,
                 )[0]
         finally:
             disable_cache(self.pipe)
-        return np.asarray(images, dtype=np.float64)
+        self.seconds = time.perf_counter() - begun
+        return np.asarray(images, dtype=np.float32)
+
+
+def distance(images: np.ndarray, reference: np.ndarray) -> float:
+    """The root of the mean squared difference of images: the geometric mean over samples, as a mean of PSNRs is."""
+    squares = np.square(images - reference).reshape(len(images), -1).mean(1, dtype=np.float64)
+    return float(np.exp(np.log(np.maximum(squares, TINY)).mean() / 2))
 
 
 class _Step:
@@ -252,50 +297,41 @@ def _sample(result: Any) -> Tensor:
     return result[0] if isinstance(result, tuple) else result.prev_sample
 
 
+def _norm(x: Tensor) -> float:
+    return torch.linalg.vector_norm(x).item()
+
+
 def _flat(x: Tensor) -> Tensor:
     """All samples' errors count together, in a batch of one: pipelines may pack several into one row."""
     return x.reshape(1, -1)
 
 
-def open_pipeline(args: argparse.Namespace) -> DiffusionPipeline:
-    """Load the pipeline that a command line names, on its device."""
-    device = process_state().device
-    pipe = DiffusionPipeline.from_pretrained(args.pipeline, torch_dtype=resolve_dtype(args.dtype, device))
-    if args.offload == "model":
-        pipe.enable_model_cpu_offload(device=device)
-    elif args.offload == "sequential":
-        pipe.enable_sequential_cpu_offload(device=device)
-    else:
-        pipe.to(device)
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
+def plan_pipeline(
+    pipe: DiffusionPipeline,
+    speedup: float,
+    num_inference_steps: int = 50,
+    seed: int = 10_000,
+    target: str | None = None,
+    **arguments: Any,
+) -> CachePlan:
+    """Plan the calls of a diffusers pipeline: which steps run the model, and what the others extrapolate from.
 
+        plan = plan_pipeline(pipe, speedup=2, prompt=prompts, guidance_scale=3.5)
+        enable_cache(pipe, plan)
 
-def call_arguments(args: argparse.Namespace) -> tuple[dict[str, Any], int]:
-    """The arguments of a pipeline's call that a command line gives, and the seed. Raises ValueError without any."""
-    arguments = {}
-    for text in args.overrides:
-        name, equals, value = text.partition("=")
-        if not equals:
-            raise ValueError(f"{text!r} has no '='; write arguments of the pipeline as key=value: guidance_scale=3.5")
-        arguments[name] = yaml.safe_load(value)
-    if args.prompts:
-        arguments["prompt"] = read_prompts([], args.prompts)
-    seed = arguments.pop("seed")
-    if not arguments:
-        raise ValueError("there is nothing to show: give --prompts FILE, or what the pipeline takes as key=value")
-    return arguments, seed
+    Costs about as much as twenty calls. The plan is for this model, scheduler and number of steps.
 
+    Args:
+        speedup: in FLOPs of the transformer, against all steps full.
+        seed: of the noise. Take prompts and a seed that the plan is judged on nowhere else.
+        target: what the images should be: "sampler", those of the uncached call, or "converged", those that ever more
+            steps tend to; None for the latter if the scheduler is deterministic.
+        arguments: of the pipeline's call, all samples in one batch.
 
-def save_pictures(bench: PipelineBench, plan: CachePlan, out: str) -> Path:
-    """Save a picture beside a plan: of each sample, that of the target, of the plan, and of as many full steps alone.
-    Of clips, the frame in the middle. Returns its path.
+    Returns:
+        The plan; `about["errors"]` has its error and those of other calls of the same cost.
+
+    Raises ValueError for a scheduler whose steps cannot be planned, or a speedup that so many steps cannot have.
     """
-    fewer = plan.kinds.count(FULL)
-    bench.error(CacheSpec(), fewer)
-    rows = [bench.uncached, bench.images[f"{plan} None"], bench.images[f"{CacheSpec()} {fewer}"]]
-    stills = [row[:, row.shape[1] // 2] if row.ndim == 5 else row for row in rows]
-    table = np.concatenate([np.concatenate(list(row), axis=1) for row in stills], axis=0)
-    path = Path(out).with_suffix(".png")
-    Image.fromarray((table.clip(0, 1) * 255).round().astype(np.uint8)).save(path)
-    return path
+    bench = PipelineBench(pipe, arguments, num_inference_steps, seed, target)
+    return find_plan(bench, budget_of(num_inference_steps, None, speedup), 0.0, {}, bench.about())

@@ -1,0 +1,146 @@
+"""The search for a plan: schedules of one cost are fitted, and each fit is its own measurement."""
+
+import math
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from tqdm import tqdm
+
+from skipdit.caching.plans import CachePlan
+from skipdit.planning.calibration import Bench, Fitted
+from skipdit.planning.controls import controls
+from skipdit.planning.schedules import affordable, schedule
+from skipdit.utils.provenance import versions
+
+if TYPE_CHECKING:
+    from skipdit.planning.pipelines import PipelineBench
+
+SHARES = (0.0, 1 / 3, 2 / 3, 1.0)  # of the steps that are not full: cached ones, the others are forecasts
+WARPS = (0.5, 0.7, 0.85, 1.0, 1.25, 1.5)  # this and the next two: see `schedules.full_steps`
+TAILS = (0, 1, 3)
+HEADS = (1, 2, 3)
+FORECASTS, CACHED_ALONE = "forecasts alone, fitted", "cached steps alone, fitted"
+
+
+class Search:
+    """Fits schedules of one cost.
+
+    Args:
+        budget: in full steps.
+        progress: of fits.
+
+    Attributes:
+        tried: kinds of steps -> the fitted plan.
+    """
+
+    def __init__(self, bench: Bench, budget: float, progress: tqdm):
+        self.bench, self.budget, self.progress = bench, budget, progress
+        self.tried: dict[str, Fitted] = {}
+
+    def kinds(self, share: float, warp: float = 1.0, tail: int = 0, head: int = 2) -> str | None:
+        """The schedule; None if the budget does not buy it."""
+        full, cached = affordable(self.bench.steps, self.budget, self.bench.cached_cost, share)
+        return schedule(self.bench.steps, full, cached, warp, head, tail) if full else None
+
+    def error(self, *choices: float) -> float:
+        """The error of a schedule; infinite if the budget does not buy it. Arguments as of `kinds`."""
+        kinds = self.kinds(*choices)
+        if kinds is None:
+            return math.inf
+        if kinds not in self.tried:
+            self.tried[kinds] = self.bench.fit(kinds)
+            self.progress.update()
+        return self.tried[kinds].error
+
+    def descend(self, shares: tuple[float, ...]) -> Fitted:
+        """The best plan among these shares: one choice at a time, the others held."""
+        chosen: list[float] = []
+        for choices in (shares, WARPS, TAILS, HEADS):
+            chosen.append(min(choices, key=lambda each: self.error(*chosen, each)))
+        return self.tried[self.kinds(*chosen)]
+
+
+def make_plan(bench: Bench, budget: float) -> tuple[Fitted, dict[str, float]]:
+    """The best plan of a cost, and the errors of it and of the controls.
+
+    Args:
+        budget: in full steps.
+
+    Raises ValueError if the budget buys no plan.
+    """
+    shares = SHARES if bench.branch and bench.cached_cost < 1 else (0.0,)
+    with tqdm(desc="schedules fitted", unit="run") as progress:
+        search = Search(bench, budget, progress)
+        if search.kinds(0.0) is None:
+            raise ValueError(f"{budget:.2f} full steps buy no plan: the first step is full")
+        alone = {FORECASTS: search.descend((0.0,))} if len(shares) > 1 else {}
+        if alone and search.kinds(1.0):
+            alone[CACHED_ALONE] = search.descend((1.0,))
+        search.descend(shares)
+    best = min(search.tried.values(), key=lambda fitted: fitted.error)
+    errors = {"plan": bench.error(best.plan)} | {name: fitted.error for name, fitted in alone.items()}
+    beside = tqdm(controls(bench, bench.flops(best.plan)), desc="controls", unit="run")
+    return best, errors | {each.name: bench.error(each.policy, each.steps, each.method) for each in beside}
+
+
+def within(bench: Bench, most: float) -> tuple[Fitted, dict[str, float]]:
+    """As `make_plan`, with the fewest full steps' worth whose plan has at most this error. Found by halving, as if a
+    larger budget never gave a larger error; each try is a whole plan.
+    """
+    low, high, found = 1, bench.steps, None
+    while low < high or found is None:
+        middle = (low + high) // 2
+        plan, errors = make_plan(bench, middle)
+        if plan.error <= most or middle == bench.steps:
+            high, found = middle, (plan, errors)
+        else:
+            low = middle + 1
+    return found
+
+
+def find_plan(
+    bench: "Bench | PipelineBench",
+    budget: float | None,
+    max_error: float,
+    made_for: dict[str, Any],
+    calibration: dict[str, Any],
+) -> CachePlan:
+    """Calibrate, and return the best plan of a cost, or, without a budget, the cheapest with at most this error. Prints
+    first what that will cost.
+
+    Args:
+        made_for, calibration: entries of the plan's file.
+
+    Raises ValueError for a bench that cannot be planned for, or a budget that buys no plan.
+    """
+    cost = sum(bench.factors) + bench.runs * (budget or bench.steps / 2) / bench.steps
+    unknown = "" if budget else ", or several times that"
+    print(f"this costs about what {cost:.0f} uncached runs of the samples do{unknown}")
+    bench.calibrate()
+    fitted, errors = make_plan(bench, budget) if budget else within(bench, max_error)
+    about = {
+        "format": "skipdit plan 2",
+        **made_for,
+        "sampler": bench.sampler.method,
+        "target": bench.target,
+        "speedup": bench.speedup(fitted.plan),
+        "errors": errors,
+        "calibration": calibration,
+        **versions(),
+    }
+    return replace(fitted.plan, about=about)
+
+
+def budget_of(steps: int, budget: float | None, speedup: float | None) -> float | None:
+    """Full steps' worth of FLOPs; None if neither a budget nor a speedup is given. Raises ValueError for one that a run
+    of so many steps cannot have.
+    """
+    if budget is not None:
+        if not 1 <= budget <= steps:
+            raise ValueError(f"--budget is {budget} full steps; a run of {steps} has 1 to {steps}")
+        return budget
+    if speedup is None:
+        return None
+    if not 1 <= speedup <= steps:
+        raise ValueError(f"--speedup is {speedup:g}; with {steps} steps, 1 to {steps} is possible")
+    return steps / speedup

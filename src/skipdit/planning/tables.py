@@ -1,0 +1,17 @@
+"""Tables of errors."""
+
+import math
+from collections.abc import Iterator
+
+
+def table(errors: dict[str, float], target: str) -> Iterator[str]:
+    """Lines that show errors, the smallest first."""
+    what = "the converged images" if target == "converged" else "the uncached images"
+    yield f"\n{'distance to ' + what:40s}  error   PSNR"
+    for name, error in sorted(errors.items(), key=lambda item: item[1]):
+        yield f"{name:40s}  {error:.4f}  {psnr_of(error):5.1f}"
+
+
+def psnr_of(error: float) -> float:
+    """Of an error as `Bench.error` gives it, in dB."""
+    return math.inf if error < 2e-10 else -20 * math.log10(error)

@@ -1,0 +1,153 @@
+"""Plans for diffusers pipelines, fitted while the pipelines themselves run."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+from diffusers import DDPMScheduler, DiffusionPipeline, HeunDiscreteScheduler
+from PIL import Image
+
+from skipdit import enable_cache, plan_pipeline
+from skipdit.caching.plans import CachePlan
+from skipdit.caching.policies import CacheSpec
+from skipdit.planning.command import main
+from skipdit.planning.pipelines import PipelineBench
+from skipdit.commands.plan import read_arguments
+from tests.pipelines.tiny import BUILDERS, build
+
+KINDS = "FOFOOFOOFO"
+BEGIN_LATER = {name for name in BUILDERS if "Img2Img" in name}
+NOT_LINEAR = {"QwenImagePipeline", "Lumina2Pipeline"}  # their guidance keeps the norm of the output
+
+
+def bench_of(name: str, target: str | None = None, steps: int = len(KINDS)) -> PipelineBench:
+    pipe, call = build(name)
+    call |= {} if name == "DiTPipeline" else {"output_type": "latent"}
+    del call["num_inference_steps"]
+    bench = PipelineBench(pipe, call, steps, 7, target)
+    bench.calibrate()
+    return bench
+
+
+@pytest.mark.parametrize("name", [name for name in BUILDERS if name not in BEGIN_LATER])
+def test_the_fit_runs_what_the_plan_runs(name):
+    """The fit combines guided outputs, the plan those of every call of the model: images are equal."""
+    bench = bench_of(name, "sampler")
+    fitted = bench.fit(KINDS)
+    assert fitted.plan.kinds.count("F") == KINDS.count("F") + len(bench.restarts)
+    within = 1.0 if name in NOT_LINEAR else 1e-3
+    assert bench.error(fitted.plan) == pytest.approx(fitted.error, rel=within)
+    assert 0 < bench.error(fitted.plan) < bench.error(CacheSpec(10, branch=0))  # one full step, whose output is reused
+
+
+def test_the_second_transformer_begins_with_a_full_step():
+    bench = bench_of("WanPipeline (2.2, two transformers)", "sampler")
+    (restart,) = bench.restarts
+    plan = bench.fit("F" + "O" * 9).plan
+    assert plan.kinds == "F" + "O" * (restart - 1) + "F" + "O" * (9 - restart)
+    cache = enable_cache(bench.pipe, plan)
+    bench.pipe(**bench.arguments, num_inference_steps=10)
+    assert cache.run.counts() == {"full": 2, "cached": 0, "forecast": 8}
+
+
+@pytest.mark.parametrize("name", ["FluxPipeline", "StableDiffusion3Pipeline", "DiTPipeline", "HunyuanVideoPipeline"])
+def test_the_converged_run_is_where_more_steps_lead(name):
+    bench = bench_of(name)
+    assert bench.target == "converged"
+    many = [bench.error(CacheSpec(), factor * bench.steps) for factor in (1, 2, 4, 8)]
+    assert many[0] > many[1] > max(many[2:])  # the last is longer than any that the target was made of
+
+
+def test_the_seed_of_a_call_is_that_of_the_bench():
+    bench = bench_of("DiTPipeline", "sampler")
+    alone, _ = build("DiTPipeline")
+    expected = alone(
+        **bench.arguments, num_inference_steps=10, generator=torch.Generator().manual_seed(7), return_dict=False
+    )[0]
+    assert np.array_equal(bench.images(CacheSpec(), 10), expected)
+    assert bench.error(CacheSpec()) <= 1e-6
+
+
+def test_noisy_schedulers_are_planned_towards_their_own_run():
+    pipe, call = build("DiTPipeline")
+    pipe.scheduler = DDPMScheduler(clip_sample=False)
+    bench = PipelineBench(pipe, {"class_labels": call["class_labels"]}, 6, 7)
+    bench.calibrate()
+    assert bench.target == "sampler"
+    fitted = bench.fit("FFOFOF")
+    assert bench.error(fitted.plan) == pytest.approx(fitted.error, rel=1e-3)
+    with pytest.raises(ValueError, match="--target sampler"):
+        PipelineBench(pipe, {"class_labels": [1]}, 6, 7, "converged").calibrate()
+
+
+def test_schedulers_that_run_the_model_twice_per_step_are_refused():
+    pipe, call = build("DiTPipeline")
+    pipe.scheduler = HeunDiscreteScheduler()
+    with pytest.raises(ValueError, match="makes 9 steps of 5"):
+        PipelineBench(pipe, {"class_labels": call["class_labels"]}, 5, 7).calibrate()
+
+
+def test_plan_in_python():
+    pipe, call = build("DiTPipeline")
+    plan = plan_pipeline(pipe, 2, num_inference_steps=10, class_labels=[1, 2])
+    assert plan.kinds.count("F") == 5
+    bench = PipelineBench(pipe, {"class_labels": [1, 2]}, 10, 10_000)
+    bench.calibrate()
+    assert plan.about["errors"]["plan"] == pytest.approx(bench.error(plan), rel=1e-3)
+    assert plan.about["errors"]["5 steps, DDIMScheduler"] == pytest.approx(bench.error(CacheSpec(), 5), rel=1e-3)
+    cache = enable_cache(pipe, plan)
+    pipe(**call | {"num_inference_steps": 10})
+    assert cache.run.counts() == {"full": 5, "cached": 0, "forecast": 5}
+    with pytest.raises(ValueError, match="other timesteps|timesteps"):
+        pipe(**call | {"num_inference_steps": 9})
+    with pytest.raises(ValueError, match="1 to 10"):
+        plan_pipeline(pipe, 11, num_inference_steps=10, class_labels=[1, 2])
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> str:
+    """A saved pipeline."""
+    path = str(tmp_path_factory.mktemp("pipeline"))
+    build("DiTPipeline")[0].save_pretrained(path)
+    return path
+
+
+def plan(folder: str, out, *words: str) -> None:
+    main(read_arguments(["--pipeline", folder, "--speedup", "2", "--out", str(out), *words]))
+
+
+def test_plan_command(folder, tmp_path, capsys):
+    out = tmp_path / "plan.json"
+    plan(folder, out, "class_labels=[0, 1, 2]", "num_inference_steps=8", "guidance_scale=2")
+    told = capsys.readouterr().out
+    assert "4 full, 0 cached, 4 forecast of 8 steps, 2.00x" in told and f'enable_cache(pipe, "{out}")' in told
+    assert "4 steps, DDIMScheduler" in told and "other noise" in told
+    assert Image.open(out.with_suffix(".png")).size == (3 * 32, 3 * 32)
+    about = json.loads(out.read_text())
+    assert about["calibration"] == {
+        "pipeline": folder, "seed": 10_000, "class_labels": [0, 1, 2], "guidance_scale": 2
+    }  # fmt: skip
+    assert all(map(math.isfinite, about["errors"].values()))
+    pipe = DiffusionPipeline.from_pretrained(folder)
+    cache = enable_cache(pipe, str(out))
+    pipe([1], num_inference_steps=8)
+    assert cache.run.spec == CachePlan.load(out) and cache.run.full_steps == 4
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ([], "there is nothing to show"),
+        (["class_labels"], "has no '='"),
+        (["class_labels=[1]", "guidance=3"], "DiTPipeline takes no guidance; it takes class_labels, guidance_scale"),
+        (["class_labels=[1]", "num_inference_steps=0"], "num_inference_steps is 0"),
+        (["class_labels=[1]", "seed=x"], "seed is 'x'"),
+    ],
+)
+def test_mistakes_are_told(folder, tmp_path, capsys, words, message):
+    with pytest.raises(SystemExit):
+        plan(folder, tmp_path / "plan.json", *words)
+    assert message in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
