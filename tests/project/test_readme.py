@@ -31,7 +31,9 @@ import pytest
 import torch
 from commands import forked
 from conftest import ROOT
+from pipelines.tiny import build
 
+from skipdit import plan_pipeline
 from skipdit.checkpoints.released import to_released
 from skipdit.class_to_image import DiT
 
@@ -99,7 +101,9 @@ def run(command: str, folder: Path) -> subprocess.CompletedProcess:
 
 @pytest.fixture(scope="module")
 def checkout(tmp_path_factory, released_t2i) -> Path:
-    """A folder that looks like a checkout, with a FashionMNIST of 20 random images and 8 random emoji in it."""
+    """A folder that looks like a checkout, with a FashionMNIST of 20 random images, 8 random emoji, two prompts and a
+    tiny pipeline, by the name of another one, in it.
+    """
     folder = tmp_path_factory.mktemp("checkout")
     for number, kind in enumerate(EMOJI):
         (folder / "data/emoji-anim/videos" / kind).mkdir(parents=True)
@@ -108,6 +112,9 @@ def checkout(tmp_path_factory, released_t2i) -> Path:
     for name in (*TASKS, "configs", "scripts", "benchmarks"):
         (folder / name).symlink_to(ROOT / name)
     (folder / "ckpts").symlink_to(released_t2i / "ckpts")
+    (folder / "black-forest-labs").mkdir()
+    (folder / "black-forest-labs/FLUX.1-dev").symlink_to(released_t2i / "diffusers")
+    (folder / "prompts.txt").write_text("a lighthouse at dusk\ntwo cats on a sofa\n")
     raw = folder / "data/FashionMNIST/raw"
     raw.mkdir(parents=True)
     for part, count in (("train", 20), ("t10k", 20)):
@@ -226,6 +233,29 @@ def small_flux(code: str, tmp_path: Path, request) -> str:
     )
 
 
+def planned_flux(code: str, tmp_path: Path, request) -> str:
+    """The same, with a plan for as few steps."""
+    call = {"prompt_embeds": torch.ones(1, 4, 16), "pooled_prompt_embeds": torch.ones(1, 16), "height": 32, "width": 32}
+    call |= {"num_inference_steps": 5, "output_type": "latent"}
+    plan_pipeline(build("FluxPipeline")[0], 2, **call).save(tmp_path / "plan.json")
+    torch.save(call, tmp_path / "call.pt")
+    prompts = (
+        'prompt=["a lighthouse at dusk", "two cats on a sofa"]',
+        '"a red fox trots through snow", num_inference_steps=50',
+    )
+    return replaced(
+        code,
+        {
+            "from diffusers import FluxPipeline": "from pipelines.tiny import build",
+            'FluxPipeline.from_pretrained("black-forest-labs/FLUX.1-dev", torch_dtype=torch.bfloat16).to("cuda")': (
+                'build("FluxPipeline")[0]'
+            ),
+            next(each for each in prompts if each in code): f'**torch.load("{tmp_path}/call.pt")',
+            '"plan.json"': f'"{tmp_path}/plan.json"',
+        },
+    )
+
+
 def replaced(code: str, changes: dict[str, str]) -> str:
     for old, new in changes.items():
         assert old in code, f"the example no longer has {old}"
@@ -249,11 +279,16 @@ def check_flux(names: dict) -> None:
     assert names["image"].isfinite().all() and names["cache"].run.counts() == {"full": 10, "cached": 0, "forecast": 18}
 
 
+def check_plan(names: dict) -> None:
+    assert names["pipe"]._skip_cache.run is None or names["pipe"]._skip_cache.run.counts()["forecast"]
+
+
 STAND_INS = {
     "small_dit": (small_dit, check_dit),
     "small_latte": (small_latte, check_latte),
     "small_hunyuan": (small_hunyuan, check_hunyuan),
     "small_flux": (small_flux, check_flux),
+    "planned_flux": (planned_flux, check_plan),
 }
 
 

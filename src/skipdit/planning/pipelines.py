@@ -159,10 +159,9 @@ class PipelineBench:
         def step(own: Callable, output: Tensor, t: Any, latents: Tensor, *args: Any, **kwargs: Any) -> Any:
             if steps != self.steps and not run.latents:
                 self._places([float(each) for each in self.pipe.scheduler.timesteps])
-            before = self._generator.get_state(), torch.get_rng_state()
+            before = self._random_states()
             result = own(output, t, latents, *args, **kwargs)
-            after = self._generator.get_state(), torch.get_rng_state()
-            run.random = run.random or not all(map(torch.equal, before, after))
+            run.random = run.random or not all(map(torch.equal, before, self._random_states()))
             run.latents.append(double(_sample(result)))
             run.timesteps.append(float(t))
             run.models.append(set())
@@ -175,6 +174,11 @@ class PipelineBench:
                 hooks.callback(hook.remove)
             self._call(CacheSpec(), steps, step)
         return run
+
+    def _random_states(self) -> list[Tensor]:
+        """Of all generators that a scheduler may draw from: the call's, or the global ones."""
+        on_gpu = [torch.cuda.get_rng_state()] if torch.cuda.is_available() else []
+        return [self._generator.get_state(), torch.get_rng_state(), *on_gpu]
 
     @torch.no_grad()
     def fit(self, kinds: str) -> Fitted:
@@ -253,8 +257,10 @@ class PipelineBench:
             enable_cache(self.pipe, policy)
         step = step or (ending if goal is not None else None)
         self._generator, begun = torch.Generator().manual_seed(self.seed), time.perf_counter()
+        watched = replaced(scheduler, "step", _Step(scheduler.step, step)) if step else nullcontext()
         try:
-            with replaced(scheduler, "step", _Step(scheduler.step, step)) if step else nullcontext():
+            with torch.random.fork_rng(), watched:
+                torch.manual_seed(self.seed)  # not every pipeline gives its generator to the scheduler
                 images = self.pipe(
                     **{"output_type": "np"} | self.arguments,
                     num_inference_steps=steps,
@@ -290,7 +296,8 @@ def _trial(scheduler: SchedulerMixin, output: Tensor, t: Any, latents: Tensor, a
     kwargs = dict(kwargs)
     if isinstance(kwargs.get("generator"), torch.Generator):
         kwargs["generator"] = kwargs["generator"].clone_state()
-    return _sample(type(scheduler).step(copy.deepcopy(scheduler), output, t, latents, *args, **kwargs))
+    with torch.random.fork_rng():
+        return _sample(type(scheduler).step(copy.deepcopy(scheduler), output, t, latents, *args, **kwargs))
 
 
 def _sample(result: Any) -> Tensor:

@@ -2,7 +2,7 @@
 
 import math
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from tqdm import tqdm
 
@@ -11,9 +11,6 @@ from skipdit.planning.calibration import Bench, Fitted
 from skipdit.planning.controls import controls
 from skipdit.planning.schedules import affordable, schedule
 from skipdit.utils.provenance import versions
-
-if TYPE_CHECKING:
-    from skipdit.planning.pipelines import PipelineBench
 
 SHARES = (0.0, 1 / 3, 2 / 3, 1.0)  # of the steps that are not full: cached ones, the others are forecasts
 WARPS = (0.5, 0.7, 0.85, 1.0, 1.25, 1.5)  # this and the next two: see `schedules.full_steps`
@@ -99,7 +96,7 @@ def within(bench: Bench, most: float) -> tuple[Fitted, dict[str, float]]:
 
 
 def find_plan(
-    bench: "Bench | PipelineBench",
+    bench: Bench,
     budget: float | None,
     max_error: float,
     made_for: dict[str, Any],
@@ -109,6 +106,7 @@ def find_plan(
     first what that will cost.
 
     Args:
+        bench: may be a `PipelineBench`, too.
         made_for, calibration: entries of the plan's file.
 
     Raises ValueError for a bench that cannot be planned for, or a budget that buys no plan.
