@@ -13,7 +13,7 @@ from pipelines.tiny import BUILDERS, Arguments, build
 from torch import Tensor, nn
 
 from skipdit import disable_cache, enable_cache
-from skipdit.pipelines.blocks import blocks_of
+from skipdit.pipelines.blocks import layers_of
 from skipdit.pipelines.cache import PipelineCache
 from skipdit.pipelines.denoiser import denoisers
 
@@ -118,11 +118,11 @@ def test_cached_steps_run_the_outer_blocks(pipe, call, monkeypatch):
     if not cached_or_none(pipe, call):
         pytest.skip("its blocks are not known")
     disable_cache(pipe)
-    blocks = [blocks_of(model) for model in denoisers(pipe)]
+    stacks = [layers_of(model) for model in denoisers(pipe)]
     outer, inner = Counter(pipe, monkeypatch), Counter(pipe, monkeypatch)
-    for own in blocks:
-        outer.follow([own[0], own[-1]])
-        inner.follow(own[1:-1])
+    for layers in stacks:
+        outer.follow([*layers[0], *layers[-1]])
+        inner.follow([block for layer in layers[1:-1] for block in layer])
     cache = enable_cache(pipe, CACHED)
     result = run(pipe, call)
     assert outer.ran == [True] * 5

@@ -3,8 +3,10 @@
 A forecast step needs nothing of the model: its `forward` returns the forecast. A cached step needs to know what is a
 block. diffusers registers the classes of blocks that its own caches work on, with the streams that they take and
 return; a model whose blocks are all among them is one stack, of two lists maybe (FLUX: joint blocks, then single ones).
-Refiners are no part of the stack: they prepare the image or the text for it (Z-Image). Such models have no long skips,
-so what is stored is what the middle blocks added to each stream.
+Lists of equal length and class take turns (Latte: spatial and temporal blocks), and a layer is one block of each.
+Refiners are no part of the stack: they prepare the image or the text for it (Z-Image). What is stored of a model without
+long skips is what the middle layers added to each stream; of one that has got some (`pipelines.skips`), what enters the
+first layer after them.
 """
 
 import inspect
@@ -14,14 +16,15 @@ from typing import Any
 from torch import Tensor, nn
 
 from skipdit.caching.steps import CacheStep
+from skipdit.layers.skip import check_branch
 
 ONLY = "only forecasts work, as in N3-1000-0-b0-o1"  # how errors end
 
 Streams = tuple[Tensor, Tensor | None]  # hidden states, and those of the text where a block changes them, too
 
 
-def blocks_of(model: nn.Module) -> list[nn.Module]:
-    """Return a model's blocks in the order in which it holds them, of all lists of blocks that diffusers knows; none if
+def layers_of(model: nn.Module) -> list[list[nn.Module]]:
+    """Return a model's layers in the order in which they run, of all lists of blocks that diffusers knows; none if
     there are others beside them.
     """
     registered = _registry()
@@ -31,9 +34,13 @@ def blocks_of(model: nn.Module) -> list[nn.Module]:
         if isinstance(child, nn.ModuleList) and len(child) and "refiner" not in name
     ]
     known = [all(type(block) in registered for block in each) for each in lists]
-    alike = [block for each, good in zip(lists, known, strict=True) if good for block in each]
     others = (block for each, good in zip(lists, known, strict=True) if not good for block in each)
-    return [] if any(_is_block(block) for block in others) else alike
+    if any(_is_block(block) for block in others):
+        return []
+    stacks = [list(each) for each, good in zip(lists, known, strict=True) if good]
+    if len({(len(stack), type(stack[0])) for stack in stacks}) == 1:
+        return [list(layer) for layer in zip(*stacks, strict=True)]
+    return [[block] for stack in stacks for block in stack]
 
 
 def _registry() -> dict[type, Any]:
@@ -51,24 +58,63 @@ def _is_block(module: nn.Module) -> bool:
     return "hidden_states" in inspect.signature(module.forward).parameters
 
 
+class BlockSignature:
+    """How blocks of a class take the streams, and return them, as diffusers registers it.
+
+    Attributes:
+        hidden, text: names of the arguments; None for the text of blocks that do not return it.
+    """
+
+    def __init__(self, block: nn.Module):
+        self._kind = _registry()[type(block)]
+        self._names = list(inspect.signature(type(block).forward).parameters)[1:]
+        hidden, text = self._kind.hidden_states_argument_name, self._kind.encoder_hidden_states_argument_name
+        self.hidden = hidden if hidden in self._names else self._names[0]  # ZImageTransformerBlock calls them x
+        self.text = text if self._kind.return_encoder_hidden_states_index is not None else None
+
+    def named(self, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
+        """The arguments of a call by their names."""
+        return dict(zip(self._names, args, strict=False)) | kwargs
+
+    def taken(self, named: dict[str, Any]) -> Streams:
+        return named[self.hidden], named.get(self.text)
+
+    def giving(self, named: dict[str, Any], streams: Streams) -> dict[str, Any]:
+        """The arguments with other streams."""
+        return named | {name: x for name, x in zip((self.hidden, self.text), streams, strict=True) if name in named}
+
+    def returned(self, streams: Streams) -> Any:
+        """What a block returns that leaves the streams as they are."""
+        if self.text is None:
+            return streams[0]
+        return streams if self._kind.return_hidden_states_index == 0 else streams[::-1]
+
+    def hidden_of(self, output: Any) -> Tensor:
+        """The hidden states in what a block returns."""
+        return output if isinstance(output, Tensor) else output[self._kind.return_hidden_states_index or 0]
+
+
 class CachedBlocks:
     """The `forward` of a model, and of its blocks, with a cache.
 
     Args:
         model: of diffusers.
-        branch: how many blocks at either end a cached step runs; 0: there are forecasts alone, and no block is touched.
+        branch: how many layers at either end a cached step runs; 0: there are forecasts alone, and no block is touched.
 
     Raises TypeError for a model whose blocks are unknown, ValueError if there are too few of them.
     """
 
     def __init__(self, model: nn.Module, branch: int):
-        self.model, self.branch, self.cache = model, branch, None
-        self.blocks = blocks_of(model) if branch else []
+        self.model, self.cache = model, None
         name, self.forward = type(model).__name__, type(model).forward.__get__(model)
-        if branch and not self.blocks:
+        layers = layers_of(model) if branch else []
+        if branch and not layers:
             raise TypeError(f"the blocks of {name} are not known: {ONLY}")
-        if branch and 2 * branch > len(self.blocks):
-            raise ValueError(f"cache branch {branch} is larger than half of the model's {len(self.blocks)} blocks")
+        self._n_skips = len(getattr(model, "skips", ()))
+        check_branch(branch, len(layers), self._n_skips)
+        self.blocks = [block for layer in layers for block in layer]
+        outer = sum(map(len, layers[:branch]))
+        self._middle, self._tail = outer, len(self.blocks) - outer  # where they begin
         self._next, self._cached = 0, False  # the block whose turn it is, and whether the middle is left out
         self._start: Streams = (None, None)
 
@@ -82,7 +128,7 @@ class CachedBlocks:
             raise ValueError(
                 "cached steps leave out the blocks that a ControlNet adds to: use forecasts, as in N3-1000-0-b0-o1"
             )
-        self.cache, self._next = cache, 0
+        self.cache, self._next, self._cached = cache, 0, False
         try:
             output = self.forward(*args, **kwargs)
         finally:
@@ -93,49 +139,35 @@ class CachedBlocks:
 
     def block(self, i: int) -> Callable[..., Any]:
         """The `forward` of block i."""
-        block = self.blocks[i]
-        kind = _registry()[type(block)]
-        names = list(inspect.signature(type(block).forward).parameters)[1:]
-        hidden, text = kind.hidden_states_argument_name, None
-        if hidden not in names:  # ZImageTransformerBlock calls them x
-            hidden = names[0]
-        if kind.return_encoder_hidden_states_index is not None:
-            text = kind.encoder_hidden_states_argument_name
-        forward, first, last = block.forward, self.branch, len(self.blocks) - self.branch - 1
+        signature, forward = BlockSignature(self.blocks[i]), self.blocks[i].forward
 
         def cached(*args: Any, **kwargs: Any) -> Any:
-            cache = self.cache
-            if cache is None:
+            if self.cache is None:
                 return forward(*args, **kwargs)
             if i != self._next:
                 raise ValueError(f"block {i} of {type(self.model).__name__} runs out of turn: {ONLY}")
             self._next = i + 1
-            given = dict(zip(names, args, strict=False)) | kwargs
-            streams = given[hidden], given.get(text)
-            if i == first:
-                self._cached, self._start = not cache.is_full(streams[0]), streams
-                if self._cached:
-                    return _returned(kind, _added(streams, cache.feature))
-            if self._cached and first < i <= last:
-                return _returned(kind, streams)
-            output = forward(*args, **kwargs)
-            if i == last:
-                cache.kept_feature = _changes(_split(kind, output), self._start)
-            return output
+            if i == self._middle < self._tail:
+                self._begin_middle(signature.taken(signature.named(args, kwargs)))
+            if self._cached and self._middle <= i < self._tail:
+                return signature.returned(signature.taken(signature.named(args, kwargs)))
+            if i == self._tail > self._middle:
+                named = signature.named(args, kwargs)
+                kwargs = signature.giving(named, self._end_middle(signature.taken(named)))
+                args = ()
+            return forward(*args, **kwargs)
 
         return cached
 
+    def _begin_middle(self, streams: Streams) -> None:
+        self._cached, self._start = not self.cache.is_full(streams[0]), streams
 
-def _split(kind: Any, output: Any) -> Streams:
-    if kind.return_encoder_hidden_states_index is None:
-        return (output if isinstance(output, Tensor) else output[kind.return_hidden_states_index]), None
-    return output[kind.return_hidden_states_index], output[kind.return_encoder_hidden_states_index]
-
-
-def _returned(kind: Any, streams: Streams) -> Any:
-    if kind.return_encoder_hidden_states_index is None:
-        return streams[0]
-    return streams if kind.return_hidden_states_index == 0 else streams[::-1]
+    def _end_middle(self, streams: Streams) -> Streams:
+        """The streams behind the middle layers, which a full step keeps, or the change of."""
+        if self._cached:
+            return self.cache.feature if self._n_skips else _added(streams, self.cache.feature)
+        self.cache.kept_feature = streams if self._n_skips else _changes(streams, self._start)
+        return streams
 
 
 def _added(streams: Streams, changes: Streams) -> Streams:
