@@ -13,6 +13,7 @@ _PLACES = {  # public name -> its module
     "load_weights": "checkpoints.loading",
     "enable_cache": "pipelines.cache",
     "disable_cache": "pipelines.cache",
+    "add_long_skips": "pipelines.skips",
     "plan_pipeline": "planning.pipelines",
     "DiT": "class_to_image.model",
     "Latte": "class_to_video.model",

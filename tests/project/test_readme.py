@@ -256,6 +256,12 @@ def planned_flux(code: str, tmp_path: Path, request) -> str:
     )
 
 
+def small_pixart(code: str, tmp_path: Path, request) -> str:
+    name = '"PixArt-alpha/PixArt-XL-2-512x512", subfolder="transformer"'
+    build("PixArtAlphaPipeline")[0].transformer.save_pretrained(tmp_path / "pixart")
+    return replaced(code, {name: f'"{tmp_path}/pixart"', '"skips.pt"': f'"{tmp_path}/skips.pt"'})
+
+
 def replaced(code: str, changes: dict[str, str]) -> str:
     for old, new in changes.items():
         assert old in code, f"the example no longer has {old}"
@@ -279,6 +285,11 @@ def check_flux(names: dict) -> None:
     assert names["image"].isfinite().all() and names["cache"].run.counts() == {"full": 10, "cached": 0, "forecast": 18}
 
 
+def check_skips(names: dict) -> None:
+    assert {p.requires_grad for p in names["model"].skips.parameters()} == {True}
+    assert not any(p.requires_grad for p in names["model"].transformer_blocks.parameters())
+
+
 def check_plan(names: dict) -> None:
     assert names["pipe"]._skip_cache.run is None or names["pipe"]._skip_cache.run.counts()["forecast"]
 
@@ -288,6 +299,7 @@ STAND_INS = {
     "small_latte": (small_latte, check_latte),
     "small_hunyuan": (small_hunyuan, check_hunyuan),
     "small_flux": (small_flux, check_flux),
+    "small_pixart": (small_pixart, check_skips),
     "planned_flux": (planned_flux, check_plan),
 }
 

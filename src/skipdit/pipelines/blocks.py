@@ -4,9 +4,9 @@ A forecast step needs nothing of the model: its `forward` returns the forecast. 
 block. diffusers registers the classes of blocks that its own caches work on, with the streams that they take and
 return; a model whose blocks are all among them is one stack, of two lists maybe (FLUX: joint blocks, then single ones).
 Lists of equal length and class take turns (Latte: spatial and temporal blocks), and a layer is one block of each.
-Refiners are no part of the stack: they prepare the image or the text for it (Z-Image). What is stored of a model without
-long skips is what the middle layers added to each stream; of one that has got some (`pipelines.skips`), what enters the
-first layer after them.
+Refiners are no part of the stack: they prepare the image or the text for it (Z-Image). What is stored of a model that
+has no long skips is what the middle layers added to each stream; of one that has got some, see `pipelines.skips`, what
+enters the first layer after them.
 """
 
 import inspect
@@ -38,7 +38,7 @@ def layers_of(model: nn.Module) -> list[list[nn.Module]]:
     if any(_is_block(block) for block in others):
         return []
     stacks = [list(each) for each, good in zip(lists, known, strict=True) if good]
-    if len({(len(stack), type(stack[0])) for stack in stacks}) == 1:
+    if len({(len(stack), id(registered[type(stack[0])])) for stack in stacks}) == 1:
         return [list(layer) for layer in zip(*stacks, strict=True)]
     return [[block] for stack in stacks for block in stack]
 
@@ -51,6 +51,11 @@ def _registry() -> dict[type, Any]:
         return {}
     TransformerBlockRegistry._register()
     return TransformerBlockRegistry._registry
+
+
+def register_like(kind: type[nn.Module], known: type[nn.Module]) -> None:
+    """Let diffusers know a class of blocks that take and return what those of another do."""
+    _registry()[kind] = _registry()[known]
 
 
 def _is_block(module: nn.Module) -> bool:
