@@ -893,7 +893,7 @@ def test_files_of_the_project_are_found_in_any_folder(tmp_path, monkeypatch, cap
     shipped._told.cache_clear()
     plan = "configs/class-to-image/demo_plan.json"
     config = load_config(sample.Config, "configs/class-to-image/demo.yaml", [f"cache={plan}"])
-    assert config.weights == str(ROOT / "class-to-image/weights/fashion-skip.pt") and config.out == "samples/demo"
+    assert config.weights == str(ROOT / "class-to-image/weights/fashion-deep-skip.pt") and config.out == "samples/demo"
     assert config.cache == str(ROOT / plan)
     assert f"demo.yaml is not here: taking {ROOT}/configs/class-to-image/demo.yaml\n" in capsys.readouterr().err
     assert find_task("configs/class-to-video/demo.yaml").name == "class-to-video"

@@ -139,7 +139,7 @@ def scribbled(text: bytes, rng: random.Random) -> bytes:
 def test_a_thousand_mutated_plans(tmp_path):
     """Each is refused in an error that names the file, or says exactly what it is read as."""
     rng, file = random.Random(0), tmp_path / "plan.json"
-    whole = (ROOT / "configs/class-to-image/demo_plan.json").read_bytes()
+    whole = (ROOT / "benchmarks/plans/12-blocks-13.json").read_bytes()
     model, refused = torch.nn.Linear(1, 1), 0
     for number in range(1000):
         content = scribbled(whole, rng) if number % 4 == 0 else json.dumps(mutated(json.loads(whole), rng)).encode()

@@ -13,7 +13,7 @@ from skipdit.commands import compare
 from skipdit.tasks import TASKS
 
 SIZES = {  # for about two minutes on two cores
-    "class-to-image": ["num_samples=20", "--repeats", "2"],
+    "class-to-image": ["num_samples=10", "--repeats", "2"],
     "class-to-video": ["num_samples=8"],
     "text-to-video": [],
     "text-to-image": ["--repeats", "2"],
