@@ -12,6 +12,7 @@ from skipdit.caching.policies import CacheSpec
 from skipdit.caching.steps import CacheStep
 from skipdit.layers.skip import SkipTransformer, predicted_noise
 from skipdit.sampling.sampler import Sampler
+from skipdit.utils.errors import UserError
 
 
 @dataclass
@@ -53,7 +54,7 @@ def record(
     Raises ValueError for fewer than two steps.
     """
     if steps < 2:
-        raise ValueError(f"steps is {steps}; an analysis needs two or more")
+        raise UserError(f"steps is {steps}; an analysis needs two or more")
     model, runs = sampler.model, []
     names = list(inspect.signature(model.forward).parameters)  # every backbone's first two: latents, timesteps
 
@@ -100,7 +101,7 @@ class Trace:
     def feature(self, branch: int) -> Tensor:
         """The input of layer L-b before its skip is joined in: what Skip-Cache keeps. Raises ValueError if b >= L."""
         if branch >= self.depth:
-            raise ValueError(f"branch {branch} is too large for a model of {self.depth} layers")
+            raise UserError(f"branch {branch} is too large for a model of {self.depth} layers")
         return self.outputs[-branch - 1]
 
     def skip_of(self, i: int) -> int | None:

@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from skipdit.diffusion.flow import FLOW_SOLVERS, SCALE, StraightPath, make_flow_scheduler
 from skipdit.diffusion.gaussian import Diffusion
+from skipdit.utils.errors import UserError
 
 Model = Callable[[Tensor, Tensor, int], Tensor]  # (x, timesteps (N,), step index from 0) -> (N, ..., 2C, H, W)
 Callback = Callable[[int, Tensor, Tensor], None]  # (step index, x after the step, predicted x0)
@@ -95,9 +96,9 @@ def make_solver(name: str, steps: int, flow_shift: float | None = None) -> Sched
     """
     if flow_shift is None and name not in SOLVERS:
         reason = ", for models trained by flow matching, and this one was not" if name in FLOW_SOLVERS else ""
-        raise ValueError(f"solver is {name!r}{reason}; known: {', '.join(SOLVERS)}")
+        raise UserError(f"solver is {name!r}{reason}; known: {', '.join(SOLVERS)}")
     if not isinstance(steps, int) or not 1 <= steps < 1000:
-        raise ValueError(f"steps are {steps!r}; the sampler {name} takes a number from 1 to 999")
+        raise UserError(f"steps are {steps!r}; the sampler {name} takes a number from 1 to 999")
     if flow_shift is not None:
         solver = make_flow_scheduler(name, flow_shift)
     else:

@@ -22,6 +22,7 @@ from skipdit.layers.flops import run_flops, uncached_steps
 from skipdit.metrics import FIDELITY_COLUMNS, fidelity_cells, measure_fidelity
 from skipdit.sampling.sampler import Sampler
 from skipdit.tasks import read_settings
+from skipdit.utils.errors import UserError
 from skipdit.utils.files import replace_text, whole_file
 from skipdit.utils.provenance import fingerprint, versions
 from skipdit.utils.video import side_by_side, write_gif
@@ -56,10 +57,10 @@ def rows_for(
         fewer = uncached_steps(reuse.flops(sampler), sampler.flops)
         rows += [reuse, forecast, Row(f"{fewer} steps", CacheSpec(), fewer)]
     if drifts := [str(policy) for policy in also if policy.adaptive]:
-        raise ValueError(f"--also {drifts[0]}: what it costs is not known before; benchmarks/compare.py counts it")
+        raise UserError(f"--also {drifts[0]}: what it costs is not known before; benchmarks/compare.py counts it")
     for policy in also:
         if policy.caches and policy.branch != window.branch:
-            raise ValueError(
+            raise UserError(
                 f"--also {policy}: its branch is {policy.branch}, of the others {window.branch}: see --branch"
             )
     return rows + [Row(policy.label, policy, steps) for policy in also]

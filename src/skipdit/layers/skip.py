@@ -27,6 +27,7 @@ from torch import Tensor, nn
 
 from skipdit.caching.steps import CacheStep
 from skipdit.layers.attention import Float32LayerNorm
+from skipdit.utils.errors import UserError
 
 
 class LongSkip(nn.Module):
@@ -60,16 +61,16 @@ class LongSkip(nn.Module):
 def make_skips(dim: int, n_skips: int, fuse: str = "replace") -> nn.ModuleList:
     """n long skips of width `dim`. Raises ValueError unless `fuse` is "replace" or "residual"; see `LongSkip`."""
     if fuse not in ("replace", "residual"):
-        raise ValueError(f"fuse is {fuse!r}; it is 'replace', as the released models have it, or 'residual'")
+        raise UserError(f"fuse is {fuse!r}; it is 'replace', as the released models have it, or 'residual'")
     return nn.ModuleList(LongSkip(dim, residual=fuse == "residual") for _ in range(n_skips))
 
 
 def check_branch(branch: int, depth: int, n_skips: int) -> None:
     """Raise ValueError if a cache's branch goes beyond a model's long skips, or beyond the half of a plain model."""
     if n_skips and branch > n_skips:
-        raise ValueError(f"cache branch {branch} is larger than the model's number of skips, {n_skips}")
+        raise UserError(f"cache branch {branch} is larger than the model's number of skips, {n_skips}")
     if 2 * branch > depth:
-        raise ValueError(f"cache branch {branch} is larger than half of the model's {depth} layers")
+        raise UserError(f"cache branch {branch} is larger than half of the model's {depth} layers")
 
 
 def skip_stack(

@@ -14,6 +14,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from skipdit.caching.steps import CacheStep
+from skipdit.utils.errors import UserError
 
 ONLY = "only forecasts work, as in N3-1000-0-b0-o1"  # how errors end
 
@@ -68,7 +69,7 @@ class CachedBlocks:
         if branch and not self.blocks:
             raise TypeError(f"the blocks of {name} are not known: {ONLY}")
         if branch and 2 * branch > len(self.blocks):
-            raise ValueError(f"cache branch {branch} is larger than half of the model's {len(self.blocks)} blocks")
+            raise UserError(f"cache branch {branch} is larger than half of the model's {len(self.blocks)} blocks")
         self._next, self._cached = 0, False  # the block whose turn it is, and whether the middle is left out
         self._start: Streams = (None, None)
 
@@ -79,7 +80,7 @@ class CachedBlocks:
         if cache.forecast is not None:
             return cache.forecast
         if self.blocks and any("control" in name and value is not None for name, value in kwargs.items()):
-            raise ValueError(
+            raise UserError(
                 "cached steps leave out the blocks that a ControlNet adds to: use forecasts, as in N3-1000-0-b0-o1"
             )
         self.cache, self._next = cache, 0
@@ -88,7 +89,7 @@ class CachedBlocks:
         finally:
             self.cache = None
         if self._next != len(self.blocks):
-            raise ValueError(f"{type(self.model).__name__} ran {self._next} of its {len(self.blocks)} blocks: {ONLY}")
+            raise UserError(f"{type(self.model).__name__} ran {self._next} of its {len(self.blocks)} blocks: {ONLY}")
         return cache.finish(output)
 
     def block(self, i: int) -> Callable[..., Any]:
@@ -108,7 +109,7 @@ class CachedBlocks:
             if cache is None:
                 return forward(*args, **kwargs)
             if i != self._next:
-                raise ValueError(f"block {i} of {type(self.model).__name__} runs out of turn: {ONLY}")
+                raise UserError(f"block {i} of {type(self.model).__name__} runs out of turn: {ONLY}")
             self._next = i + 1
             given = dict(zip(names, args, strict=False)) | kwargs
             streams = given[hidden], given.get(text)
@@ -144,5 +145,5 @@ def _added(streams: Streams, changes: Streams) -> Streams:
 
 def _changes(end: Streams, start: Streams) -> Streams:
     if any(b is not None and (a is None or a.shape != b.shape) for a, b in zip(start, end, strict=True)):
-        raise ValueError(f"the streams change their shape between blocks: {ONLY}")
+        raise UserError(f"the streams change their shape between blocks: {ONLY}")
     return tuple(None if b is None else b - a for a, b in zip(start, end, strict=True))

@@ -24,6 +24,7 @@ from skipdit.planning.calibration import Bench, Fitted
 from skipdit.planning.controls import controls
 from skipdit.planning.schedules import affordable, schedule
 from skipdit.tasks import read_settings
+from skipdit.utils.errors import UserError
 from skipdit.utils.files import whole_file
 from skipdit.utils.provenance import fingerprint, versions
 
@@ -85,7 +86,7 @@ def make_plan(bench: Bench, budget: float) -> tuple[Fitted, dict[str, float]]:
     with tqdm(desc="schedules fitted", unit="run") as progress:
         search = Search(bench, budget, progress)
         if search.kinds(0.0) is None:
-            raise ValueError(f"{budget:.2f} full steps buy no plan: the first step is full")
+            raise UserError(f"{budget:.2f} full steps buy no plan: the first step is full")
         alone = {FORECASTS: search.descend((0.0,))}
         if len(shares) > 1 and search.kinds(1.0):
             alone[CACHED_ALONE] = search.descend((1.0,))
@@ -115,19 +116,19 @@ def budget_of(steps: int, args: argparse.Namespace) -> float | None:
     """Full steps' worth of FLOPs that a command line asks for; None if that depends on an error."""
     if args.budget is not None:
         if not 1 <= args.budget <= steps:
-            raise ValueError(f"--budget is {args.budget} full steps; a run of {steps} has 1 to {steps}")
+            raise UserError(f"--budget is {args.budget} full steps; a run of {steps} has 1 to {steps}")
         return args.budget
     if args.speedup is None:
         return None
     if not 1 <= args.speedup <= steps:
-        raise ValueError(f"--speedup is {args.speedup:g}; with {steps} steps, 1 to {steps} is possible")
+        raise UserError(f"--speedup is {args.speedup:g}; with {steps} steps, 1 to {steps} is possible")
     return steps / args.speedup
 
 
 def main(args: argparse.Namespace) -> None:
     with friendly_errors("starts anew"):
         if not args.out.endswith(".json") or Path(args.out).is_dir():
-            raise ValueError(f"--out {args.out}: a plan is a file that ends in .json")
+            raise UserError(f"--out {args.out}: a plan is a file that ends in .json")
         fitted, errors = run(args)
         plan = fitted.plan
         with whole_file(args.out) as partial:
@@ -161,7 +162,7 @@ def run(args: argparse.Namespace) -> tuple[Fitted, dict[str, float]]:
         config = changed(config, {"steps": args.steps})
     budget = budget_of(config.steps, args)
     if args.max_error is not None and not args.max_error > 0:
-        raise ValueError(f"--max-error is {args.max_error:g}; it must be above 0")
+        raise UserError(f"--max-error is {args.max_error:g}; it must be above 0")
     sampler = task.open_sampler(config, args.branch)
     target = args.target or ("converged" if sampler.refined(config.steps, 4) else "sampler")
     bench = Bench(sampler, config.steps, args.branch, target)
