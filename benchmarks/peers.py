@@ -30,7 +30,7 @@ What libraries have of these, tried with diffusers 0.42.1 and cache-dit 1.5.3:
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial, wraps
 from typing import Any, ClassVar, NamedTuple
@@ -41,7 +41,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from skipdit.class_to_video import Latte
-from skipdit.layers.inspect import replaced
+from skipdit.layers.inspect import layers_run_by, replaced
 from skipdit.layers.skip import SkipTransformer, skip_stack
 
 PARTS = {"attn": "spatial", "attn1": "spatial", "attn2": "cross", "mlp": "mlp", "ff": "mlp"}  # attributes of blocks
@@ -162,14 +162,14 @@ class Peer(ABC):
             return out
 
         with ExitStack() as stack:
-            for replacement in (*self._replacements(model, run), (model, "forward", forward)):
-                stack.enter_context(replaced(*replacement))
+            for replacement in (*self._replacements(model, run), replaced(model, "forward", forward)):
+                stack.enter_context(replacement)
             stack.callback(run._forget)
             yield run
 
     @abstractmethod
-    def _replacements(self, model: SkipTransformer, run: Run) -> list[tuple[nn.Module, str, Callable]]:
-        """Modules, names of their methods, and what to call instead."""
+    def _replacements(self, model: SkipTransformer, run: Run) -> list[AbstractContextManager]:
+        """Contexts in which parts of the model do something else."""
 
     def _call(self, run: Run, forward: Callable, args: tuple, kwargs: dict) -> Any:
         """The model call of a step."""
@@ -191,7 +191,7 @@ class _Reuse(Peer):
         """What is kept of an output (N, ..., D)."""
         return output
 
-    def _replacements(self, model: SkipTransformer, run: Run) -> list[tuple[nn.Module, str, Callable]]:
+    def _replacements(self, model: SkipTransformer, run: Run) -> list[AbstractContextManager]:
         def call(key: int, part: Part, original: Callable, *args, **kwargs) -> Tensor:
             computes = self._computes(part.kind, run)
             if computes is None:
@@ -204,7 +204,7 @@ class _Reuse(Peer):
             return output
 
         return [
-            (part.owner, part.method, partial(call, key, part, getattr(part.owner, part.method)))
+            replaced(part.owner, part.method, partial(call, key, part, getattr(part.owner, part.method)))
             for key, part in enumerate(parts_of(model))
         ]
 
@@ -271,7 +271,7 @@ class TGate(_Reuse):
     def __str__(self) -> str:
         return f"T-GATE m{self.gate}-k{self.interval}"
 
-    def _replacements(self, model: SkipTransformer, run: Run) -> list[tuple[nn.Module, str, Callable]]:
+    def _replacements(self, model: SkipTransformer, run: Run) -> list[AbstractContextManager]:
         if not any(part.kind == "cross" for part in parts_of(model)):
             raise ValueError(f"{type(model).__name__} has no cross-attention for T-GATE to cache")
         return super()._replacements(model, run)
@@ -318,11 +318,13 @@ class TaylorSeer(Peer):
     def __str__(self) -> str:
         return f"TaylorSeer N{self.interval}-o{self.order}"
 
-    def _replacements(self, model: SkipTransformer, run: Run) -> list[tuple[nn.Module, str, Callable]]:
+    def _replacements(self, model: SkipTransformer, run: Run) -> list[AbstractContextManager]:
         parts = parts_of(model)
         run.setup = {"functions": [getattr(part.owner, part.method) for part in parts], "dtype": model.dtype}
         return [
-            (part.owner, part.method, lambda *args, key=key, **kwargs: run.state["hooked"][key](*args, **kwargs))
+            replaced(
+                part.owner, part.method, lambda *args, key=key, **kwargs: run.state["hooked"][key](*args, **kwargs)
+            )
             for key, part in enumerate(parts)
         ]
 
@@ -373,15 +375,15 @@ class _Pass:
     """One pass through the layers, in which a range of them may give way to what it added in an earlier pass.
 
     Args:
-        block: `block(i, x)` runs layer i.
+        block, fuse: run a layer, and join a skip, as `skip_stack` calls them.
         ranges: those whose sums a full pass leaves behind.
 
     Attributes:
         skipping: the range that gives way, one of `ranges`; may be set until its first layer.
     """
 
-    def __init__(self, model: SkipTransformer, run: Run, block: Callable, ranges: Sequence[range]):
-        self._model, self._run, self._block, self._ranges = model, run, block, ranges
+    def __init__(self, model: SkipTransformer, run: Run, block: Callable, fuse: Callable, ranges: Sequence[range]):
+        self._model, self._run, self._block, self._join, self._ranges = model, run, block, fuse, ranges
         self._begun: dict[range, Tensor] = {}
         self.skipping = range(0)
 
@@ -417,7 +419,7 @@ class _Pass:
         self._begin(target, x)
         if source in self.skipping:
             shallow = self._run.kept["shallow", source]
-        return self._model.skips[j](x, shallow)
+        return self._join(j, x, shallow)
 
 
 class _Ranges(Peer):
@@ -425,12 +427,12 @@ class _Ranges(Peer):
 
     @abstractmethod
     def _stack(
-        self, model: SkipTransformer, run: Run, x: Tensor, block: Callable, cache: None, extras: None = None
+        self, model: SkipTransformer, run: Run, x: Tensor, *, block: Callable, fuse: Callable, **others: Any
     ) -> Tensor:
-        """Runs the layers in place of `SkipTransformer._stack`."""
+        """Runs the layers in place of `skip_stack`."""
 
-    def _replacements(self, model: SkipTransformer, run: Run) -> list[tuple[nn.Module, str, Callable]]:
-        return [(model, "_stack", partial(self._stack, model, run))]
+    def _replacements(self, model: SkipTransformer, run: Run) -> list[AbstractContextManager]:
+        return [layers_run_by(model, partial(self._stack, model, run))]
 
 
 @dataclass(frozen=True)
@@ -450,10 +452,10 @@ class DeltaDiT(_Ranges):
     def __str__(self) -> str:
         return f"Delta-DiT N{self.interval}-{self.share:g}"
 
-    def _stack(self, model, run, x, block, cache, extras=None) -> Tensor:
+    def _stack(self, model, run, x, *, block, fuse, **others) -> Tensor:
         count = max(1, round(self.share * model.depth))
         last, first = range(model.depth - count, model.depth), range(count)
-        walk = _Pass(model, run, block, [last, first])
+        walk = _Pass(model, run, block, fuse, [last, first])
         if run.step % self.interval:
             walk.skipping = last if run.step < self.boundary * len(run.timesteps) else first
         return walk(x)
@@ -481,7 +483,7 @@ class DBCache(_Ranges):
         name = "FBCache" if (self.front, self.back, self.warmup) == (1, 0, 0) else f"DBCache F{self.front}B{self.back}"
         return f"{name} {self.threshold:g}"
 
-    def _stack(self, model, run, x, block, cache, extras=None) -> Tensor:
+    def _stack(self, model, run, x, *, block, fuse, **others) -> Tensor:
         middle = range(self.front, model.depth - self.back)
         if not middle or self.front < 1:
             raise ValueError(f"front {self.front} and back {self.back} leave nothing of {model.depth} layers to cache")
@@ -497,7 +499,7 @@ class DBCache(_Ranges):
                     run.kept["added"] = added
             return h
 
-        walk = _Pass(model, run, look, [middle])
+        walk = _Pass(model, run, look, fuse, [middle])
         return walk(x)
 
 
@@ -530,7 +532,7 @@ class TeaCache(_Ranges):
     def __str__(self) -> str:
         return f"TeaCache{'' if self.polynomial == (1.0, 0.0) else ' fitted'} {self.threshold:g}"
 
-    def _replacements(self, model: SkipTransformer, run: Run) -> list[tuple[nn.Module, str, Callable]]:
+    def _replacements(self, model: SkipTransformer, run: Run) -> list[AbstractContextManager]:
         first = next(part for part in parts_of(model) if part.kind == "spatial")
         original = first.owner.forward
 
@@ -539,7 +541,7 @@ class TeaCache(_Ranges):
                 raise _SameAgain
             return original(h, *args)
 
-        return [*super()._replacements(model, run), (first.owner, "forward", attention)]
+        return [*super()._replacements(model, run), replaced(first.owner, "forward", attention)]
 
     def _is_due(self, run: Run, h: Tensor) -> bool:
         """Whether this step is full; h is the modulated input."""
@@ -553,9 +555,9 @@ class TeaCache(_Ranges):
             return True
         return False
 
-    def _stack(self, model, run, x, block, cache, extras=None) -> Tensor:
+    def _stack(self, model, run, x, *, block, fuse, **others) -> Tensor:
         try:
-            return _Pass(model, run, block, [range(model.depth)])(x)
+            return _Pass(model, run, block, fuse, [range(model.depth)])(x)
         except _SameAgain:
             run.left_out()
             return x + run.kept[range(model.depth)]

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from skipdit.caching.policies import CacheSpec
 from skipdit.caching.steps import CacheStep
-from skipdit.layers.skip import SkipTransformer, predicted_noise
+from skipdit.layers.inspect import layers_run_by
+from skipdit.layers.skip import SkipTransformer, predicted_noise, skip_stack
 from skipdit.sampling.sampler import Sampler
 from skipdit.utils.errors import UserError
 
@@ -123,19 +124,16 @@ def trace(model: SkipTransformer, call: Call) -> Trace:
     """Make a call again, all layers of it, and keep their outputs; no hook of the model runs."""
     seen = Trace(model)
 
-    def stack(x: Tensor, block: Callable, cache: None = None, extras: Any = None) -> Tensor:
+    def stack(x: Tensor, *, block: Callable, **others: Any) -> Tensor:
         def watched(i: int, x: Tensor) -> Tensor:
             seen.outputs.append(block(i, x))
             return seen.outputs[-1]
 
         seen.first, seen.block = x, block
-        return type(model)._stack(model, x, watched, None, extras)
+        return skip_stack(x, block=watched, **others)
 
-    model._stack = stack
-    try:
+    with layers_run_by(model, stack):
         seen.noise = predict(model, call)
-    finally:
-        del model._stack  # the class's own comes back
     return seen
 
 

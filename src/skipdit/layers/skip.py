@@ -146,6 +146,7 @@ class SkipTransformer(ModelMixin, ConfigMixin):
 
     Attributes:
         skips: module list of `LongSkip`, made by the subclass.
+        run_layers: `skip_stack`, or what `layers_run_by` puts in its place.
         text_arguments: for models of texts, the arguments of `forward` that `encode_text` takes; what that returns may
             take the place of the first of them.
     """
@@ -155,6 +156,7 @@ class SkipTransformer(ModelMixin, ConfigMixin):
     _skip_layerwise_casting_patterns = ("pos_embed", "x_embedder", "t_embedder", "adaln_single", "norm")
     gradient_checkpointing = False
     skips: nn.ModuleList
+    run_layers: Callable[..., Tensor] = staticmethod(skip_stack)
     text_arguments: tuple[str, ...] = ()
 
     @property
@@ -193,14 +195,7 @@ class SkipTransformer(ModelMixin, ConfigMixin):
             shallow = shallow if extras is None else shallow + extras[self.n_skips - 1 - j]
             return self._run(self.skips[j], x, shallow)
 
-        return skip_stack(
-            x,
-            block=block,
-            fuse=fuse,
-            depth=self.depth,
-            n_skips=self.n_skips,
-            cache=cache,
-        )
+        return self.run_layers(x, block=block, fuse=fuse, depth=self.depth, n_skips=self.n_skips, cache=cache)
 
     def _run(self, module: nn.Module, *args) -> Tensor:
         """Call a module; in training with gradient checkpointing its activations are computed anew."""
