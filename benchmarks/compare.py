@@ -48,6 +48,7 @@ from skipdit.metrics.samples import fitted, open_samples
 from skipdit.sampling.sampler import Sampler
 from skipdit.tasks import find_task
 from skipdit.utils.device import compile_mode, process_state
+from skipdit.utils.errors import UserError
 from skipdit.utils.files import replace_text
 from skipdit.utils.provenance import fingerprint, versions
 
@@ -163,10 +164,10 @@ class Store:
         self._file, identity = self.folder / "settings.json", json.loads(json.dumps(identity))
         before = json.loads(self._file.read_text(encoding="utf-8")) if self._file.exists() else {}
         if before and "threads" not in before:
-            raise ValueError(f"{folder} holds results of an older version of this benchmark; use another --out")
+            raise UserError(f"{folder} holds results of an older version of this benchmark; use another --out")
         if differ := [key for key in before.keys() & identity.keys() if before[key] != identity[key]]:
             lines = [f"  {key}: {before[key]} there, {identity[key]} now" for key in differ]
-            raise ValueError(f"{folder} holds results of other settings; use another --out:\n" + "\n".join(lines))
+            raise UserError(f"{folder} holds results of other settings; use another --out:\n" + "\n".join(lines))
         replace_text(self._file, json.dumps(before | identity, indent=2) + "\n")
 
     def result(self, key: str) -> dict | None:
@@ -336,7 +337,7 @@ def open_backbones(args: argparse.Namespace) -> list[Backbone]:
     if args.quick and not args.task.startswith("class"):
         config = changed(config, {"prompts": config.prompts[:2]})
     if compile_mode(config.compile):
-        raise ValueError("peers replace parts of the model, so it cannot be compiled: set compile=none")
+        raise UserError("peers replace parts of the model, so it cannot be compiled: set compile=none")
     backbones = [Backbone("skip", task.open_sampler(config, window.branch), window)]
     plain = Path(args.plain or WEIGHTS / f"{args.task}-plain.pt")
     if args.plain and not plain.exists():
@@ -349,7 +350,7 @@ def open_backbones(args: argparse.Namespace) -> list[Backbone]:
     plain_config = changed(plain_config, {"weights": str(plain)} | same)
     backbones.append(Backbone("plain", task.open_sampler(plain_config, None), window))
     if backbones[1].model.n_skips:
-        raise ValueError(f"{plain} holds a model with long skips; --plain wants one without")
+        raise UserError(f"{plain} holds a model with long skips; --plain wants one without")
     return backbones
 
 
@@ -411,7 +412,7 @@ def benchmark(args: argparse.Namespace) -> None:
 
         lpips, protocol["lpips"] = load_lpips("alex", args.lpips, process_state().device)
     if bool(args.network) != bool(args.reference):
-        raise ValueError("--network and --reference go together")
+        raise UserError("--network and --reference go together")
     frechet = Frechet(args.network, args.reference) if args.network else None
     backbones = open_backbones(args)
     check_plans(also, backbones[0].sampler)

@@ -43,6 +43,7 @@ from torch.utils._pytree import tree_map
 from skipdit.class_to_video import Latte
 from skipdit.layers.inspect import layers_run_by, replaced
 from skipdit.layers.skip import SkipTransformer, skip_stack
+from skipdit.utils.errors import UserError
 
 PARTS = {"attn": "spatial", "attn1": "spatial", "attn2": "cross", "mlp": "mlp", "ff": "mlp"}  # attributes of blocks
 
@@ -102,7 +103,7 @@ class Run:
             self._forget()
             self._rows = rows
         if rows != self._rows:
-            raise ValueError(
+            raise UserError(
                 f"the model is called with {rows} rows at step {self.step}, and was with {self._rows} before: peers "
                 "need guidance at all steps or none (guidance_low=0, guidance_high=1000)"
             )
@@ -145,13 +146,13 @@ class Peer(ABC):
         Raises ValueError if the model is compiled or does not fit the settings; in its calls, if Skip-Cache is on, too.
         """
         if model._compiled_call_impl is not None:
-            raise ValueError("peers replace parts of the model, and this one is compiled: set compile=none")
+            raise UserError("peers replace parts of the model, and this one is compiled: set compile=none")
         run, original = Run(timesteps), model.forward
 
         @wraps(original)
         def forward(*args, **kwargs):
             if kwargs.get("cache") is not None:
-                raise ValueError(f"{self} is on, and so is Skip-Cache: set cache=none")
+                raise UserError(f"{self} is on, and so is Skip-Cache: set cache=none")
             try:
                 run._begin(len(args[0] if args else kwargs.get("x", kwargs.get("hidden_states"))))
                 out = self._call(run, original, args, kwargs)
@@ -273,7 +274,7 @@ class TGate(_Reuse):
 
     def _replacements(self, model: SkipTransformer, run: Run) -> list[AbstractContextManager]:
         if not any(part.kind == "cross" for part in parts_of(model)):
-            raise ValueError(f"{type(model).__name__} has no cross-attention for T-GATE to cache")
+            raise UserError(f"{type(model).__name__} has no cross-attention for T-GATE to cache")
         return super()._replacements(model, run)
 
     def _computes(self, kind: str, run: Run) -> bool | None:
@@ -486,7 +487,7 @@ class DBCache(_Ranges):
     def _stack(self, model, run, x, *, block, fuse, **others) -> Tensor:
         middle = range(self.front, model.depth - self.back)
         if not middle or self.front < 1:
-            raise ValueError(f"front {self.front} and back {self.back} leave nothing of {model.depth} layers to cache")
+            raise UserError(f"front {self.front} and back {self.back} leave nothing of {model.depth} layers to cache")
 
         def look(i: int, h: Tensor) -> Tensor:
             h = block(i, h)

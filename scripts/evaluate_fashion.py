@@ -39,6 +39,7 @@ from skipdit.layers.flops import run_flops, step_flops
 from skipdit.metrics import FIDELITY_COLUMNS, fidelity_cells, measure_fidelity
 from skipdit.sampling.job import Job
 from skipdit.utils.device import process_state
+from skipdit.utils.errors import UserError
 from skipdit.utils.pixels import to_float
 from skipdit.utils.provenance import fingerprint
 
@@ -59,7 +60,7 @@ def parse(cache: str) -> CachePolicy | int:
     """
     policy = int(cache) if cache.isdecimal() else parse_policy(cache)
     if policy == 0 or (not isinstance(policy, int) and policy.adaptive):
-        raise ValueError(f"--cache {cache}: give an interval, a plan, or a number of uncached steps")
+        raise UserError(f"--cache {cache}: give an interval, a plan, or a number of uncached steps")
     return policy
 
 
@@ -83,12 +84,12 @@ def evaluate(config: Config, data: Path, out: Path, caches: list[str]) -> dict:
     policies = [CacheSpec(), *map(parse, caches)]
     device, count = process_state().device, config.num_samples
     if (config.image_size, config.model.num_classes) != (IMAGE_SIZE, CLASSES):
-        raise ValueError(
+        raise UserError(
             f"FashionMNIST has {CLASSES} classes at image_size {IMAGE_SIZE}; this model has "
             f"{config.model.num_classes} at {config.image_size}"
         )
     if not 2 <= count <= 10_000:
-        raise ValueError(f"--samples is {count}; 2 to 10000 can be compared with the real test images")
+        raise UserError(f"--samples is {count}; 2 to 10000 can be compared with the real test images")
     branches = [policy.branch for policy in policies if not isinstance(policy, int) and policy.caches]
     sampler = ImageSampler(replace(config, dtype="float32", classes=list(range(CLASSES))), max(branches, default=None))
     model, vae = sampler.model, sampler.vae
