@@ -8,6 +8,7 @@ from pathlib import Path
 from skipdit.cli import friendly_errors, make_parser
 from skipdit.config import Settings, load_config, setting
 from skipdit.data.settings import PictureData
+from skipdit.diffusion.schedulers import SCHEDULERS
 from skipdit.sampling.arguments import (
     ORIGINAL,
     add_cache_arguments,
@@ -17,7 +18,7 @@ from skipdit.sampling.arguments import (
     checked,
     take_prompts,
 )
-from skipdit.sampling.settings import SCHEDULERS, WINDOW, PromptConfig
+from skipdit.sampling.settings import WINDOW, PromptConfig
 from skipdit.training.settings import TrainerConfig
 from skipdit.utils.errors import UserError
 

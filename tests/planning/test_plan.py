@@ -17,7 +17,7 @@ from skipdit.class_to_image.sample import main as sample_classes
 from skipdit.config import changed, load_config, to_yaml
 from skipdit.diffusion.flow import FLOW_SOLVERS
 from skipdit.diffusion.gaussian import Diffusion
-from skipdit.diffusion.samplers import SOLVERS
+from skipdit.diffusion.schedulers import SOLVERS
 from skipdit.evaluation.compare import check_plans, rows_for
 from skipdit.planning.calibration import Bench
 from skipdit.planning.controls import controls

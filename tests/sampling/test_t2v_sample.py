@@ -14,9 +14,9 @@ from transformers import AutoTokenizer, T5EncoderModel
 
 from skipdit.config import changed, to_yaml
 from skipdit.data.video import read_mp4
+from skipdit.diffusion.schedulers import SCHEDULERS
 from skipdit.encoders.autoencoder import decode
 from skipdit.sampling.prompts import read_prompts
-from skipdit.sampling.settings import SCHEDULERS
 from skipdit.text_to_video import sample_t2v
 from skipdit.text_to_video.sample_t2v import Config, check, make_scheduler, open_pipeline, sample
 from skipdit.utils.pixels import to_uint8

@@ -16,7 +16,8 @@ from skipdit.checkpoints.files import recorded_flow_shift
 from skipdit.checkpoints.loading import load_weights
 from skipdit.diffusion.flow import FLOW_SOLVERS
 from skipdit.diffusion.gaussian import Diffusion
-from skipdit.diffusion.samplers import SOLVERS, Callback, Model, ddim, ddpm, make_solver, multistep, randn
+from skipdit.diffusion.samplers import Callback, Model, ddim, ddpm, make_solver, multistep, randn
+from skipdit.diffusion.schedulers import SOLVERS
 from skipdit.encoders.autoencoder import load_vae
 from skipdit.layers.adaln import AdaLNTransformer, Conditioning
 from skipdit.layers.flops import step_flops

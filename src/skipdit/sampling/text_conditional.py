@@ -18,13 +18,14 @@ from skipdit.caching.policy import CachePolicy
 from skipdit.caching.runtime import SkipCache
 from skipdit.checkpoints.loading import load_weights
 from skipdit.diffusion.flow import make_flow_scheduler
+from skipdit.diffusion.schedulers import SCHEDULERS, make_gaussian_scheduler
 from skipdit.encoders.autoencoder import downsampling
 from skipdit.layers.flops import step_flops
 from skipdit.layers.skip import SkipTransformer, check_branch
 from skipdit.pipelines.cache import enable_cache
 from skipdit.sampling.job import Job, require_finite
 from skipdit.sampling.sampler import Sampler
-from skipdit.sampling.settings import SCHEDULERS, PromptConfig
+from skipdit.sampling.settings import PromptConfig
 from skipdit.utils.device import compile_mode, process_state, set_tf32
 from skipdit.utils.dtypes import resolve_dtype
 from skipdit.utils.errors import UserError
@@ -45,10 +46,7 @@ def make_scheduler(name: str, settings: dict[str, Any], flow_shift: float | None
         raise UserError(f"scheduler is {name!r}; known: {', '.join(SCHEDULERS)}")
     if flow_shift is not None:
         return make_flow_scheduler(name, flow_shift)
-    kind = getattr(diffusers, SCHEDULERS[name])
-    settings = dict(settings) | ({"solver_order": 3} if name.endswith("3") else {})
-    known = set(inspect.signature(kind.__init__).parameters)
-    return kind(**{key: value for key, value in settings.items() if key in known})
+    return make_gaussian_scheduler(name, settings)
 
 
 def scheduler_settings(folder: Path | None) -> dict[str, Any]:
