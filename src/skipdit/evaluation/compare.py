@@ -20,6 +20,7 @@ from skipdit.cli import friendly_errors
 from skipdit.config import to_dict
 from skipdit.layers.flops import run_flops, uncached_steps
 from skipdit.metrics import FIDELITY_COLUMNS, fidelity_cells, measure_fidelity
+from skipdit.sampling.report import step_counts, steps_column
 from skipdit.sampling.sampler import Sampler
 from skipdit.tasks import read_settings
 from skipdit.utils.errors import UserError
@@ -106,7 +107,7 @@ def compare(sampler: Sampler, rows: list[Row], repeats: int) -> tuple[list[dict]
             {
                 "name": row.name,
                 "cache": str(row.spec),
-                **{f"{kind}_steps": count for kind, count in cache.counts().items()},
+                **step_counts(cache),
                 "seconds_per_sample": middle,
                 "speedup": median(times[0]) / middle,
                 "flops_speedup": rows[0].flops(sampler) / row.flops(sampler),
@@ -118,15 +119,14 @@ def compare(sampler: Sampler, rows: list[Row], repeats: int) -> tuple[list[dict]
 
 def markdown(table: list[dict], unit: str) -> str:
     """The table as the README shows it."""
-    kinds = ["full", "cached"] + ["forecast"] * any(row["forecast_steps"] for row in table)
+    title, steps = steps_column(table)
     lines = [
-        f"| | {' + '.join(kinds)} steps | s / {unit} | speedup | speedup in FLOPs | {' | '.join(FIDELITY_COLUMNS)} |",
+        f"| | {title} | s / {unit} | speedup | speedup in FLOPs | {' | '.join(FIDELITY_COLUMNS)} |",
         "|---" * (5 + len(FIDELITY_COLUMNS)) + "|",
     ]
-    for row in table:
-        steps = " + ".join(str(row[f"{kind}_steps"]) for kind in kinds)
+    for row, counts in zip(table, steps, strict=True):
         lines.append(
-            f"| {row['name']} | {steps} | {row['seconds_per_sample']:.3f} "
+            f"| {row['name']} | {counts} | {row['seconds_per_sample']:.3f} "
             f"| {row['speedup']:.2f} | {row['flops_speedup']:.2f} | {' | '.join(fidelity_cells(row))} |"
         )
     return "\n".join(lines)
