@@ -8,10 +8,10 @@
     python benchmarks/compare.py --task class-to-image --also results/demo-plan.json --also D0.2-o1 --out results/some
 
 Every method runs on the model with skips and, with plain weights (--plain), on the plain one; Skip-Cache needs skips.
-Fidelity is against the uncached samples of the same backbone. Peers and their sources are in peers.py, their settings
-in rows.py: those of their papers or packages where these fit a model of any depth. Writes compare.md, compare.json and
-compare.png into --out, and every row as soon as it is measured: the same command again continues, and with more
---methods or --repeats adds to what is there.
+Fidelity is against the uncached samples of the same backbone. The baselines and their sources are in baselines/, their
+settings in rows.py: those of their papers or packages where these fit a model of any depth. Writes compare.md,
+compare.json and compare.png into --out, and every row as soon as it is measured: the same command again continues, and
+with more --methods or --repeats adds to what is there.
 """
 
 import argparse
@@ -29,8 +29,8 @@ from typing import Any
 import diffusers
 import matplotlib
 import torch
+from baselines import TeaCache
 from full_size import full_size, full_size_markdown
-from peers import TeaCache
 from rows import FEWER, METHODS, REUSE, UNCACHED, Row, rows_for
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
@@ -91,7 +91,7 @@ class Backbone:
     def seconds(self, row: Row) -> float:
         """Per sample, with decoding: of the config's first batch, of all where they differ."""
         began, count = time.perf_counter(), 0
-        with row.peer.on(self.model, self.sampler.timesteps(row.steps)) if row.peer else nullcontext():
+        with row.baseline.on(self.model, self.sampler.timesteps(row.steps)) if row.baseline else nullcontext():
             batches = self.sampler.images(row.steps, row.spec)
             for images in batches if row.varies else islice(batches, 1):
                 count += len(images)  # on the CPU, so the device has finished
@@ -136,7 +136,10 @@ def measure(backbone: Backbone, row: Row) -> tuple[dict[str, Any], Tensor]:
     if cuda:
         torch.cuda.reset_peak_memory_stats()
     timesteps = backbone.sampler.timesteps(row.steps)
-    with row.peer.on(backbone.model, timesteps) if row.peer else nullcontext() as run, metered(backbone.model) as meter:
+    with (
+        row.baseline.on(backbone.model, timesteps) if row.baseline else nullcontext() as run,
+        metered(backbone.model) as meter,
+    ):
         samples = backbone.sampler.make(row.steps, row.spec)
     calls = meter.full + meter.cached
     full, partial = (run.full, run.partial) if run else (meter.full, meter.cached)
@@ -337,7 +340,7 @@ def open_backbones(args: argparse.Namespace) -> list[Backbone]:
     if args.quick and not args.task.startswith("class"):
         config = changed(config, {"prompts": config.prompts[:2]})
     if compile_mode(config.compile):
-        raise UserError("peers replace parts of the model, so it cannot be compiled: set compile=none")
+        raise UserError("baselines replace parts of the model, so it cannot be compiled: set compile=none")
     backbones = [Backbone("skip", task.open_sampler(config, window.branch), window)]
     plain = Path(args.plain or WEIGHTS / f"{args.task}-plain.pt")
     if args.plain and not plain.exists():
