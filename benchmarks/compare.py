@@ -8,10 +8,10 @@
     python benchmarks/compare.py --task class-to-image --also results/demo-plan.json --also D0.2-o1 --out results/some
 
 Every method runs on the model with skips and, with plain weights (--plain), on the plain one; Skip-Cache needs skips.
-Fidelity is against the uncached samples of the same backbone. Peers and their sources are in peers.py, their settings
-in rows.py: those of their papers or packages where these fit a model of any depth. Writes compare.md, compare.json and
-compare.png into --out, and every row as soon as it is measured: the same command again continues, and with more
---methods or --repeats adds to what is there.
+Fidelity is against the uncached samples of the same backbone. The baselines and their sources are in baselines/, their
+settings in rows.py: those of their papers or packages where these fit a model of any depth. Writes compare.md,
+compare.json and compare.png into --out, and every row as soon as it is measured: the same command again continues, and
+with more --methods or --repeats adds to what is there.
 """
 
 import argparse
@@ -29,8 +29,8 @@ from typing import Any
 import diffusers
 import matplotlib
 import torch
+from baselines import TeaCache
 from full_size import full_size, full_size_markdown
-from peers import TeaCache
 from rows import FEWER, METHODS, REUSE, UNCACHED, Row, rows_for
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
@@ -48,6 +48,7 @@ from skipdit.metrics.samples import fitted, open_samples
 from skipdit.sampling.sampler import Sampler
 from skipdit.tasks import find_task
 from skipdit.utils.device import compile_mode, process_state
+from skipdit.utils.errors import UserError
 from skipdit.utils.files import replace_text
 from skipdit.utils.provenance import fingerprint, versions
 
@@ -90,7 +91,7 @@ class Backbone:
     def seconds(self, row: Row) -> float:
         """Per sample, with decoding: of the config's first batch, of all where they differ."""
         began, count = time.perf_counter(), 0
-        with row.peer.on(self.model, self.sampler.timesteps(row.steps)) if row.peer else nullcontext():
+        with row.baseline.on(self.model, self.sampler.timesteps(row.steps)) if row.baseline else nullcontext():
             batches = self.sampler.images(row.steps, row.spec)
             for images in batches if row.varies else islice(batches, 1):
                 count += len(images)  # on the CPU, so the device has finished
@@ -135,7 +136,10 @@ def measure(backbone: Backbone, row: Row) -> tuple[dict[str, Any], Tensor]:
     if cuda:
         torch.cuda.reset_peak_memory_stats()
     timesteps = backbone.sampler.timesteps(row.steps)
-    with row.peer.on(backbone.model, timesteps) if row.peer else nullcontext() as run, metered(backbone.model) as meter:
+    with (
+        row.baseline.on(backbone.model, timesteps) if row.baseline else nullcontext() as run,
+        metered(backbone.model) as meter,
+    ):
         samples = backbone.sampler.make(row.steps, row.spec)
     calls = meter.full + meter.cached
     full, partial = (run.full, run.partial) if run else (meter.full, meter.cached)
@@ -163,10 +167,10 @@ class Store:
         self._file, identity = self.folder / "settings.json", json.loads(json.dumps(identity))
         before = json.loads(self._file.read_text(encoding="utf-8")) if self._file.exists() else {}
         if before and "threads" not in before:
-            raise ValueError(f"{folder} holds results of an older version of this benchmark; use another --out")
+            raise UserError(f"{folder} holds results of an older version of this benchmark; use another --out")
         if differ := [key for key in before.keys() & identity.keys() if before[key] != identity[key]]:
             lines = [f"  {key}: {before[key]} there, {identity[key]} now" for key in differ]
-            raise ValueError(f"{folder} holds results of other settings; use another --out:\n" + "\n".join(lines))
+            raise UserError(f"{folder} holds results of other settings; use another --out:\n" + "\n".join(lines))
         replace_text(self._file, json.dumps(before | identity, indent=2) + "\n")
 
     def result(self, key: str) -> dict | None:
@@ -336,7 +340,7 @@ def open_backbones(args: argparse.Namespace) -> list[Backbone]:
     if args.quick and not args.task.startswith("class"):
         config = changed(config, {"prompts": config.prompts[:2]})
     if compile_mode(config.compile):
-        raise ValueError("peers replace parts of the model, so it cannot be compiled: set compile=none")
+        raise UserError("baselines replace parts of the model, so it cannot be compiled: set compile=none")
     backbones = [Backbone("skip", task.open_sampler(config, window.branch), window)]
     plain = Path(args.plain or WEIGHTS / f"{args.task}-plain.pt")
     if args.plain and not plain.exists():
@@ -349,7 +353,7 @@ def open_backbones(args: argparse.Namespace) -> list[Backbone]:
     plain_config = changed(plain_config, {"weights": str(plain)} | same)
     backbones.append(Backbone("plain", task.open_sampler(plain_config, None), window))
     if backbones[1].model.n_skips:
-        raise ValueError(f"{plain} holds a model with long skips; --plain wants one without")
+        raise UserError(f"{plain} holds a model with long skips; --plain wants one without")
     return backbones
 
 
@@ -411,7 +415,7 @@ def benchmark(args: argparse.Namespace) -> None:
 
         lpips, protocol["lpips"] = load_lpips("alex", args.lpips, process_state().device)
     if bool(args.network) != bool(args.reference):
-        raise ValueError("--network and --reference go together")
+        raise UserError("--network and --reference go together")
     frechet = Frechet(args.network, args.reference) if args.network else None
     backbones = open_backbones(args)
     check_plans(also, backbones[0].sampler)

@@ -49,6 +49,7 @@ from skipdit.metrics import measure_fidelity
 from skipdit.sampling.class_conditional import generate
 from skipdit.training.spectral import largest_singular, skip_linears
 from skipdit.utils.device import process_state
+from skipdit.utils.errors import UserError
 from skipdit.utils.files import replace_text
 from skipdit.utils.pixels import to_float
 from skipdit.utils.provenance import fingerprint, versions
@@ -150,7 +151,7 @@ def open_examiner(args: argparse.Namespace, config: Config, kind: Callable[..., 
     """An examiner of a kind, with a judge of its own for the folder of the study."""
     device = process_state().device
     if (config.data.image_size, config.model.num_classes) != (IMAGE_SIZE, CLASSES):
-        raise ValueError(f"{args.config}: FashionMNIST has {CLASSES} classes, here at data.image_size={IMAGE_SIZE}")
+        raise UserError(f"{args.config}: FashionMNIST has {CLASSES} classes, here at data.image_size={IMAGE_SIZE}")
     vae = load_vae(config.vae).to(device)
     args.out.mkdir(parents=True, exist_ok=True)
     real, labels = load_images(args.data, train=False)
@@ -167,7 +168,7 @@ def follow(config: Config, every: int, examiner: Examiner, protocol: dict) -> di
     file, name = Path(config.out) / "evaluation.json", Path(config.out).name
     known = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {"protocol": protocol, "points": []}
     if known["protocol"] != json.loads(json.dumps(protocol)):
-        raise ValueError(f"{file} was measured in another way, or with another judge: give another folder with --out")
+        raise UserError(f"{file} was measured in another way, or with another judge: give another folder with --out")
     measured = {point["step"]: point for point in known["points"]}
 
     def keep(**found) -> None:
@@ -194,7 +195,7 @@ def train_to(config: Config, step: int) -> DiT:
     """The averaged model of a run after a step; the run goes on from where it was."""
     done = max((int(file.stem) for file in saved(Path(config.out, "checkpoints"))), default=0)
     if done > step:
-        raise ValueError(
+        raise UserError(
             f"{config.out} was trained to step {done}, and is to be measured at step {step}: "
             "keep --every, do not lower train.steps, or give another folder with --out"
         )
@@ -315,11 +316,11 @@ def run(args: argparse.Namespace) -> None:
 
     some = config_of("skip", 0)
     if not 0 < args.every <= some.train.steps or some.train.steps % args.every:
-        raise ValueError(f"--every {args.every} has to divide train.steps={some.train.steps}")
+        raise UserError(f"--every {args.every} has to divide train.steps={some.train.steps}")
     if some.train.decay_steps:
-        raise ValueError("train.decay_steps has to be 0: a run is stopped on the way, to be measured")
+        raise UserError("train.decay_steps has to be 0: a run is stopped on the way, to be measured")
     if args.samples < 2 or args.held_out < BATCH:
-        raise ValueError(f"--samples has to be at least 2 and --held-out at least {BATCH}")
+        raise UserError(f"--samples has to be at least 2 and --held-out at least {BATCH}")
     examiner = open_examiner(args, some)
     protocol = {
         "samples": args.samples,

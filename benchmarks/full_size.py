@@ -32,19 +32,21 @@ def full_size(kind: type[SkipTransformer], steps: int, timesteps: list[float], w
 
         def calls(row: Row, model: SkipTransformer = model, inputs: dict = inputs) -> None:
             cache = SkipCache(row.spec, timesteps)
-            with torch.no_grad(), row.peer.on(model, timesteps) if row.peer else nullcontext():
+            with torch.no_grad(), row.baseline.on(model, timesteps) if row.baseline else nullcontext():
                 for i in range(row.steps):
                     model(**inputs, cache=cache.at(i))
 
         def count(row: Row, calls: Callable = calls, flops: dict = flops) -> float:
-            if row.peer is None:
+            if row.baseline is None:
                 return run_flops(SkipCache(row.spec, timesteps[: row.steps]), flops)
             with FlopCounterMode(display=False) as counter:
                 calls(row)
             return float(counter.get_total_flops())
 
         rows = rows_for(backbone, model, steps, timesteps, window, flops, (), quick=False)
-        rows = [row for row in rows if (row.peer is None or row.peer.static) and row.method in keep | {UNCACHED}]
+        rows = [
+            row for row in rows if (row.baseline is None or row.baseline.static) and row.method in keep | {UNCACHED}
+        ]
         if backbone == "plain":
             rows = [row for row in rows if row.method != FEWER]
         counted = {}

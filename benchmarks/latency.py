@@ -137,7 +137,7 @@ def end_to_end(model: AdaLNTransformer, args: argparse.Namespace, flops: dict[st
     seconds = {name: median(values) for name, values in times.items()}
     return {
         "cache": spec,
-        "steps": {"full": cache.full_steps, "cached": cache.cached_steps},
+        "steps": cache.counts(),
         "seconds": seconds,
         "speedup": seconds["uncached"] / seconds["cached"],
         "speedup_flops": len(timesteps) * flops["full"] / run_flops(cache, flops),

@@ -36,6 +36,7 @@ from skipdit.planning.calibration import TARGETS, Bench
 from skipdit.planning.controls import Control, controls
 from skipdit.planning.tables import psnr_of
 from skipdit.tasks import find_task
+from skipdit.utils.errors import UserError
 from skipdit.utils.files import replace_text
 from skipdit.utils.provenance import fingerprint, versions
 
@@ -148,7 +149,7 @@ def benchmark(args: argparse.Namespace) -> None:
     own = [ROOT / f"configs/{args.task}/demo_plan.json", *(ROOT / "benchmarks/plans").glob(f"{args.task}-*.json")]
     plans = [CachePlan.load(plan) for plan in args.plan or own]
     if len(branches := {plan.branch for plan in plans}) != 1:
-        raise ValueError(f"plans of branches {sorted(branches)}: compare those of one branch at a time, with --plan")
+        raise UserError(f"plans of branches {sorted(branches)}: compare those of one branch at a time, with --plan")
     task = find_task(file, args.task)
     config = load_config(task.schema, file, args.overrides)
     sampler = task.open_sampler(config, plans[0].branch)

@@ -4,7 +4,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from peers import FORA, PAB, DBCache, DeltaDiT, Peer, TaylorSeer, TeaCache, TGate, parts_of
+from baselines import FORA, PAB, Baseline, DBCache, DeltaDiT, TaylorSeer, TeaCache, TGate, parts_of
 
 from skipdit.caching.plans import CachePlan
 from skipdit.caching.policies import CacheSpec, DriftSpec
@@ -42,7 +42,7 @@ class Row:
         backbone: skip or plain.
         method: as METHODS has it.
         name: method and settings.
-        spec, peer: at most one of them caches.
+        spec, baseline: at most one of them caches.
     """
 
     backbone: str
@@ -50,7 +50,7 @@ class Row:
     name: str
     steps: int
     spec: CachePolicy = field(default_factory=CacheSpec)
-    peer: Peer | None = None
+    baseline: Baseline | None = None
 
     @property
     def key(self) -> str:
@@ -59,7 +59,7 @@ class Row:
     @property
     def varies(self) -> bool:
         """Whether what a batch costs depends on its samples."""
-        return self.spec.adaptive or (self.peer is not None and not self.peer.static)
+        return self.spec.adaptive or (self.baseline is not None and not self.baseline.static)
 
     @property
     def window(self) -> str:
@@ -74,15 +74,15 @@ def depth_of(model: SkipTransformer) -> int:
     return len(model.blocks if hasattr(model, "blocks") else model.transformer_blocks)
 
 
-def peers_for(model: SkipTransformer, steps: int, polynomial: Sequence[float] = ()) -> dict[str, list[Peer]]:
-    """Two or three settings of every peer that the model can have, fast ones last.
+def baselines_for(model: SkipTransformer, steps: int, polynomial: Sequence[float] = ()) -> dict[str, list[Baseline]]:
+    """Two or three settings of every baseline that the model can have, fast ones last.
 
     Args:
         polynomial: TeaCache's for this model; without it, there is no fitted TeaCache.
     """
     kinds, depth = {part.kind for part in parts_of(model)}, depth_of(model)
     outer, warmup = max(1, depth // 7), min(8, steps // 5)  # cache-dit: 8 of 57 blocks, 8 steps
-    found: dict[str, list[Peer]] = {
+    found: dict[str, list[Baseline]] = {
         "FORA": [FORA(2), FORA(3), FORA(4)],
         "TaylorSeer": [TaylorSeer(2, 1), TaylorSeer(3, 1), TaylorSeer(4, 2)],
         "PAB": [PAB(2, 3, 5), PAB(4, 6, 9)],
@@ -141,6 +141,9 @@ def rows_for(
     rows = [Row(backbone, UNCACHED, UNCACHED, steps)]
     rows += [Row(backbone, FEWER, f"{count} steps", count) for count in fewer]
     rows += own if model.n_skips else []
-    for method, peers in peers_for(model, steps, polynomial).items():
-        rows += [Row(backbone, method, str(peer), steps, peer=peer) for peer in (peers[1:2] if quick else peers)]
+    for method, baselines in baselines_for(model, steps, polynomial).items():
+        rows += [
+            Row(backbone, method, str(baseline), steps, baseline=baseline)
+            for baseline in (baselines[1:2] if quick else baselines)
+        ]
     return rows

@@ -33,6 +33,7 @@ from skipdit.evaluation.fashion import CLASSES, EPOCHS
 from skipdit.training.objective import make_objective
 from skipdit.training.settings import TrainConfig
 from skipdit.training.steps import Draw
+from skipdit.utils.errors import UserError
 from skipdit.utils.provenance import fingerprint, versions
 
 CONFIG = "configs/class-to-image/fashion_deep_recipes.yaml"
@@ -111,7 +112,7 @@ def run(args: argparse.Namespace) -> None:
     """Train and measure all recipes, then write what came out."""
     recipes = {"-".join(names): names for names in product(*(getattr(args, factor) for factor in FACTORS))}
     if BASELINE not in recipes:
-        raise ValueError(f"{BASELINE} has to be among the recipes: choose plain, diffusion and adamw, too")
+        raise UserError(f"{BASELINE} has to be among the recipes: choose plain, diffusion and adamw, too")
 
     def config_of(recipe: str, seed: int) -> Config:
         chosen = zip(FACTORS.values(), recipes[recipe], strict=True)
@@ -121,9 +122,9 @@ def run(args: argparse.Namespace) -> None:
 
     some = config_of(BASELINE, 0)
     if not 0 < args.every <= some.train.steps or some.train.steps % args.every:
-        raise ValueError(f"--every {args.every} has to divide train.steps={some.train.steps}")
+        raise UserError(f"--every {args.every} has to divide train.steps={some.train.steps}")
     if some.train.decay_steps:
-        raise ValueError("train.decay_steps has to be 0: a run is stopped on the way, to be measured")
+        raise UserError("train.decay_steps has to be 0: a run is stopped on the way, to be measured")
     sampling = tuple(args.sampling_steps)
     examiner = open_examiner(args, some, partial(RecipeExaminer, sampling=sampling))
     protocol = {

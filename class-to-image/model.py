@@ -12,6 +12,7 @@ from torch import Tensor
 from skipdit.caching.steps import CacheStep
 from skipdit.layers.adaln import AdaLNTransformer, Conditioning
 from skipdit.layers.skip import caches_output
+from skipdit.utils.errors import UserError
 
 
 class DiT(AdaLNTransformer):
@@ -96,6 +97,6 @@ class DiT(AdaLNTransformer):
         """See `AdaLNTransformer.config_from_state`."""
         config = super().config_from_state(state, num_heads)
         if "temp_embed" in state:
-            raise ValueError("these are the weights of a class-to-video Latte, not of a DiT")
+            raise UserError("these are the weights of a class-to-video Latte, not of a DiT")
         classes = len(state["y_embedder.embedding_table.weight"]) - 1  # the last row is the null class
         return config | {"num_classes": classes}

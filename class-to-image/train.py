@@ -29,6 +29,7 @@ from skipdit.training.objective import make_objective
 from skipdit.training.prepare import open_training, run_trainer
 from skipdit.training.steps import Draw
 from skipdit.utils.device import process_state
+from skipdit.utils.errors import UserError
 from skipdit.utils.files import write_png
 from skipdit.utils.pixels import to_uint8
 from skipdit.utils.seeding import generators
@@ -45,7 +46,7 @@ def train(config: Config, dry_run: bool = False) -> DiT:
     with process_state().local_main_process_first():  # a data set that downloads itself does so once
         dataset = open_images(config.data, vae)
     if dataset.num_classes > config.model.num_classes:
-        raise ValueError(f"{config.data.path} has {dataset.num_classes} classes; set model.num_classes to that")
+        raise UserError(f"{config.data.path} has {dataset.num_classes} classes; set model.num_classes to that")
     objective = make_objective(config.train)
 
     def loss(model: torch.nn.Module, batch: dict, draw: Draw) -> torch.Tensor:

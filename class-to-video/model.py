@@ -16,6 +16,7 @@ from skipdit.caching.steps import CacheStep
 from skipdit.layers.adaln import AdaLNTransformer, Conditioning
 from skipdit.layers.embeddings import sincos_1d
 from skipdit.layers.skip import caches_output
+from skipdit.utils.errors import UserError
 from skipdit.utils.provenance import count_members
 
 
@@ -64,11 +65,11 @@ class Latte(AdaLNTransformer):
         pairs, odd = divmod(depth, 2)
         n_skips = (pairs // 2 if n_skips is None else n_skips) if skip else 0
         if odd:
-            raise ValueError(f"depth {depth} is odd; blocks come in pairs, spatial and temporal")
+            raise UserError(f"depth {depth} is odd; blocks come in pairs, spatial and temporal")
         if extras not in (1, 2):
-            raise ValueError(f"extras is {extras}; 1 is unconditional, 2 class-conditional")
+            raise UserError(f"extras is {extras}; 1 is unconditional, 2 class-conditional")
         if not 0 <= n_skips <= pairs // 2:
-            raise ValueError(f"n_skips is {n_skips}; {pairs} pairs have at most {pairs // 2}")
+            raise UserError(f"n_skips is {n_skips}; {pairs} pairs have at most {pairs // 2}")
         self._build(num_classes if extras == 2 else None, n_skips)
         self.sample_shape = (num_frames, *self.sample_shape)
         temporal = sincos_1d(torch.arange(num_frames, dtype=torch.float64), hidden_size)
@@ -102,7 +103,7 @@ class Latte(AdaLNTransformer):
         """
         frames = x.shape[1] - use_image_num
         if frames != self.config.num_frames:
-            raise ValueError(f"clips have {frames} frames, the model was made for {self.config.num_frames}")
+            raise UserError(f"clips have {frames} frames, the model was made for {self.config.num_frames}")
         c = each = self.embed(t, y) if conditioning is None else None  # (N, 1, 1, D): one for all frames
         if use_image_num and self.null_class is not None:  # images have classes of their own: (N, F + I, 1, D)
             if y_image is None:
@@ -130,7 +131,7 @@ class Latte(AdaLNTransformer):
         """See `AdaLNTransformer.config_from_state`."""
         config = super().config_from_state(state, num_heads)
         if "temp_embed" not in state:
-            raise ValueError("not the weights of a Latte: they lack 'temp_embed'")
+            raise UserError("not the weights of a Latte: they lack 'temp_embed'")
         classes = state.get("y_embedder.embedding_table.weight")
         config |= {"num_frames": state["temp_embed"].shape[1], "extras": 1 if classes is None else 2}
         config["n_skips"] = count_members(state, "skips")

@@ -28,6 +28,7 @@ from skipdit.training.loop import fit
 from skipdit.training.objective import make_objective
 from skipdit.training.prepare import open_training, run_trainer
 from skipdit.training.steps import Draw, Loss
+from skipdit.utils.errors import UserError
 from skipdit.utils.seeding import generators
 from skipdit.utils.video import write_look
 
@@ -64,7 +65,7 @@ def train(config: Config, dry_run: bool = False) -> Latte:
     )
     dataset, classes = open_clips(config.data, vae), config.model.num_classes
     if classes is not None and not 0 < dataset.num_classes <= classes:
-        raise ValueError(
+        raise UserError(
             f"{config.data.path} has {dataset.num_classes} classes and the model {classes}: set model.num_classes to "
             "that, and data.labelled=true for folders that are classes"
         )

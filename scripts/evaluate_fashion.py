@@ -38,7 +38,9 @@ from skipdit.evaluation.fashion import CLASSES, EPOCHS, IMAGE_SIZE, load_images,
 from skipdit.layers.flops import run_flops, step_flops
 from skipdit.metrics import FIDELITY_COLUMNS, fidelity_cells, measure_fidelity
 from skipdit.sampling.job import Job
+from skipdit.sampling.report import step_counts, steps_column
 from skipdit.utils.device import process_state
+from skipdit.utils.errors import UserError
 from skipdit.utils.pixels import to_float
 from skipdit.utils.provenance import fingerprint
 
@@ -59,7 +61,7 @@ def parse(cache: str) -> CachePolicy | int:
     """
     policy = int(cache) if cache.isdecimal() else parse_policy(cache)
     if policy == 0 or (not isinstance(policy, int) and policy.adaptive):
-        raise ValueError(f"--cache {cache}: give an interval, a plan, or a number of uncached steps")
+        raise UserError(f"--cache {cache}: give an interval, a plan, or a number of uncached steps")
     return policy
 
 
@@ -83,12 +85,12 @@ def evaluate(config: Config, data: Path, out: Path, caches: list[str]) -> dict:
     policies = [CacheSpec(), *map(parse, caches)]
     device, count = process_state().device, config.num_samples
     if (config.image_size, config.model.num_classes) != (IMAGE_SIZE, CLASSES):
-        raise ValueError(
+        raise UserError(
             f"FashionMNIST has {CLASSES} classes at image_size {IMAGE_SIZE}; this model has "
             f"{config.model.num_classes} at {config.image_size}"
         )
     if not 2 <= count <= 10_000:
-        raise ValueError(f"--samples is {count}; 2 to 10000 can be compared with the real test images")
+        raise UserError(f"--samples is {count}; 2 to 10000 can be compared with the real test images")
     branches = [policy.branch for policy in policies if not isinstance(policy, int) and policy.caches]
     sampler = ImageSampler(replace(config, dtype="float32", classes=list(range(CLASSES))), max(branches, default=None))
     model, vae = sampler.model, sampler.vae
@@ -128,7 +130,7 @@ def evaluate(config: Config, data: Path, out: Path, caches: list[str]) -> dict:
         folder = out / "samples" / re.sub(r"[^\w.-]+", "-", name)
         latents = sample(sampler, steps, policy, sampling, folder)
         images = _images(vae, latents.to(device).split(100))
-        row = {"images": name, "full_steps": plan.full_steps, "cached_steps": plan.cached_steps}
+        row = {"images": name, **step_counts(plan)}
         row["flops_speedup"] = config.steps * flops["full"] / run_flops(plan, flops)
         row |= judge.scores(images, classes)
         if uncached is None:
@@ -162,14 +164,14 @@ def table(rows: list[dict]) -> str:
         "accuracy": "{:.1%}",
         "frechet": "{:.3f}",
     }
+    title, steps = steps_column(rows)
     lines = [
-        f"| images | full + cached steps | fewer FLOPs | class as asked | Fréchet | {' | '.join(FIDELITY_COLUMNS)} |",
+        f"| images | {title} | fewer FLOPs | class as asked | Fréchet | {' | '.join(FIDELITY_COLUMNS)} |",
         "|---" * (5 + len(FIDELITY_COLUMNS)) + "|",
     ]
-    for row in rows:
-        steps = f"{row['full_steps']} + {row['cached_steps']}" if "full_steps" in row else "–"
+    for row, counts in zip(rows, steps, strict=True):
         numbers = [form.format(row[key]) if key in row else "–" for key, form in columns.items()]
-        lines.append(f"| {' | '.join([row['images'], steps, *numbers, *fidelity_cells(row)])} |")
+        lines.append(f"| {' | '.join([row['images'], counts, *numbers, *fidelity_cells(row)])} |")
     return "\n".join(lines)
 
 

@@ -30,6 +30,7 @@ from skipdit.data.clip_folder import ClipFolder
 from skipdit.data.pictures import PictureFolder
 from skipdit.data.settings import ClipData, PictureData
 from skipdit.data.video import read_mp4
+from skipdit.utils.errors import UserError
 from skipdit.utils.video import contact_sheet
 
 EMOJI = ["face-smiling", "face-affection", "face-tongue", "face-negative", "face-costume", "cat-face", "heart", "hands"]
@@ -139,7 +140,7 @@ def wanted(args: argparse.Namespace, training: Training) -> dict[str, int]:
     if args.wordings:
         meant |= {caption: training.names[name] for _, name, caption in read_rows(args.wordings, training.kind)}
     if unknown := set(prompts.values()) - meant.keys():
-        raise ValueError(f"nothing in training is called {', '.join(map(repr, sorted(unknown)))}; give --wordings")
+        raise UserError(f"nothing in training is called {', '.join(map(repr, sorted(unknown)))}; give --wordings")
     return {file: meant[prompt] for file, prompt in prompts.items()}
 
 

@@ -14,7 +14,7 @@ logs="$(mktemp -d)"
 # By default without what takes long, and what rounds nowhere.
 tests=("$@")
 if [ $# = 0 ]; then
-  slow="two_processes or killed or train or compil or peers or fid_equals or budget or shipped or efficiency or mixed or cuda"
+  slow="two_processes or killed or train or compil or baselines or fid_equals or budget or shipped or efficiency or mixed or cuda"
   exact="clips or pictures or video_files"
   tests=(-k "not ($slow or $exact)")
 fi

@@ -12,10 +12,12 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 # Bit-equality needs the same number of threads here and in the processes started here.
 os.environ["OMP_NUM_THREADS"] = os.environ.get("SKIPDIT_TEST_THREADS", "1")
 
+import imageio.v3 as imageio
 import numpy as np
 import pytest
 import sentencepiece
@@ -34,10 +36,14 @@ from skipdit.checkpoints.released import to_released
 from skipdit.class_to_image import DiT
 from skipdit.class_to_video import Latte
 from skipdit.config import changed, to_yaml
+from skipdit.data.settings import ClipData, ImageData, PictureData
+from skipdit.tasks import TASKS
 from skipdit.text_to_image import HunyuanDiT
+from skipdit.text_to_image.settings import TextConfig
 from skipdit.text_to_video import LatteT2V
 from skipdit.training.checkpoints import latest
 from skipdit.training.settings import TrainConfig
+from skipdit.utils.video import write_mp4
 
 # A background job of a shell ignores Ctrl-C, and so do the processes that it starts; those of the tests are to hear it.
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -46,6 +52,19 @@ ROOT = Path(__file__).parent.parent
 GOLDEN = Path(__file__).parent / "golden"
 VAE_NAME = "sdxl-vae-fp16-fix"  # its folder in the release of Hunyuan-DiT
 NUMERICS = re.compile(r"torch\.equal\(|assert_(close|equal|rounding|same_images)\(|contents\(|approx\(")
+CLIP_CAPTIONS = ["the red car drives", "a dog runs", "two birds fly above the quiet lake", "the cat", "a man sleeps"]
+PICTURE_CAPTIONS = [
+    "the red car drives",
+    "a dog runs",
+    "two birds fly",
+    "一只小猫",
+    "a man sleeps",
+    "the cat",
+    "the lake",
+]
+TOKENS = 16  # of a caption of a picture
+TINY_MODEL = {"patch_size": 2, "hidden_size": 32, "num_heads": 2, "num_classes": 3, "skip": True}
+SHORT_CLIPS = {"image_size": 8, "num_frames": 4, "frame_interval": 2, "images": 2}
 SENTENCES = [  # what the tokenizers know
     "a small cat sleeps on the warm sofa",
     "two birds fly above the quiet lake!",
@@ -389,6 +408,128 @@ def short_training(**more) -> TrainConfig:
     """Four steps of four samples, a checkpoint every other step."""
     settings = {"steps": 4, "batch_size": 4, "lr": 1e-2, "ema_decay": 0.9, "precision": "fp32", "workers": 0}
     return TrainConfig(**settings, log_every=1, save_every=2, sample_every=0, **more)
+
+
+@pytest.fixture
+def videos(tmp_path) -> Path:
+    """Nine films of a square that moves, in three classes by its direction; one file is cut off."""
+    for number in range(9):
+        folder = tmp_path / "videos" / f"class{number % 3}"
+        folder.mkdir(parents=True, exist_ok=True)
+        film = np.full((12, 16, 20, 3), 20 * number, np.uint8)
+        for i, frame in enumerate(film):
+            y, x = (i, 4) if number % 3 == 0 else (4, i) if number % 3 == 1 else (i, i)
+            frame[y : y + 4, x : x + 4] = 255
+        imageio.imwrite(folder / f"{number}.mp4", film, plugin="FFMPEG", fps=8, macro_block_size=1)
+    whole = (tmp_path / "videos/class0/3.mp4").read_bytes()
+    (tmp_path / "videos/class0/3.mp4").write_bytes(whole[: len(whole) // 2])
+    return tmp_path / "videos"
+
+
+@pytest.fixture(scope="session")
+def captioned_clips(tmp_path_factory) -> Path:
+    """Five clips of ten frames with their captions; a sixth that is cut short, a seventh without a caption."""
+    folder, rng, rows = tmp_path_factory.mktemp("captioned"), np.random.default_rng(0), []
+    for number, caption in enumerate([*CLIP_CAPTIONS, "cut off", ""]):
+        frames = torch.from_numpy(rng.integers(0, 256, (10, 3, 24, 32), dtype=np.uint8))
+        write_mp4(folder / f"{number}.mp4", frames, fps=8)
+        rows.append({"video": f"{number}.mp4", "caption": caption})
+    cut = folder / "5.mp4"
+    cut.write_bytes(cut.read_bytes()[:300])
+    (folder / "captions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def captioned_pictures(tmp_path_factory) -> Path:
+    """Seven pictures with captions, square and wide; an eighth that is cut short, a ninth without a caption."""
+    folder, rng, rows = tmp_path_factory.mktemp("pictures"), np.random.default_rng(0), []
+    for number, caption in enumerate([*PICTURE_CAPTIONS, "cut off", ""]):
+        size = (24, 40, 3) if number % 2 else (24, 26, 3)
+        Image.fromarray(rng.integers(0, 256, size, dtype=np.uint8)).save(folder / f"{number}.png")
+        rows.append({"image": f"{number}.png", "caption": caption})
+    cut = folder / "7.png"
+    cut.write_bytes(cut.read_bytes()[:300])
+    (folder / "captions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+@pytest.fixture
+def training_config(request, tmp_path, vae_folder) -> Callable[[str], Any]:
+    """`training_config(task)`: four steps of a tiny model of a task on real files, a checkpoint every other step."""
+
+    def folder(name: str) -> str:
+        return str(request.getfixturevalue(name))
+
+    def sections(task: str) -> dict[str, Any]:
+        if task == "class-to-image":
+            data = ImageData(path=folder("image_folder"), image_size=8)
+            return {"data": data, "model": {**TINY_MODEL, "depth": 4}}
+        if task == "class-to-video":
+            data = ClipData(path=folder("videos"), labelled=True, **SHORT_CLIPS)
+            return {"data": data, "model": {**TINY_MODEL, "depth": 8}}
+        if task == "text-to-video":
+            model = {"num_attention_heads": 2, "attention_head_dim": 8, "num_layers": 4, "caption_channels": 16}
+            path = folder("captioned_clips")
+            texts = {"text_encoder": folder("text_folder") + "/text_encoder", "text_dtype": "float32"}
+            data = ClipData(path=path, captions=f"{path}/captions.jsonl", **SHORT_CLIPS)
+            return texts | {"data": data, "model": model}
+        path, encoders = folder("captioned_pictures"), folder("hunyuan_folder")
+        data = PictureData(path=path, captions=f"{path}/captions.jsonl", image_size=16, buckets=["16x16", "16x24"])
+        texts = {"text_states_dim": 16, "text_states_dim_t5": 16, "text_len": TOKENS, "text_len_t5": TOKENS}
+        clip, t5 = (TextConfig(encoder=f"{encoders}/{name}") for name in ("text_encoder", "text_encoder_2"))
+        model = {"hidden_size": 32, "depth": 6, "num_heads": 2, **texts}
+        return {"data": data, "model": model, "clip": clip, "t5": t5, "text_dtype": "float32"}
+
+    def make(task: str) -> Any:
+        settings, given = TASKS[task].part("settings"), sections(task)
+        given["model"] = settings.ModelConfig(**given["model"])
+        places = {"out": str(tmp_path / "run"), "vae": str(vae_folder)}
+        return settings.TrainingConfig(**places, train=short_training(), **given)
+
+    return make
+
+
+@pytest.fixture
+def sampling_config(request, tmp_path, vae_folder) -> Callable[[str], Any]:
+    """`sampling_config(task)`: samples of a tiny model of a task, in six steps, cached for the tasks with classes."""
+
+    def given(task: str) -> dict[str, Any]:
+        if task == "text-to-video":
+            released = request.getfixturevalue("released_t2v")
+            places = {"weights": str(released / "Latte-skip.pt"), "pipeline": str(released / "Latte-0")}
+            return places | {"prompts": ["a dog runs", "the cat"], "num_frames": 4, "height": 16, "width": 16}
+        if task == "text-to-image":
+            prompts = ["一只小猫 sleeps on the warm sofa", "the dog runs"]
+            places = {"pipeline": str(request.getfixturevalue("released_t2i") / "ckpts")}
+            return places | {"prompts": prompts, "height": 64, "width": 64, "scheduler": "ddim"}
+        places = {"weights": str(tmp_path / "tiny.pt"), "vae": str(vae_folder), "image_size": 8}
+        run = places | {"num_samples": 5, "batch_size": 2, "sampler": "ddim"}
+        if task == "class-to-image":
+            model, own = tiny_dit(), {"cache": "N2-1000-20", "model": TINY_MODEL | {"depth": 4, "num_classes": 10}}
+        else:
+            own = {"cache": "N2-900-49", "num_frames": 4, "guidance_scale": 4.0}
+            model, own = tiny_latte(), own | {"model": TINY_MODEL | {"depth": 8, "num_classes": 5}}
+        torch.save({"ema": to_released(model.state_dict())}, tmp_path / "tiny.pt")
+        return run | own
+
+    def make(task: str) -> Any:
+        settings, run = TASKS[task].part("settings"), given(task)
+        if "model" in run:
+            run["model"] = settings.ModelConfig(**run["model"])
+        return settings.SampleConfig(out=str(tmp_path / "out"), steps=6, **run)
+
+    return make
+
+
+def run_sampler(config, task: str, processes: int) -> None:
+    """The sampler as a user starts it, in several processes."""
+    file = Path(config.out).parent / f"{Path(config.out).name}.yaml"
+    file.write_text(to_yaml(config), encoding="utf-8")
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+    command = [*launcher, str(next((ROOT / task).glob("sample*.py"))), "--config", str(file)]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stderr[-3000:]
 
 
 def train_flow(config, train, tmp_path: Path) -> Path:

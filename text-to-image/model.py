@@ -21,6 +21,7 @@ from skipdit.layers.adaln import FinalLayer
 from skipdit.layers.attention import GELU, Float32LayerNorm
 from skipdit.layers.embeddings import PatchEmbed, TimestepEmbedder, rotary_2d, unpatchify
 from skipdit.layers.skip import SkipTransformer, caches_output, make_skips
+from skipdit.utils.errors import UserError
 from skipdit.utils.provenance import count_members
 
 Rotary = tuple[Tensor, Tensor]  # cosines and sines, each (T, D / K)
@@ -156,7 +157,7 @@ class HunyuanDiT(SkipTransformer):
     ):
         super().__init__()
         if hidden_size % num_heads:
-            raise ValueError(f"hidden_size {hidden_size} is not a multiple of num_heads {num_heads}")
+            raise UserError(f"hidden_size {hidden_size} is not a multiple of num_heads {num_heads}")
         pooled = 1024  # of every released model, whatever its text encoders
         self.x_embedder = PatchEmbed(None, patch_size, in_channels, hidden_size)
         self.t_embedder = TimestepEmbedder(hidden_size)
@@ -255,9 +256,9 @@ class HunyuanDiT(SkipTransformer):
         """
         height, width, patch = *hidden_states.shape[-2:], self.config.patch_size
         if height % patch or width % patch:
-            raise ValueError(f"latents are {height} x {width}, which patches of {patch} do not tile")
+            raise UserError(f"latents are {height} x {width}, which patches of {patch} do not tile")
         if controlnet_block_samples is not None and len(controlnet_block_samples) != self.n_skips:
-            raise ValueError(f"there are {len(controlnet_block_samples)} controls for {self.n_skips} skips")
+            raise UserError(f"there are {len(controlnet_block_samples)} controls for {self.n_skips} skips")
         if isinstance(encoder_hidden_states, Text):
             keys, values, pooled = encoder_hidden_states
         else:
@@ -320,11 +321,11 @@ class HunyuanDiT(SkipTransformer):
             mlp_hidden = len(state["blocks.0.mlp.fc1.bias"])
             text_states_dim_t5 = state["mlp_t5.0.weight"].shape[1]
         except KeyError as error:
-            raise ValueError(f"not the weights of a {cls.__name__}: they lack {error}") from error
+            raise UserError(f"not the weights of a {cls.__name__}: they lack {error}") from error
         if qk_norm:
             num_heads = dim // len(state["blocks.0.attn1.q_norm.weight"])
         if not num_heads and dim != 1408:
-            raise ValueError(
+            raise UserError(
                 f"no released {cls.__name__} is {dim} wide: state its number of attention heads (num_heads)"
             )
         return {

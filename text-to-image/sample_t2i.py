@@ -43,6 +43,7 @@ from skipdit.sampling.prompts import file_names, read_prompts
 from skipdit.sampling.text_conditional import Parts, PromptSampler, check_settings, run_pipeline, write_prompts
 from skipdit.text_to_image.model import HunyuanDiT, rotary_tables
 from skipdit.utils.device import process_state
+from skipdit.utils.errors import UserError
 from skipdit.utils.files import write_png
 from skipdit.utils.seeding import generators
 
@@ -155,7 +156,7 @@ def check(config: Config, branch: int | None) -> Parts:
     vae = load_vae(places["vae"])
     state = load_state(places["weights"])
     if "style_embedder.weight" in state:
-        raise ValueError(f"{places['weights']} holds {identify(state)}. {BEFORE_V1_2}")
+        raise UserError(f"{places['weights']} holds {identify(state)}. {BEFORE_V1_2}")
     with torch.device("meta"):
         model = HunyuanDiT(**HunyuanDiT.config_from_state(state))
     size, released = (config.height, config.width), model.config.hidden_size == RELEASED_WIDTH

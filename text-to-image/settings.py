@@ -8,6 +8,7 @@ from pathlib import Path
 from skipdit.cli import friendly_errors, make_parser
 from skipdit.config import Settings, load_config, setting
 from skipdit.data.settings import PictureData
+from skipdit.diffusion.schedulers import SCHEDULERS
 from skipdit.sampling.arguments import (
     ORIGINAL,
     add_cache_arguments,
@@ -17,8 +18,9 @@ from skipdit.sampling.arguments import (
     checked,
     take_prompts,
 )
-from skipdit.sampling.settings import SCHEDULERS, WINDOW, PromptConfig
+from skipdit.sampling.settings import WINDOW, PromptConfig
 from skipdit.training.settings import TrainerConfig
+from skipdit.utils.errors import UserError
 
 NEGATIVE = "错误的眼睛，糟糕的人脸，毁容，糟糕的艺术，变形，多余的肢体，模糊的颜色，模糊，重复，病态，残缺，"
 
@@ -98,7 +100,7 @@ def image_size(args: argparse.Namespace) -> list[str]:
     args.overrides += [text for text in sides if "=" in text]  # argparse gives the switch what follows it
     sides = [text for text in sides if "=" not in text]
     if len(sides) not in (1, 2) or not all(text.isdecimal() and int(text) >= UNIT for text in sides):
-        raise ValueError(f"--image-size {' '.join(sides)}: it takes a height and a width in pixels, {UNIT} or more")
+        raise UserError(f"--image-size {' '.join(sides)}: it takes a height and a width in pixels, {UNIT} or more")
     height, width = (int(text) // UNIT * UNIT for text in (sides[0], sides[-1]))
     if (height, width) != (int(sides[0]), int(sides[-1])):
         print(f"--image-size {' '.join(sides)} is no multiple of {UNIT}: taking {height} {width}", file=sys.stderr)
@@ -122,7 +124,7 @@ def read_arguments(description: str, argv: list[str] | None = None) -> SampleCon
         cache = cache_override(args, WINDOW)
         if args.cache_at_branch is not None:
             if not cache:
-                raise ValueError("--cache-at-branch goes with --cache or --cache-step")
+                raise UserError("--cache-at-branch goes with --cache or --cache-step")
             cache = [f"{cache[0]}-b{args.cache_at_branch}"]
         args.overrides = [*args.first, *image_size(args), *args.overrides]
         config = load_config(SampleConfig, args.config, args.overrides + cache)

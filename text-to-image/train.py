@@ -40,6 +40,7 @@ from skipdit.training.objective import make_objective
 from skipdit.training.prepare import open_texts, open_training, run_trainer
 from skipdit.training.steps import Draw, Loss
 from skipdit.utils.device import process_state
+from skipdit.utils.errors import UserError
 from skipdit.utils.files import write_png
 from skipdit.utils.seeding import generators
 
@@ -80,15 +81,15 @@ def make_loss(config: Config, vae: AutoencoderKL, clip: Texts, t5: Texts, model:
 def train(config: Config, dry_run: bool = False) -> HunyuanDiT:
     """Run a config. Returns the averaged model."""
     if config.train.sample_every and config.data.image_size % UNIT:
-        raise ValueError(
+        raise UserError(
             f"data.image_size {config.data.image_size} is not a multiple of {UNIT}: set train.sample_every=0"
         )
     if config.lora_rank and (config.train.freeze or config.train.parallel != "ddp" or not config.init):
-        raise ValueError("lora_rank puts adapters onto `init`: set that, train.freeze=false and train.parallel=ddp")
+        raise UserError("lora_rank puts adapters onto `init`: set that, train.freeze=false and train.parallel=ddp")
     absent = []
     for name, part in {"clip": config.clip, "t5": config.t5}.items():
         if not part.files and not part.encoder:
-            raise ValueError(f"set {name}.encoder, a text encoder, or {name}.files, what it gave of the captions")
+            raise UserError(f"set {name}.encoder, a text encoder, or {name}.files, what it gave of the captions")
         absent += [] if part.files else missing_text_files(part.encoder, part.tokenizer)
 
     def build(vae: AutoencoderKL) -> HunyuanDiT:

@@ -23,6 +23,7 @@ from skipdit.caching.steps import CacheStep
 from skipdit.layers.attention import modulate, normalize
 from skipdit.layers.embeddings import PatchEmbed, sincos_1d, sincos_2d, unpatchify
 from skipdit.layers.skip import SkipTransformer, caches_output, make_skips
+from skipdit.utils.errors import UserError
 from skipdit.utils.provenance import count_members
 
 
@@ -166,7 +167,7 @@ class LatteT2V(SkipTransformer):
     ):
         super().__init__()
         if (norm_type, norm_elementwise_affine, norm_eps) != ("ada_norm_single", False, 1e-6):
-            raise ValueError(
+            raise UserError(
                 f"norm_type {norm_type!r}, norm_elementwise_affine {norm_elementwise_affine}, norm_eps {norm_eps}: "
                 "only 'ada_norm_single', False and 1e-6 are known, which all released Latte models have"
             )
@@ -254,9 +255,9 @@ class LatteT2V(SkipTransformer):
         count, _, pictures, height, width = hidden_states.shape
         frames, patch = pictures - use_image_num, self.config.patch_size
         if height % patch or width % patch:
-            raise ValueError(f"latents are {height} x {width}, which patches of {patch} do not tile")
+            raise UserError(f"latents are {height} x {width}, which patches of {patch} do not tile")
         if not 1 <= frames <= self.config.video_length:
-            raise ValueError(f"clips have {frames} frames, the model was made for up to {self.config.video_length}")
+            raise UserError(f"clips have {frames} frames, the model was made for up to {self.config.video_length}")
         text = encoder_hidden_states
         if isinstance(text, Text):
             texts = [(keys, values, text.bias) for keys, values in zip(text.keys, text.values, strict=True)]
@@ -264,7 +265,7 @@ class LatteT2V(SkipTransformer):
             projected, bias = self._project(text, encoder_attention_mask)
             texts = [(projected, None, bias)] * len(self.transformer_blocks)
         if texts[0][0].shape[:2] != (count, 1 + use_image_num):
-            raise ValueError(
+            raise UserError(
                 f"texts are {tuple(texts[0][0].shape[:2])}, wanted is one for each of {count} clips"
                 + (f" and its {use_image_num} images" if use_image_num else "")
             )
@@ -342,9 +343,9 @@ class LatteT2V(SkipTransformer):
             num_layers = count_members(state, "temporal_transformer_blocks")
             cross_attention_dim = state["transformer_blocks.0.attn2.to_k.weight"].shape[1]
         except KeyError as error:
-            raise ValueError(f"not the weights of a {cls.__name__}: they lack {error}") from error
+            raise UserError(f"not the weights of a {cls.__name__}: they lack {error}") from error
         if not num_heads and dim != 1152:
-            raise ValueError(
+            raise UserError(
                 f"no released {cls.__name__} is {dim} wide: state its number of attention heads (num_heads)"
             )
         heads = num_heads or 16

@@ -38,6 +38,7 @@ from skipdit.sampling.prompts import file_names, read_prompts
 from skipdit.sampling.text_conditional import Parts, PromptSampler, check_settings, run_pipeline, write_prompts
 from skipdit.text_to_video.model import LatteT2V
 from skipdit.utils.device import process_state
+from skipdit.utils.errors import UserError
 from skipdit.utils.files import write_png
 from skipdit.utils.seeding import generators
 from skipdit.utils.video import check_fps, contact_sheet, side_by_side, write_gif, write_mp4
@@ -146,9 +147,9 @@ def check(config: Config, branch: int | None) -> Parts:
     native = model.config.sample_size * downsampling(vae)
     height, width = config.height or native, config.width or native
     if not 1 <= config.num_frames <= model.config.video_length:
-        raise ValueError(f"num_frames is {config.num_frames}; this model makes 1 to {model.config.video_length}")
+        raise UserError(f"num_frames is {config.num_frames}; this model makes 1 to {model.config.video_length}")
     if config.temporal_decoder and (config.vae_slicing or config.vae_tiling):
-        raise ValueError("the temporal decoder knows neither vae_slicing nor vae_tiling")
+        raise UserError("the temporal decoder knows neither vae_slicing nor vae_tiling")
     released = torch.float16 if model.config.cross_attention_dim == RELEASED_WIDTH else None
     check_settings(config, model, vae, (height, width), branch, released=released)
     return Parts(model, vae, scheduler, (height, width))

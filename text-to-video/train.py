@@ -33,6 +33,7 @@ from skipdit.training.loop import fit
 from skipdit.training.objective import make_objective
 from skipdit.training.prepare import open_texts, open_training, run_trainer
 from skipdit.training.steps import Draw, Loss
+from skipdit.utils.errors import UserError
 from skipdit.utils.seeding import generators
 from skipdit.utils.video import write_look
 
@@ -44,12 +45,12 @@ def build_model(config: ModelConfig, latents: int, num_frames: int, in_channels:
     if config.folder:
         settings = LatteT2V.load_config(config.folder)
         if settings["sample_size"] != latents or settings["video_length"] < num_frames:
-            raise ValueError(
+            raise UserError(
                 f"{config.folder} is of a model for {settings['video_length']} frames of {settings['sample_size']} "
                 f"latent pixels; the data has {num_frames} of {latents} (data.num_frames, data.image_size)"
             )
         if settings["in_channels"] != in_channels:
-            raise ValueError(
+            raise UserError(
                 f"{config.folder} is of a model for {settings['in_channels']} latent channels; the autoencoder has "
                 f"{in_channels}"
             )
@@ -59,7 +60,7 @@ def build_model(config: ModelConfig, latents: int, num_frames: int, in_channels:
     given |= {"in_channels": in_channels, "out_channels": 2 * in_channels}
     model = LatteT2V(**given, cross_attention_dim=width, sample_size=latents, video_length=num_frames)
     if latents % (patch := model.config.patch_size):
-        raise ValueError(
+        raise UserError(
             f"data.image_size makes latents of {latents} pixels a side, which patches of {patch} do not tile"
         )
     return model
@@ -98,7 +99,7 @@ def train(config: Config, dry_run: bool = False) -> LatteT2V:
     dataset = open_clips(config.data, vae)
     if dataset.captions is None:
         fix = "encode them again with --captions" if config.data.kind == "latents" else "set data.captions"
-        raise ValueError(f"{config.data.path}: the clips have no captions; {fix}")
+        raise UserError(f"{config.data.path}: the clips have no captions; {fix}")
     texts = open_texts(dataset.captions, config.texts, config.text_encoder, config.tokenizer, config.text_dtype)
     dim, known = model.config.caption_channels, config.text_fingerprint
     config = changed(config, {"text_fingerprint": texts.require("texts", dim, known)})  # kept, as the autoencoder's is

@@ -15,6 +15,7 @@ from skipdit.caching.runtime import SkipCache
 from skipdit.caching.steps import CacheStep
 from skipdit.layers.flops import run_flops
 from skipdit.layers.skip import SkipTransformer, predicted_noise
+from skipdit.sampling.report import step_counts
 
 SECTION = "end-to-end"
 INTERVALS = (2, 3, 4)
@@ -57,8 +58,7 @@ def measure_runs(bench: Bench, case: Case, batch: int, dtype: str, mode: str) ->
         cache = sample.cache
         result[spec] = {
             "seconds_per_sample": statistics.median(times) / batch,
-            "full_steps": cache.full_steps,
-            "cached_steps": cache.cached_steps,
+            **step_counts(cache),
             "flops_speedup": case.steps * flops["full"] / run_flops(cache, flops),
             "peak_bytes": bench.peak(),
             "cache_bytes": cache.peak_bytes,

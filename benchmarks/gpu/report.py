@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from gpu.record import ROOT
+from skipdit.sampling.report import steps_column
 
 NO_CARD = "# On a GPU: no card has been at hand yet"
 DIT = "DiT-XL/2 256"
@@ -262,14 +263,14 @@ def _baseline_table(data: Data) -> list[str]:
 
 
 def _runs_table(data: Data) -> list[str]:
+    measured = [(row, spec, run) for row in results(data, "end-to-end") for spec, run in row["runs"].items()]
+    title, steps = steps_column([run for _, _, run in measured])
     rows = []
-    for row in results(data, "end-to-end"):
-        about = (row["model"], row["batch"], row["dtype"], row["mode"])
-        for spec, run in row["runs"].items():
-            steps, seconds = f"{run['full_steps']} + {run['cached_steps']}", f"{run['seconds_per_sample']:.3g}"
-            speedups = (f"{run['speedup']:.2f}", f"{run['flops_speedup']:.2f}", _gib(run["peak_bytes"]))
-            rows.append((*about, "uncached" if spec == "none" else spec, steps, seconds, *speedups))
-    columns = ("model", "batch", "dtype", "mode", "cache", "full + cached steps", "s / sample")
+    for (row, spec, run), counts in zip(measured, steps, strict=True):
+        about = (row["model"], row["batch"], row["dtype"], row["mode"], "uncached" if spec == "none" else spec)
+        speedups = (f"{run['speedup']:.2f}", f"{run['flops_speedup']:.2f}", _gib(run["peak_bytes"]))
+        rows.append((*about, counts, f"{run['seconds_per_sample']:.3g}", *speedups))
+    columns = ("model", "batch", "dtype", "mode", "cache", title, "s / sample")
     return _table((*columns, "speedup", "in FLOPs", "peak GiB"), rows)
 
 

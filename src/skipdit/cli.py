@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import MISSING, fields, is_dataclass
 
+from skipdit.utils.errors import UserError
 from skipdit.utils.files import FULL, explained
 from skipdit.utils.signals import stop_signals
 
@@ -42,7 +43,8 @@ def make_parser(
 
 @contextmanager
 def friendly_errors(again: str = "goes on with what is complete") -> Iterator[None]:
-    """Ends the program with a message, not a traceback, for what the user can mend: settings, files, checkpoints.
+    """Ends the program with a message, not a traceback, for what the user can mend: settings, files, checkpoints, a
+    server that cannot be reached. A defect keeps its traceback, and all do with SKIPDIT_TRACEBACK=1.
 
     After Ctrl-C and SIGTERM the message says how to go on, by `again` what the same command does then unless the block
     told more, and the exit code is that of the signal, 130 or 143. What
@@ -63,10 +65,13 @@ def friendly_errors(again: str = "goes on with what is complete") -> Iterator[No
         if told and os.environ.get("RANK", "0") == "0":
             print(told, file=sys.stderr)
         raise SystemExit(128 + getattr(stop, "signum", signal.SIGINT)) from None
-    except (ValueError, OSError, ArithmeticError) as error:
+    except (UserError, OSError, FloatingPointError) as error:
         if getattr(error, "errno", None) in (*FULL, errno.EROFS):
             error = explained(error, error.filename or "a file")
-        print(f"error: {error}", file=sys.stderr)
+        if os.environ.get("SKIPDIT_TRACEBACK", "0") not in ("", "0"):
+            traceback.print_exception(error)
+        else:
+            print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from error
 
 

@@ -17,6 +17,7 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from skipdit.utils.errors import UserError
 from skipdit.utils.shipped import find_config, found, locate
 from skipdit.utils.text import read_text, user_path
 
@@ -25,7 +26,7 @@ _TEXT = (str, str | None)  # types of settings that are a text
 _QUOTED = re.compile(r"""\s*(?:"(?:[^"\\]|\\.)*"|'(?:[^']|'')*')\s*""")  # all of it, as YAML has it
 
 
-class ConfigError(ValueError):
+class ConfigError(UserError):
     """A config that names an unknown key, has a value of the wrong type, or lacks a required one."""
 
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from skipdit.caching.policies import CacheSpec, parse_policy
 from skipdit.cli import friendly_errors
 from skipdit.config import load_config, named_task
+from skipdit.utils.errors import UserError
 from skipdit.utils.shipped import find_config
 
 if TYPE_CHECKING:  # torch takes seconds, and settings can be read without it
@@ -83,7 +84,7 @@ def find_task(config: str | None, name: str | None = None) -> Task:
     """
     name = name or named_task(config) or find_config(config).resolve().parent.name
     if name not in TASKS:
-        raise ValueError(
+        raise UserError(
             f"{name!r} is no task: keep a config in a folder named after its own, for example class-to-image, write "
             "task: class-to-image into it, or say --task class-to-image"
         )

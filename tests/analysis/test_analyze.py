@@ -62,7 +62,7 @@ def test_trace_is_the_forward_pass(model):
     out = out if torch.is_tensor(out) else out.sample
     noise = out[:, :, :4] if isinstance(model, Latte) else out[:, :4]
     assert torch.equal(seen.noise, noise) and torch.equal(predict(model, call), noise)
-    assert seen.depth == (8 if model.n_skips == 3 else 4) and "_stack" not in vars(model)
+    assert seen.depth == (8 if model.n_skips == 3 else 4) and "run_layers" not in vars(model)
     for i in range(seen.depth):
         assert torch.equal(seen.layer(i, *seen.inputs(i)), seen.outputs[i])
     if model.n_skips:  # the feature is the one that Skip-Cache keeps

@@ -8,7 +8,8 @@ from conftest import tiny_dit
 
 from skipdit.class_to_image.model import DiT
 from skipdit.diffusion.flow import FLOW_SOLVERS, make_flow_scheduler, path, shifted, velocity_loss
-from skipdit.diffusion.samplers import SOLVERS, make_solver, multistep
+from skipdit.diffusion.samplers import make_solver, multistep
+from skipdit.diffusion.schedulers import SOLVERS
 from skipdit.sampling.class_conditional import generate
 from skipdit.utils.seeding import generators
 

@@ -17,11 +17,11 @@ from skipdit.class_to_image.sample import main as sample_classes
 from skipdit.config import changed, load_config, to_yaml
 from skipdit.diffusion.flow import FLOW_SOLVERS
 from skipdit.diffusion.gaussian import Diffusion
-from skipdit.diffusion.samplers import SOLVERS
+from skipdit.diffusion.schedulers import SOLVERS
 from skipdit.evaluation.compare import check_plans, rows_for
 from skipdit.planning.calibration import Bench
 from skipdit.planning.controls import controls
-from skipdit.planning.fitting import Fit, LeastSquares, combined
+from skipdit.planning.fitting import Fit, LeastSquares, forecast
 from skipdit.planning.schedules import affordable, full_steps, schedule
 from skipdit.sampling.class_conditional import generate
 from skipdit.tasks import find_task
@@ -199,7 +199,7 @@ def test_least_squares_weighs_samples_by_their_own_error():
 
 def test_combinations_are_those_of_the_runtime():
     stored = [torch.tensor([float(n * n)]) for n in (3, 2, 1)]
-    assert combined(stored, torch.tensor([0.5, 2.0])).item() == 9 + 0.5 * 5 + 2 * 3
+    assert forecast(stored, torch.tensor([0.5, 2.0])).item() == 9 + 0.5 * 5 + 2 * 3
 
 
 def test_converged_images_are_those_of_many_steps(tmp_path):

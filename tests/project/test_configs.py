@@ -34,12 +34,12 @@ from skipdit.config import ConfigError, changed, load_config, to_yaml
 from skipdit.data.settings import ClipData
 from skipdit.data.stream import rows_of
 from skipdit.diffusion.gaussian import Diffusion
+from skipdit.diffusion.schedulers import SCHEDULERS
 from skipdit.encoders.reading import READINGS
 from skipdit.encoders.text import missing_text_files
 from skipdit.layers.flops import run_flops, step_flops
 from skipdit.sampling.class_conditional import SAMPLERS
 from skipdit.sampling.prompts import read_prompts
-from skipdit.sampling.settings import SCHEDULERS
 from skipdit.tasks import find_task
 from skipdit.text_to_image import HunyuanDiT
 from skipdit.text_to_image import sample_t2i as t2i_sample

@@ -35,20 +35,8 @@ from skipdit.utils.seeding import generators
 
 
 @pytest.fixture
-def config(tmp_path, vae_folder):
-    torch.save({"ema": to_released(tiny_dit().state_dict())}, tmp_path / "tiny.pt")
-    return Config(
-        weights=str(tmp_path / "tiny.pt"),
-        vae=str(vae_folder),
-        out=str(tmp_path / "out"),
-        image_size=8,
-        num_samples=5,
-        batch_size=2,
-        steps=6,
-        sampler="ddim",
-        cache="N2-1000-20",
-        model=ModelConfig(patch_size=2, hidden_size=32, depth=4, num_heads=2, num_classes=10, skip=True),
-    )
+def config(sampling_config) -> Config:
+    return sampling_config("class-to-image")
 
 
 def images(folder) -> list[np.ndarray]:
@@ -77,56 +65,6 @@ def test_outputs_and_report(config):
     assert report["seconds_per_step"]["cached"] > 0
     assert report["flops_per_step"]["cached"] < report["flops_per_step"]["full"]
     assert {"seed", "config", "versions", "device"} <= report.keys()
-
-
-@pytest.mark.parametrize("sampler", ["ddim", "ddpm"])
-def test_image_does_not_depend_on_batch_size(config, tmp_path, sampler):
-    """Story 10."""
-    config = changed(config, {"sampler": sampler})
-    sample(config)
-    first, config = config.out, changed(config, {"out": str(tmp_path / "other"), "batch_size": 5})
-    sample(config)
-    assert_same_images(first, config.out)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(("batch_size", "levels"), [(1, 0), (2, 1)])
-def test_image_does_not_depend_on_the_number_of_processes(config, tmp_path, batch_size, levels):
-    """To the bit where every image has calls of its own; two processes put others together than one does."""
-    config = changed(config, {"batch_size": batch_size})
-    sample(config)
-    first, config = config.out, changed(config, {"out": str(tmp_path / "two")})
-    file = tmp_path / "two.yaml"
-    file.write_text(to_yaml(config))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command += [str(ROOT / "class-to-image/sample.py"), "--config", str(file)]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=300)
-    assert result.returncode == 0, result.stderr[-2000:]
-    assert_same_images(first, config.out, levels)
-    assert json.loads((Path(config.out) / "report.json").read_text())["processes"] == 2
-
-
-@pytest.mark.parametrize(("batch_size", "levels"), [(1, 0), (2, 1)])
-def test_interrupted_run_continues(config, tmp_path, batch_size, levels):
-    """Story 11: what is there stays, what is missing is made, and is what it would have been."""
-    config = changed(config, {"batch_size": batch_size})
-    sample(config)
-    folder = Path(config.out)
-    whole, kept = images(folder), (folder / "000000.png").stat().st_mtime_ns
-    for index in (1, 4):
-        (folder / f"{index:06d}.png").unlink()
-    (folder / "partial-000001.png").write_bytes(b"half a picture")
-    sample(config)
-    assert (folder / "000000.png").stat().st_mtime_ns == kept
-    for a, b in zip(whole, images(folder), strict=True):
-        assert np.abs(a - b).max() <= levels
-
-
-def test_finished_run_keeps_its_report(config):
-    """The second time nothing is timed, and there is nothing to report."""
-    first = sample(config)
-    assert sample(config) == json.loads(json.dumps(first))
-    assert json.loads((Path(config.out) / "report.json").read_text()) == json.loads(json.dumps(first))
 
 
 def test_report_of_fewer_samples_is_made_anew(config):
@@ -171,6 +109,14 @@ def test_more_images_of_the_same_run(config):
     config = changed(config, {"num_samples": 7})
     sample(config)
     assert len(images(config.out)) == 7
+
+
+def test_noise_at_every_step_does_not_depend_on_batch_size(config, tmp_path):
+    config = changed(config, {"sampler": "ddpm"})
+    sample(config)
+    first, config = config.out, changed(config, {"out": str(tmp_path / "other"), "batch_size": 5})
+    sample(config)
+    assert_same_images(first, config.out)
 
 
 @pytest.mark.parametrize(("key", "value"), [("guidance_scale", 2.0), ("cache", "N3-1000-20"), ("seed", 1)])

@@ -14,26 +14,17 @@ from transformers import AutoTokenizer, T5EncoderModel
 
 from skipdit.config import changed, to_yaml
 from skipdit.data.video import read_mp4
+from skipdit.diffusion.schedulers import SCHEDULERS
 from skipdit.encoders.autoencoder import decode
 from skipdit.sampling.prompts import read_prompts
-from skipdit.sampling.settings import SCHEDULERS
 from skipdit.text_to_video import sample_t2v
 from skipdit.text_to_video.sample_t2v import Config, check, make_scheduler, open_pipeline, sample
 from skipdit.utils.pixels import to_uint8
 
 
 @pytest.fixture
-def config(released_t2v, tmp_path) -> Config:
-    return Config(
-        weights=str(released_t2v / "Latte-skip.pt"),
-        pipeline=str(released_t2v / "Latte-0"),
-        out=str(tmp_path / "out"),
-        prompts=["a dog runs", "the cat"],
-        num_frames=4,
-        height=16,
-        width=16,
-        steps=6,
-    )
+def config(sampling_config) -> Config:
+    return sampling_config("text-to-video")
 
 
 def files(config: Config, suffix: str) -> list[Path]:
@@ -117,43 +108,6 @@ def test_offload_is_one_of_three(config):
     config = changed(config, {"offload": "sometimes"})
     with pytest.raises(ValueError, match="offload is 'sometimes'; known: none, model, group"):
         sample(config)
-
-
-@pytest.mark.slow
-def test_clip_does_not_depend_on_its_neighbours(config, tmp_path):
-    config = changed(config, {"videos_per_prompt": 3})
-    sample(config)
-    together = contents(config)
-    config = changed(config, {"out": str(tmp_path / "batched"), "batch_size": 2})
-    sample(config)
-    for one, other in zip(files(config, "mp4"), together.values(), strict=True):
-        (tmp_path / "other.mp4").write_bytes(other)
-        assert (read_mp4(one).int() - read_mp4(tmp_path / "other.mp4").int()).abs().max() <= 2
-
-
-@pytest.mark.slow
-def test_interrupted_run_continues(config):
-    config = changed(config, {"videos_per_prompt": 2})
-    sample(config)
-    whole = contents(config)
-    for path in files(config, "mp4")[1:3]:
-        path.unlink()
-    sample(config)
-    assert contents(config) == whole
-    with pytest.raises(ValueError, match=r"guidance_scale: 7\.5 there, 2\.0 now"):
-        config = changed(config, {"guidance_scale": 2.0})
-        sample(config)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("guidance", [1.0, 7.5])
-def test_interval_1_changes_nothing(config, tmp_path, guidance):
-    config = changed(config, {"guidance_scale": guidance})
-    sample(config)
-    uncached = contents(config)
-    config = changed(config, {"out": str(tmp_path / "cached"), "cache": "N1-700-50"})
-    assert sample(config)["steps"] == {"full": 6, "cached": 0, "forecast": 0}
-    assert contents(config) == uncached
 
 
 @pytest.mark.parametrize("scheduler", [name for name in SCHEDULERS if name != "ddim"])

@@ -1,65 +1,31 @@
 """The text-to-video trainer: two stages on captioned clips, resumed, from files and on the fly."""
 
-import json
 import shutil
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
-from conftest import FSDP, assert_equal, kill_at, run_script, short_training, skipdit_command, state, stats, train_flow
+from conftest import CLIP_CAPTIONS as CAPTIONS
+from conftest import assert_equal, skipdit_command, state, stats, train_flow
 from torch import nn
 from transformers import T5EncoderModel
 
 from skipdit.checkpoints.loading import load_weights
 from skipdit.config import changed
-from skipdit.data.settings import ClipData
 from skipdit.data.texts import LiveTexts
 from skipdit.data.video import read_mp4
 from skipdit.encoders.text import load_text_encoder
 from skipdit.text_to_video import LatteT2V, sample_t2v
-from skipdit.text_to_video.train import Config, ModelConfig, make_loss, train
+from skipdit.text_to_video.train import ModelConfig, make_loss, train
 from skipdit.training.steps import Draw
-from skipdit.utils.video import write_mp4
 
 encode = skipdit_command("encode")
 encode_text = skipdit_command("encode-text")
 
-CAPTIONS = ["the red car drives", "a dog runs", "two birds fly above the quiet lake", "the cat", "a man sleeps"]
-
-
-@pytest.fixture(scope="session")
-def captioned(tmp_path_factory) -> Path:
-    """Five clips of ten frames with their captions; a sixth that is cut short, a seventh without a caption."""
-    folder, rng, rows = tmp_path_factory.mktemp("captioned"), np.random.default_rng(0), []
-    for number, caption in enumerate([*CAPTIONS, "cut off", ""]):
-        frames = torch.from_numpy(rng.integers(0, 256, (10, 3, 24, 32), dtype=np.uint8))
-        write_mp4(folder / f"{number}.mp4", frames, fps=8)
-        rows.append({"video": f"{number}.mp4", "caption": caption})
-    cut = folder / "5.mp4"
-    cut.write_bytes(cut.read_bytes()[:300])
-    (folder / "captions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return folder
-
 
 @pytest.fixture
-def config(captioned, text_folder, vae_folder, tmp_path) -> Config:
-    return Config(
-        out=str(tmp_path / "run"),
-        vae=str(vae_folder),
-        text_encoder=str(text_folder / "text_encoder"),
-        text_dtype="float32",
-        model=ModelConfig(num_attention_heads=2, attention_head_dim=8, num_layers=4, caption_channels=16),
-        data=ClipData(
-            path=str(captioned),
-            captions=str(captioned / "captions.jsonl"),
-            num_frames=4,
-            frame_interval=2,
-            images=2,
-            image_size=8,
-        ),
-        train=short_training(),
-    )
+def config(training_config):
+    return training_config("text-to-video")
 
 
 @pytest.mark.slow
@@ -114,52 +80,10 @@ def test_flow_matching_trains_resumes_and_samples(config, tmp_path, released_t2v
         sample_t2v.sample(sample_t2v.Config(**places, **sizes, scheduler="ddim"))
 
 
-@pytest.mark.slow
-def test_residual_stage_1_starts_at_the_plain_model(config, tmp_path):
-    """Its first loss is the plain model's; with the paper's skips, drawn at random, it is not."""
-    config = changed(config, {"out": str(tmp_path / "plain"), "model.skip": False})
-    train(config)
-    config = changed(config, {"model.skip": True, "train.freeze": True, "init": config.out, "train.lr": 0.0})
-    losses = {}
-    for fuse in ("replace", "residual"):
-        config = changed(config, {"out": str(tmp_path / fuse), "model.fuse": fuse})
-        train(config)
-        losses[fuse] = stats(config)[0]["loss"]
-    config = changed(config, {"out": str(tmp_path / "again"), "model.skip": False, "train.freeze": False})
-    train(config)
-    assert losses["residual"] == pytest.approx(stats(config)[0]["loss"], rel=1e-5)
-    assert losses["replace"] != pytest.approx(losses["residual"], rel=1e-4)
-
-
-@pytest.mark.slow
-def test_killed_run_continues_bit_equal(config, tmp_path):
-    config = changed(config, {"train.steps": 30, "train.save_every": 1, "train.keep": 2})
-    train(config)
-    whole = state(config)
-    config = changed(config, {"out": str(tmp_path / "killed")})
-    kill_at(config, (3, 11), task="text-to-video")
-    assert run_script(config, task="text-to-video").returncode == 0
-    assert_equal(whole | {"args": None}, state(config) | {"args": None})
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("parallel", ["ddp", FSDP])
-def test_two_processes_equal_one(config, tmp_path, parallel):
-    train(config)
-    alone, whole = stats(config), state(config)["ema"]
-    config = changed(config, {"out": str(tmp_path / "two"), "train.parallel": parallel})
-    result = run_script(config, processes=2, task="text-to-video")
-    assert result.returncode == 0, result.stderr[-3000:]
-    for a, b in zip(alone, stats(config), strict=True):
-        assert a["loss"] == pytest.approx(b["loss"], rel=1e-4)
-    for name, tensor in state(config)["ema"].items():
-        torch.testing.assert_close(tensor, whole[name], atol=2e-3, rtol=1e-2)
-
-
-def test_files_of_latents_and_texts_train_like_clips_and_captions(config, captioned, tmp_path, monkeypatch):
+def test_files_of_latents_and_texts_train_like_clips_and_captions(config, captioned_clips, tmp_path, monkeypatch):
     """What `encode` and `encode-text` wrote gives the losses of the clips and captions themselves."""
     config = changed(config, {"data.flip": False})
-    shutil.copytree(captioned, tmp_path / "clips")
+    shutil.copytree(captioned_clips, tmp_path / "clips")
     (tmp_path / "clips/5.mp4").unlink()  # the encoder leaves a broken clip out, and the order changes
     lines = (tmp_path / "clips/captions.jsonl").read_text().splitlines()[:5]
     (tmp_path / "clips/captions.jsonl").write_text("\n".join(lines))
@@ -208,7 +132,7 @@ class _Listener(nn.Module):
         return (torch.cat([x, x], dim=1),)
 
 
-def test_captions_reach_their_pictures(config, captioned):
+def test_captions_reach_their_pictures(config, captioned_clips):
     """Every clip and every image has the tokens of its own caption, or the empty one's under the same mask."""
     texts = LiveTexts(load_text_encoder(config.text_encoder), CAPTIONS)
     rows, model, config = 64, _Listener(), changed(config, {"data.latents": "mean"})

@@ -13,17 +13,15 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState, GradientState
 from accelerate.utils import LoggerType
-from conftest import FSDP, assert_equal, kill_at, run_script, short_training, state, stats, tiny_dit
+from conftest import FSDP, assert_equal, run_script, state, stats, tiny_dit
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from skipdit.checkpoints.errors import WeightsError
 from skipdit.checkpoints.loading import load_weights
 from skipdit.checkpoints.released import to_released
-from skipdit.class_to_image.sample import ModelConfig
 from skipdit.class_to_image.train import Config, train
 from skipdit.config import changed, load_config
 from skipdit.data.images import ImageFolder
-from skipdit.data.settings import ImageData
 from skipdit.data.stream import rows_of
 from skipdit.training.checkpoints import latest
 from skipdit.training.loop import describe, fit
@@ -33,15 +31,8 @@ from skipdit.training.steps import Draw, learning_rate, set_trainable
 
 
 @pytest.fixture
-def config(tmp_path, vae_folder, image_folder):
-    """Four steps of four images, a checkpoint every other step."""
-    return Config(
-        out=str(tmp_path / "run"),
-        vae=str(vae_folder),
-        model=ModelConfig(patch_size=2, hidden_size=32, depth=4, num_heads=2, num_classes=3, skip=True),
-        data=ImageData(path=str(image_folder), image_size=8),
-        train=short_training(),
-    )
+def config(training_config):
+    return training_config("class-to-image")
 
 
 @pytest.mark.slow
@@ -85,19 +76,6 @@ def test_tensorboard_has_every_step_of_a_resumed_run_once(config):
     train(config)
     board = EventAccumulator(str(Path(config.out) / "tensorboard")).Reload()
     assert [event.step for event in board.Scalars("train/loss")] == [1, 2, 3, 4]
-
-
-@pytest.mark.slow
-def test_killed_run_continues_bit_equal(config, tmp_path):
-    """SIGKILL at three moments, saving included (every step saves), then the same command to the end."""
-    config = changed(config, {"train.steps": 40, "train.save_every": 1, "train.keep": 2})
-    train(config)
-    whole = state(config)
-    config = changed(config, {"out": str(tmp_path / "killed")})
-    kill_at(config, (3, 11, 19))
-    assert run_script(config).returncode == 0
-    assert_equal(whole | {"args": None}, state(config) | {"args": None})
-    assert [line["step"] for line in stats(config)] == list(range(1, 41))
 
 
 def test_damaged_checkpoint_is_passed_over(config):
@@ -151,25 +129,6 @@ def test_only_the_end_is_saved(config):
     train(config)
     assert [file.name for file in (Path(config.out) / "checkpoints").iterdir()] == ["0000004.pt"]
     assert [line["step"] for line in stats(config)] == [4]
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("parallel", ["ddp", FSDP])
-def test_two_processes_equal_one(config, tmp_path, parallel):
-    """Same data, noise and losses; gradients differ by the order of summation only. Then one process takes over."""
-    train(config)
-    alone, whole = stats(config), state(config)["ema"]
-    config = changed(config, {"out": str(tmp_path / parallel), "train.parallel": parallel, "train.sample_every": 2})
-    result = run_script(config, "train.steps=2", processes=2)
-    assert result.returncode == 0, result.stderr[-3000:]
-    assert (tmp_path / parallel / "samples/0000002.png").exists()
-    config = changed(config, {"train.sample_every": 0})
-    train(config)
-    for a, b in zip(alone, stats(config), strict=True):
-        assert a["loss"] == pytest.approx(b["loss"], rel=1e-4)
-        assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-3)
-    for name, tensor in state(config)["ema"].items():
-        torch.testing.assert_close(tensor, whole[name], atol=2e-4, rtol=1e-3)
 
 
 COUNT_MODELS = """
@@ -315,24 +274,6 @@ def test_launches_that_cannot_be_honoured_are_refused(config, launched, name):
     assert not Path(config.out).exists()
     launched(**{name: "NO" if "SAGEMAKER" in name else "false"})
     train(config)
-
-
-def test_stage_one_trains_the_skips_only(config, tmp_path):
-    """Plain weights start it; the blocks before the first skip get no graph, since nothing in them is trained."""
-    config = changed(config, {"model.skip": False})
-    train(config)
-    plain = tmp_path / "run"
-    config = changed(
-        config, {"out": str(tmp_path / "stage1"), "init": str(plain), "model.skip": True, "train.freeze": True}
-    )
-    train(config)
-    before, after = latest(plain / "checkpoints")[1], state(config)
-    for name, tensor in after["model"].items():
-        if name.startswith("skip"):
-            assert not torch.equal(tensor, after["ema"][name])
-        else:
-            assert torch.equal(tensor, before["ema"][name]), name
-    assert {key.split(".")[0] for key in after["opt"]["state"]} == {"skips"}
 
 
 def test_stage_one_builds_no_graph_before_the_first_skip():

@@ -15,6 +15,7 @@ from skipdit.config import changed, load_config, to_dict
 from skipdit.layers.skip import SkipTransformer
 from skipdit.sampling.sampler import Sampler
 from skipdit.tasks import Task, read_settings
+from skipdit.utils.errors import UserError
 from skipdit.utils.files import replace_text, whole_file
 from skipdit.utils.provenance import versions
 
@@ -48,10 +49,10 @@ def open_subjects(task: Task, args: argparse.Namespace) -> dict[str, Subject]:
         sampler = task.open_sampler(config, None)
         n_skips = sampler.model.n_skips
         if n_skips and branch > n_skips:
-            raise ValueError(f"branch {branch} is larger than the model's number of skips, {n_skips}")
+            raise UserError(f"branch {branch} is larger than the model's number of skips, {n_skips}")
         subjects["with skips" if n_skips else "plain"] = Subject(sampler, config)
     if len(subjects) < len(runs):
-        raise ValueError(f"{args.config} has a model without skips, and so is --plain: compare one of each kind")
+        raise UserError(f"{args.config} has a model without skips, and so is --plain: compare one of each kind")
     return subjects
 
 
@@ -146,14 +147,14 @@ def check(analysis: str, args: argparse.Namespace) -> None:
     least = {"points": 3, "branch": 1, "timesteps": 1, "iterations": 1, "seed": 0}
     for name, value in least.items():
         if getattr(args, name, value) < value:
-            raise ValueError(f"--{name} is {getattr(args, name)}; it must be at least {value}")
+            raise UserError(f"--{name} is {getattr(args, name)}; it must be at least {value}")
     drifts = [spec for spec in getattr(args, "spec", []) if parse_policy(spec).adaptive]
     if drifts and args.plain:
-        raise ValueError(
+        raise UserError(
             f"--spec {drifts[0]} decides in a cached run, which a plain backbone has not: leave out --plain"
         )
     if not getattr(args, "radius", 1) > 0:
-        raise ValueError(f"--radius is {args.radius}; it must be above 0")
+        raise UserError(f"--radius is {args.radius}; it must be above 0")
 
 
 @friendly_errors("starts anew")
@@ -164,7 +165,7 @@ def main(args: argparse.Namespace) -> None:
         task, _ = read_settings(args)
         subjects = open_subjects(task, args)
         if analysis == "similarity" and "with skips" not in subjects:
-            raise ValueError("similarity needs a model with skips: a plain one has no cached pass")
+            raise UserError("similarity needs a model with skips: a plain one has no cached pass")
         models = {}
         for name, subject in subjects.items():
             sizes = {"n_skips": subject.model.n_skips}

@@ -18,6 +18,7 @@ from skipdit.caching.steps import CacheStep
 from skipdit.layers.skip import SkipTransformer
 from skipdit.sampling.sampler import Sampler
 from skipdit.utils.device import double
+from skipdit.utils.errors import UserError
 
 Direction = dict[str, Tensor]
 
@@ -150,7 +151,7 @@ def similarity(sampler: Sampler, steps: int, spec: CacheSpec) -> dict[str, Any]:
     def see(call: Call, cache: CacheStep | None, noise: Tensor) -> None:
         ran = cache is not None and cache.kept_feature is None  # a full call leaves its feature there
         if cached.setdefault(call.timestep, ran) != ran:
-            raise ValueError(
+            raise UserError(
                 f"{spec} decided otherwise for another batch: let all samples be one, batch_size=num_samples"
             )
         if not cached[call.timestep]:

@@ -10,8 +10,10 @@ from torch import Tensor
 
 from skipdit.caching.policies import CacheSpec
 from skipdit.caching.steps import CacheStep
-from skipdit.layers.skip import SkipTransformer, predicted_noise
+from skipdit.layers.inspect import layers_run_by
+from skipdit.layers.skip import SkipTransformer, predicted_noise, skip_stack
 from skipdit.sampling.sampler import Sampler
+from skipdit.utils.errors import UserError
 
 
 @dataclass
@@ -53,7 +55,7 @@ def record(
     Raises ValueError for fewer than two steps.
     """
     if steps < 2:
-        raise ValueError(f"steps is {steps}; an analysis needs two or more")
+        raise UserError(f"steps is {steps}; an analysis needs two or more")
     model, runs = sampler.model, []
     names = list(inspect.signature(model.forward).parameters)  # every backbone's first two: latents, timesteps
 
@@ -100,7 +102,7 @@ class Trace:
     def feature(self, branch: int) -> Tensor:
         """The input of layer L-b before its skip is joined in: what Skip-Cache keeps. Raises ValueError if b >= L."""
         if branch >= self.depth:
-            raise ValueError(f"branch {branch} is too large for a model of {self.depth} layers")
+            raise UserError(f"branch {branch} is too large for a model of {self.depth} layers")
         return self.outputs[-branch - 1]
 
     def skip_of(self, i: int) -> int | None:
@@ -122,19 +124,16 @@ def trace(model: SkipTransformer, call: Call) -> Trace:
     """Make a call again, all layers of it, and keep their outputs; no hook of the model runs."""
     seen = Trace(model)
 
-    def stack(x: Tensor, block: Callable, cache: None = None, extras: Any = None) -> Tensor:
+    def stack(x: Tensor, *, block: Callable, **others: Any) -> Tensor:
         def watched(i: int, x: Tensor) -> Tensor:
             seen.outputs.append(block(i, x))
             return seen.outputs[-1]
 
         seen.first, seen.block = x, block
-        return type(model)._stack(model, x, watched, None, extras)
+        return skip_stack(x, block=watched, **others)
 
-    model._stack = stack
-    try:
+    with layers_run_by(model, stack):
         seen.noise = predict(model, call)
-    finally:
-        del model._stack  # the class's own comes back
     return seen
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from skipdit.caching.policy import CACHED, FORECAST, FULL, CachePolicy, known_outputs, linear_coefficients
+from skipdit.utils.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -51,25 +52,25 @@ class CachePlan(CachePolicy):
             object.__setattr__(self, "outputs", ((),) * steps)
         for name in ("features", "kinds", "outputs"):
             if len(getattr(self, name)) != steps or not steps:
-                raise ValueError(f"{self.source} has {len(getattr(self, name))} {name} for {steps} timesteps")
+                raise UserError(f"{self.source} has {len(getattr(self, name))} {name} for {steps} timesteps")
         if self.branch < 0:
-            raise ValueError(f"{self.source}: branch is {self.branch}; it must be 0, which runs no layer, or more")
+            raise UserError(f"{self.source}: branch is {self.branch}; it must be 0, which runs no layer, or more")
         if bad := set(self.kinds) - {FULL, CACHED, FORECAST}:
-            raise ValueError(
+            raise UserError(
                 f"{self.source}: a step is of kind {min(bad)!r}; it is F (full), S (cached) or O (forecast)"
             )
         if CACHED in self.kinds and not self.branch:
-            raise ValueError(f"{self.source}: branch is 0; cached steps need one of at least 1")
+            raise UserError(f"{self.source}: branch is 0; cached steps need one of at least 1")
         numbers = [w for ws in (*self.features, *self.outputs) for w in ws or ()]
         if self.kinds[0] != FULL or not all(map(math.isfinite, numbers)):
-            raise ValueError(f"{self.source}: the first step must be full, and all coefficients finite numbers")
+            raise UserError(f"{self.source}: the first step must be full, and all coefficients finite numbers")
         for i, (kind, features) in enumerate(zip(self.kinds, self.features, strict=True)):
             if (kind == CACHED) != (features is not None):
-                raise ValueError(f"{self.source}: step {i} is of kind {kind}; cached steps alone have features")
+                raise UserError(f"{self.source}: step {i} is of kind {kind}; cached steps alone have features")
             full, known = self._full(i), known_outputs(self.kinds, i)
             for name, own, stored in (("features", features or (), full), ("outputs", self.outputs[i], known)):
                 if len(own) >= max(len(stored), 1):
-                    raise ValueError(f"{self.source}: step {i} has {len(own)} coefficients for {len(stored)} {name}")
+                    raise UserError(f"{self.source}: step {i} has {len(own)} coefficients for {len(stored)} {name}")
 
     def _full(self, i: int) -> tuple[int, ...]:
         """The full steps before step i, whose features it may use."""
@@ -90,7 +91,7 @@ class CachePlan(CachePolicy):
             about.get("calibration", {}).get("seed")
             read = _numbers(timesteps), per_step, _whole(branch), _text(kinds), tuple(map(_numbers, _listed(outputs)))
         except (AttributeError, KeyError, TypeError, ValueError, OverflowError, RecursionError) as error:
-            raise ValueError(f"{file} is not a plan of `python -m skipdit plan`: {error!r}") from error
+            raise UserError(f"{file} is not a plan of `python -m skipdit plan`: {error!r}") from error
         return cls(*read, about, str(file))
 
     def save(self, file: str | Path) -> None:
@@ -155,7 +156,7 @@ class CachePlan(CachePolicy):
         """The kind of each step. Raises ValueError for other timesteps than the plan's own."""
         if list(timesteps) != list(self.timesteps):
             told = (f"{len(ts)} steps from {ts[0]:g} to {ts[-1]:g}" for ts in (self.timesteps, list(timesteps)))
-            raise ValueError(
+            raise UserError(
                 "{} is for {}; this run has {}: make one for it with python -m skipdit plan".format(self.source, *told)
             )
         return self.kinds

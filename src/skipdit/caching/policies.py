@@ -16,6 +16,7 @@ import numpy as np
 
 from skipdit.caching.plans import CachePlan
 from skipdit.caching.policy import CachePolicy
+from skipdit.utils.errors import UserError
 
 if TYPE_CHECKING:  # torch takes seconds, and a spec can be read without it
     from torch import Tensor
@@ -50,7 +51,7 @@ class CacheSpec(CachePolicy):
 
     def __post_init__(self):
         if self.interval < 1:
-            raise ValueError(f"cache interval is {self.interval}; it must be at least 1 (1 caches nothing)")
+            raise UserError(f"cache interval is {self.interval}; it must be at least 1 (1 caches nothing)")
         _check(self.branch, self.order)
 
     def __str__(self) -> str:
@@ -110,11 +111,11 @@ class DriftSpec(CachePolicy):
 
     def __post_init__(self):
         if not 0 <= self.threshold < math.inf:
-            raise ValueError(f"cache threshold is {self.threshold}; it must be a finite number, 0 or more")
+            raise UserError(f"cache threshold is {self.threshold}; it must be a finite number, 0 or more")
         if self.branch < 1:
-            raise ValueError(f"cache branch is {self.branch}; a policy that looks at the first layers needs at least 1")
+            raise UserError(f"cache branch is {self.branch}; a policy that looks at the first layers needs at least 1")
         if self.most < 0:
-            raise ValueError(f"cache most is {self.most}; it must be 0, which caches nothing, or more")
+            raise UserError(f"cache most is {self.most}; it must be 0, which caches nothing, or more")
         _check(self.branch, self.order)
 
     adaptive = True
@@ -157,16 +158,16 @@ def parse_policy(spec: str | CachePolicy | None) -> CachePolicy:
         return DriftSpec(float(threshold), int(most or DriftSpec.most), int(branch or 1), int(order or 0))
     match = _GRAMMAR.fullmatch(spec.strip())
     if not match:
-        raise ValueError(f"cache spec {spec!r} does not parse; write {_EXAMPLE}")
+        raise UserError(f"cache spec {spec!r} does not parse; write {_EXAMPLE}")
     interval, start, stop, branch, order = match.groups()
     return CacheSpec(int(interval), int(start), int(stop), int(branch or 1), int(order or 0))
 
 
 def _check(branch: int, order: int) -> None:
     if branch < 0:
-        raise ValueError(f"cache branch is {branch}; it must be 0, which runs no layer, or more")
+        raise UserError(f"cache branch is {branch}; it must be 0, which runs no layer, or more")
     if order not in (0, 1):
-        raise ValueError(f"cache order is {order}; 0 reuses the stored feature, 1 forecasts it linearly")
+        raise UserError(f"cache order is {order}; 0 reuses the stored feature, 1 forecasts it linearly")
 
 
 def _suffix(branch: int, order: int) -> str:

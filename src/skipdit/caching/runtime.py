@@ -91,7 +91,7 @@ class SkipCache:
         if kind == CACHED:
             steps, features = zip(*self._features[stream], strict=True)
             coefficients = spec.coefficients(i, steps)
-            feature = map_tensors(lambda *stored: _combined(stored, coefficients), *features)
+            feature = map_tensors(lambda *stored: combined(stored, coefficients), *features)
         step = spec.step(feature, self._memory.get(stream), lambda: self.ran.__setitem__(i, True))
         if not spec.adaptive:
             self.ran[i] = self.ran[i] or kind == FULL
@@ -129,7 +129,7 @@ class SkipCache:
             return
         outputs = [map_tensors(Tensor.float, output) for _, output in stored]
         if not own:
-            forecast = map_tensors(lambda *known: _combined(known, coefficients), *outputs)
+            forecast = map_tensors(lambda *known: combined(known, coefficients), *outputs)
             step.forecast = map_tensors(lambda x, like: x.to(like.dtype), forecast, stored[-1][1])
         else:
             first = coefficients[0]  # f0 + u (f0 - f1) + ..., but for f0, which is not known yet
@@ -161,12 +161,12 @@ class SkipCache:
         self.peak_bytes = max(self.peak_bytes, sum(x.nbytes for x in leaves if isinstance(x, Tensor)))
 
 
-def _combined(stored: Sequence[Tensor], coefficients: Sequence[float]) -> Tensor:
+def combined(stored: Sequence[Tensor], coefficients: Sequence[float]) -> Tensor:
     """f0 + u (f0 - f1) + v (f1 - f2) + ... of what is stored, newest last: of two, one fused kernel."""
     if not coefficients:
         return stored[-1]
-    combined = torch.lerp(stored[-2], stored[-1], 1 + coefficients[0])
-    return _add_differences(combined, stored[:-1], coefficients[1:])
+    two = torch.lerp(stored[-2], stored[-1], 1 + coefficients[0])
+    return _add_differences(two, stored[:-1], coefficients[1:])
 
 
 def _add_differences(x: Tensor, stored: Sequence[Tensor], coefficients: Sequence[float]) -> Tensor:

@@ -3,6 +3,8 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from skipdit.utils.errors import UserError
+
 
 @dataclass(frozen=True)
 class Item:
@@ -116,9 +118,9 @@ FOLDERS = dict.fromkeys(TASKS, "checkpoints") | {"text-to-image": "ckpts"}  # th
 def select(task: str, only: Sequence[str] = ()) -> dict[str, Item]:
     """The items of a task that are not optional, or those that `only` names. Raises ValueError for an unknown name."""
     if task not in TASKS:
-        raise ValueError(f"unknown task {task!r}; known: {', '.join(TASKS)}")
+        raise UserError(f"unknown task {task!r}; known: {', '.join(TASKS)}")
     if unknown := [name for name in only if name not in TASKS[task]]:
-        raise ValueError(f"{task} has no {', '.join(unknown)}; known: {', '.join(TASKS[task])}")
+        raise UserError(f"{task} has no {', '.join(unknown)}; known: {', '.join(TASKS[task])}")
     return {name: item for name, item in TASKS[task].items() if (name in only if only else not item.optional)}
 
 

@@ -26,6 +26,7 @@ from skipdit.checkpoints.loading import load_weights
 from skipdit.checkpoints.released import State, to_released
 from skipdit.checkpoints.sums import SUMS, require_sound, sha256, verify
 from skipdit.cli import friendly_errors
+from skipdit.utils.errors import UserError
 from skipdit.utils.files import naming, whole_file
 
 
@@ -71,7 +72,7 @@ def _load(
     """The model that the shapes of its weights tell, with them."""
     if model_class is HunyuanDiT2DModel:
         if missing := {"mlp_t5.0.weight", "skips.0.linear.weight"} - state.keys():
-            raise ValueError(f"not the weights of a HunyuanDiT with skips as released: they lack {', '.join(missing)}")
+            raise UserError(f"not the weights of a HunyuanDiT with skips as released: they lack {', '.join(missing)}")
         state = to_diffusers(to_released(state))
         config = diffusers_config(state)
     else:
@@ -140,9 +141,9 @@ def _model_class(name: str) -> type[nn.Module]:
     try:
         model_class = getattr(importlib.import_module(module), attribute)
     except (ImportError, AttributeError, ValueError) as error:
-        raise ValueError(f"no model class {name}: {error}") from error
+        raise UserError(f"no model class {name}: {error}") from error
     if not hasattr(model_class, "config_from_state") and model_class is not HunyuanDiT2DModel:
-        raise ValueError(f"{name} cannot be converted to: it has no config_from_state")
+        raise UserError(f"{name} cannot be converted to: it has no config_from_state")
     return model_class
 
 

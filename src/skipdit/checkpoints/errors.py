@@ -1,5 +1,7 @@
 """Errors of checkpoints."""
 
+from skipdit.utils.errors import UserError
 
-class WeightsError(ValueError):
+
+class WeightsError(UserError):
     """A checkpoint that cannot be read, or that does not belong to the model."""

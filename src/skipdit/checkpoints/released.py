@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from torch import Tensor
 
 from skipdit.checkpoints.diffusers_layout import from_diffusers, is_diffusers_hunyuan
+from skipdit.utils.errors import UserError
 from skipdit.utils.provenance import count_members
 
 State = Mapping[str, Tensor]
@@ -32,7 +33,7 @@ def _rename(state: State, rules: list[tuple[re.Pattern, str]]) -> dict[str, Tens
         for pattern, replacement in rules:
             name = pattern.sub(replacement, name)
         if name in renamed:
-            raise ValueError(f"two of its tensors are {name}")
+            raise UserError(f"two of its tensors are {name}")
         renamed[name] = tensor
     return renamed
 

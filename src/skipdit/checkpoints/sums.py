@@ -36,7 +36,9 @@ def verify(source: Path) -> str:
     tensors = dict(tensors_of(content))
     require_sound(source, content)
     listed = files[0].parent / SUMS
-    lines = listed.read_text("utf-8").splitlines() if listed.exists() else []
+    lines = listed.read_text("utf-8", "replace").splitlines() if listed.exists() else []
+    if any(len(line.split()) < 2 for line in lines):
+        raise WeightsError(f"{listed} is damaged; download or copy it again")
     sums = dict(reversed(line.split(maxsplit=1)) for line in lines)
     if damaged := [str(file) for file in files if file.name in sums and sha256(file) != sums[file.name]]:
         raise WeightsError(f"{', '.join(damaged)}: not as saved ({listed}); download or copy it again")

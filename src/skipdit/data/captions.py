@@ -10,6 +10,7 @@ from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
 
+from skipdit.utils.errors import UserError
 from skipdit.utils.text import UTF16, read_text
 
 BESIDE = "txt"  # as data.captions: every clip or picture has a text file of its name beside it
@@ -27,7 +28,7 @@ def read_rows(file: str, key: str = "video") -> Iterator[Row]:
         place, name = f"{file}, line {number}", row.get(key)
         if not isinstance(name, str) or not name.strip():
             article = "an" if key == "image" else "a"
-            raise ValueError(f"{place}: no {key}; every row has {article} {key} and its caption")
+            raise UserError(f"{place}: no {key}; every row has {article} {key} and its caption")
         yield place, Path(name.strip()).as_posix(), row.get("caption")
 
 
@@ -79,7 +80,7 @@ def match(
     complaints += [f"{list_file}: {name} is not in {source}" for name in listed or () if name not in met]
     if not found:
         example = f", for example {complaints[0]}" if complaints else ""
-        raise ValueError(f"{source} has no captions of {wanted}{example}")
+        raise UserError(f"{source} has no captions of {wanted}{example}")
     return found, complaints
 
 
@@ -92,11 +93,11 @@ def _json_rows(file: str, lines: Iterable[bytes], key: str) -> Iterator[tuple[in
         try:
             row = json.loads(line.strip())
         except json.JSONDecodeError as error:  # which counts lines from this one
-            raise ValueError(f"{file}, line {number}, column {error.colno}: {wanted}: {error.msg}") from error
+            raise UserError(f"{file}, line {number}, column {error.colno}: {wanted}: {error.msg}") from error
         except UnicodeDecodeError as error:
-            raise ValueError(f"{file}, line {number}: {wanted}: {error}") from error
+            raise UserError(f"{file}, line {number}: {wanted}: {error}") from error
         if not isinstance(row, dict):
-            raise ValueError(f"{file}, line {number}: {wanted}")
+            raise UserError(f"{file}, line {number}: {wanted}")
         yield number, row
 
 
@@ -116,9 +117,9 @@ def _csv_rows(file: str, lines: Iterable[bytes], key: str) -> Iterator[tuple[int
                 yield number, dict(zip(header, cells, strict=False))
             number = reader.line_num + 1
     except (csv.Error, UnicodeDecodeError) as error:
-        raise ValueError(f"{file}, line {number}: {error}") from error
+        raise UserError(f"{file}, line {number}: {error}") from error
     if header is None:
-        raise ValueError(f"{file}, line 1: it is empty; the first line has to name the columns {key} and caption")
+        raise UserError(f"{file}, line 1: it is empty; the first line has to name the columns {key} and caption")
 
 
 def complaint(name: str, caption: object, before: str | None) -> str | None:

@@ -16,6 +16,7 @@ from skipdit.data.clips import Clip, ClipDataset
 from skipdit.data.files import IMAGE_SUFFIXES, is_a, read_list, read_picture, walk
 from skipdit.data.settings import ClipData
 from skipdit.data.video import Video, load_av
+from skipdit.utils.errors import UserError
 
 VIDEO_SUFFIXES = {".mp4", ".avi", ".mov", ".mkv", ".webm", ".mpg", ".m4v"}
 STRETCH = 32  # frames to hold at the size of their file at once
@@ -51,7 +52,7 @@ class ClipFolder(ClipDataset):
         if not self.names:
             wanted = "video files" if self.kind == "videos" else "folders of pictures"
             place = "" if self.labels is None else " in class folders"
-            raise ValueError(f"{config.clip_list or self.root} holds no {wanted}{place}")
+            raise UserError(f"{config.clip_list or self.root} holds no {wanted}{place}")
         if self.kind == "frames":
             self._leave_out_short([len(_frames(self.root / name)) for name in self.names])
         self.pictures = self._list_pictures(config.image_list) if config.image_list and config.images else None
@@ -86,7 +87,7 @@ class ClipFolder(ClipDataset):
         if not own.isdisjoint(Path(name).parts):
             others = [name for name in self.pictures if own.isdisjoint(Path(name).parts)]
             if not others:
-                raise ValueError(f"data.image_list lists no picture of another clip than {self.names[index]}")
+                raise UserError(f"data.image_list lists no picture of another clip than {self.names[index]}")
             name = others[int(rng.integers(len(others)))]
         label = None if self.labels is None else self._class_of(name)
         return _read_pictures([self.picture_root / name], self.size), label
@@ -96,7 +97,7 @@ class ClipFolder(ClipDataset):
         self.classes = config.classes or sorted({Path(name).parts[0] for name in self.names if "/" in name})
         self.names = [name for name in self.names if "/" in name and Path(name).parts[0] in self.classes]
         if missing := set(self.classes) - {Path(name).parts[0] for name in self.names}:
-            raise ValueError(f"{self.root} has no clips of {', '.join(sorted(missing))} (data.classes)")
+            raise UserError(f"{self.root} has no clips of {', '.join(sorted(missing))} (data.classes)")
         return [self._class_of(name) for name in self.names]
 
     def _caption(self, config: ClipData) -> None:
@@ -111,7 +112,7 @@ class ClipFolder(ClipDataset):
         source = str(self.root) if beside else config.captions
         found, self.uncaptioned = match(rows, source, wanted, listed, config.clip_list)
         if empty := set(config.classes) - {Path(name).parts[0] for name in found}:
-            raise ValueError(f"{source} has no captions of clips of {', '.join(sorted(empty))} (data.classes)")
+            raise UserError(f"{source} has no captions of clips of {', '.join(sorted(empty))} (data.classes)")
         self.left_out += self.uncaptioned
         self.names, self.captions, self.labels = list(found), list(found.values()), list(range(len(found)))
 
@@ -128,7 +129,7 @@ class ClipFolder(ClipDataset):
         pictures = [name for name in listed if self.labels is None or Path(name).parts[0] in self.classes]
         if not pictures:
             where = f" in the class folders {', '.join(self.classes)}: it has {listed[0]}" if listed else ""
-            raise ValueError(f"{file} lists no pictures{where}")
+            raise UserError(f"{file} lists no pictures{where}")
         return pictures
 
     def _class_of(self, name: str) -> int:
@@ -197,11 +198,11 @@ def _frames(folder: Path) -> list[Path]:
 def _refuse_mixtures(config: ClipData) -> None:
     """Raises ValueError for settings that exclude each other."""
     if config.captions and config.labelled:
-        raise ValueError("data.captions and data.labelled: a clip's label is its caption or its class, leave one out")
+        raise UserError("data.captions and data.labelled: a clip's label is its caption or its class, leave one out")
     if config.captions and config.image_list:
-        raise ValueError("data.captions and data.image_list: the pictures of that list have no captions, leave one out")
+        raise UserError("data.captions and data.image_list: the pictures of that list have no captions, leave one out")
     if config.images_from == "same" and config.image_list:
-        raise ValueError("data.images_from=same takes images from the clip itself: leave out data.image_list")
+        raise UserError("data.images_from=same takes images from the clip itself: leave out data.image_list")
 
 
 def _is_wanted(name: str, classes: list[str]) -> bool:

@@ -17,7 +17,7 @@ from torch.utils.data import Dataset
 from skipdit.config import given_values, load_config
 from skipdit.data.images import IMAGES
 from skipdit.data.settings import CLIPS, ClipData, ImageData, PictureData
-from skipdit.utils.errors import BrokenSample
+from skipdit.utils.errors import BrokenSample, UserError
 
 ATTEMPTS = 10  # other pictures to try where one of those that ride along cannot be read
 
@@ -45,7 +45,7 @@ def load_section(file: str, overrides: list[str]) -> ClipData | ImageData | Pict
     config = load_config([*fitting, ClipData][0], file, overrides, section="data")
     known = [kind for kinds in KINDS.values() for kind in kinds]
     if config.kind not in (*known, "latents"):
-        raise ValueError(f"data.kind is {config.kind!r}; it is {', '.join(known)} or latents")
+        raise UserError(f"data.kind is {config.kind!r}; it is {', '.join(known)} or latents")
     return config
 
 
@@ -73,11 +73,11 @@ class ClipDataset(Dataset, ABC):
 
     def __init__(self, num_frames: int, frame_interval: int, images: int = 0, images_from: str = "other"):
         if num_frames < 1 or frame_interval < 1 or images < 0:
-            raise ValueError(
+            raise UserError(
                 f"num_frames {num_frames} and frame_interval {frame_interval} must be at least 1, images {images} 0"
             )
         if images_from not in ("other", "same"):
-            raise ValueError(f"data.images_from is {images_from!r}; it is 'other' or 'same'")
+            raise UserError(f"data.images_from is {images_from!r}; it is 'other' or 'same'")
         self.num_frames, self.frame_interval = num_frames, frame_interval
         self.images, self.images_from = images, images_from
         self.captions: list[str] | None = None
@@ -142,7 +142,7 @@ class ClipDataset(Dataset, ABC):
         """One frame (1, ...) beside clip `index`, which is open as `clip`, and its label. Raises BrokenSample."""
         if self.images_from == "other":
             if len(self) < 2:
-                raise ValueError("images of other clips are wanted, and there is only one clip: set data.images=0")
+                raise UserError("images of other clips are wanted, and there is only one clip: set data.images=0")
             other = int(rng.integers(len(self) - 1))
             index = other + (other >= index)
             clip = self.open(index)
@@ -163,7 +163,7 @@ class ClipDataset(Dataset, ABC):
         kept = [i for i, length in enumerate(lengths) if not self.is_short(length)]
         short = [self.too_short(i, length) for i, length in enumerate(lengths) if self.is_short(length)]
         if not kept:
-            raise ValueError(f"all {len(lengths)} clips are too short, for example {short[0]}")
+            raise UserError(f"all {len(lengths)} clips are too short, for example {short[0]}")
         self.left_out += short
         self.names = [self.names[i] for i in kept]
         self.labels = None if self.labels is None else [self.labels[i] for i in kept]

@@ -22,6 +22,7 @@ from skipdit.data.settings import ClipData, PictureData
 from skipdit.data.stream import Stream, collate
 from skipdit.encoders.autoencoder import encode, latent_size, load_vae
 from skipdit.utils.device import process_state
+from skipdit.utils.errors import UserError
 from skipdit.utils.files import naming, replace_text, whole_file
 from skipdit.utils.pixels import to_float
 from skipdit.utils.signals import leave_signals_to_parent
@@ -65,10 +66,10 @@ def open_dataset(args: argparse.Namespace) -> Dataset:
             )
         )
     if args.buckets or args.picture_list:
-        raise ValueError(f"--buckets and --picture-list are of --data pictures, not of {args.data}")
+        raise UserError(f"--buckets and --picture-list are of --data pictures, not of {args.data}")
     if args.data in IMAGES:
         if args.captions:
-            raise ValueError(f"--captions are of clips, and --data {args.data} is of images")
+            raise UserError(f"--captions are of clips, and --data {args.data} is of images")
         return IMAGES[args.data](args.path, args.image_size)
     return ClipFolder(
         ClipData(
@@ -115,7 +116,7 @@ def run(args: argparse.Namespace) -> None:
         part = Part(source, starts[number], starts[number + 1], len(dataset), bucket=bucket)
         if target.exists():
             if LatentInfo.read(target) != info or replace(Part.read(target), broken=()) != part:
-                raise ValueError(f"{args.out} holds other latents, or other shards; give these another folder (--out)")
+                raise UserError(f"{args.out} holds other latents, or other shards; give these another folder (--out)")
             continue
         samples = Subset(_InOrder(dataset, 0), rows)
         workers = {"num_workers": args.workers, "worker_init_fn": leave_signals_to_parent}

@@ -15,6 +15,7 @@ from skipdit.data.texts import LiveTexts, TextPart
 from skipdit.encoders.reading import CHUNK, READINGS
 from skipdit.encoders.text import TextEncoder, load_text_encoder
 from skipdit.utils.device import process_state
+from skipdit.utils.errors import UserError
 from skipdit.utils.files import naming, whole_file
 
 DTYPES = ("float16", "bfloat16", "float32")
@@ -42,7 +43,7 @@ def captions_to_train(config: ClipData | ImageData | PictureData) -> list[str]:
     else:
         captions = Shards(config.path).captions if config.kind == "latents" else None
     if captions is None:
-        raise ValueError(
+        raise UserError(
             f"{config.path} ({config.kind}) has no captions: for clips set data.captions=FILE or txt, for latents run "
             "`python -m skipdit encode --captions`"
         )
@@ -74,7 +75,7 @@ def encode_captions(
         target = out / f"texts-{start // shard:05d}.safetensors"
         if target.exists():
             if TextPart.read(target) != part:
-                raise ValueError(f"{out} holds other embeddings, or other shards; give these another folder (--out)")
+                raise UserError(f"{out} holds other embeddings, or other shards; give these another folder (--out)")
             continue
         batches = tqdm(range(0, len(labels), batch_size), leave=False, desc="captions", unit="batch")
         rows = [(row.cpu(), length) for i in batches for row, length in texts.rows(labels[i : i + batch_size])]

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 from PIL import ExifTags, Image, ImageCms
 
-from skipdit.utils.errors import BrokenSample
+from skipdit.utils.errors import BrokenSample, UserError
 from skipdit.utils.text import read_text
 
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
@@ -79,7 +79,7 @@ def read_list(file: str) -> list[str]:
 def check_size(width: int, height: int) -> None:
     """Raises ValueError for a picture, or a frame, of more pixels than PIL's limit."""
     if Image.MAX_IMAGE_PIXELS and width * height > Image.MAX_IMAGE_PIXELS:
-        raise ValueError(f"{width} x {height} pixels are more than the {Image.MAX_IMAGE_PIXELS:,} that are decoded")
+        raise UserError(f"{width} x {height} pixels are more than the {Image.MAX_IMAGE_PIXELS:,} that are decoded")
 
 
 @contextmanager
@@ -140,7 +140,7 @@ def _to_grey(image: Image.Image) -> Image.Image:
     else:
         white = 255 if top <= 255 else 65535
     if not (values.min() >= 0 and top <= white):
-        raise ValueError(f"it has values from {values.min():g} to {top:g}; they should be 0 to {white}")
+        raise UserError(f"it has values from {values.min():g} to {top:g}; they should be 0 to {white}")
     if isinstance(transparent := image.info.get("transparency"), int):
         values[values == transparent] = white
     return Image.fromarray(np.round(values * (255 / white)).astype(np.uint8))

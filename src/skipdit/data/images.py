@@ -11,6 +11,7 @@ from torchvision import datasets
 
 from skipdit.data.files import IMAGE_SUFFIXES, is_a, is_visible, read_picture, walk
 from skipdit.data.settings import ImageData  # noqa: F401 (its place in version 0.1)
+from skipdit.utils.errors import UserError
 from skipdit.utils.pixels import to_float, to_uint8  # noqa: F401 (their place in version 0.1)
 
 SUFFIXES = IMAGE_SUFFIXES | {".pgm", ".ppm", ".tif", ".tiff"}  # of images in class folders
@@ -60,9 +61,9 @@ class ImageFolder(Dataset):
             if is_a(path, SUFFIXES) and folder in files:
                 files[folder].append(path)
         if not files:
-            raise ValueError(f"{root} is empty of images: it should hold one folder of them per class")
+            raise UserError(f"{root} is empty of images: it should hold one folder of them per class")
         if empty := [folder for folder, paths in files.items() if not paths]:
-            raise ValueError(f"{root} is empty of images in its class folders {', '.join(empty)}")
+            raise UserError(f"{root} is empty of images in its class folders {', '.join(empty)}")
         self._samples = [
             (path, label)
             for label, folder in enumerate(folders)
@@ -87,7 +88,7 @@ class FashionMNIST(Dataset):
     def __init__(self, root: str | Path, size: int = 32, train: bool = True):
         margin, odd = divmod(size - 28, 2)
         if margin < 0 or odd:
-            raise ValueError(f"FashionMNIST at image_size {size}: it must be even and at least 28")
+            raise UserError(f"FashionMNIST at image_size {size}: it must be even and at least 28")
         try:
             data = datasets.FashionMNIST(root, train=train, download=True)
         except (RuntimeError, OSError) as error:

@@ -27,7 +27,7 @@ from skipdit.data.images import IMAGES
 from skipdit.data.pictures import PictureFolder, bucket_sizes
 from skipdit.data.settings import CLIPS, ClipData, ImageData, PictureData
 from skipdit.encoders.autoencoder import latent_size, shift_factor
-from skipdit.utils.errors import BrokenSample
+from skipdit.utils.errors import BrokenSample, UserError
 from skipdit.utils.provenance import fingerprint
 
 if TYPE_CHECKING:
@@ -58,7 +58,7 @@ class LatentInfo:
                 info = json.loads(file.metadata()["latents"])
                 return cls(**info | {"buckets": tuple(info.get("buckets", ()))})
         except (SafetensorError, KeyError, TypeError) as error:
-            raise ValueError(f"{path} is not a latent file of `python -m skipdit encode`: {error}") from error
+            raise UserError(f"{path} is not a latent file of `python -m skipdit encode`: {error}") from error
 
 
 @dataclass(frozen=True)
@@ -111,7 +111,7 @@ class Shards:
         parts = [Part.read(path) for path in self.paths]
         encoded, total = sum(part.stop - part.start for part in parts), parts[0].total
         if encoded != total or len({(part.source, part.total) for part in parts}) > 1:
-            raise ValueError(
+            raise UserError(
                 f"{folder} holds latents of {encoded} of {total} samples: encoding was interrupted, or mixed with "
                 "another one; run the same `python -m skipdit encode` command again, or encode into a new folder"
             )
@@ -120,12 +120,12 @@ class Shards:
         self.buckets = [part.bucket for part in parts for _ in range(part.readable)]
         self.paths = [p for p, part in zip(self.paths, parts, strict=True) if part.readable]
         if not self.paths:
-            raise ValueError(f"{folder} holds no latents: none of the {total} samples could be read")
+            raise UserError(f"{folder} holds no latents: none of the {total} samples could be read")
         self._keys = ["mean", "std"] if self.info.kind == "sample" else ["mean"]
         self._ends = list(accumulate(shard.get_slice("mean").get_shape()[0] for shard in self._shards))
         self.clips = "length" in self._shards[0].keys()  # noqa: SIM118 (not a mapping)
         if wanted not in (None, self.contents):
-            raise ValueError(f"{folder} holds latents of {self.contents}, not of {wanted}")
+            raise UserError(f"{folder} holds latents of {self.contents}, not of {wanted}")
         if expected is not None:
             _refuse_difference(self.paths[0], self.info, expected)
 
@@ -247,7 +247,7 @@ def open_images(config: ImageData, vae: AutoencoderKL) -> Dataset:
         return IMAGES[config.kind](config.path, config.image_size)
     if config.kind == "latents":
         return Latents(config.path, expected)
-    raise ValueError(f"data.kind is {config.kind!r}; it is {', '.join(IMAGES)} or latents")
+    raise UserError(f"data.kind is {config.kind!r}; it is {', '.join(IMAGES)} or latents")
 
 
 def open_clips(config: ClipData, vae: AutoencoderKL) -> ClipDataset:
@@ -259,11 +259,11 @@ def open_clips(config: ClipData, vae: AutoencoderKL) -> ClipDataset:
     if config.kind in CLIPS:
         return ClipFolder(config)
     if config.kind != "latents":
-        raise ValueError(f"data.kind is {config.kind!r}; it is {', '.join(CLIPS)} or latents")
+        raise UserError(f"data.kind is {config.kind!r}; it is {', '.join(CLIPS)} or latents")
     ignored = ("classes", "clip_list", "captions", "image_list", "image_path")
     if given := [f"data.{name}" for name in ignored if getattr(config, name)]:
         names = ", ".join(given)
-        raise ValueError(f"latents hold the clips of their encoding, and images are their frames: unset {names}")
+        raise UserError(f"latents hold the clips of their encoding, and images are their frames: unset {names}")
     drawn = (config.num_frames, config.frame_interval, config.images)
     return ClipLatents(config.path, *drawn, expected, config.images_from)
 
@@ -277,9 +277,9 @@ def open_pictures(config: PictureData, vae: AutoencoderKL) -> PictureFolder | Pi
     if config.kind == "pictures":
         return PictureFolder(config)
     if config.kind != "latents":
-        raise ValueError(f"data.kind is {config.kind!r}; it is pictures or latents")
+        raise UserError(f"data.kind is {config.kind!r}; it is pictures or latents")
     if config.captions or config.picture_list:
-        raise ValueError("latents hold the pictures of their encoding: leave out data.captions and data.picture_list")
+        raise UserError("latents hold the pictures of their encoding: leave out data.captions and data.picture_list")
     return PictureLatents(config.path, expected)
 
 
@@ -289,7 +289,7 @@ def expected_latents(kind: str, image_size: int, vae: AutoencoderKL, buckets: Se
     Raises ValueError for an unknown kind, or a bucket that the autoencoder's factor does not divide.
     """
     if kind not in ("mean", "sample"):
-        raise ValueError(f"data.latents is {kind!r}; it is 'mean' or 'sample'")
+        raise UserError(f"data.latents is {kind!r}; it is 'mean' or 'sample'")
     for bucket in buckets:
         for side in bucket_sizes(image_size, [bucket])[0]:
             latent_size(side, vae, f"data.buckets, {bucket}:")
@@ -313,6 +313,6 @@ def _refuse_difference(path: Path, found: LatentInfo, expected: LatentInfo) -> N
         if value != getattr(expected, key)
     ]
     if differ:
-        raise ValueError(
+        raise UserError(
             f"latents {path} do not fit: {'; '.join(differ)}. Encode them again with `python -m skipdit encode`."
         )

@@ -16,7 +16,7 @@ from skipdit.data.captions import BESIDE, match, read_rows, texts_beside
 from skipdit.data.files import IMAGE_SUFFIXES, is_a, open_picture, orientation, read_list, read_picture, walk
 from skipdit.data.images import centre_crop
 from skipdit.data.settings import PictureData
-from skipdit.utils.errors import BrokenSample
+from skipdit.utils.errors import BrokenSample, UserError
 
 
 def bucket_sizes(image_size: int, buckets: list[str]) -> list[tuple[int, int]]:
@@ -25,7 +25,7 @@ def bucket_sizes(image_size: int, buckets: list[str]) -> list[tuple[int, int]]:
     for text in buckets:
         height, by, width = text.partition("x")
         if not (by and height.isdecimal() and width.isdecimal() and int(height) and int(width)):
-            raise ValueError(f"data.buckets has {text!r}; a bucket is HEIGHTxWIDTH in pixels, for example 1024x768")
+            raise UserError(f"data.buckets has {text!r}; a bucket is HEIGHTxWIDTH in pixels, for example 1024x768")
         sizes.append((int(height), int(width)))
     return sizes or [(image_size, image_size)]
 
@@ -48,7 +48,7 @@ class PictureFolder(Dataset):
     def __init__(self, config: PictureData):
         self.root, self.sizes = Path(config.path), bucket_sizes(config.image_size, config.buckets)
         if not config.captions:
-            raise ValueError("data.captions is not set: a file of captions, or txt for text files beside the pictures")
+            raise UserError("data.captions is not set: a file of captions, or txt for text files beside the pictures")
         if not self.root.is_dir():
             raise FileNotFoundError(f"no folder of pictures {self.root}")
         found, self.uncaptioned = self._captioned(config)
@@ -58,7 +58,7 @@ class PictureFolder(Dataset):
         broken = [bucket for bucket in buckets.values() if isinstance(bucket, str)]
         self.names = [name for name, bucket in buckets.items() if not isinstance(bucket, str)]
         if not self.names:
-            raise ValueError(f"none of {len(broken)} pictures can be read, for example {broken[0]}")
+            raise UserError(f"none of {len(broken)} pictures can be read, for example {broken[0]}")
         self.buckets, self.captions = [buckets[name] for name in self.names], [found[name] for name in self.names]
         self.labels, self.left_out = list(range(len(self.names))), self.uncaptioned + broken
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from skipdit.utils.errors import BrokenSample
+from skipdit.utils.errors import BrokenSample, UserError
 from skipdit.utils.seeding import seed_of
 from skipdit.utils.signals import leave_signals_to_parent
 
@@ -37,7 +37,7 @@ class Stream(Dataset):
 
     def __init__(self, dataset: Dataset, seed: int, batch_size: int = 1):
         if len(dataset) == 0:
-            raise ValueError("the dataset is empty")
+            raise UserError("the dataset is empty")
         self.dataset, self.seed, self.batch_size = dataset, seed, batch_size
         self._buckets = _members(getattr(dataset, "buckets", None) or [])
         batches = sum(math.ceil(len(members) / batch_size) for members in self._buckets)
@@ -126,7 +126,7 @@ class Stream(Dataset):
                 values = {key: torch.as_tensor(value) for key, value in sample.items() if key != "broken"}
                 self._blank = index, {key: torch.zeros_like(value) for key, value in values.items()}
                 return self._blank
-            raise ValueError(f"none of {len(reasons)} samples can be read:\n  " + "\n  ".join(reasons))
+            raise UserError(f"none of {len(reasons)} samples can be read:\n  " + "\n  ".join(reasons))
         return self._blank
 
 
@@ -164,7 +164,7 @@ def rows_of(global_batch: int, micro_batch: int, rank: int, world: int) -> list[
     Raises ValueError if the numbers do not divide.
     """
     if micro_batch < 1 or global_batch % (micro_batch * world):
-        raise ValueError(
+        raise UserError(
             f"batch_size {global_batch} is not a multiple of micro_batch_size {micro_batch} x {world} processes; "
             f"change one of them"
         )

@@ -24,6 +24,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from skipdit.encoders.reading import CHUNK, LATTE, Reading
 from skipdit.encoders.text import Encoded, TextEncoder
+from skipdit.utils.errors import UserError
 
 
 class Row(NamedTuple):
@@ -62,9 +63,9 @@ class Texts(ABC):
         Returns the encoder's fingerprint. Raises ValueError, naming the setting `name`.
         """
         if self.dim != dim:
-            raise ValueError(f"{name}: they have {self.dim} channels, the model takes {dim}")
+            raise UserError(f"{name}: they have {self.dim} channels, the model takes {dim}")
         if fingerprint not in (None, self.fingerprint):
-            raise ValueError(f"{name}: the text encoder's fingerprint is {self.fingerprint}, the run's {fingerprint}")
+            raise UserError(f"{name}: the text encoder's fingerprint is {self.fingerprint}, the run's {fingerprint}")
         return self.fingerprint
 
     def take(self, labels: Tensor, dropped: Tensor) -> Encoded:
@@ -182,7 +183,7 @@ class TextTable(Texts):
         self.captions = [caption for part in parts for caption in part.captions]
         made, self._starts = {part.made for part in parts}, [part.start for part in parts]
         if len(made) > 1 or [*self._starts, parts[0].total] != [0, *(part.stop for part in parts)]:
-            raise ValueError(
+            raise UserError(
                 f"{folder} holds {len(self.captions)} of {' and of '.join(sorted(made))}: encoding was interrupted, or "
                 "mixed with another one; run the same command again, or encode into a new folder"
             )
@@ -200,7 +201,7 @@ class TextTable(Texts):
     @cached_property
     def null_mask(self) -> Tensor:
         if "null_mask" not in self._shards[0].keys():  # noqa: SIM118 (not a mapping)
-            raise ValueError(f"{self._folder} was encoded by an older version, for Latte; encode into a new folder")
+            raise UserError(f"{self._folder} was encoded by an older version, for Latte; encode into a new folder")
         return self._shards[0].get_tensor("null_mask")
 
     def rows(self, labels: Sequence[int]) -> list[Row]:
@@ -241,12 +242,12 @@ class TextPart:
                 return cls(**json.loads(file.metadata()["texts"]))
         except (SafetensorError, KeyError, TypeError) as error:
             made = "a file of `python -m skipdit encode-text`"
-            raise ValueError(f"{path} is damaged, or not {made} ({error}); remove it and encode again") from error
+            raise UserError(f"{path} is damaged, or not {made} ({error}); remove it and encode again") from error
 
 
 def _refuse_reading(folder: str | Path, part: TextPart, expected: Reading) -> None:
     if (part.role, part.max_tokens) != (expected.role, expected.max_tokens):
-        raise ValueError(
+        raise UserError(
             f"{folder} was encoded for {part.role} with {part.max_tokens} tokens at most, what is needed is "
             f"{expected.role} with {expected.max_tokens}. Encode the captions with `python -m skipdit encode-text "
             f"--role {expected.role} --max-tokens {expected.max_tokens}` into a new folder."
@@ -257,7 +258,7 @@ def _refuse_difference(folder: str | Path, found: list[str], expected: list[str]
     for number, (there, wanted) in enumerate(zip_longest(found, expected)):
         if there != wanted:
             there, wanted = ("missing" if text is None else repr(text) for text in (there, wanted))
-            raise ValueError(
+            raise UserError(
                 f"{folder} holds the embeddings of {len(found)} captions, the dataset has {len(expected)}; caption "
                 f"{number} is {there} there and {wanted} in the dataset. Encode the dataset's captions with "
                 "`python -m skipdit encode-text` into a new folder."

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from skipdit.data.files import check_size
-from skipdit.utils.errors import BrokenSample
+from skipdit.utils.errors import BrokenSample, UserError
 from skipdit.utils.video import write_gif
 
 if TYPE_CHECKING:
@@ -36,7 +36,7 @@ def load_av() -> ModuleType:
     try:
         import av
     except ImportError as error:
-        raise ValueError(f"video files need the PyAV library: `pip install av` ({error})") from error
+        raise UserError(f"video files need the PyAV library: `pip install av` ({error})") from error
     return av
 
 
@@ -246,7 +246,7 @@ def read_mp4(path: Path) -> Tensor:
         video = Video(path)
         return torch.stack(video.read(range(len(video))))
     except BrokenSample as error:
-        raise ValueError(str(error)) from error
+        raise UserError(str(error)) from error
 
 
 def add_gifs(clips: Iterable[Path], fps: float) -> None:

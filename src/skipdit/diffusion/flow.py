@@ -15,6 +15,8 @@ from diffusers import (
 )
 from torch import Tensor
 
+from skipdit.utils.errors import UserError
+
 SCALE = 1000  # timesteps per unit of time
 _START = 1 - 1e-6  # solvers take the logarithm of 1 - t
 
@@ -95,7 +97,7 @@ def make_flow_scheduler(name: str, shift: float) -> SchedulerMixin:
     """
     if name not in _SOLVERS:
         known = ", ".join(FLOW_SOLVERS)
-        raise ValueError(f"the model was trained by flow matching, which {name!r} does not sample; choose {known}")
+        raise UserError(f"the model was trained by flow matching, which {name!r} does not sample; choose {known}")
     kind, settings = _SOLVERS[name]
     if kind is _Heun:
         return kind(SCALE, shift=shift)

@@ -12,6 +12,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from skipdit.utils.errors import UserError
+
 
 def respace(steps: int | str | Sequence[int], train_steps: int = 1000) -> list[int]:
     """Which of the training timesteps a shorter run visits, ascending.
@@ -22,7 +24,7 @@ def respace(steps: int | str | Sequence[int], train_steps: int = 1000) -> list[i
     """
     if isinstance(steps, Sequence) and not isinstance(steps, str):
         if len(set(steps)) < len(steps) or not all(0 <= t < train_steps for t in steps):
-            raise ValueError(f"timesteps {list(steps)!r:.60} are not all different and between 0 and {train_steps - 1}")
+            raise UserError(f"timesteps {list(steps)!r:.60} are not all different and between 0 and {train_steps - 1}")
         return sorted(steps)
     text = str(steps)
     if text.startswith("ddim"):
@@ -30,12 +32,12 @@ def respace(steps: int | str | Sequence[int], train_steps: int = 1000) -> list[i
         for stride in range(1, train_steps):
             if len(range(0, train_steps, stride)) == wanted:
                 return list(range(0, train_steps, stride))
-        raise ValueError(
+        raise UserError(
             f"no integer stride over {train_steps} timesteps gives {wanted} steps; write {wanted} without 'ddim'"
         )
     wanted = int(text)
     if not 1 <= wanted <= train_steps:
-        raise ValueError(f"sampling steps are {wanted}; they must be between 1 and {train_steps}")
+        raise UserError(f"sampling steps are {wanted}; they must be between 1 and {train_steps}")
     stride = (train_steps - 1) / max(wanted - 1, 1)
     position, visited = 0.0, []
     for _ in range(wanted):  # added up, not multiplied: the released code's rounding falls that way
@@ -76,7 +78,7 @@ class Diffusion:
         prediction: str = "noise",
     ):
         if prediction not in ("noise", "v"):
-            raise ValueError(f"prediction is {prediction!r}; it is 'noise' or 'v'")
+            raise UserError(f"prediction is {prediction!r}; it is 'noise' or 'v'")
         self.train_steps, self.prediction = train_steps, prediction
         self.timesteps = list(range(train_steps)) if steps is None else respace(steps, train_steps)
         power = 2 if scaled else 1

@@ -4,20 +4,18 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 
 import torch
-from diffusers import (
-    DEISMultistepScheduler,
-    DPMSolverMultistepScheduler,
-    SchedulerMixin,
-    UniPCMultistepScheduler,
-)
+from diffusers import SchedulerMixin
 from torch import Tensor
 from tqdm import tqdm
 
 from skipdit.diffusion.flow import FLOW_SOLVERS, SCALE, StraightPath, make_flow_scheduler
 from skipdit.diffusion.gaussian import Diffusion
+from skipdit.diffusion.schedulers import SOLVERS, make_gaussian_scheduler
+from skipdit.utils.errors import UserError
 
 Model = Callable[[Tensor, Tensor, int], Tensor]  # (x, timesteps (N,), step index from 0) -> (N, ..., 2C, H, W)
 Callback = Callable[[int, Tensor, Tensor], None]  # (step index, x after the step, predicted x0)
+PROCESS = {"num_train_timesteps": 1000, "beta_start": 1e-4, "beta_end": 0.02, "beta_schedule": "linear"}  # `Diffusion`
 Generators = torch.Generator | Sequence[torch.Generator] | None
 
 
@@ -78,10 +76,6 @@ def ddim(
     return x
 
 
-_SOLVERS = {"dpm": DPMSolverMultistepScheduler, "unipc": UniPCMultistepScheduler, "deis": DEISMultistepScheduler}
-SOLVERS = tuple(name + order for name in _SOLVERS for order in ("", "3"))
-
-
 def make_solver(name: str, steps: int, flow_shift: float | None = None) -> SchedulerMixin:
     """Make a solver for the noise schedule of `Diffusion`, or for the path of flow matching, with its timesteps set.
 
@@ -95,14 +89,11 @@ def make_solver(name: str, steps: int, flow_shift: float | None = None) -> Sched
     """
     if flow_shift is None and name not in SOLVERS:
         reason = ", for models trained by flow matching, and this one was not" if name in FLOW_SOLVERS else ""
-        raise ValueError(f"solver is {name!r}{reason}; known: {', '.join(SOLVERS)}")
+        raise UserError(f"solver is {name!r}{reason}; known: {', '.join(SOLVERS)}")
     if not isinstance(steps, int) or not 1 <= steps < 1000:
-        raise ValueError(f"steps are {steps!r}; the sampler {name} takes a number from 1 to 999")
-    if flow_shift is not None:
-        solver = make_flow_scheduler(name, flow_shift)
-    else:
-        kind, order = _SOLVERS[name.removesuffix("3")], 3 if name.endswith("3") else 2
-        solver = kind(1000, beta_start=1e-4, beta_end=0.02, beta_schedule="linear", solver_order=order)
+        raise UserError(f"steps are {steps!r}; the sampler {name} takes a number from 1 to 999")
+    flows = flow_shift is not None
+    solver = make_flow_scheduler(name, flow_shift) if flows else make_gaussian_scheduler(name, PROCESS)
     solver.set_timesteps(steps)
     return solver
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from skipdit.checkpoints.download import hub_is_away
 from skipdit.checkpoints.errors import WeightsError
 from skipdit.checkpoints.files import require_finite
+from skipdit.utils.errors import UserError
 from skipdit.utils.pixels import to_uint8
 
 
@@ -30,7 +31,7 @@ def load_vae(source: str, dtype: torch.dtype = torch.float32) -> AutoencoderKL:
         kind = kinds.get(AutoencoderKL.load_config(source, local_files_only=away).get("_class_name"), AutoencoderKL)
         how = {"torch_dtype": dtype, "low_cpu_mem_usage": False, "local_files_only": away}
         vae, report = kind.from_pretrained(source, **how, output_loading_info=True)
-    except OSError as error:
+    except (OSError, ValueError) as error:  # ValueError: a config.json that no autoencoder can be built from
         reason = "which does not answer" if away else str(error).splitlines()[0]
         what = "that folder cannot be loaded" if path.exists() else "neither a folder here nor fetched from the Hub"
         raise FileNotFoundError(
@@ -38,7 +39,7 @@ def load_vae(source: str, dtype: torch.dtype = torch.float32) -> AutoencoderKL:
             "`python -m skipdit download class-to-image` or class-to-video fetches the one of the released models"
         ) from error
     if any(vae.config.get(name) is not None for name in ("latents_mean", "latents_std")):
-        raise ValueError(
+        raise UserError(
             f"the autoencoder {source} normalises latents per channel (latents_mean, latents_std), which is not "
             "supported: take one with a scaling_factor and, perhaps, a shift_factor"
         )
@@ -68,7 +69,7 @@ def latent_size(image_size: int, vae: AutoencoderKL, name: str = "image_size", p
     factor = downsampling(vae)
     if image_size % (factor * patch_size):
         patches = f" times {patch_size}, the side of a patch" if patch_size > 1 else ""
-        raise ValueError(f"{name} {image_size} is not a multiple of the autoencoder's factor {factor}{patches}")
+        raise UserError(f"{name} {image_size} is not a multiple of the autoencoder's factor {factor}{patches}")
     return image_size // factor
 
 

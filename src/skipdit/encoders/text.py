@@ -24,6 +24,7 @@ from transformers import (
 from skipdit.checkpoints.download import hub_is_away, is_hub_name
 from skipdit.checkpoints.files import require_finite
 from skipdit.encoders.reading import CHUNK, LATTE, Reading
+from skipdit.utils.errors import UserError
 from skipdit.utils.provenance import fingerprint
 
 _MINILM = "sentence-transformers/all-MiniLM-L6-v2"
@@ -140,14 +141,14 @@ def load_text_encoder(
         words = AutoTokenizer.from_pretrained(vocabulary, config=config, padding_side="right", **cached)
     except Exception as error:  # damaged files make the parsers behind raise nearly anything
         reason = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
-        raise ValueError(f"cannot load text encoder {source} with tokenizer {vocabulary} ({reason}); {fix}") from error
+        raise UserError(f"cannot load text encoder {source} with tokenizer {vocabulary} ({reason}); {fix}") from error
     # The library fills what a file lacks with random numbers. A pooler is not used here.
     if absent := sorted(name for name in found["missing_keys"] if not name.startswith("pooler.")):
-        raise ValueError(f"{source} does not hold all weights of {kind.__name__}: {', '.join(absent[:5])} are missing")
+        raise UserError(f"{source} does not hold all weights of {kind.__name__}: {', '.join(absent[:5])} are missing")
     require_finite(source, model.state_dict())
     places = getattr(config, "max_position_embeddings", math.inf)  # T5 knows distances only
     if not 2 <= reading.max_tokens <= places:  # a text's first and last token are marks
-        raise ValueError(f"max_tokens is {reading.max_tokens}; {source} reads 2 to {places}")
+        raise UserError(f"max_tokens is {reading.max_tokens}; {source} reads 2 to {places}")
     return TextEncoder(model, words, reading)
 
 
@@ -171,7 +172,7 @@ def _weights(folder: Path) -> list[tuple[str, ...]]:
     try:
         return [(shard,) for shard in sorted(set(json.loads(index.read_bytes())["weight_map"].values()))]
     except (ValueError, KeyError) as error:
-        raise ValueError(f"{index} is damaged; download or copy it again") from error
+        raise UserError(f"{index} is damaged; download or copy it again") from error
 
 
 def _places(encoder: str, tokenizer: str | None) -> tuple[str, str]:

@@ -19,6 +19,7 @@ from skipdit.metrics.sets import inception_score, kid, precision_recall
 from skipdit.metrics.vbench import link_clips, missing_clips
 from skipdit.sampling.prompts import read_prompts
 from skipdit.utils.device import process_state
+from skipdit.utils.errors import UserError
 from skipdit.utils.files import replace_text
 from skipdit.utils.provenance import versions
 
@@ -36,7 +37,7 @@ def fidelity(args: argparse.Namespace) -> dict:
     ours, theirs = open_samples(args.run), open_samples(args.reference)
     differences = compare_runs(ours, theirs)
     if missing := sorted(set(ours.names) - set(theirs.names)):
-        raise ValueError(f"{theirs.source} has no partner of {_some(missing)}")
+        raise UserError(f"{theirs.source} has no partner of {_some(missing)}")
     partner = {name: i for i, name in enumerate(theirs.names)}
     networks = {name: load_lpips(name, args.weights[name], process_state().device) for name in args.lpips}
 
@@ -44,7 +45,7 @@ def fidelity(args: argparse.Namespace) -> dict:
         name = ours.names[index]
         a, b = ours[index], theirs[partner[name]]
         if a.shape != b.shape:
-            raise ValueError(f"{name} is {tuple(a.shape)} in {ours.source}, and {tuple(b.shape)} in {theirs.source}")
+            raise UserError(f"{name} is {tuple(a.shape)} in {ours.source}, and {tuple(b.shape)} in {theirs.source}")
         pair = a.to(process_state().device), b.to(process_state().device)
         decibels = psnr(*pair)
         values = [mean_psnr(decibels) if decibels.isfinite().any() else decibels[0], ssim(*pair).mean()]
@@ -91,7 +92,7 @@ def compare_runs(ours: Samples, theirs: Samples) -> dict[str, list]:
     found = {key: [ours.job.get(key), theirs.job.get(key)] for key in keys if ours.job.get(key) != theirs.job.get(key)}
     if wrong := [key for key in _SAME if key in found]:
         lines = [f"  {key}: {found[key][0]} in {ours.source}, {found[key][1]} in {theirs.source}" for key in wrong]
-        raise ValueError("these are not the same samples with another cache:\n" + "\n".join(lines))
+        raise UserError("these are not the same samples with another cache:\n" + "\n".join(lines))
     return found
 
 
@@ -102,9 +103,9 @@ def fid(args: argparse.Namespace) -> dict:
     network = load_image_script(args.network, device) if args.network else load_inception(args.inception, device)
     for samples in (ours, theirs):
         if isinstance(samples, Files) and len(samples[0]) > 1:
-            raise ValueError(f"{samples.source} holds clips, not pictures: fvd judges them")
+            raise UserError(f"{samples.source} holds clips, not pictures: fvd judges them")
     if not len(ours):
-        raise ValueError(f"{ours.source} holds statistics only; what is judged are pictures")
+        raise UserError(f"{ours.source} holds statistics only; what is judged are pictures")
     mine = features_of(ours, network, args, ours.size)
     reference = theirs.protocol() if len(theirs) else {"source": str(theirs.source), "num_samples": 0}
     name, results = "frechet_distance" if args.network else "fid", {}
@@ -120,7 +121,7 @@ def fid(args: argparse.Namespace) -> dict:
         reference |= {"statistics": "mu and sigma of the file", "file_sha256": sha256(theirs.source)}
         distance = gaussian_frechet_distance(*moments(mine), *theirs.statistics)
     elif not len(theirs):
-        raise ValueError(f"{theirs.source} holds only statistics by the network of FID: leave out --network")
+        raise UserError(f"{theirs.source} holds only statistics by the network of FID: leave out --network")
     else:
         distance = frechet_distance(mine, real)
         if len(theirs) < min(len(ours), FID_SAMPLES):
@@ -146,9 +147,9 @@ def fvd(args: argparse.Namespace) -> dict:
     height, width = ours.size
     if not isinstance(theirs := open_clips(args.reference, args.frames, args.interval, height, args.clips), Files):
         if height != width:
-            raise ValueError(f"clips of {height}x{width} need a run as reference: other clips are cropped square")
+            raise UserError(f"clips of {height}x{width} need a run as reference: other clips are cropped square")
     elif args.interval != 1:
-        raise ValueError("--interval is of data sets; the clips of a run are taken as they are")
+        raise UserError("--interval is of data sets; the clips of a run are taken as they are")
     gaussians, notes = [], []
     for samples, whose in ((ours, "of the run"), (theirs, "of the reference")):
         rows = features_of(samples, network, args, ours.size, args.frames, args.clips)
@@ -175,13 +176,11 @@ def features_of(
         pixels = [samples[i] for i in indices]
         for i, sample in zip(indices, pixels, strict=True):
             if len(sample) < frames:
-                raise ValueError(f"{samples.source / samples.names[i]} has {len(sample)} frames, fewer than {frames}")
+                raise UserError(f"{samples.source / samples.names[i]} has {len(sample)} frames, fewer than {frames}")
         batch = torch.stack([fitted(sample[:frames], size) for sample in pixels])
         found = network.features(batch.to(process_state().device))
         if found.ndim != 2 or len(found) != len(indices) or not found.isfinite().all():
-            raise ValueError(
-                f"{network.file} gave {tuple(found.shape)} for {len(batch)} samples, or not finite numbers"
-            )
+            raise UserError(f"{network.file} gave {tuple(found.shape)} for {len(batch)} samples, or not finite numbers")
         return found
 
     key = {"network": network.name, "sha256": network.sha256, "frames": frames, "size": list(size)}
@@ -194,7 +193,7 @@ def clip(args: argparse.Namespace) -> dict:
     """How well pictures, or the frames of clips, fit their prompts."""
     samples, score = open_samples(args.run), ClipScore(args.model, process_state().device)
     if not isinstance(samples, Files):
-        raise ValueError(f"{samples.source} has no prompts: the CLIP score is of a folder with a prompts.json")
+        raise UserError(f"{samples.source} has no prompts: the CLIP score is of a folder with a prompts.json")
     prompts = [samples.prompts[name] for name in samples.names]
     rows = kept_rows(
         args.features,
@@ -215,7 +214,7 @@ def vbench(args: argparse.Namespace) -> dict:
     """Clips that are named otherwise are linked into OUT/vbench. Ends with status 1 if some are missing."""
     samples = open_samples(args.run)
     if not isinstance(samples, Files):
-        raise ValueError(f"{samples.source} is no folder of clips")
+        raise UserError(f"{samples.source} is no folder of clips")
     folder, names = samples.source, samples.names
     wanted = read_prompts([] if args.prompts else samples.prompts.values(), args.prompts, each_once=True)
     if (folder / "prompts.json").exists() and not samples.job.get("vbench_names"):
@@ -252,7 +251,7 @@ def main(args: argparse.Namespace) -> None:
     args.weights = {name: getattr(args, f"{name}_weights", None) for name in BACKBONES}
     with friendly_errors(), torch.no_grad():
         if getattr(args, "batch_size", 1) < 1:
-            raise ValueError(f"--batch-size is {args.batch_size}; it must be at least 1")
+            raise UserError(f"--batch-size is {args.batch_size}; it must be at least 1")
         torch.backends.cudnn.allow_tf32 = False  # figures are of float32
         record: dict[str, Any] = {"metric": args.metric, **MEASURES[args.metric](args)}
     made = versions()

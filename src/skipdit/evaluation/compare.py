@@ -20,8 +20,10 @@ from skipdit.cli import friendly_errors
 from skipdit.config import to_dict
 from skipdit.layers.flops import run_flops, uncached_steps
 from skipdit.metrics import FIDELITY_COLUMNS, fidelity_cells, measure_fidelity
+from skipdit.sampling.report import step_counts, steps_column
 from skipdit.sampling.sampler import Sampler
 from skipdit.tasks import read_settings
+from skipdit.utils.errors import UserError
 from skipdit.utils.files import replace_text, whole_file
 from skipdit.utils.provenance import fingerprint, versions
 from skipdit.utils.video import side_by_side, write_gif
@@ -56,10 +58,10 @@ def rows_for(
         fewer = uncached_steps(reuse.flops(sampler), sampler.flops)
         rows += [reuse, forecast, Row(f"{fewer} steps", CacheSpec(), fewer)]
     if drifts := [str(policy) for policy in also if policy.adaptive]:
-        raise ValueError(f"--also {drifts[0]}: what it costs is not known before; benchmarks/compare.py counts it")
+        raise UserError(f"--also {drifts[0]}: what it costs is not known before; benchmarks/compare.py counts it")
     for policy in also:
         if policy.caches and policy.branch != window.branch:
-            raise ValueError(
+            raise UserError(
                 f"--also {policy}: its branch is {policy.branch}, of the others {window.branch}: see --branch"
             )
     return rows + [Row(policy.label, policy, steps) for policy in also]
@@ -105,7 +107,7 @@ def compare(sampler: Sampler, rows: list[Row], repeats: int) -> tuple[list[dict]
             {
                 "name": row.name,
                 "cache": str(row.spec),
-                **{f"{kind}_steps": count for kind, count in cache.counts().items()},
+                **step_counts(cache),
                 "seconds_per_sample": middle,
                 "speedup": median(times[0]) / middle,
                 "flops_speedup": rows[0].flops(sampler) / row.flops(sampler),
@@ -117,15 +119,14 @@ def compare(sampler: Sampler, rows: list[Row], repeats: int) -> tuple[list[dict]
 
 def markdown(table: list[dict], unit: str) -> str:
     """The table as the README shows it."""
-    kinds = ["full", "cached"] + ["forecast"] * any(row["forecast_steps"] for row in table)
+    title, steps = steps_column(table)
     lines = [
-        f"| | {' + '.join(kinds)} steps | s / {unit} | speedup | speedup in FLOPs | {' | '.join(FIDELITY_COLUMNS)} |",
+        f"| | {title} | s / {unit} | speedup | speedup in FLOPs | {' | '.join(FIDELITY_COLUMNS)} |",
         "|---" * (5 + len(FIDELITY_COLUMNS)) + "|",
     ]
-    for row in table:
-        steps = " + ".join(str(row[f"{kind}_steps"]) for kind in kinds)
+    for row, counts in zip(table, steps, strict=True):
         lines.append(
-            f"| {row['name']} | {steps} | {row['seconds_per_sample']:.3f} "
+            f"| {row['name']} | {counts} | {row['seconds_per_sample']:.3f} "
             f"| {row['speedup']:.2f} | {row['flops_speedup']:.2f} | {' | '.join(fidelity_cells(row))} |"
         )
     return "\n".join(lines)

@@ -14,6 +14,7 @@ from tqdm import tqdm
 from skipdit.checkpoints.loading import load_weights
 from skipdit.data.images import FashionMNIST
 from skipdit.metrics import frechet_distance
+from skipdit.utils.errors import UserError
 from skipdit.utils.files import whole_file
 from skipdit.utils.pixels import to_float
 
@@ -109,7 +110,7 @@ def load_judge(path: Path, train: tuple[Tensor, Tensor], test: tuple[Tensor, Ten
     judge = Judge(classifier, *test)
     print(f"classifier: {judge.test_accuracy:.2%} of the real test images right")
     if judge.test_accuracy < LEAST_ACCURACY:
-        raise ValueError(
+        raise UserError(
             f"a classifier below {LEAST_ACCURACY:.0%} cannot judge samples; delete {path} to train it anew, "
             f"with more EPOCHS if it happens again"
         )

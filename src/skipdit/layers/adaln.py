@@ -17,6 +17,7 @@ from skipdit.caching.steps import CacheStep
 from skipdit.layers.attention import GELU, Attention, modulate, normalize
 from skipdit.layers.embeddings import LabelEmbedder, PatchEmbed, TimestepEmbedder, sincos_2d, unpatchify
 from skipdit.layers.skip import SkipTransformer, make_skips
+from skipdit.utils.errors import UserError
 from skipdit.utils.provenance import count_members
 
 SIZES = {  # the published sizes
@@ -97,7 +98,7 @@ class AdaLNTransformer(SkipTransformer):
         input_size, patch_size, in_channels = self.config.input_size, self.config.patch_size, self.config.in_channels
         hidden_size, num_heads, mlp_ratio = self.config.hidden_size, self.config.num_heads, self.config.mlp_ratio
         if input_size % patch_size:
-            raise ValueError(f"patch_size {patch_size} does not divide the latent size {input_size}")
+            raise UserError(f"patch_size {patch_size} does not divide the latent size {input_size}")
         self.null_class = num_classes
         self.sample_shape = (in_channels, input_size, input_size)
 
@@ -222,7 +223,7 @@ class AdaLNTransformer(SkipTransformer):
         match = re.fullmatch(rf"{family}-(S|B|L|XL)/(2|4|8)(-skip)?", wanted)
         if not match:
             known = f"{family}-skip, and {family}-{{S,B,L,XL}}/{{2,4,8}} with or without '-skip'"
-            raise ValueError(f"unknown model {name!r}; known: {known}")
+            raise UserError(f"unknown model {name!r}; known: {known}")
         size, patch, skip = match.groups()
         return cls(**{**SIZES[size], "patch_size": int(patch), "skip": bool(skip), **overrides})
 
@@ -241,10 +242,10 @@ class AdaLNTransformer(SkipTransformer):
             tokens = state["pos_embed"].shape[1]
             mlp_width = len(state["blocks.0.mlp.fc1.weight"])
         except KeyError as error:
-            raise ValueError(f"not the weights of a {cls.__name__}: they lack {error}") from error
+            raise UserError(f"not the weights of a {cls.__name__}: they lack {error}") from error
         published = {size["hidden_size"]: size["num_heads"] for size in SIZES.values()}
         if not (num_heads or hidden_size in published):
-            raise ValueError(
+            raise UserError(
                 f"no published {cls.__name__} is {hidden_size} wide: state its number of attention heads (num_heads)"
             )
         return {

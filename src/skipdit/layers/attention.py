@@ -4,6 +4,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from skipdit.utils.errors import UserError
+
 
 class Float32LayerNorm(nn.LayerNorm):
     """Runs in float32, as the released weights were trained, and gives the dtype of its input."""
@@ -30,7 +32,7 @@ class Attention(nn.Module):
     def __init__(self, dim: int, num_heads: int):
         super().__init__()
         if dim % num_heads:
-            raise ValueError(f"hidden_size {dim} is not a multiple of num_heads {num_heads}")
+            raise UserError(f"hidden_size {dim} is not a multiple of num_heads {num_heads}")
         self.num_heads = num_heads
         self.qkv = nn.Linear(dim, 3 * dim)
         self.proj = nn.Linear(dim, dim)

@@ -7,6 +7,8 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from skipdit.utils.errors import UserError
+
 
 class _PatchLinear(nn.Conv2d):
     """A convolution whose kernels tile the picture, as one matrix product: on a CPU in a quarter of the time."""
@@ -31,7 +33,7 @@ class PatchEmbed(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if self.size is not None and x.shape[-2:] != (self.size, self.size):
-            raise ValueError(f"latents are {tuple(x.shape[-2:])}, the model was made for {(self.size, self.size)}")
+            raise UserError(f"latents are {tuple(x.shape[-2:])}, the model was made for {(self.size, self.size)}")
         return self.proj(x)
 
 

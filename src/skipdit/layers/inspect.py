@@ -1,9 +1,11 @@
-"""Looking inside a model."""
+"""Looking inside a model: another function in place of one of its methods, or of the loop over its layers."""
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 
-from torch import nn
+from torch import Tensor, nn
+
+from skipdit.layers.skip import SkipTransformer
 
 
 @contextmanager
@@ -17,3 +19,20 @@ def replaced(owner: nn.Module, name: str, function: Callable) -> Iterator[None]:
         del vars(owner)[name]
         if before is not None:
             vars(owner)[name] = before
+
+
+def layers_run_by(model: SkipTransformer, stack: Callable[..., Tensor]) -> AbstractContextManager[None]:
+    """Let `stack` run a model's layers for a while: it takes the arguments of `skip_stack`, and returns what that does.
+
+    To watch the layers, call `skip_stack` with a `block` that calls the one given:
+
+        def stack(x, *, block, **others):
+            def watched(i, x):
+                print(f"layer {i} takes {tuple(x.shape)}")
+                return block(i, x)
+            return skip_stack(x, block=watched, **others)
+
+        with layers_run_by(model, stack):
+            model(x, t, y)
+    """
+    return replaced(model, "run_layers", stack)

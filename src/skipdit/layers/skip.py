@@ -27,6 +27,7 @@ from torch import Tensor, nn
 
 from skipdit.caching.steps import CacheStep
 from skipdit.layers.attention import Float32LayerNorm
+from skipdit.utils.errors import UserError
 
 
 class LongSkip(nn.Module):
@@ -60,16 +61,16 @@ class LongSkip(nn.Module):
 def make_skips(dim: int, n_skips: int, fuse: str = "replace") -> nn.ModuleList:
     """n long skips of width `dim`. Raises ValueError unless `fuse` is "replace" or "residual"; see `LongSkip`."""
     if fuse not in ("replace", "residual"):
-        raise ValueError(f"fuse is {fuse!r}; it is 'replace', as the released models have it, or 'residual'")
+        raise UserError(f"fuse is {fuse!r}; it is 'replace', as the released models have it, or 'residual'")
     return nn.ModuleList(LongSkip(dim, residual=fuse == "residual") for _ in range(n_skips))
 
 
 def check_branch(branch: int, depth: int, n_skips: int) -> None:
     """Raise ValueError if a cache's branch goes beyond a model's long skips, or beyond the half of a plain model."""
     if n_skips and branch > n_skips:
-        raise ValueError(f"cache branch {branch} is larger than the model's number of skips, {n_skips}")
+        raise UserError(f"cache branch {branch} is larger than the model's number of skips, {n_skips}")
     if 2 * branch > depth:
-        raise ValueError(f"cache branch {branch} is larger than half of the model's {depth} layers")
+        raise UserError(f"cache branch {branch} is larger than half of the model's {depth} layers")
 
 
 def skip_stack(
@@ -145,6 +146,7 @@ class SkipTransformer(ModelMixin, ConfigMixin):
 
     Attributes:
         skips: module list of `LongSkip`, made by the subclass.
+        run_layers: `skip_stack`, or what `layers_run_by` puts in its place.
         text_arguments: for models of texts, the arguments of `forward` that `encode_text` takes; what that returns may
             take the place of the first of them.
     """
@@ -154,6 +156,7 @@ class SkipTransformer(ModelMixin, ConfigMixin):
     _skip_layerwise_casting_patterns = ("pos_embed", "x_embedder", "t_embedder", "adaln_single", "norm")
     gradient_checkpointing = False
     skips: nn.ModuleList
+    run_layers: Callable[..., Tensor] = staticmethod(skip_stack)
     text_arguments: tuple[str, ...] = ()
 
     @property
@@ -192,14 +195,7 @@ class SkipTransformer(ModelMixin, ConfigMixin):
             shallow = shallow if extras is None else shallow + extras[self.n_skips - 1 - j]
             return self._run(self.skips[j], x, shallow)
 
-        return skip_stack(
-            x,
-            block=block,
-            fuse=fuse,
-            depth=self.depth,
-            n_skips=self.n_skips,
-            cache=cache,
-        )
+        return self.run_layers(x, block=block, fuse=fuse, depth=self.depth, n_skips=self.n_skips, cache=cache)
 
     def _run(self, module: nn.Module, *args) -> Tensor:
         """Call a module; in training with gradient checkpointing its activations are computed anew."""

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from skipdit.utils.device import double
+from skipdit.utils.errors import UserError
 
 PEAK = 255  # data range of 8-bit images
 WINDOW, SIGMA = 11, 1.5  # side and standard deviation of SSIM's Gaussian window, pixels
@@ -88,7 +89,7 @@ def ssim(a: Tensor, b: Tensor) -> Tensor:
     """
     _check(a, b)
     if min(a.shape[-2:]) < WINDOW:
-        raise ValueError(f"SSIM's window is {WINDOW} pixels; images of {a.shape[-2]}x{a.shape[-1]} are too small")
+        raise UserError(f"SSIM's window is {WINDOW} pixels; images of {a.shape[-2]}x{a.shape[-1]} are too small")
     # One pair at a time: five float64 maps per channel of a large batch would not fit in memory.
     return torch.stack([_ssim_of_pair(double(x), double(y)) for x, y in zip(a, b, strict=True)])
 

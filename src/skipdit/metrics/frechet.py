@@ -6,6 +6,8 @@ With the features of the Inception network this is the FID (Heusel et al., arXiv
 import torch
 from torch import Tensor
 
+from skipdit.utils.errors import UserError
+
 
 def frechet_distance(features_a: Tensor, features_b: Tensor) -> float:
     """Squared Fréchet distance between Gaussians fitted to two sets of features.
@@ -28,9 +30,9 @@ def moments(features: Tensor) -> tuple[Tensor, Tensor]:
     if features.ndim != 2:
         raise ValueError(f"features are {tuple(features.shape)}; they must be (samples, dimensions)")
     if len(features) < 2:
-        raise ValueError(f"a covariance needs at least 2 samples; there are {len(features)}")
+        raise UserError(f"a covariance needs at least 2 samples; there are {len(features)}")
     if not torch.isfinite(features).all():
-        raise ValueError("features are not finite")
+        raise UserError("features are not finite")
     mean = features.mean(0)
     centred = features - mean
     return mean, centred.T @ centred / (len(features) - 1)
@@ -55,7 +57,7 @@ def gaussian_frechet_distance(mean_a: Tensor, cov_a: Tensor, mean_b: Tensor, cov
     mean_a, cov_a, mean_b, cov_b = (torch.as_tensor(x, dtype=torch.float64) for x in (mean_a, cov_a, mean_b, cov_b))
     size = mean_a.numel()
     if mean_a.shape != (size,) or mean_b.shape != (size,) or cov_a.shape != (size, size) or cov_b.shape != (size, size):
-        raise ValueError(
+        raise UserError(
             f"means {tuple(mean_a.shape)}, {tuple(mean_b.shape)} and covariances {tuple(cov_a.shape)}, "
             f"{tuple(cov_b.shape)} do not fit each other; they must be (D,) and (D, D) of one D"
         )

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from skipdit.checkpoints.errors import WeightsError
 from skipdit.checkpoints.files import load_checkpoint
 from skipdit.checkpoints.sums import require_sound, sha256
+from skipdit.utils.errors import UserError
 from skipdit.utils.pixels import to_float
 
 I3D_SHAPE = "clips uint8 (N, 3, F, H, W), rescale=True, resize=True, return_features=True"
@@ -69,7 +70,7 @@ def weights_file(given: str | None, url: str, option: str) -> tuple[Path, str, b
             ) from error
     found = sha256(path)
     if not given and not found.startswith(expected):
-        raise ValueError(f"{path} is damaged: its hash begins with {found[:8]}, not {expected}; delete it")
+        raise UserError(f"{path} is damaged: its hash begins with {found[:8]}, not {expected}; delete it")
     return path, found, found.startswith(expected)
 
 
@@ -137,7 +138,7 @@ def _script(file: str, option: str, device: torch.device) -> nn.Module:
             warnings.filterwarnings("ignore", message=".*torch.jit", category=DeprecationWarning)
             return torch.jit.load(file, map_location=device).eval()
     except RuntimeError as error:
-        raise ValueError(f"{option} {file} is no TorchScript file: {str(error).splitlines()[0]}") from error
+        raise UserError(f"{option} {file} is no TorchScript file: {str(error).splitlines()[0]}") from error
 
 
 class _complaint:
@@ -153,4 +154,4 @@ class _complaint:
             return
         if isinstance(error, RuntimeError | AttributeError):
             last = str(error).strip().splitlines()[-1]
-            raise ValueError(f"{self.file} did not take {self.takes}: {last}") from error
+            raise UserError(f"{self.file} did not take {self.takes}: {last}") from error

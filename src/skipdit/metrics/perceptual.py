@@ -12,6 +12,7 @@ from skipdit.checkpoints.errors import WeightsError
 from skipdit.checkpoints.files import load_checkpoint
 from skipdit.checkpoints.sums import require_sound
 from skipdit.metrics.networks import weights_file
+from skipdit.utils.errors import UserError
 from skipdit.utils.pixels import to_float
 from skipdit.utils.provenance import fingerprint
 
@@ -38,7 +39,7 @@ def load_lpips(
     try:
         import lpips
     except ImportError as error:
-        raise ValueError(
+        raise UserError(
             'LPIPS needs the package lpips: pip install "skipdit[metrics]", or pip install lpips'
         ) from error
     url, least = BACKBONES[name]
@@ -60,7 +61,7 @@ def load_lpips(
 
     def distance(a: Tensor, b: Tensor) -> Tensor:
         if min(a.shape[-2:]) < least:
-            raise ValueError(f"LPIPS with {name} needs pictures of {least} pixels; these are {tuple(a.shape[-2:])}")
+            raise UserError(f"LPIPS with {name} needs pictures of {least} pixels; these are {tuple(a.shape[-2:])}")
         return model(to_float(a), to_float(b)).mean(dim=(1, 2, 3))
 
     protocol = {"name": f"LPIPS 0.1, {name}", "file": str(path), "sha256": digest, "released": released}

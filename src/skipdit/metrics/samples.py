@@ -4,7 +4,6 @@ A sample is uint8 (F, 3, H, W); a picture is a clip of one frame.
 """
 
 import hashlib
-import json
 import zipfile
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -23,8 +22,9 @@ from skipdit.data.files import IMAGE_SUFFIXES, is_a, read_picture, walk
 from skipdit.data.images import centre_crop
 from skipdit.data.settings import ClipData
 from skipdit.data.video import Video, read_mp4
-from skipdit.utils.errors import BrokenSample
+from skipdit.utils.errors import BrokenSample, UserError
 from skipdit.utils.seeding import seed_of
+from skipdit.utils.text import read_json
 
 EVALUATION = "evaluation"  # folder inside of a run's
 _EXTRAS = {"grid", "sheet", "compare", "preview"}  # what a sampler writes beside its samples
@@ -100,7 +100,7 @@ class Files(Samples):
     def __init__(self, source: Path):
         super().__init__(source, source)
         if self.job and not self.report:
-            raise ValueError(f"{source} holds an unfinished run: the same sampling command again completes it")
+            raise UserError(f"{source} holds an unfinished run: the same sampling command again completes it")
         found = source.glob("*") if self.report else walk(source)
         found = [path for path in found if EVALUATION not in path.relative_to(source).parts]
         clips = [path for path in found if is_a(path, VIDEO_SUFFIXES)]
@@ -108,12 +108,12 @@ class Files(Samples):
         if self.report:
             paths = [path for path in paths if path.stem not in _EXTRAS and not path.name.startswith("partial-")]
             if len(paths) != (wanted := self.report["num_samples"]):
-                raise ValueError(
+                raise UserError(
                     f"{source} holds {len(paths)} samples, and its report.json says {wanted}; "
                     "the sampling command again, for as many as are to be judged, completes it"
                 )
         if not paths:
-            raise ValueError(f"{source} holds neither pictures nor video files")
+            raise UserError(f"{source} holds neither pictures nor video files")
         self.names = sorted(path.relative_to(source).as_posix() for path in paths)
         formats = {path.suffix.lower()[1:] for path in paths}
         self.about = {"format": " ".join(sorted(formats))}  # png keeps what was sampled, mp4 and jpg nearly
@@ -128,7 +128,7 @@ class Files(Samples):
         try:
             return _tensor(read_picture(path))
         except BrokenSample as error:
-            raise ValueError(str(error)) from error
+            raise UserError(str(error)) from error
 
     @cached_property
     def prompts(self) -> dict[str, str]:
@@ -137,7 +137,7 @@ class Files(Samples):
         if not (prompts := _json(file)):
             raise FileNotFoundError(f"{file} is missing: it says which prompt made which file, as {{file: prompt}}")
         if strays := [name for name in self.names if name not in prompts]:
-            raise ValueError(f"{file} has no prompt of {', '.join(strays[:5])}")
+            raise UserError(f"{file} has no prompt of {', '.join(strays[:5])}")
         return prompts
 
 
@@ -156,13 +156,13 @@ class Arrays(Samples):
             with np.load(source) as file:
                 arrays = {key: file[key] for key in ("arr_0", "mu", "sigma") if key in file}
         except (OSError, ValueError, zipfile.BadZipFile) as error:
-            raise ValueError(f"{source} cannot be read as .npz: {error}") from error
+            raise UserError(f"{source} cannot be read as .npz: {error}") from error
         self._pixels = arrays.get("arr_0", np.empty((0, 1, 1, 3), np.uint8))
         if self._pixels.dtype != np.uint8 or self._pixels.ndim != 4 or self._pixels.shape[3] != 3:
-            raise ValueError(f"{source}: arr_0 is {self._pixels.dtype} {self._pixels.shape}, not uint8 (N, H, W, 3)")
+            raise UserError(f"{source}: arr_0 is {self._pixels.dtype} {self._pixels.shape}, not uint8 (N, H, W, 3)")
         self.statistics = (arrays["mu"], arrays["sigma"]) if {"mu", "sigma"} <= arrays.keys() else None
         if not len(self._pixels) and self.statistics is None:
-            raise ValueError(f"{source} holds neither pictures (arr_0) nor statistics (mu and sigma)")
+            raise UserError(f"{source} holds neither pictures (arr_0) nor statistics (mu and sigma)")
         self.names = [f"{i:06d}" for i in range(len(self._pixels))]
 
     def content(self, index: int) -> bytes:
@@ -204,7 +204,7 @@ class Stretches(Samples):
             except BrokenSample as error:
                 left_out += error.args
         if not chosen:
-            raise ValueError(f"{source} has no clip of {frames} frames at every {interval}, for example: {left_out[0]}")
+            raise UserError(f"{source} has no clip of {frames} frames at every {interval}, for example: {left_out[0]}")
         rounds = range(max(map(len, chosen.values())) if len(chosen) < most else 1)
         places = [(number, starts[i]) for i in rounds for number, starts in chosen.items() if i < len(starts)]
         self._places = places[:most]
@@ -223,7 +223,7 @@ class Stretches(Samples):
             with suppress(BrokenSample):
                 frame = Video(first).read(range(1))[0] if is_a(first, VIDEO_SUFFIXES) else _tensor(read_picture(first))
                 return min(frame.shape[-2:])
-        raise ValueError(f"{self.source} has no clip that can be read")
+        raise UserError(f"{self.source} has no clip that can be read")
 
     def _starts(self, number: int) -> list[int]:
         """Raises BrokenSample for a clip that is short or cannot be read."""
@@ -242,7 +242,7 @@ class Stretches(Samples):
         try:
             return clips.open(number).read(range(start, start + clips.span, clips.frame_interval))["image"]
         except BrokenSample as error:
-            raise ValueError(str(error)) from error
+            raise UserError(str(error)) from error
 
 
 def open_samples(path: str | Path) -> Files | Arrays:
@@ -273,11 +273,8 @@ def fitted(sample: Tensor, size: tuple[int, int]) -> Tensor:
 
 
 def _json(file: Path) -> dict[str, Any]:
-    """What a run wrote, nothing where there is no such file. Raises ValueError for a damaged one."""
-    try:
-        return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-    except ValueError as error:
-        raise ValueError(f"{file} is damaged: {error}") from error
+    """What a run wrote, nothing where there is no such file. Raises UserError for a damaged one."""
+    return read_json(file) if file.is_file() else {}
 
 
 def _tensor(image: Image.Image) -> Tensor:

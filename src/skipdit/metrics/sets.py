@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from skipdit.utils.device import double
+from skipdit.utils.errors import UserError
 
 ROWS = 1024  # of a matrix of distances at once
 
@@ -33,7 +34,7 @@ def kid(
     a, b = _pair(features_a, features_b)
     size = min(size, len(a), len(b))
     if size < 2:
-        raise ValueError(f"KID needs at least 2 samples of each set; there are {len(a)} and {len(b)}")
+        raise UserError(f"KID needs at least 2 samples of each set; there are {len(a)} and {len(b)}")
     subsets = 1 if size == len(a) == len(b) else subsets
     generator = torch.Generator().manual_seed(seed)
     values = [poly_mmd(_some(a, size, generator), _some(b, size, generator)) for _ in range(subsets)]
@@ -79,7 +80,7 @@ def precision_recall(samples: Tensor, reference: Tensor, k: int = 3) -> tuple[fl
     """
     a, b = _pair(samples, reference)
     if min(len(a), len(b)) <= k:
-        raise ValueError(f"precision and recall need more than {k} samples of each set; there are {len(a)}, {len(b)}")
+        raise UserError(f"precision and recall need more than {k} samples of each set; there are {len(a)}, {len(b)}")
     return _share_within(a, b, k), _share_within(b, a, k)
 
 

@@ -6,6 +6,7 @@ from collections import Counter
 from pathlib import Path
 
 from skipdit.metrics.samples import Files
+from skipdit.utils.errors import UserError
 
 
 def link_clips(samples: Files, folder: Path) -> list[str]:
@@ -19,7 +20,7 @@ def link_clips(samples: Files, folder: Path) -> list[str]:
     for name in samples.names:
         prompt = samples.prompts[name]
         if "/" in prompt or len(prompt.encode()) > 240:
-            raise ValueError(f"no file can be called {prompt!r}")
+            raise UserError(f"no file can be called {prompt!r}")
         names.append(f"{prompt}-{copies[prompt]}{Path(name).suffix}")
         copies[prompt] += 1
         place = folder / names[-1]

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from skipdit.caching.steps import CacheStep
 from skipdit.layers.skip import check_branch
+from skipdit.utils.errors import UserError
 
 ONLY = "only forecasts work, as in N3-1000-0-b0-o1"  # how errors end
 
@@ -130,7 +131,7 @@ class CachedBlocks:
         if cache.forecast is not None:
             return cache.forecast
         if self.blocks and any("control" in name and value is not None for name, value in kwargs.items()):
-            raise ValueError(
+            raise UserError(
                 "cached steps leave out the blocks that a ControlNet adds to: use forecasts, as in N3-1000-0-b0-o1"
             )
         self.cache, self._next, self._cached = cache, 0, False
@@ -139,7 +140,7 @@ class CachedBlocks:
         finally:
             self.cache = None
         if self._next != len(self.blocks):
-            raise ValueError(f"{type(self.model).__name__} ran {self._next} of its {len(self.blocks)} blocks: {ONLY}")
+            raise UserError(f"{type(self.model).__name__} ran {self._next} of its {len(self.blocks)} blocks: {ONLY}")
         return cache.finish(output)
 
     def block(self, i: int) -> Callable[..., Any]:
@@ -150,7 +151,7 @@ class CachedBlocks:
             if self.cache is None:
                 return forward(*args, **kwargs)
             if i != self._next:
-                raise ValueError(f"block {i} of {type(self.model).__name__} runs out of turn: {ONLY}")
+                raise UserError(f"block {i} of {type(self.model).__name__} runs out of turn: {ONLY}")
             self._next = i + 1
             if i == self._middle < self._tail:
                 self._begin_middle(signature.taken(signature.named(args, kwargs)))
@@ -181,5 +182,5 @@ def _added(streams: Streams, changes: Streams) -> Streams:
 
 def _changes(end: Streams, start: Streams) -> Streams:
     if any(b is not None and (a is None or a.shape != b.shape) for a, b in zip(start, end, strict=True)):
-        raise ValueError(f"the streams change their shape between blocks: {ONLY}")
+        raise UserError(f"the streams change their shape between blocks: {ONLY}")
     return tuple(None if b is None else b - a for a, b in zip(start, end, strict=True))

@@ -17,6 +17,7 @@ from skipdit.caching.policy import CachePolicy
 from skipdit.layers.skip import SkipTransformer, check_branch
 from skipdit.pipelines import hunyuan2d
 from skipdit.pipelines.blocks import CachedBlocks
+from skipdit.utils.errors import UserError
 
 COMPONENTS = ("transformer", "transformer_2", "unet")  # of a pipeline; Wan 2.2 has two transformers
 RECOMPILES = 64  # torch's limit is 8; full and cached steps, guided or not, of clips and single images take more
@@ -117,9 +118,9 @@ def _checked_forward(module: nn.Module, spec: CachePolicy) -> Callable[..., Any]
     else:
         forward = CachedBlocks(model, branch)
     if spec.adaptive and model is not module:
-        raise ValueError(f"cache {spec} decides within the transformer, which cannot be compiled then")
+        raise UserError(f"cache {spec} decides within the transformer, which cannot be compiled then")
     if model._compiled_call_impl is not None:
-        raise ValueError(
+        raise UserError(
             "the transformer is compiled in place, and the cache has to stay outside of its graphs: write "
             "`pipe.transformer = torch.compile(pipe.transformer, fullgraph=True)` instead"
         )
@@ -150,7 +151,7 @@ def _replace_forward(module: nn.Module, forward: Callable[..., Any]) -> None:
     if "_cached_forward" not in module.__dict__:
         slot = "_old_forward" if "_old_forward" in module.__dict__ else "forward"  # accelerate's offloading calls that
         if slot == "forward" and slot in module.__dict__:
-            raise ValueError(
+            raise UserError(
                 f"{type(module).__name__}.forward is wrapped, by group offloading perhaps: call enable_cache "
                 "before that"
             )

@@ -10,6 +10,7 @@ from torch import Tensor
 from skipdit.caching.steps import CacheStep
 from skipdit.layers.embeddings import unpatchify
 from skipdit.layers.skip import caches_output, skip_stack
+from skipdit.utils.errors import UserError
 
 
 def n_skips(model: HunyuanDiT2DModel) -> int:
@@ -34,7 +35,7 @@ def cached_forward(
 ) -> Transformer2DModelOutput | tuple[Tensor]:
     """What the model's own `forward` computes, with `cache`; see there for the other arguments."""
     if controlnet_block_samples is not None and len(controlnet_block_samples) != n_skips(model):
-        raise ValueError(f"there are {len(controlnet_block_samples)} controls for {n_skips(model)} skips")
+        raise UserError(f"there are {len(controlnet_block_samples)} controls for {n_skips(model)} skips")
     height = hidden_states.shape[-2]
     temb = model.time_extra_emb(timestep, encoder_hidden_states_t5, image_meta_size, style, hidden_dtype=timestep.dtype)
     text = torch.cat([encoder_hidden_states, model.text_embedder(encoder_hidden_states_t5)], dim=1)

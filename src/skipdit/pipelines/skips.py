@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from skipdit.layers.skip import make_skips
 from skipdit.pipelines.blocks import BlockSignature, layers_of, register_like
+from skipdit.utils.errors import UserError
 
 
 def add_long_skips(model: nn.Module, n_skips: int | None = None, dim: int | None = None) -> nn.Module:
@@ -42,10 +43,10 @@ def add_long_skips(model: nn.Module, n_skips: int | None = None, dim: int | None
     if not blocks:
         raise TypeError(f"the blocks of {name} are not known to diffusers' registry, so skips cannot join them")
     if hasattr(model, "skips"):
-        raise ValueError(f"{name} has long skips already")
+        raise UserError(f"{name} has long skips already")
     n_skips = len(blocks) // 2 if n_skips is None else n_skips
     if not 1 <= n_skips <= len(blocks) // 2:
-        raise ValueError(f"n_skips is {n_skips}; {name} has {len(blocks)} layers, so it takes 1 to {len(blocks) // 2}")
+        raise UserError(f"n_skips is {n_skips}; {name} has {len(blocks)} layers, so it takes 1 to {len(blocks) // 2}")
     like = next(blocks[0].parameters())
     model.skips = make_skips(dim or _width(model), n_skips, fuse="residual").to(like.device, like.dtype)
     shallow = Shallow()
@@ -82,7 +83,7 @@ class Entering:
         # With gradients, a checkpointed block runs once more in the backward pass.
         taken = self.shallow[self.number] if torch.is_grad_enabled() else self.shallow.pop(self.number)
         if taken.shape != hidden.shape:
-            raise ValueError(
+            raise UserError(
                 f"long skip {self.number} brings hidden states of shape {tuple(taken.shape)} to a block that takes "
                 f"{tuple(hidden.shape)}: skips cannot join the blocks of this model"
             )
@@ -122,4 +123,4 @@ def _width(model: nn.Module) -> int:
         return config.num_attention_heads * config.attention_head_dim
     if "dim" in config:
         return config.dim
-    raise ValueError(f"the config of {type(model).__name__} does not say how wide its hidden states are: give dim")
+    raise UserError(f"the config of {type(model).__name__} does not say how wide its hidden states are: give dim")

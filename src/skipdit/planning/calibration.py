@@ -21,6 +21,7 @@ from skipdit.layers.skip import SkipTransformer, predicted_noise
 from skipdit.planning.fitting import TINY, Fit, Recording
 from skipdit.sampling.sampler import Sampler
 from skipdit.utils.device import double
+from skipdit.utils.errors import UserError
 
 TARGETS = ("converged", "sampler")
 # The most coefficients of a step, of features and of outputs. Cached steps that may correct their output, too, are
@@ -90,7 +91,7 @@ class Bench:
         self.timesteps = tuple(float(t) for t in sampler.timesteps(steps))
         if len(self.timesteps) != steps:
             calls = f"{len(self.timesteps)} times in {steps} steps"
-            raise ValueError(f"{sampler.method} calls the model {calls}; such runs cannot be planned")
+            raise UserError(f"{sampler.method} calls the model {calls}; such runs cannot be planned")
         self.batches = list(sampler.batches(range(sampler.total)))
         self.response = sampler.response(steps)
         self.factors = (1, 2, 4) if target == "converged" else (1,)  # steps of calibration's runs, over the bench's
@@ -100,7 +101,7 @@ class Bench:
         """Make the uncached runs, and the target."""
         refined = [self.sampler.refined(self.steps, each) if each > 1 else self.steps for each in self.factors]
         if None in refined:
-            raise ValueError(
+            raise UserError(
                 f"there is no converged run of {self.sampler.method} with {self.steps} steps: it is stochastic, or no "
                 "longer run visits the same timesteps. --target sampler plans towards the uncached run"
             )
@@ -130,9 +131,9 @@ class Bench:
         with replaced(self.model, "forward", recorder):
             latents, _ = self.sampler.latents(indices, steps, CacheSpec(), lambda *_: progress.update())
         if recorder.calls != len(fine):
-            raise ValueError(f"{recorder.calls} calls of the model in a run of {len(fine)} steps cannot be planned")
+            raise UserError(f"{recorder.calls} calls of the model in a run of {len(fine)} steps cannot be planned")
         if len({len(output) for output in recorder.recording.outputs}) > 1:
-            raise ValueError(
+            raise UserError(
                 "guidance that begins or ends within a run cannot be planned: let it be on or off throughout"
             )
         recorder.recording.latents.append(double(self.sampler.to_model(latents)))

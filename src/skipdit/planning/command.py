@@ -20,6 +20,7 @@ from skipdit.planning.calibration import Bench
 from skipdit.planning.search import budget_of, find_plan
 from skipdit.planning.tables import table
 from skipdit.tasks import read_settings
+from skipdit.utils.errors import UserError
 from skipdit.utils.files import whole_file
 from skipdit.utils.provenance import fingerprint
 
@@ -27,9 +28,9 @@ from skipdit.utils.provenance import fingerprint
 def main(args: argparse.Namespace) -> None:
     with friendly_errors("starts anew"):
         if not args.out.endswith(".json") or Path(args.out).is_dir():
-            raise ValueError(f"--out {args.out}: a plan is a file that ends in .json")
+            raise UserError(f"--out {args.out}: a plan is a file that ends in .json")
         if args.max_error is not None and not args.max_error > 0:
-            raise ValueError(f"--max-error is {args.max_error:g}; it must be above 0")
+            raise UserError(f"--max-error is {args.max_error:g}; it must be above 0")
         plan = from_pipeline(args) if args.pipeline else from_config(args)
     errors = plan.about["errors"]
     print("\n".join(table(errors, plan.about["target"])))

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from skipdit.caching.policy import CACHED, FORECAST, FULL
+from skipdit.caching.runtime import combined
 from skipdit.caching.steps import CacheStep
 from skipdit.layers.skip import SkipTransformer, predicted_noise
 from skipdit.sampling.sampler import Sampler
@@ -85,12 +86,9 @@ def differences(stored: list[Tensor], most: int) -> list[Tensor]:
     return [new - old for new, old in pairwise(stored[: most + 1])]
 
 
-def combined(stored: list[Tensor], coefficients: Tensor) -> Tensor:
-    """f0 + u (f0 - f1) + v (f1 - f2) + ... of what is stored, newest first, in its dtype."""
-    out = stored[0].float()
-    for coefficient, change in zip(coefficients.to(out), differences(stored, len(coefficients)), strict=True):
-        out = out + coefficient * change.float()
-    return out.to(stored[0].dtype)
+def forecast(stored: list[Tensor], coefficients: Tensor) -> Tensor:
+    """`combined` of what is stored, newest first, in float32; returned in its dtype."""
+    return combined([x.float() for x in reversed(stored)], coefficients.tolist()).to(stored[0].dtype)
 
 
 @dataclass
@@ -168,7 +166,7 @@ class Fit:
             for batch, state in enumerate(states):
                 if kind == CACHED:
                     self._compute(batch, state, k)
-                output = combined(state.outputs, self.outputs[k])
+                output = forecast(state.outputs, self.outputs[k])
                 state.used.append(self._guided(output, batch, k) - self.own[batch].outputs[k])
         return states
 
@@ -208,7 +206,7 @@ class Fit:
         """What each coefficient of step k does to its guided output, and the output without corrections."""
         kind, moves = self.kinds[k], []
         if kind == CACHED:
-            feature = combined(state.features, guess)
+            feature = forecast(state.features, guess)
             output = self._call(batch, state, k, CacheStep(self.branch, feature))
             here = self._guided(output, batch, k)
             for change in differences(state.features, len(guess)):
@@ -229,6 +227,6 @@ class Fit:
             if CACHED in self.kinds:
                 state.features.insert(0, step.kept_feature)
         else:
-            feature = combined(state.features, self.features[k])
+            feature = forecast(state.features, self.features[k])
             state.outputs.insert(0, self._call(batch, state, k, CacheStep(self.branch, feature)))
         del state.outputs[self.memory[1] + 1 :], state.features[self.memory[0] + 1 :]

@@ -19,6 +19,7 @@ from skipdit.planning.tables import psnr_of
 from skipdit.sampling.prompts import read_prompts
 from skipdit.utils.device import process_state
 from skipdit.utils.dtypes import resolve_dtype
+from skipdit.utils.errors import UserError
 
 STEPS = 50  # unless the command line says another number
 
@@ -32,20 +33,20 @@ def open_bench(args: argparse.Namespace) -> PipelineBench:
     for text in args.overrides:
         name, equals, value = text.partition("=")
         if not equals:
-            raise ValueError(f"{text!r} has no '='; write arguments of the pipeline as key=value: guidance_scale=3.5")
+            raise UserError(f"{text!r} has no '='; write arguments of the pipeline as key=value: guidance_scale=3.5")
         arguments[name] = load_image(value) if name.endswith("image") else yaml.safe_load(value)
     steps, seed = arguments.pop("num_inference_steps"), arguments.pop("seed")
     for name, value in (("num_inference_steps", steps), ("seed", seed)):
         if not isinstance(value, int) or value < 1:
-            raise ValueError(f"{name} is {value!r}; it must be a whole number from 1 on")
+            raise UserError(f"{name} is {value!r}; it must be a whole number from 1 on")
     if args.prompts:
         arguments["prompt"] = read_prompts([], args.prompts)
     if not arguments:
-        raise ValueError("there is nothing to show: give --prompts FILE, or what the pipeline takes as key=value")
+        raise UserError("there is nothing to show: give --prompts FILE, or what the pipeline takes as key=value")
     pipe = open_pipeline(args)
     known = inspect.signature(type(pipe).__call__).parameters
     if unknown := [name for name in arguments if name not in known]:
-        raise ValueError(f"{type(pipe).__name__} takes no {unknown[0]}; it takes {', '.join(list(known)[1:])}")
+        raise UserError(f"{type(pipe).__name__} takes no {unknown[0]}; it takes {', '.join(list(known)[1:])}")
     return PipelineBench(pipe, arguments, args.steps or steps, seed, args.target)
 
 

@@ -33,6 +33,7 @@ from skipdit.planning.calibration import MEMORY, Fitted
 from skipdit.planning.fitting import TINY, LeastSquares, differences
 from skipdit.planning.search import budget_of, find_plan
 from skipdit.utils.device import double
+from skipdit.utils.errors import UserError
 
 FACTORS = (1, 2, 4)  # steps of the runs from which the converged one follows, over the bench's
 NEAR = 1e-3  # relative: timesteps of a longer run are the same as those of the bench's if they differ by less
@@ -114,7 +115,7 @@ class PipelineBench:
             own = self._record(self.steps)
             self.timesteps = tuple(own.timesteps)
             if len(self.timesteps) != self.steps:
-                raise ValueError(
+                raise UserError(
                     f"{self.sampler.method} makes {len(self.timesteps)} steps of {self.steps}; such runs cannot be "
                     "planned"
                 )
@@ -122,7 +123,7 @@ class PipelineBench:
             finer = [] if own.random else [self._refined(factor) for factor in self.factors[1:]]
         possible = bool(finer) and None not in finer
         if self.target == "converged" and not possible:
-            raise ValueError(
+            raise UserError(
                 f"there is no converged run of {self.sampler.method} with {self.steps} steps: it is stochastic, or "
                 "longer runs visit other timesteps. --target sampler plans towards the uncached run"
             )

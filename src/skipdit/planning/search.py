@@ -10,6 +10,7 @@ from skipdit.caching.plans import CachePlan
 from skipdit.planning.calibration import Bench, Fitted
 from skipdit.planning.controls import controls
 from skipdit.planning.schedules import affordable, schedule
+from skipdit.utils.errors import UserError
 from skipdit.utils.provenance import versions
 
 SHARES = (0.0, 1 / 3, 2 / 3, 1.0)  # of the steps that are not full: cached ones, the others are forecasts
@@ -69,7 +70,7 @@ def make_plan(bench: Bench, budget: float) -> tuple[Fitted, dict[str, float]]:
     with tqdm(desc="schedules fitted", unit="run") as progress:
         search = Search(bench, budget, progress)
         if search.kinds(0.0) is None:
-            raise ValueError(f"{budget:.2f} full steps buy no plan: the first step is full")
+            raise UserError(f"{budget:.2f} full steps buy no plan: the first step is full")
         alone = {FORECASTS: search.descend((0.0,))} if len(shares) > 1 else {}
         if alone and search.kinds(1.0):
             alone[CACHED_ALONE] = search.descend((1.0,))
@@ -135,10 +136,10 @@ def budget_of(steps: int, budget: float | None, speedup: float | None) -> float 
     """
     if budget is not None:
         if not 1 <= budget <= steps:
-            raise ValueError(f"--budget is {budget} full steps; a run of {steps} has 1 to {steps}")
+            raise UserError(f"--budget is {budget} full steps; a run of {steps} has 1 to {steps}")
         return budget
     if speedup is None:
         return None
     if not 1 <= speedup <= steps:
-        raise ValueError(f"--speedup is {speedup:g}; with {steps} steps, 1 to {steps} is possible")
+        raise UserError(f"--speedup is {speedup:g}; with {steps} steps, 1 to {steps} is possible")
     return steps / speedup

@@ -11,6 +11,7 @@ from skipdit.caching.policies import parse_policy
 from skipdit.config import Settings, changed, to_dict
 from skipdit.sampling.prompts import slug
 from skipdit.sampling.settings import PromptConfig
+from skipdit.utils.errors import UserError
 
 T = TypeVar("T", bound=Settings)
 
@@ -126,7 +127,7 @@ def take_prompts(config: PromptConfig, args: argparse.Namespace) -> PromptConfig
         return config
     for name in ("prompts", "prompt_file"):
         if any(text.startswith(f"{name}=") for text in args.overrides):
-            raise ValueError(f"--prompt and {name}= both say what to show: leave one out")
+            raise UserError(f"--prompt and {name}= both say what to show: leave one out")
     config = changed(config, {"prompts": args.prompt, "prompt_file": None})
     if any(text.startswith("out=") for text in args.overrides):
         return config

@@ -16,7 +16,8 @@ from skipdit.checkpoints.files import recorded_flow_shift
 from skipdit.checkpoints.loading import load_weights
 from skipdit.diffusion.flow import FLOW_SOLVERS
 from skipdit.diffusion.gaussian import Diffusion
-from skipdit.diffusion.samplers import SOLVERS, Callback, Model, ddim, ddpm, make_solver, multistep, randn
+from skipdit.diffusion.samplers import Callback, Model, ddim, ddpm, make_solver, multistep, randn
+from skipdit.diffusion.schedulers import SOLVERS
 from skipdit.encoders.autoencoder import load_vae
 from skipdit.layers.adaln import AdaLNTransformer, Conditioning
 from skipdit.layers.flops import step_flops
@@ -26,6 +27,7 @@ from skipdit.sampling.sampler import Sampler
 from skipdit.sampling.settings import SamplingConfig
 from skipdit.utils.device import compile_mode, process_state, set_tf32
 from skipdit.utils.dtypes import resolve_dtype
+from skipdit.utils.errors import UserError
 from skipdit.utils.seeding import generators
 
 SAMPLERS = tuple(dict.fromkeys(("ddpm", "ddim", *SOLVERS, *FLOW_SOLVERS)))
@@ -129,7 +131,7 @@ def generate(
     timesteps, count = sampling_timesteps(sampler, steps, model.flow_shift), len(generators)
     run = cache if isinstance(cache, SkipCache) else SkipCache(cache, timesteps)
     if run.spec.adaptive and model._compiled_call_impl is not None:
-        raise ValueError(f"cache {run.spec} decides within the model, which cannot be compiled then: set compile=none")
+        raise UserError(f"cache {run.spec} decides within the model, which cannot be compiled then: set compile=none")
     x = randn((count, *model.sample_shape), generators, model.device, torch.float32)
     both = None if labels is None else torch.cat([labels, torch.full_like(labels, model.null_class)])
     low, high = guidance_interval
@@ -197,15 +199,15 @@ class ClassSampler(Sampler):
             model = self.build()
         if bad := [c for c in config.classes if not 0 <= c < (model.null_class or 0)]:
             known = f"0 .. {model.null_class - 1}" if model.null_class else "no classes"
-            raise ValueError(f"class ids {bad} are out of range; this model knows {known}")
+            raise UserError(f"class ids {bad} are out of range; this model knows {known}")
         if config.sampler not in SAMPLERS:
-            raise ValueError(f"sampler is {config.sampler!r}; known: {', '.join(SAMPLERS)}")
+            raise UserError(f"sampler is {config.sampler!r}; known: {', '.join(SAMPLERS)}")
         sampling_timesteps(config.sampler, config.steps, recorded_flow_shift(config.weights))
         guided = config.guidance_scale != 1
         if guided and model.null_class is None:
-            raise ValueError(f"guidance_scale is {config.guidance_scale}, and the model is unconditional: set it to 1")
+            raise UserError(f"guidance_scale is {config.guidance_scale}, and the model is unconditional: set it to 1")
         if guided and (config.guidance_channels or 1) > (channels := model.config.in_channels):
-            raise ValueError(f"guidance_channels is {config.guidance_channels}; the latents have {channels}")
+            raise UserError(f"guidance_channels is {config.guidance_channels}; the latents have {channels}")
         check_branch(branch or 0, model.depth, model.n_skips)
         self.flops = step_flops(model, 2 if guided else 1, 1 if branch is None else branch)
         dtype = resolve_dtype(config.dtype, device)

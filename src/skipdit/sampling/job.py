@@ -22,9 +22,11 @@ from skipdit.encoders.autoencoder import pixels
 from skipdit.sampling.report import StepTimer, report, steps_in_words
 from skipdit.sampling.sampler import Sampler
 from skipdit.utils.device import process_state
+from skipdit.utils.errors import UserError
 from skipdit.utils.files import naming, replace_text, whole_file
 from skipdit.utils.provenance import fingerprint
 from skipdit.utils.signals import telling
+from skipdit.utils.text import read_json
 
 T = TypeVar("T")
 
@@ -91,7 +93,7 @@ class Job:
             self.folder.mkdir(parents=True, exist_ok=True)
         path = self.folder / "job.json"
         text = json.dumps(identity | {"suffix": suffix}, indent=2, sort_keys=True, default=str) + "\n"
-        before, now = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}, json.loads(text)
+        before, now = read_json(path) if path.exists() else {}, json.loads(text)
         before.setdefault("suffix", suffix)  # jobs of older versions do not have it
         files = (file for file in self.folder.glob(f"*.{before['suffix']}") if not file.name.startswith("partial-"))
         begun = any(file.stem not in ("grid", "sheet", "compare") for file in files)  # without samples it is free
@@ -102,7 +104,7 @@ class Job:
             differ = [k for k in before | now if k not in newer and before.get(k) != now.get(k)]
             if differ:
                 lines = [f"  {k}: {before.get(k)} there, {now.get(k)} now" for k in differ]
-                raise ValueError(
+                raise UserError(
                     f"{folder} holds samples made with other settings; use another folder:\n" + "\n".join(lines)
                 )
         else:
@@ -166,7 +168,7 @@ def run_job(sampler: Sampler) -> tuple[Job, dict]:
     seconds = time.perf_counter() - began
     state.wait_for_everyone()
     file = job.folder / "report.json"
-    if complete and file.exists() and (before := json.loads(file.read_bytes()))["num_samples"] >= job.total:
+    if complete and file.exists() and (before := read_json(file))["num_samples"] >= job.total:
         return job, before
     parts = gather_object([(made, ran)])
     of_all, ran_of_all = sum(count for count, _ in parts), sum((kinds for _, kinds in parts), Counter())

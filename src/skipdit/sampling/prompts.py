@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from skipdit.utils.errors import UserError
 from skipdit.utils.text import read_text
 
 # What files of others call a prompt, in any case: the original's prompts/vimeo_prompts.csv and COCO's captions,
@@ -36,7 +37,7 @@ def read_prompts(prompts: Sequence[str], file: str | None, each_once: bool = Fal
         for file in files:
             prompts += _of_file(file)
     if not prompts:
-        raise ValueError('there is nothing to show: give --prompt "a bicycle", or set prompts or prompt_file')
+        raise UserError('there is nothing to show: give --prompt "a bicycle", or set prompts or prompt_file')
     return list(dict.fromkeys(prompts)) if each_once else prompts
 
 
@@ -45,14 +46,14 @@ def _of_file(file: Path) -> list[str]:
     try:
         text = read_text(file)
     except UnicodeDecodeError as error:
-        raise ValueError(f"{file} is not UTF-8 text: {error}") from error
+        raise UserError(f"{file} is not UTF-8 text: {error}") from error
     reader = readers.get(file.suffix.lower())
     if reader is None:
         return [line.strip() for line in text.split("\n") if line.strip()]
     found = []
     for place, prompt in reader(file, text):
         if not isinstance(prompt, str) or not prompt.strip():
-            raise ValueError(f"{file}, {place}: the prompt is {prompt!r}; it should be a text")
+            raise UserError(f"{file}, {place}: the prompt is {prompt!r}; it should be a text")
         found.append(prompt.strip())
     return found
 
@@ -68,19 +69,19 @@ def _of_table(file: Path, text: str) -> Iterator[tuple[str, Any]]:
                 column = next((names.index(key) for key in KEYS if key in names), None)
                 if column is None:
                     known = f"columns {', '.join(cells)}; its first line has to name one {WANTED}"
-                    raise ValueError(f"{file}, line 1: {known}; a file with a prompt per line is called .txt")
+                    raise UserError(f"{file}, line 1: {known}; a file with a prompt per line is called .txt")
             elif cells:
                 yield f"line {number}", cells[column] if column < len(cells) else None
             number = reader.line_num + 1
     except csv.Error as error:
-        raise ValueError(f"{file}, line {number}: {error}") from error
+        raise UserError(f"{file}, line {number}: {error}") from error
 
 
 def _of_json(file: Path, text: str) -> Iterator[tuple[str, Any]]:
     try:
         found = json.loads(text)
     except ValueError as error:
-        raise ValueError(f"{file} is no JSON: {error}") from error
+        raise UserError(f"{file} is no JSON: {error}") from error
     if isinstance(found, dict):
         own = next((value for key, value in found.items() if key.lower() in KEYS), None)
         if isinstance(own, list):
@@ -90,7 +91,7 @@ def _of_json(file: Path, text: str) -> Iterator[tuple[str, Any]]:
         elif all(isinstance(value, str) for value in found.values()):
             found = list(found.values())
     if not isinstance(found, list):
-        raise ValueError(f"{file}: wanted is a list of prompts, or of objects with {WANTED}")
+        raise UserError(f"{file}: wanted is a list of prompts, or of objects with {WANTED}")
     for number, row in enumerate(found):
         yield f"entry {number} from 0", _prompt_of(file, row)
 
@@ -101,7 +102,7 @@ def _of_json_lines(file: Path, text: str) -> Iterator[tuple[str, Any]]:
             try:
                 row = json.loads(line)
             except ValueError as error:
-                raise ValueError(f"{file}, line {number}: wanted is an object with {WANTED}: {error}") from error
+                raise UserError(f"{file}, line {number}: wanted is an object with {WANTED}: {error}") from error
             yield f"line {number}", _prompt_of(file, row)
 
 
@@ -111,7 +112,7 @@ def _prompt_of(file: Path, row: Any) -> Any:
         return row
     lower = {key.lower(): value for key, value in row.items()}
     if not (keys := [key for key in KEYS if key in lower]):
-        raise ValueError(f"{file}: wanted is an object with {WANTED}, and one has {', '.join(row) or 'nothing'}")
+        raise UserError(f"{file}: wanted is an object with {WANTED}, and one has {', '.join(row) or 'nothing'}")
     return lower[keys[0]]
 
 
@@ -128,5 +129,5 @@ def file_names(prompts: list[str], each: int, vbench: bool) -> list[str]:
     if not vbench:
         return [f"{i:06d}-{slug(prompts[i // each])}".strip("-") for i in range(len(prompts) * each)]
     if bad := [prompt for prompt in prompts if "/" in prompt or len(prompt.encode()) > 240]:
-        raise ValueError(f"vbench_names: no file can be called {bad[0]!r}; set vbench_names=false")
+        raise UserError(f"vbench_names: no file can be called {bad[0]!r}; set vbench_names=false")
     return [f"{prompt}-{copy}" for prompt in prompts for copy in range(each)]

@@ -1,6 +1,7 @@
 """Timing of sampling runs, and their report."""
 
 import time
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -48,6 +49,21 @@ def steps_in_words(steps: dict[str, float]) -> str:
     """Numbers of steps by kind, as "14 full and 36 cached steps"; forecasts are told if there are some."""
     told = f"{steps['full']:g} full and {steps['cached']:g} cached steps"
     return told + (f" and {steps['forecast']:g} forecasts" if steps["forecast"] else "")
+
+
+def step_counts(cache: SkipCache) -> dict[str, int]:
+    """Return the numbers of steps of a run, as entries of a table's row: full_steps, cached_steps, forecast_steps."""
+    return {f"{kind}_steps": count for kind, count in cache.counts().items()}
+
+
+def steps_column(rows: Sequence[Mapping[str, Any]]) -> tuple[str, list[str]]:
+    """Return the title and the cells of a table's column of `step_counts`: "full + cached steps", "14 + 36".
+
+    Forecast steps are in it if a row has some. A row without counts gets a dash.
+    """
+    kinds = ["full", "cached"] + ["forecast"] * any(row.get("forecast_steps") for row in rows)
+    counts = [[str(row.get(f"{kind}_steps", 0)) for kind in kinds] if "full_steps" in row else ["–"] for row in rows]
+    return f"{' + '.join(kinds)} steps", [" + ".join(cell) for cell in counts]
 
 
 def report(

@@ -13,7 +13,7 @@ from torch import Tensor
 from skipdit.caching.policy import CachePolicy
 from skipdit.caching.runtime import SkipCache
 from skipdit.diffusion.flow import FLOW_SOLVERS
-from skipdit.diffusion.samplers import SOLVERS
+from skipdit.diffusion.schedulers import SOLVERS
 from skipdit.encoders.autoencoder import decode
 from skipdit.layers.skip import SkipTransformer
 from skipdit.utils.pixels import to_uint8

@@ -3,26 +3,9 @@
 from dataclasses import dataclass, field
 
 from skipdit.config import ConfigError, Settings, required, setting
+from skipdit.diffusion.schedulers import SCHEDULERS
 
 WINDOW = "N{}-700-50"  # the released code's caching window, of both tasks
-
-
-SCHEDULERS = {
-    "ddim": "DDIMScheduler",
-    "ddpm": "DDPMScheduler",
-    "deis": "DEISMultistepScheduler",
-    "deis3": "DEISMultistepScheduler",  # of order 3
-    "dpm": "DPMSolverMultistepScheduler",
-    "dpm3": "DPMSolverMultistepScheduler",
-    "dpmms": "DPMSolverMultistepScheduler",  # Hunyuan-DiT's name for it
-    "euler": "EulerDiscreteScheduler",
-    "euler-ancestral": "EulerAncestralDiscreteScheduler",
-    "heun": "HeunDiscreteScheduler",
-    "kdpm2-ancestral": "KDPM2AncestralDiscreteScheduler",
-    "pndm": "PNDMScheduler",
-    "unipc": "UniPCMultistepScheduler",
-    "unipc3": "UniPCMultistepScheduler",
-}
 
 
 @dataclass(frozen=True)

@@ -18,15 +18,17 @@ from skipdit.caching.policy import CachePolicy
 from skipdit.caching.runtime import SkipCache
 from skipdit.checkpoints.loading import load_weights
 from skipdit.diffusion.flow import make_flow_scheduler
+from skipdit.diffusion.schedulers import SCHEDULERS, make_gaussian_scheduler
 from skipdit.encoders.autoencoder import downsampling
 from skipdit.layers.flops import step_flops
 from skipdit.layers.skip import SkipTransformer, check_branch
 from skipdit.pipelines.cache import enable_cache
 from skipdit.sampling.job import Job, require_finite
 from skipdit.sampling.sampler import Sampler
-from skipdit.sampling.settings import SCHEDULERS, PromptConfig
+from skipdit.sampling.settings import PromptConfig
 from skipdit.utils.device import compile_mode, process_state, set_tf32
 from skipdit.utils.dtypes import resolve_dtype
+from skipdit.utils.errors import UserError
 from skipdit.utils.files import replace_text
 
 STOCHASTIC = ("ddpm", "euler-ancestral", "kdpm2-ancestral")  # of the schedulers
@@ -41,13 +43,10 @@ def make_scheduler(name: str, settings: dict[str, Any], flow_shift: float | None
     Raises ValueError for an unknown name, and one that is not for such a model.
     """
     if name not in SCHEDULERS:
-        raise ValueError(f"scheduler is {name!r}; known: {', '.join(SCHEDULERS)}")
+        raise UserError(f"scheduler is {name!r}; known: {', '.join(SCHEDULERS)}")
     if flow_shift is not None:
         return make_flow_scheduler(name, flow_shift)
-    kind = getattr(diffusers, SCHEDULERS[name])
-    settings = dict(settings) | ({"solver_order": 3} if name.endswith("3") else {})
-    known = set(inspect.signature(kind.__init__).parameters)
-    return kind(**{key: value for key, value in settings.items() if key in known})
+    return make_gaussian_scheduler(name, settings)
 
 
 def scheduler_settings(folder: Path | None) -> dict[str, Any]:
@@ -92,17 +91,17 @@ def check_settings(
     """
     unit = max(unit, downsampling(vae) * model.config.patch_size)
     if size[0] % unit or size[1] % unit:
-        raise ValueError(f"height {size[0]} and width {size[1]} must be multiples of {unit} pixels")
+        raise UserError(f"height {size[0]} and width {size[1]} must be multiples of {unit} pixels")
     check_branch(branch or 0, model.depth, model.n_skips)
     if model.config.in_channels != vae.config.latent_channels:
-        raise ValueError(
+        raise UserError(
             f"the model is for {model.config.in_channels} latent channels, and the autoencoder has "
             f"{vae.config.latent_channels}: set vae to the one that it was trained with"
         )
     if config.offload not in ("none", "model", "group"):
-        raise ValueError(f"offload is {config.offload!r}; known: none, model, group")
+        raise UserError(f"offload is {config.offload!r}; known: none, model, group")
     if compile_mode(config.compile) and config.offload == "group":
-        raise ValueError("offload=group moves weights within the model, which cannot be compiled: set offload=model")
+        raise UserError("offload=group moves weights within the model, which cannot be compiled: set offload=model")
     set_tf32(config.tf32)
     dtype = resolve_dtype(config.dtype, process_state().device, released)
     nn.Module.to(model, dtype=dtype)  # not diffusers' own, which warns

@@ -24,6 +24,7 @@ from skipdit.checkpoints.errors import WeightsError
 from skipdit.checkpoints.files import is_finite, load_checkpoint, require_tensors, saved
 from skipdit.checkpoints.released import from_released, to_released
 from skipdit.checkpoints.sums import require_sound
+from skipdit.utils.errors import UserError
 from skipdit.utils.files import whole_file
 
 _FULL = StateDictOptions(full_state_dict=True, cpu_offload=True)  # gathered on rank 0 where parameters are sharded
@@ -125,7 +126,7 @@ def restore(state: dict, model: nn.Module, ema: nn.Module, optimizers: Sequence[
     trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     try:
         if other := trained ^ state["opt"]["state"].keys():  # torch would leave their moments at zero
-            raise ValueError(f"the optimizer's state is not of {', '.join(sorted(map(str, other))[:3])}")
+            raise UserError(f"the optimizer's state is not of {', '.join(sorted(map(str, other))[:3])}")
         set_model_state_dict(model, from_released(state["model"]), options=_LOAD)
         set_model_state_dict(ema, from_released(state["ema"]), options=_LOAD)
         set_optimizer_state_dict(model, optimizers, state["opt"], options=_LOAD)

@@ -35,6 +35,7 @@ from skipdit.training.settings import TrainConfig
 from skipdit.training.spectral import SpectralLimit
 from skipdit.training.steps import Draw, Loss, learning_rate, set_trainable
 from skipdit.utils.device import make_accelerator, own_settings, set_tf32
+from skipdit.utils.errors import UserError
 from skipdit.utils.signals import Stopped, StopSignals, stop_signals
 
 
@@ -73,7 +74,7 @@ def fit(
         ValueError: settings that do not fit each other, or the run already in `out`; another process trains there.
     """
     if config.precision not in ("fp32", "bf16") or config.parallel not in ("ddp", "fsdp"):
-        raise ValueError(f"precision {config.precision!r} or parallel {config.parallel!r}: see --help for the choices")
+        raise UserError(f"precision {config.precision!r} or parallel {config.parallel!r}: see --help for the choices")
     if config.freeze:
         set_trainable(model, {"skips.*": True, "*": False})
     limit = None

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from skipdit.checkpoints.released import to_released
 from skipdit.training.steps import set_trainable
+from skipdit.utils.errors import UserError
 from skipdit.utils.files import whole_file
 
 TARGETS = ("Wqkv", "q_proj", "kv_proj", "out_proj")  # of Hunyuan-DiT's blocks, as its authors train them
@@ -22,7 +23,7 @@ def add_lora(model: nn.Module, rank: int) -> None:
     try:
         from peft import LoraConfig, inject_adapter_in_model
     except ImportError as error:
-        raise ValueError(
+        raise UserError(
             "lora_rank needs the peft library: `pip install peft`, or skipdit with its extra `lora`"
         ) from error
     where = rf"blocks\.\d+\.attn\d\.({'|'.join(TARGETS)})"

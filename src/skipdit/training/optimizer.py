@@ -10,6 +10,8 @@ import torch
 from torch import nn
 from torch.optim import AdamW, Optimizer
 
+from skipdit.utils.errors import UserError
+
 OPTIMIZERS = ("adamw", "muon")
 
 
@@ -34,10 +36,10 @@ def make_optimizers(
         ValueError: `kind` is unknown, or this torch has no Muon.
     """
     if kind not in OPTIMIZERS:
-        raise ValueError(f"train.optimizer is {kind!r}; known: {', '.join(OPTIMIZERS)}")
+        raise UserError(f"train.optimizer is {kind!r}; known: {', '.join(OPTIMIZERS)}")
     matrices = hidden_matrices(model) if kind == "muon" else []
     if matrices and not hasattr(torch.optim, "Muon"):
-        raise ValueError(f"train.optimizer=muon needs torch 2.9 or newer; this is {torch.__version__}")
+        raise UserError(f"train.optimizer=muon needs torch 2.9 or newer; this is {torch.__version__}")
     chosen = set(map(id, matrices))
     others = [p for p in model.parameters() if p.requires_grad and id(p) not in chosen]
     optimizers: list[Optimizer] = []

@@ -10,6 +10,7 @@ from accelerate.utils import broadcast_object_list
 from omegaconf import OmegaConf
 
 from skipdit.config import flatten, free_settings, to_yaml
+from skipdit.utils.errors import UserError
 from skipdit.utils.files import naming, replace_text
 from skipdit.utils.lock import hold
 
@@ -43,7 +44,7 @@ def claim_folder(out: Path, run_config: Any, accelerator: Accelerator) -> None:
             free.discard("train.steps")
         differ = [k for k in before | now if before.get(k) != now.get(k) and k not in free]
         if differ:
-            raise ValueError(
+            raise UserError(
                 f"{out} holds a run with other settings; give this one another folder (out=...):\n"
                 + "\n".join(f"  {key}: {before.get(key)} there, {now.get(key)} now" for key in differ)
             )

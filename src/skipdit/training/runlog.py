@@ -9,6 +9,7 @@ from accelerate.tracking import filter_trackers
 from PIL import Image
 from torch.utils.tensorboard import SummaryWriter
 
+from skipdit.utils.errors import UserError
 from skipdit.utils.files import naming, replace_text
 
 TRACKERS = {"wandb": "dir", "trackio": None}  # and the argument that is their folder
@@ -30,10 +31,10 @@ class Log:
         self.path, self._accelerator = out / "stats.jsonl", accelerator
         if tracker:
             if tracker not in TRACKERS:
-                raise ValueError(f"train.tracker is {tracker!r}; known: {', '.join(TRACKERS)}")
+                raise UserError(f"train.tracker is {tracker!r}; known: {', '.join(TRACKERS)}")
             accelerator.log_with = filter_trackers([tracker])
             if not accelerator.log_with:
-                raise ValueError(f"train.tracker={tracker} needs its package: pip install {tracker}")
+                raise UserError(f"train.tracker={tracker} needs its package: pip install {tracker}")
             folder = {TRACKERS[tracker]: str(out)} if TRACKERS[tracker] else {}
             accelerator.init_trackers("skipdit", settings, {tracker: {"name": out.name} | folder})
         if self.path.exists():

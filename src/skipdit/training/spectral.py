@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Replicate
 
 from skipdit.layers.skip import LongSkip
+from skipdit.utils.errors import UserError
 
 KINDS = ("none", "penalty", "cap")
 SQUARINGS = 8  # as many as 256 power iterations; the upper bound is then at most 0.7 % too large up to D = 1152
@@ -88,15 +89,15 @@ class SpectralLimit:
 
     def __init__(self, model: nn.Module, kind: str, weight: float, cap: float):
         if kind not in KINDS[1:]:
-            raise ValueError(f"train.spectral is {kind!r}; it is {', '.join(KINDS)}")
+            raise UserError(f"train.spectral is {kind!r}; it is {', '.join(KINDS)}")
         name, number = ("spectral_weight", weight) if kind == "penalty" else ("spectral_cap", cap)
         if not number > 0:
-            raise ValueError(f"train.{name} is {number}; it must be positive (train.spectral=none sets no constraint)")
+            raise UserError(f"train.{name} is {number}; it must be positive (train.spectral=none sets no constraint)")
         self._linears = skip_linears(model)
         if not self._linears:
-            raise ValueError(f"train.spectral={kind} is for long skips, and the model has none: set model.skip=true")
+            raise UserError(f"train.spectral={kind} is for long skips, and the model has none: set model.skip=true")
         if not all(linear.weight.requires_grad for linear in self._linears):
-            raise ValueError(f"train.spectral={kind} is for long skips that are trained; here they are frozen")
+            raise UserError(f"train.spectral={kind} is for long skips that are trained; here they are frozen")
         self.kind, self.weight, self.cap = kind, weight, cap
 
     def largest(self) -> Largest:

@@ -10,6 +10,8 @@ from accelerate import Accelerator, PartialState
 from accelerate.state import AcceleratorState
 from torch import Tensor
 
+from skipdit.utils.errors import UserError
+
 # Variables by which accelerate's launcher and its config file say how to train. Ours is the one config of a training.
 _ACCELERATE = ("ACCELERATE_", "FSDP_", "MEGATRON_LM_", "PARALLELISM_CONFIG_")
 _PLACES = {  # they say where to run, and change no number
@@ -52,7 +54,7 @@ def compile_mode(setting: str) -> str | None:
         return None
     mode = "default" if name in ("true", "yes", "on") else name
     if mode not in COMPILE_MODES:
-        raise ValueError(f"compile is {setting!r}; known: none, {', '.join(COMPILE_MODES)}")
+        raise UserError(f"compile is {setting!r}; known: none, {', '.join(COMPILE_MODES)}")
     return mode
 
 
@@ -93,7 +95,7 @@ def own_settings() -> Iterator[None]:
     prepared. Raises ValueError if they ask for what is not supported.
     """
     if foreign := [f"{name} ({what})" for name, what in _FOREIGN.items() if _is_set(name)]:
-        raise ValueError(
+        raise UserError(
             f"the environment sets {', '.join(foreign)}, which is not supported: launch with torchrun, or with an "
             "accelerate config without it; train.parallel=fsdp shards the weights of a training"
         )

@@ -2,6 +2,8 @@
 
 import torch
 
+from skipdit.utils.errors import UserError
+
 
 def resolve_dtype(name: str, device: torch.device, released: torch.dtype | None = None) -> torch.dtype:
     """Return the dtype that a setting names. Raises ValueError for an unknown name.
@@ -20,5 +22,5 @@ def resolve_dtype(name: str, device: torch.device, released: torch.dtype | None 
         )
     known = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
     if name not in known:
-        raise ValueError(f"dtype is {name!r}; known: auto, {', '.join(known)}")
+        raise UserError(f"dtype is {name!r}; known: auto, {', '.join(known)}")
     return known[name]

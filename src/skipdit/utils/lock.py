@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
 
+from skipdit.utils.errors import UserError
 from skipdit.utils.files import naming
 
 _HELD = (errno.EACCES, errno.EAGAIN, errno.EDEADLK)
@@ -34,7 +35,7 @@ def hold(folder: Path) -> Iterator[None]:
             if error.errno in _HELD:
                 file.seek(0)
                 holder = file.read(1000).decode(errors="replace").strip() or "another process"
-                raise ValueError(
+                raise UserError(
                     f"{holder} is training in {folder}: wait for it, stop it, or give this run another folder (out=...)"
                 ) from error
             warnings.warn(f"{folder} cannot be locked ({error.strerror}): start no second training in it", stacklevel=3)

@@ -3,11 +3,13 @@
 import numpy as np
 import torch
 
+from skipdit.utils.errors import UserError
+
 
 def seed_of(*numbers: int) -> int:
     """One well-mixed 63-bit seed out of several non-negative numbers. Raises ValueError for a negative one."""
     if min(numbers) < 0:
-        raise ValueError(f"seed is {min(numbers)}; a seed is 0 or larger")
+        raise UserError(f"seed is {min(numbers)}; a seed is 0 or larger")
     return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> np.uint64(1))
 
 

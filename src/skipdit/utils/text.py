@@ -1,9 +1,13 @@
 """Texts and paths as people write them."""
 
 import codecs
+import json
 import os
 from argparse import Namespace
 from pathlib import Path
+from typing import Any
+
+from skipdit.utils.errors import UserError
 
 UTF16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 
@@ -17,6 +21,14 @@ def read_text(path: str | Path, errors: str = "strict") -> str:
     content = Path(path).read_bytes()
     text = content.decode("utf-16" if content.startswith(UTF16) else "utf-8-sig", errors)
     return text.replace("\r\n", "\n").replace("\r", "\n")
+
+
+def read_json(path: str | Path) -> Any:
+    """What a JSON file in UTF-8 holds. Raises OSError, and UserError for a damaged one."""
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{path} is damaged: {error}") from error
 
 
 def user_path(text: str) -> str:

@@ -36,8 +36,8 @@ from skipdit.utils.seeding import generators
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 import compare
+from baselines import FORA, PAB, Baseline, DBCache, DeltaDiT, TaylorSeer, TeaCache, TGate
 from full_size import full_size
-from peers import FORA, PAB, DBCache, DeltaDiT, Peer, TaylorSeer, TeaCache, TGate
 
 STEPS = 6
 MODELS = {"image": tiny_dit, "video": tiny_latte, "text-video": tiny_latte_t2v, "text-image": tiny_hunyuan}
@@ -133,8 +133,8 @@ def case(vae_folder, eightfold_vae):
     return get
 
 
-def fitting(peers: dict[str, Peer], task: str) -> dict[str, Peer]:
-    return {name: peer for name, peer in peers.items() if name != "tgate" or task in WITH_TEXT}
+def fitting(baselines: dict[str, Baseline], task: str) -> dict[str, Baseline]:
+    return {name: baseline for name, baseline in baselines.items() if name != "tgate" or task in WITH_TEXT}
 
 
 def contents(model: torch.nn.Module) -> dict:

@@ -1,0 +1,77 @@
+"""What a command ends with: one line for what its user can mend, a traceback for a defect of the program."""
+
+import pytest
+from conftest import ROOT, skipdit_command
+
+from skipdit.checkpoints.errors import WeightsError
+from skipdit.cli import friendly_errors
+from skipdit.config import ConfigError
+from skipdit.utils.errors import UserError
+
+DEMO = str(ROOT / "configs/class-to-image/demo.yaml")
+
+
+def ending_with(error: Exception) -> None:
+    """A command that fails with `error`."""
+    with friendly_errors():
+        raise error
+
+
+@pytest.mark.parametrize(
+    "error",
+    [UserError, ConfigError, WeightsError, FileNotFoundError, PermissionError, ConnectionError, FloatingPointError],
+)
+def test_an_error_of_the_user_is_one_line(error, capsys):
+    with pytest.raises(SystemExit) as caught:
+        ending_with(error("seed is -1"))
+    assert caught.value.code == 2 and capsys.readouterr().err == "error: seed is -1\n"
+
+
+@pytest.mark.parametrize("error", [ValueError, ZeroDivisionError, TypeError, KeyError, RuntimeError])
+def test_a_defect_keeps_its_traceback(error, capsys):
+    with pytest.raises(error, match="defect"):
+        ending_with(error("a defect"))
+    assert not capsys.readouterr().err
+
+
+def test_users_of_the_library_can_catch_value_errors():
+    assert issubclass(UserError, ValueError) and issubclass(ConfigError, UserError)
+    assert issubclass(WeightsError, UserError)
+
+
+def test_a_variable_shows_every_traceback(monkeypatch, capsys):
+    monkeypatch.setenv("SKIPDIT_TRACEBACK", "1")
+    with pytest.raises(SystemExit) as caught:
+        ending_with(UserError("seed is -1"))
+    error = capsys.readouterr().err
+    assert caught.value.code == 2 and "in ending_with" in error and error.endswith("UserError: seed is -1\n")
+
+
+def test_the_variable_off_shows_a_line(monkeypatch, capsys):
+    monkeypatch.setenv("SKIPDIT_TRACEBACK", "0")
+    with pytest.raises(SystemExit):
+        ending_with(UserError("seed is -1"))
+    assert capsys.readouterr().err == "error: seed is -1\n"
+
+
+def test_a_command_tells_defects_from_its_users_errors(monkeypatch, capsys, tmp_path):
+    sample = skipdit_command("sample")
+    with pytest.raises(SystemExit):
+        sample(["--config", DEMO, f"out={tmp_path}", "cache=N0-1-2"])
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: cache interval is 0")
+
+    def broken(*_, **__):
+        raise ValueError("not enough values to unpack")
+
+    monkeypatch.setattr("skipdit.class_to_image.sample.run_job", broken)
+    with pytest.raises(ValueError, match="unpack"):
+        sample(["--config", DEMO, f"out={tmp_path}"])
+
+
+@pytest.mark.parametrize("override", ["seed=-1", "steps=0", "image_size=30", "model.num_heads=0", "model.patch_size=0"])
+def test_settings_that_no_model_can_have_are_one_line(override, capsys, tmp_path):
+    with pytest.raises(SystemExit):
+        skipdit_command("sample")(["--config", DEMO, f"out={tmp_path / 'out'}", override])
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: ") and override.split("=")[0].split(".")[-1] in line.replace(" ", "_")
