@@ -1,0 +1,77 @@
+"""What the page shows of a comparison, as HTML."""
+
+import base64
+from html import escape
+
+from skipdit.app.jobs import Comparison, Result
+from skipdit.caching.policy import NAMES
+from skipdit.sampling.report import steps_in_words
+
+TYPES = {"png": ("image/png", "image/png"), "mp4": ("video/mp4", "image/gif")}  # of the file, and of what is shown
+STYLE = """
+.gradio-container {max-width: 1400px !important; margin: 0 auto}
+.rows {display: grid; grid-template-columns: repeat(auto-fill, minmax(264px, 1fr)); gap: 16px}
+.row {border: 1px solid var(--border-color-primary); border-radius: 8px; padding: 12px; min-width: 0; max-width: 420px;
+  background: var(--background-fill-primary)}
+.row h3 {margin: 0 0 8px; font-size: 1rem; font-weight: 600; overflow-wrap: anywhere}
+.row img {width: 100%; min-width: 256px; max-width: 100%; image-rendering: pixelated; border-radius: 4px; display: block}
+.row p, .rows-note {margin: 8px 0; font-size: .9rem}
+.row .what, .legend {color: var(--body-text-color-subdued); font-size: .8rem; margin: 8px 0 4px}
+.row pre {white-space: pre-wrap; overflow-wrap: anywhere; font-size: .72rem; padding: 8px; border-radius: 4px;
+  background: var(--background-fill-secondary); user-select: all; margin: 6px 0}
+.row a {margin-right: 12px; font-size: .85rem; text-decoration: underline}
+.row details summary {cursor: pointer; font-size: .85rem; margin-top: 6px}
+.strip {display: flex; height: 14px; border-radius: 3px; overflow: hidden}
+.strip i {flex: 1; border-right: 1px solid var(--background-fill-primary)}
+.full {background: #1d4e89} .cached {background: #9cc5e8} .forecast {background: #f2a541}
+.legend i {display: inline-block; width: 12px; height: 12px; border-radius: 2px; margin: 0 4px 0 12px}
+.legend i:first-child {margin-left: 0}
+.error {border-left: 4px solid #c62828; padding: 12px 16px; background: var(--background-fill-secondary)}
+"""
+
+
+def comparison_html(comparison: Comparison) -> str:
+    """Return cards, one per result, below the notes and the colours of the strips."""
+    notes = "".join(f'<p class="rows-note">{escape(note)}</p>' for note in comparison.notes)
+    colours = "".join(f'<i class="{kind}"></i>{kind} steps' for kind in NAMES.values())
+    cards = "".join(_card(result, comparison.factor) for result in comparison.results)
+    return f'{notes}<p class="legend">{colours}</p><div class="rows">{cards}</div>'
+
+
+def error_html(message: str) -> str:
+    """Return what is wrong with a request, in words."""
+    return f'<p class="error" role="alert">{escape(message[:1].upper() + message[1:])}</p>'
+
+
+def strip_html(kinds: list[str]) -> str:
+    """Return the steps of a run from noise to image, a coloured cell each."""
+    counts = {kind: kinds.count(kind) for kind in NAMES.values()}
+    cells = "".join(f'<i class="{kind}"></i>' for kind in kinds)
+    told = steps_in_words(counts)
+    return f'<div class="strip" role="img" aria-label="{told}" title="{told}">{cells}</div><p class="what">{told}</p>'
+
+
+def _card(result: Result, factor: int) -> str:
+    row, (kind, shown) = result.row, TYPES[result.suffix]
+    title, name = escape(row["name"]), result.command.rpartition("/")[2]
+    facts = f"{row['seconds_per_sample']:.2f} s"
+    if row["name"] == "uncached":
+        images = f'<img alt="{title}" src="{_uri(result.shown, shown)}">'
+    else:
+        facts += f", {row['flops_speedup']:.2f}x fewer FLOPs, "
+        facts += "the same pixels" if row["identical"] else f"PSNR {row['psnr']:.1f} dB, SSIM {row['ssim']:.3f}"
+        images = f'<img alt="{title}" src="{_uri(result.shown, shown)}">'
+        images += f'<p class="what">difference from the uncached one, times {factor}</p>'
+        images += f'<img alt="difference of {title}" src="{_uri(result.difference, shown)}">'
+    links = (
+        f'<a download="{name}.{result.suffix}" href="{_uri(result.file, kind)}">Download {result.suffix.upper()}</a>'
+    )
+    links += (
+        f'<a download="{name}.sh" href="{_uri(result.command.encode() + b"\n", "text/plain")}">Download command</a>'
+    )
+    told = f"<details><summary>The command that makes it</summary><pre>{escape(result.command)}</pre></details>"
+    return f'<div class="row"><h3>{title}</h3>{images}<p>{facts}</p>{strip_html(row["kinds"])}{links}{told}</div>'
+
+
+def _uri(content: bytes, kind: str) -> str:
+    return f"data:{kind};base64,{base64.b64encode(content).decode()}"
