@@ -151,7 +151,7 @@ def own_policies(caches: Sequence[str]) -> dict[str, CachePolicy]:
         raise ValueError(f"{adaptive[0]} decides while it runs, so that its cost is not known before: choose another")
     if len(branches := {policy.branch for policy in policies.values() if policy.caches}) > 1:
         raise ValueError(
-            f"the caches have the branches {' and '.join(map(str, sorted(branches)))}: compare one of them"
+            f"caches have the branches {' and '.join(map(str, sorted(branches)))}: compare one of them"
         )
     return policies
 

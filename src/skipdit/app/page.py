@@ -21,8 +21,8 @@ if TYPE_CHECKING:  # not everybody has it
     import gradio
 
 INTRODUCTION = """# skipdit
-The same noise, sampled without a cache and with up to three: full steps run every block of the transformer, cached steps
-the outer ones, forecast steps none. Interval and plan follow the budget."""
+The same noise, sampled without a cache and with up to three: full steps run every block of the transformer, cached
+steps the outer ones, forecast steps none. Interval and plan follow the budget."""
 
 
 def form(file: str, task_name: str | None, overrides: list[str]) -> dict[str, Any]:
@@ -121,7 +121,7 @@ def build(studio: Studio, files: list[str], task: str | None = None, overrides: 
 
 
 def launch(page: gradio.Blocks, host: str, port: int | None, **more: Any) -> tuple:
-    """Serve a page; arguments as of `gradio.Blocks.launch`. Nothing is asked of other hosts: no fonts, no statistics."""
+    """Serve a page; `more` as of `gradio.Blocks.launch`. Nothing is asked of other hosts: no fonts, no statistics."""
     import gradio as gr
 
     theme = gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])

@@ -14,7 +14,7 @@ STYLE = """
 .row {border: 1px solid var(--border-color-primary); border-radius: 8px; padding: 12px; min-width: 0; max-width: 420px;
   background: var(--background-fill-primary)}
 .row h3 {margin: 0 0 8px; font-size: 1rem; font-weight: 600; overflow-wrap: anywhere}
-.row img {width: 100%; min-width: 256px; max-width: 100%; image-rendering: pixelated; border-radius: 4px; display: block}
+.row img {width: 100%; min-width: 256px; image-rendering: pixelated; border-radius: 4px; display: block}
 .row p, .rows-note {margin: 8px 0; font-size: .9rem}
 .row .what, .legend {color: var(--body-text-color-subdued); font-size: .8rem; margin: 8px 0 4px}
 .row pre {white-space: pre-wrap; overflow-wrap: anywhere; font-size: .72rem; padding: 8px; border-radius: 4px;
