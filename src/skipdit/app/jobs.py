@@ -109,13 +109,13 @@ def read_request(request: Request) -> tuple[Task, Any, list[str]]:
         if (key := text.partition("=")[0].strip()) in {*wanted, "prompts", "prompt_file", "cache"}:
             raise ValueError(f"{key} has a field of its own: leave it out of the other settings")
     base = load_config(task.schema, request.config, list(request.overrides))
-    changed = [f"{key}={value}" for key, value in wanted.items() if getattr(base, key) != value]
-    overrides = [*request.overrides, *changed]
+    differing = [f"{key}={value}" for key, value in wanted.items() if getattr(base, key) != value]
+    overrides = [*request.overrides, *differing]
     config = load_config(task.schema, request.config, overrides)
     if "classes" not in wanted:
         if not (request.subject or "").strip():
             raise ValueError("the prompt is empty: write what to show")
-        config.prompts, config.prompt_file = [request.subject], None
+        config = replace(config, prompts=[request.subject], prompt_file=None)
     return task, config, overrides
 
 
@@ -150,9 +150,7 @@ def own_policies(caches: Sequence[str]) -> dict[str, CachePolicy]:
     if adaptive := [text for text, policy in policies.items() if policy.adaptive]:
         raise ValueError(f"{adaptive[0]} decides while it runs, so that its cost is not known before: choose another")
     if len(branches := {policy.branch for policy in policies.values() if policy.caches}) > 1:
-        raise ValueError(
-            f"caches have the branches {' and '.join(map(str, sorted(branches)))}: compare one of them"
-        )
+        raise ValueError(f"caches have the branches {' and '.join(map(str, sorted(branches)))}: compare one of them")
     return policies
 
 

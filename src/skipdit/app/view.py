@@ -55,20 +55,15 @@ def _card(result: Result, factor: int) -> str:
     row, (kind, shown) = result.row, TYPES[result.suffix]
     title, name = escape(row["name"]), result.command.rpartition("/")[2]
     facts = f"{row['seconds_per_sample']:.2f} s"
-    if row["name"] == "uncached":
-        images = f'<img alt="{title}" src="{_uri(result.shown, shown)}">'
-    else:
-        facts += f", {row['flops_speedup']:.2f}x fewer FLOPs, "
+    images = f'<img alt="{title}" src="{_uri(result.shown, shown)}">'
+    if row["name"] != "uncached":
+        facts += f", {row['flops_speedup']:.2f}x fewer FLOPs<br>"
         facts += "the same pixels" if row["identical"] else f"PSNR {row['psnr']:.1f} dB, SSIM {row['ssim']:.3f}"
-        images = f'<img alt="{title}" src="{_uri(result.shown, shown)}">'
         images += f'<p class="what">difference from the uncached one, times {factor}</p>'
         images += f'<img alt="difference of {title}" src="{_uri(result.difference, shown)}">'
-    links = (
-        f'<a download="{name}.{result.suffix}" href="{_uri(result.file, kind)}">Download {result.suffix.upper()}</a>'
-    )
-    links += (
-        f'<a download="{name}.sh" href="{_uri(result.command.encode() + b"\n", "text/plain")}">Download command</a>'
-    )
+    files = {result.suffix.upper(): (f"{name}.{result.suffix}", _uri(result.file, kind))}
+    files["command"] = f"{name}.sh", _uri(f"{result.command}\n".encode(), "text/plain")
+    links = "".join(f'<a download="{file}" href="{uri}">Download {what}</a>' for what, (file, uri) in files.items())
     told = f"<details><summary>The command that makes it</summary><pre>{escape(result.command)}</pre></details>"
     return f'<div class="row"><h3>{title}</h3>{images}<p>{facts}</p>{strip_html(row["kinds"])}{links}{told}</div>'
 

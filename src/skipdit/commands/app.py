@@ -1,7 +1,7 @@
 """A page in the browser: an image or clip by several caches side by side, from the same noise.
 
     python -m skipdit app
-    python -m skipdit app --config configs/class-to-image/imagenet256_sample.yaml --config configs/class-to-image/demo.yaml
+    python -m skipdit app --config configs/class-to-image/imagenet256_sample.yaml
     python -m skipdit app --config configs/class-to-image/demo.yaml guidance_scale=3
 
 Without --config it offers the embedded models of all four tasks. Needs gradio: pip install gradio
