@@ -1,8 +1,10 @@
-"""Screenshots of the page of `python -m skipdit app`: visuals/app-class-to-image.png and visuals/app-text-to-image.png.
+"""The page of `skipdit app` after a comparison, as a picture: visuals/app.png.
 
     python scripts/screenshot_app.py
+    python scripts/screenshot_app.py --config configs/text-to-image/demo.yaml --out page.png
 
-Needs gradio, playwright and a Chromium: python -m playwright install chromium, or apt-get install chromium.
+Needs gradio, playwright and a Chromium: pip install -e ".[dev]", and python -m playwright install chromium or
+apt-get install chromium.
 """
 
 import argparse
@@ -17,27 +19,27 @@ from skipdit.app.page import build, launch
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tasks", nargs="+", default=["class-to-image", "text-to-image"], metavar="NAME")
+    parser.add_argument("--config", default="configs/class-to-image/demo.yaml", metavar="FILE", help="[%(default)s]")
     parser.add_argument("--width", type=int, default=1280, help="of the window, in pixels [%(default)s]")
-    parser.add_argument("--out", type=Path, default=Path("visuals"), metavar="DIR", help="[%(default)s]")
-    args = parser.parse_args()
+    parser.add_argument("--out", type=Path, default=Path("visuals/app.png"), metavar="FILE", help="[%(default)s]")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings that replace the config's")
+    args = parser.parse_intermixed_args()
+    page = build(Studio(), [args.config], None, args.overrides)
+    _, address, _ = launch(page, "127.0.0.1", None, prevent_thread_lock=True, quiet=True)
     with sync_playwright() as playwright:
         own = playwright.chromium.executable_path
         program = own if Path(own).exists() else shutil.which("chromium") or shutil.which("google-chrome")
         browser = playwright.chromium.launch(executable_path=program, args=["--no-sandbox"])
-        for task in args.tasks:
-            page = build(Studio(), [f"configs/{task}/demo.yaml"])
-            _, address, _ = launch(page, "127.0.0.1", None, prevent_thread_lock=True, quiet=True)
-            tab = browser.new_page(viewport={"width": args.width, "height": 800}, color_scheme="light")
-            tab.goto(address)
-            tab.wait_for_function("document.querySelector('#steps input')?.value")
-            tab.get_by_role("button", name="Compare").click()
-            tab.wait_for_selector("#results .row", timeout=600_000)
-            tab.wait_for_timeout(1000)  # the bar of progress fades
-            tab.screenshot(path=args.out / f"app-{task}.png", full_page=True)
-            tab.close()
-            page.close()
+        tab = browser.new_page(viewport={"width": args.width, "height": 800}, color_scheme="light")
+        tab.goto(address)
+        tab.get_by_role("button", name="Compare").click()
+        shown = tab.wait_for_selector("#results .card, #results [role=alert]", timeout=600_000)
+        if shown.get_attribute("role") == "alert":
+            raise SystemExit(f"error: {shown.inner_text()}")
+        tab.wait_for_timeout(1000)  # the bar of progress fades
+        tab.screenshot(path=args.out, full_page=True)
         browser.close()
+    page.close()
 
 
 if __name__ == "__main__":

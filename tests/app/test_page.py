@@ -35,8 +35,8 @@ def studio() -> Studio:
 
 def made_by(command: str, folder: Path) -> bytes:
     """What the sampler's command writes, run with another `out`."""
-    words = [*shlex.split(command)[1:-1], f"out={folder}"]
-    subprocess.run([sys.executable, *words], check=True, capture_output=True, cwd=ROOT)
+    words = [*shlex.split(command)[:-1], f"out={folder}"]
+    subprocess.run([sys.executable, "-m", *words], check=True, capture_output=True, cwd=ROOT)
     (file,) = (file for kind in ("png", "mp4") for file in folder.glob(f"000000*.{kind}"))
     return file.read_bytes()
 
@@ -47,15 +47,17 @@ def test_interval_is_the_smallest_within_the_budget(budget, interval):
     assert chosen == interval and (share <= budget or budget == 0.05)
 
 
-def test_plan_needs_the_timesteps_and_the_budget():
+def test_plan_needs_the_model_the_timesteps_and_the_budget():
     files = [ROOT / "configs/class-to-image/demo_plan.json"]
-    timesteps = parse_policy(str(files[0])).timesteps
-    assert plan_within(0.3, files, 1, timesteps)[0].kinds.count("F") == 13
-    assert plan_within(0.2, files, 1, timesteps) == (
+    plan = parse_policy(str(files[0]))
+    timesteps, model = plan.timesteps, plan.about["model"]
+    assert plan_within(0.3, files, 1, timesteps, model)[0].kinds.count("F") == 13
+    assert plan_within(0.2, files, 1, timesteps, model) == (
         None,
         "No plan: the cheapest has 26% full steps, above the budget of 20%.",
     )
-    assert "for these 3 steps" in plan_within(0.3, files, 1, timesteps[:3])[1]
+    for unfit in ((1, timesteps[:3], model), (1, timesteps, "another"), (2, timesteps, model)):
+        assert plan_within(0.3, files, *unfit)[1].startswith("No plan: none beside this config is for this model and")
 
 
 def test_differences_fill_the_range():
@@ -81,11 +83,13 @@ def test_form_shows_the_config():
         ({"caches": ["D0.2"]}, "D0.2 decides while it runs"),
         ({"caches": ["N2-1000-20", "N2-1000-20-b2"]}, "branches 1 and 2"),
         ({"caches": []}, "0 caches are chosen"),
-        ({"caches": ["plan"]}, "No plan: none beside this config is for these 6 steps"),
+        ({"caches": ["plan"]}, "No plan: none beside this config is for this model and these 6 steps"),
         ({"method": "dddm"}, "sampler is 'dddm'; known: ddpm, ddim"),
         ({"overrides": ["sedd=3"]}, "did you mean 'seed'?"),
         ({"overrides": ["steps=3"]}, "steps has a field of its own"),
         ({"config": PROMPTS, "subject": " "}, "the prompt is empty"),
+        ({"subject": None}, "the class is empty"),
+        ({"guidance_scale": None}, "guidance scale is empty: write a number"),
     ],
 )
 def test_bad_input_is_told_in_words(studio, changes, told):
@@ -100,7 +104,7 @@ def test_comparison_of_images_and_the_commands_that_make_them(studio, tmp_path):
     assert names == ["uncached", "reuse N=2", "forecast N=2", "N3-1000-20-o1"]
     reuse = comparison.results[1]
     assert reuse.row["kinds"] == ["full", "cached"] * 3 and reuse.row["psnr"] < 100
-    assert reuse.command.startswith(f"python -m skipdit.class_to_image.sample --config {IMAGES} --cache N2-1000-20")
+    assert reuse.command.startswith(f"skipdit sample --config {IMAGES} --cache N2-1000-20")
     for number, result in enumerate(comparison.results):
         assert made_by(result.command, tmp_path / str(number)) == result.file
     html = comparison_html(comparison)
@@ -200,7 +204,7 @@ def visit(browser, address):
 
 
 def sampled(page) -> list[str]:
-    page.wait_for_selector("#results .row")
+    page.wait_for_selector("#results .card")
     return page.locator("#results h3").all_inner_texts()
 
 

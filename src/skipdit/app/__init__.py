@@ -1,1 +1,1 @@
-"""The web page: `python -m skipdit app`."""
+"""The web page: `skipdit app`."""

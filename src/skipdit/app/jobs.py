@@ -21,6 +21,8 @@ from skipdit.evaluation.compare import Row, check_plans, compare, rows_for
 from skipdit.sampling.sampler import Sampler
 from skipdit.tasks import Task, find_task
 from skipdit.utils.files import write_png
+from skipdit.utils.provenance import fingerprint
+from skipdit.utils.shipped import find_config, found
 from skipdit.utils.video import write_gif
 
 CHOICES = ("reuse", "forecast", "plan", "fewer steps")  # caches that follow the budget; others are specs or files
@@ -105,6 +107,8 @@ def read_request(request: Request) -> tuple[Task, Any, list[str]]:
     """
     task = find_task(request.config, request.task)
     wanted = field_settings(task.schema, request)
+    if empty := next((name for name in ("steps", "guidance_scale", "seed") if getattr(request, name) is None), None):
+        raise ValueError(f"{empty.replace('_', ' ')} is empty: write a number")
     for text in request.overrides:
         if (key := text.partition("=")[0].strip()) in {*wanted, "prompts", "prompt_file", "cache"}:
             raise ValueError(f"{key} has a field of its own: leave it out of the other settings")
@@ -116,6 +120,8 @@ def read_request(request: Request) -> tuple[Task, Any, list[str]]:
         if not (request.subject or "").strip():
             raise ValueError("the prompt is empty: write what to show")
         config = replace(config, prompts=[request.subject], prompt_file=None)
+    elif request.subject is None and config.model.num_classes is not None:
+        raise ValueError("the class is empty: write its number")
     return task, config, overrides
 
 
@@ -128,16 +134,20 @@ def interval_within(budget: float, window: CacheSpec, timesteps: Sequence[float]
 
 
 def plan_within(
-    budget: float, files: Sequence[Path], branch: int, timesteps: Sequence[float]
+    budget: float, files: Sequence[Path], branch: int, timesteps: Sequence[float], model: str
 ) -> tuple[CachePlan | None, str]:
-    """Return the plan with the most full steps of those within a budget, else None, and why."""
-    plans = [CachePlan.load(file) for file in files]
+    """Return the plan with the most full steps of those within a budget, else None, and why.
+
+    Args:
+        model: fingerprint of the weights, for which the plan has to be made.
+    """
+    plans = [plan for plan in map(CachePlan.load, files) if plan.about.get("model") == model]
     plans = [plan for plan in plans if list(plan.timesteps) == list(timesteps) and plan.branch == branch]
     within = [plan for plan in plans if plan.kinds.count("F") <= budget * len(timesteps)]
     if within:
         return max(within, key=lambda plan: plan.kinds.count("F")), ""
     if not plans:
-        return None, f"No plan: none beside this config is for these {len(timesteps)} steps of this sampler."
+        return None, f"No plan: none beside this config is for this model and these {len(timesteps)} steps."
     least = min(plan.kinds.count("F") for plan in plans) / len(timesteps)
     return None, f"No plan: the cheapest has {least:.0%} full steps, above the budget of {budget:.0%}."
 
@@ -146,7 +156,7 @@ def own_policies(caches: Sequence[str]) -> dict[str, CachePolicy]:
     """Return the policies that are not of `CHOICES`. Raises ValueError for no cache, too many, or those unfit."""
     if not 1 <= len(caches) <= MOST:
         raise ValueError(f"{len(caches)} caches are chosen; choose one to {MOST} to compare with the uncached run")
-    policies = {text: parse_policy(text) for text in caches if text not in CHOICES}
+    policies = {text: parse_policy(found(text)) for text in caches if text not in CHOICES}
     if adaptive := [text for text, policy in policies.items() if policy.adaptive]:
         raise ValueError(f"{adaptive[0]} decides while it runs, so that its cost is not known before: choose another")
     if len(branches := {policy.branch for policy in policies.values() if policy.caches}) > 1:
@@ -163,8 +173,8 @@ def rows_of(request: Request, task: Task, sampler: Sampler, policies: dict[str, 
     if share > request.budget and set(request.caches) - {"plan", *policies}:
         notes.append(f"No interval stays within {request.budget:.0%} full steps: N={interval} has {share:.0%}.")
     if "plan" in request.caches:
-        files = sorted(Path(request.config).parent.glob("*plan*.json"))
-        plan, why = plan_within(request.budget, files, window.branch, timesteps)
+        files = sorted(find_config(request.config).parent.glob("*plan*.json"))
+        plan, why = plan_within(request.budget, files, window.branch, timesteps, fingerprint(sampler.model))
         notes += [why] * (not plan)
     also = policies | ({"plan": plan} if plan else {})
     uncached, *regular = rows_for(steps, [interval], window, sampler, list(also.values()))
@@ -180,7 +190,8 @@ def branch_of(policies: dict[str, CachePolicy]) -> int | None:
 def command_line(request: Request, task: Task, overrides: Sequence[str], row: Row) -> str:
     """Return the command that makes the sample of a row, in a folder of its own."""
     spec = row.spec.source if isinstance(row.spec, CachePlan) else str(row.spec)
-    words = ["python", "-m", f"skipdit.{task.module}", "--config", request.config, "--cache", spec]
+    words = ["skipdit", "sample", "--config", request.config, *(["--task", request.task] if request.task else [])]
+    words += ["--cache", spec]
     words += ["--prompt", str(request.subject)] if "classes" not in field_settings(task.schema, request) else []
     words += [text for text in overrides if not text.startswith(("steps=", "out="))] + [f"steps={row.steps}"]
     digest = hashlib.sha256(shlex.join(words).encode()).hexdigest()[:8]

@@ -1,4 +1,4 @@
-"""The page's widgets: `python -m skipdit app`."""
+"""The page's widgets: `skipdit app`."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ import os
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import torch
 
 from skipdit.app.jobs import CHOICES, MOST, Request, Studio, field_settings
 from skipdit.app.view import STYLE, comparison_html, error_html
@@ -23,6 +25,7 @@ if TYPE_CHECKING:  # not everybody has it
 INTRODUCTION = """# skipdit
 The same noise, sampled without a cache and with up to three: full steps run every block of the transformer, cached
 steps the outer ones, forecast steps none. Interval and plan follow the budget."""
+HINT = '<p class="what">Compare shows the uncached sample here, and that of every cache beside it.</p>'
 
 
 def form(file: str, task_name: str | None, overrides: list[str]) -> dict[str, Any]:
@@ -48,6 +51,25 @@ def form(file: str, task_name: str | None, overrides: list[str]) -> dict[str, An
     return shown | {"prompts": prompts, "methods": list(SCHEDULERS if prompts else SAMPLERS), "classes": classes}
 
 
+def values_of(shown: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """Return, by the names of the fields of `form`, what the widgets of a config have of their own."""
+    prompts, classes = shown["prompts"], shown["classes"]
+    return {
+        "prompt": {"value": shown["subject"] if prompts else "", "visible": prompts},
+        "class": {
+            "value": None if prompts else shown["subject"],
+            "label": f"Class, 0 to {(classes or 1) - 1}",
+            "visible": classes is not None,
+        },
+        "steps": {"value": shown["steps"]},
+        "seed": {"value": shown["seed"]},
+        "method": {"value": shown["method"], "choices": shown["methods"]},
+        "guidance": {"value": shown["guidance_scale"]},
+        "budget": {"value": round(100 * shown["budget"])},
+        "more": {"value": "\n".join(shown["overrides"])},
+    }
+
+
 def build(studio: Studio, files: list[str], task: str | None = None, overrides: list[str] = ()) -> gradio.Blocks:
     """Return the page.
 
@@ -58,65 +80,64 @@ def build(studio: Studio, files: list[str], task: str | None = None, overrides: 
     """
     import gradio as gr
 
-    def fill(file: str) -> list:
-        """The fields of a config, as they are when it is chosen."""
-        shown = form(file, task, list(overrides) if file == files[0] else [])
-        ids = "Class" if shown["classes"] is None else f"Class, 0 to {shown['classes'] - 1}"
-        return [
-            gr.Textbox(value=shown["subject"] if shown["prompts"] else "", visible=shown["prompts"]),
-            gr.Number(None if shown["prompts"] else shown["subject"], label=ids, visible=shown["classes"] is not None),
-            shown["steps"],
-            gr.Dropdown(choices=shown["methods"], value=shown["method"]),
-            shown["guidance_scale"],
-            shown["seed"],
-            round(100 * shown["budget"]),
-            "\n".join(shown["overrides"]),
-        ]
+    def values(file: str) -> dict[str, dict[str, Any]]:
+        return values_of(form(file, task, list(overrides) if file == files[0] else []))
 
-    def run(file, prompt, class_id, steps, method, guidance, seed, caches, budget, more, progress=gr.Progress(True)):  # noqa: B008
+    def run(file, prompt, class_id, steps, seed, method, guidance, budget, more, caches, progress=gr.Progress(True)):  # noqa: B008
         subject = prompt if form(file, task, [])["prompts"] else class_id
         lines = [line.strip() for line in (more or "").splitlines() if line.strip()]
         try:
             request = Request(file, subject, steps, method, guidance, seed, caches, budget / 100, lines, task)
             return comparison_html(studio.run(request))
-        except (ValueError, OSError, ArithmeticError) as error:  # what the user can mend, as in `friendly_errors`
+        except (ValueError, OSError, ArithmeticError, torch.OutOfMemoryError) as error:  # what the user can mend
             return error_html(str(error))
 
     names = [(f"{Path(file).resolve().parent.name} / {Path(file).stem}", file) for file in files]
+    first = values(files[0])
     with gr.Blocks(title="skipdit") as page:
         gr.Markdown(INTRODUCTION)
         with gr.Row():
             with gr.Column(scale=1, min_width=280):
-                model = gr.Dropdown(names, value=files[0], label="Task and model")
-                prompt = gr.Textbox(label="Prompt", elem_id="prompt")
-                class_id = gr.Number(label="Class", precision=0, elem_id="class")
+                model = gr.Dropdown(names, value=files[0], label="Task and model", elem_id="model")
+                prompt = gr.Textbox(label="Prompt", elem_id="prompt", **first["prompt"])
+                class_id = gr.Number(precision=0, elem_id="class", **first["class"])
                 with gr.Row():
-                    steps = gr.Number(label="Steps", precision=0, min_width=90, elem_id="steps")
-                    seed = gr.Number(label="Seed", precision=0, min_width=90)
+                    steps = gr.Number(label="Steps", precision=0, min_width=90, elem_id="steps", **first["steps"])
+                    seed = gr.Number(label="Seed", precision=0, min_width=90, **first["seed"])
                 with gr.Row():
-                    method = gr.Dropdown(label="Solver", min_width=90)
-                    guidance = gr.Number(label="Guidance scale", min_width=90)
+                    method = gr.Dropdown(label="Solver", min_width=90, **first["method"])
+                    guidance = gr.Number(label="Guidance scale", min_width=90, **first["guidance"])
                 caches = gr.Dropdown(
                     list(CHOICES),
                     value=list(CHOICES[:MOST]),
                     multiselect=True,
                     max_choices=MOST,
                     allow_custom_value=True,
-                    label="Caches",
-                    info="or a spec such as N3-1000-20-o1, or a plan's FILE.json",
+                    label=f"Caches, up to {MOST}",
+                    info="or a spec such as N3-1000-20-o1, or the FILE.json of a plan",
                     elem_id="caches",
                 )
-                budget = gr.Slider(5, 100, step=5, label="Budget: full steps, % at most")
-                with gr.Accordion("Other settings", open=False):
-                    more = gr.Textbox(lines=3, show_label=False, container=False, placeholder="key=value, one per line")
+                budget = gr.Slider(5, 100, step=5, label="Budget: full steps, % at most", **first["budget"])
+                with gr.Accordion("Other settings", open=bool(overrides)):
+                    placeholder = "key=value, one per line"
+                    more = gr.Textbox(
+                        lines=3, label=placeholder, show_label=False, placeholder=placeholder, **first["more"]
+                    )
                 button = gr.Button("Compare", variant="primary")
             with gr.Column(scale=3, min_width=320):
-                shown = gr.HTML(elem_id="results", min_height=300)
-        widgets = [prompt, class_id, steps, method, guidance, seed, budget, more]
-        page.load(fill, model, widgets, show_progress="hidden")
-        model.input(fill, model, widgets, show_progress="hidden")
-        inputs = [model, prompt, class_id, steps, method, guidance, seed, caches, budget, more]
-        gr.on([button.click, prompt.submit], run, inputs, shown, concurrency_limit=1, api_name="compare")
+                shown = gr.HTML(HINT, elem_id="results", min_height=300)
+        widgets = [prompt, class_id, steps, seed, method, guidance, budget, more]
+        model.input(
+            lambda file: [gr.update(**one) for one in values(file).values()], model, widgets, show_progress="hidden"
+        )
+        gr.on(
+            [button.click, prompt.submit],
+            run,
+            [model, *widgets, caches],
+            shown,
+            concurrency_limit=1,
+            api_name="compare",
+        )
     return page
 
 
@@ -132,8 +153,4 @@ def launch(page: gradio.Blocks, host: str, port: int | None, **more: Any) -> tup
 def main(args: argparse.Namespace) -> None:
     """Serve the page until it is interrupted."""
     os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
-    try:
-        import gradio  # noqa: F401
-    except ModuleNotFoundError as error:
-        raise ValueError("the page needs gradio, which is not installed: pip install gradio") from error
     launch(build(Studio(), args.config, args.task, args.overrides), args.host, args.port)

@@ -10,32 +10,34 @@ from skipdit.sampling.report import steps_in_words
 TYPES = {"png": ("image/png", "image/png"), "mp4": ("video/mp4", "image/gif")}  # of the file, and of what is shown
 STYLE = """
 .gradio-container {max-width: 1400px !important; margin: 0 auto}
-.rows {display: grid; grid-template-columns: repeat(auto-fill, minmax(264px, 1fr)); gap: 16px}
-.row {border: 1px solid var(--border-color-primary); border-radius: 8px; padding: 12px; min-width: 0; max-width: 420px;
-  background: var(--background-fill-primary)}
-.row h3 {margin: 0 0 8px; font-size: 1rem; font-weight: 600; overflow-wrap: anywhere}
-.row img {width: 100%; min-width: 256px; image-rendering: pixelated; border-radius: 4px; display: block}
-.row p, .rows-note {margin: 8px 0; font-size: .9rem}
-.row .what, .legend {color: var(--body-text-color-subdued); font-size: .8rem; margin: 8px 0 4px}
-.row pre {white-space: pre-wrap; overflow-wrap: anywhere; font-size: .72rem; padding: 8px; border-radius: 4px;
+#results .cards {display: grid; grid-template-columns: repeat(auto-fill, minmax(210px, 1fr)); gap: 16px}
+#results .card {border: 1px solid var(--border-color-primary); border-radius: 8px; padding: 12px; min-width: 0;
+  max-width: 420px; background: var(--background-fill-primary)}
+#results h3 {margin: 0 0 8px; font-size: 1rem; font-weight: 600; overflow-wrap: anywhere}
+#results img {width: 100%; image-rendering: pixelated; border-radius: 4px; display: block}
+#results p {margin: 8px 0; font-size: .9rem}
+#results .what {color: var(--body-text-color-subdued); font-size: .8rem; margin: 8px 0 4px}
+#results pre {white-space: pre-wrap; overflow-wrap: anywhere; font-size: .72rem; padding: 8px; border-radius: 4px;
   background: var(--background-fill-secondary); user-select: all; margin: 6px 0}
-.row a {margin-right: 12px; font-size: .85rem; text-decoration: underline}
-.row details summary {cursor: pointer; font-size: .85rem; margin-top: 6px}
-.strip {display: flex; height: 14px; border-radius: 3px; overflow: hidden}
-.strip i {flex: 1; border-right: 1px solid var(--background-fill-primary)}
-.full {background: #1d4e89} .cached {background: #9cc5e8} .forecast {background: #f2a541}
-.legend i {display: inline-block; width: 12px; height: 12px; border-radius: 2px; margin: 0 4px 0 12px}
-.legend i:first-child {margin-left: 0}
-.error {border-left: 4px solid #c62828; padding: 12px 16px; background: var(--background-fill-secondary)}
+#results a {margin-right: 12px; font-size: .85rem; text-decoration: underline}
+#results summary {cursor: pointer; font-size: .85rem; margin-top: 6px}
+#results .strip {display: flex; height: 14px; border-radius: 3px; overflow: hidden}
+#results .strip i {flex: 1; box-shadow: inset -1px 0 var(--background-fill-primary)}
+#results .full {background: #1d4e89}
+#results .cached {background: #9cc5e8}
+#results .forecast {background: #f2a541}
+#results .legend i {display: inline-block; width: 12px; height: 12px; border-radius: 2px; margin: 0 4px 0 12px}
+#results .legend i:first-child {margin-left: 0}
+#results .error {border-left: 4px solid #c62828; padding: 12px 16px; background: var(--background-fill-secondary)}
 """
 
 
 def comparison_html(comparison: Comparison) -> str:
     """Return cards, one per result, below the notes and the colours of the strips."""
-    notes = "".join(f'<p class="rows-note">{escape(note)}</p>' for note in comparison.notes)
+    notes = "".join(f"<p>{escape(note)}</p>" for note in comparison.notes)
     colours = "".join(f'<i class="{kind}"></i>{kind} steps' for kind in NAMES.values())
     cards = "".join(_card(result, comparison.factor) for result in comparison.results)
-    return f'{notes}<p class="legend">{colours}</p><div class="rows">{cards}</div>'
+    return f'{notes}<p class="what legend">{colours}</p><div class="cards">{cards}</div>'
 
 
 def error_html(message: str) -> str:
@@ -65,7 +67,7 @@ def _card(result: Result, factor: int) -> str:
     files["command"] = f"{name}.sh", _uri(f"{result.command}\n".encode(), "text/plain")
     links = "".join(f'<a download="{file}" href="{uri}">Download {what}</a>' for what, (file, uri) in files.items())
     told = f"<details><summary>The command that makes it</summary><pre>{escape(result.command)}</pre></details>"
-    return f'<div class="row"><h3>{title}</h3>{images}<p>{facts}</p>{strip_html(row["kinds"])}{links}{told}</div>'
+    return f'<div class="card"><h3>{title}</h3>{images}<p>{facts}</p>{strip_html(row["kinds"])}{links}{told}</div>'
 
 
 def _uri(content: bytes, kind: str) -> str:
