@@ -239,7 +239,7 @@ class Studio:
                 cache = row.cache(sampler)
                 line["kinds"] = [cache.kind(i) for i in range(len(cache.plan))]
             results, factor = _results(sampler, table, [made[0] for made in samples], commands)
-        own = [str(warning.message) for warning in told if "skipdit" in warning.filename]
+        own = [str(warning.message) for warning in told if _is_own(warning)]
         return Comparison(results, factor, list(dict.fromkeys(notes + own)))
 
     def _open(self, file: str, task: Task, config: Any, branch: int) -> Sampler:
@@ -251,6 +251,11 @@ class Studio:
         sampler = self._samplers[file][1]
         sampler.config = config
         return sampler
+
+
+def _is_own(warning: warnings.WarningMessage) -> bool:
+    """Whether it is meant for the user and of this package, not of one beside it or below the folder of a clone."""
+    return warning.category is UserWarning and "skipdit" in warning.filename.rpartition("site-packages")[2]
 
 
 def _results(sampler: Sampler, table: list[dict], samples: list[Tensor], commands: list[str]) -> tuple[list, int]:

@@ -117,7 +117,7 @@ def build(studio: Studio, files: list[str], task: str | None = None, overrides: 
                     info="or a spec such as N3-1000-20-o1, or the FILE.json of a plan",
                     elem_id="caches",
                 )
-                budget = gr.Slider(5, 100, step=5, label="Budget: full steps, % at most", **first["budget"])
+                budget = gr.Slider(5, 100, step=5, label="Budget: % of full steps", **first["budget"])
                 with gr.Accordion("Other settings", open=bool(overrides)):
                     placeholder = "key=value, one per line"
                     more = gr.Textbox(

@@ -10,16 +10,16 @@ from skipdit.sampling.report import steps_in_words
 TYPES = {"png": ("image/png", "image/png"), "mp4": ("video/mp4", "image/gif")}  # of the file, and of what is shown
 STYLE = """
 .gradio-container {max-width: 1400px !important; margin: 0 auto}
-#results .cards {display: grid; grid-template-columns: repeat(auto-fill, minmax(210px, 1fr)); gap: 16px}
+#results .cards {display: grid; grid-template-columns: repeat(auto-fill, minmax(196px, 1fr)); gap: 12px}
 #results .card {border: 1px solid var(--border-color-primary); border-radius: 8px; padding: 12px; min-width: 0;
   max-width: 420px; background: var(--background-fill-primary)}
 #results h3 {margin: 0 0 8px; font-size: 1rem; font-weight: 600; overflow-wrap: anywhere}
 #results img {width: 100%; image-rendering: pixelated; border-radius: 4px; display: block}
 #results p {margin: 8px 0; font-size: .9rem}
-#results .what {color: var(--body-text-color-subdued); font-size: .8rem; margin: 8px 0 4px}
+#results .what {opacity: .75; font-size: .8rem; margin: 6px 0}
 #results pre {white-space: pre-wrap; overflow-wrap: anywhere; font-size: .72rem; padding: 8px; border-radius: 4px;
   background: var(--background-fill-secondary); user-select: all; margin: 6px 0}
-#results a {margin-right: 12px; font-size: .85rem; text-decoration: underline}
+#results a {padding: 0; margin-right: 8px; text-decoration: underline}
 #results summary {cursor: pointer; font-size: .85rem; margin-top: 6px}
 #results .strip {display: flex; height: 14px; border-radius: 3px; overflow: hidden}
 #results .strip i {flex: 1; box-shadow: inset -1px 0 var(--background-fill-primary)}
@@ -57,17 +57,21 @@ def _card(result: Result, factor: int) -> str:
     row, (kind, shown) = result.row, TYPES[result.suffix]
     title, name = escape(row["name"]), result.command.rpartition("/")[2]
     facts = f"{row['seconds_per_sample']:.2f} s"
-    images = f'<img alt="{title}" src="{_uri(result.shown, shown)}">'
+    image, difference = f'<img alt="{title}" src="{_uri(result.shown, shown)}">', ""
     if row["name"] != "uncached":
-        facts += f", {row['flops_speedup']:.2f}x fewer FLOPs<br>"
+        facts += f", speedup {row['speedup']:.2f}, in FLOPs {row['flops_speedup']:.2f}<br>"
         facts += "the same pixels" if row["identical"] else f"PSNR {row['psnr']:.1f} dB, SSIM {row['ssim']:.3f}"
-        images += f'<p class="what">difference from the uncached one, times {factor}</p>'
-        images += f'<img alt="difference of {title}" src="{_uri(result.difference, shown)}">'
+        difference = f'<p class="what">Difference from uncached, times {factor}</p>'
+        difference += f'<img alt="difference of {title}" src="{_uri(result.difference, shown)}">'
     files = {result.suffix.upper(): (f"{name}.{result.suffix}", _uri(result.file, kind))}
     files["command"] = f"{name}.sh", _uri(f"{result.command}\n".encode(), "text/plain")
-    links = "".join(f'<a download="{file}" href="{uri}">Download {what}</a>' for what, (file, uri) in files.items())
-    told = f"<details><summary>The command that makes it</summary><pre>{escape(result.command)}</pre></details>"
-    return f'<div class="card"><h3>{title}</h3>{images}<p>{facts}</p>{strip_html(row["kinds"])}{links}{told}</div>'
+    links = (
+        f'<a download="{file}" href="{uri}" aria-label="Download {what}">{what}</a>'
+        for what, (file, uri) in files.items()
+    )
+    parts = [f"<h3>{title}</h3>", image, f"<p>{facts}</p>", strip_html(row["kinds"]), difference]
+    parts += [f"<p>Download: {''.join(links)}</p>", "<details><summary>Command that makes it</summary>"]
+    return f'<div class="card">{"".join(parts)}<pre>{escape(result.command)}</pre></details></div>'
 
 
 def _uri(content: bytes, kind: str) -> str:
