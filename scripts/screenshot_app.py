@@ -3,8 +3,8 @@
     python scripts/screenshot_app.py
     python scripts/screenshot_app.py --config configs/text-to-image/demo.yaml --out page.png
 
-Needs gradio, playwright and a Chromium: pip install -e ".[dev]", and python -m playwright install chromium or
-apt-get install chromium.
+Needs gradio, Playwright and a Chromium: pip install -e ".[app]" playwright, and python -m playwright install chromium
+or apt-get install chromium.
 """
 
 import argparse

@@ -1,15 +1,20 @@
 """The page: what it makes of a request, and the page itself in Chromium where both it and gradio are installed."""
 
+import os
 import shutil
+import signal
+import socket
 import subprocess
 import sys
-from contextlib import ExitStack
+import time
+from contextlib import ExitStack, suppress
 from dataclasses import replace
 from pathlib import Path
+from urllib.request import urlopen
 
 import pytest
 import torch
-from commands import forked
+from commands import forked, started
 from conftest import ROOT
 
 from skipdit.app.jobs import Request, Studio, amplified, interval_within, plan_within, read_request
@@ -168,10 +173,27 @@ def test_without_gradio_the_command_says_what_to_install(tmp_path):
     assert ran.returncode == 2 and ran.stderr.strip().endswith('in the clone, pip install -e ".[app]"')
 
 
+@pytest.mark.slow
+def test_the_command_serves_the_page_until_it_is_stopped(tmp_path):
+    pytest.importorskip("gradio", reason="the page needs gradio: pip install -e .[app]")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    process = started(f"skipdit app --config {IMAGES} --port {port}", tmp_path)
+    for _ in range(600):
+        with suppress(OSError), urlopen(f"http://127.0.0.1:{port}/") as answer:
+            assert "<title>skipdit</title>" in answer.read().decode()
+            break
+        time.sleep(0.2)
+    os.kill(process.pid, signal.SIGTERM)
+    process.join(timeout=60)
+    assert process.exitcode == 143 and f"http://127.0.0.1:{port}" in (tmp_path / "told.txt").read_text()
+
+
 @pytest.fixture(scope="module")
 def address():
     """Of a page that is served, with fields as in `SHORT`."""
-    pytest.importorskip("gradio", reason="the page needs gradio: pip install gradio")
+    pytest.importorskip("gradio", reason="the page needs gradio: pip install -e .[app]")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(ROOT)
         page = build(Studio(), [IMAGES, PROMPTS], None, ["steps=6"])
@@ -218,11 +240,15 @@ def sampled(page) -> list[str]:
 
 
 @pytest.mark.slow
-def test_browser_compares(visit):
-    page = visit()
+def test_browser_compares(visit, address):
+    page, asked = visit(), []
+    page.on("request", lambda request: asked.append(request.url))
+    page.reload()
     page.get_by_role("button", name="Compare").click()
     assert sampled(page) == ["uncached", "reuse N=3", "forecast N=3"]
     assert page.locator("#results img").first.bounding_box()["width"] >= 180
+    elsewhere = [url for url in asked if not url.startswith((address, "data:", "blob:"))]
+    assert asked and not elsewhere
     with page.expect_download() as download:
         page.get_by_role("link", name="Download PNG").first.click()
     assert Path(download.value.path()).read_bytes()[:4] == b"\x89PNG"
@@ -238,6 +264,19 @@ def test_browser_shows_errors_in_words(visit):
     page.get_by_role("button", name="Compare").click()
     page.wait_for_selector("#results [role=alert]")
     assert "Class ids [99] are out of range" in page.locator("#results").inner_text()
+
+
+@pytest.mark.slow
+def test_browser_fills_the_fields_of_another_model(visit):
+    page = visit()
+    page.locator("#model input").click()
+    page.get_by_role("option", name="text-to-image / demo").click()
+    page.wait_for_function("document.querySelector('#prompt textarea, #prompt input')?.value == 'red apple'")
+    assert page.locator("#steps input").input_value() == "50" and not page.locator("#class").is_visible()
+    page.locator("#prompt textarea, #prompt input").fill(" ")
+    page.get_by_role("button", name="Compare").click()
+    page.wait_for_selector("#results [role=alert]")
+    assert "The prompt is empty" in page.locator("#results").inner_text()
 
 
 @pytest.mark.slow
