@@ -19,7 +19,7 @@ from skipdit.app.page import build, launch
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", default="configs/class-to-image/demo.yaml", metavar="FILE", help="[%(default)s]")
+    parser.add_argument("--config", default="configs/class-to-video/demo.yaml", metavar="FILE", help="[%(default)s]")
     parser.add_argument("--width", type=int, default=1280, help="of the window, in pixels [%(default)s]")
     parser.add_argument("--out", type=Path, default=Path("visuals/app.png"), metavar="FILE", help="[%(default)s]")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings that replace the config's")

@@ -24,7 +24,7 @@ if TYPE_CHECKING:  # not everybody has it
 
 INTRODUCTION = """# skipdit
 The same noise, sampled without a cache and with up to three: full steps run every block of the transformer, cached
-steps the outer ones, forecast steps none. Interval and plan follow the budget."""
+steps the outer ones, forecast steps none. The interval and the plan follow the budget."""
 HINT = '<p class="what">Compare shows the uncached sample here, and that of every cache beside it.</p>'
 
 

@@ -15,8 +15,8 @@ STYLE = """
   max-width: 420px; background: var(--background-fill-primary)}
 #results h3 {margin: 0 0 8px; font-size: 1rem; font-weight: 600; overflow-wrap: anywhere}
 #results img {width: 100%; image-rendering: pixelated; border-radius: 4px; display: block}
-#results p {margin: 8px 0; font-size: .9rem}
-#results .what {opacity: .75; font-size: .8rem; margin: 6px 0}
+#results p {margin: 8px 0; font-size: .82rem}
+#results .what {color: color-mix(in srgb, var(--body-text-color) 75%, transparent); font-size: .8rem; margin: 6px 0}
 #results pre {white-space: pre-wrap; overflow-wrap: anywhere; font-size: .72rem; padding: 8px; border-radius: 4px;
   background: var(--background-fill-secondary); user-select: all; margin: 6px 0}
 #results a {padding: 0; margin-right: 8px; text-decoration: underline}
@@ -59,18 +59,18 @@ def _card(result: Result, factor: int) -> str:
     facts = f"{row['seconds_per_sample']:.2f} s"
     image, difference = f'<img alt="{title}" src="{_uri(result.shown, shown)}">', ""
     if row["name"] != "uncached":
-        facts += f", speedup {row['speedup']:.2f}, in FLOPs {row['flops_speedup']:.2f}<br>"
+        facts += f", speedup {row['speedup']:.2f}<br>speedup in FLOPs {row['flops_speedup']:.2f}<br>"
         facts += "the same pixels" if row["identical"] else f"PSNR {row['psnr']:.1f} dB, SSIM {row['ssim']:.3f}"
-        difference = f'<p class="what">Difference from uncached, times {factor}</p>'
+        difference = f'<p class="what">Difference, times {factor}</p>'
         difference += f'<img alt="difference of {title}" src="{_uri(result.difference, shown)}">'
     files = {result.suffix.upper(): (f"{name}.{result.suffix}", _uri(result.file, kind))}
     files["command"] = f"{name}.sh", _uri(f"{result.command}\n".encode(), "text/plain")
     links = (
-        f'<a download="{file}" href="{uri}" aria-label="Download {what}">{what}</a>'
+        f'<a download="{file}" href="{uri}" aria-label="Download {what}">↓ {what}</a>'
         for what, (file, uri) in files.items()
     )
     parts = [f"<h3>{title}</h3>", image, f"<p>{facts}</p>", strip_html(row["kinds"]), difference]
-    parts += [f"<p>Download: {''.join(links)}</p>", "<details><summary>Command that makes it</summary>"]
+    parts += [f"<p>{''.join(links)}</p>", "<details><summary>Command that makes it</summary>"]
     return f'<div class="card">{"".join(parts)}<pre>{escape(result.command)}</pre></details></div>'
 
 
