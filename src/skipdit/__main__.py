@@ -8,6 +8,7 @@ COMMANDS = {  # name -> module whose `main` runs it, and what it does; `commands
     "doctor": ("doctor", "what is installed, what this machine has, what is missing for which task, and the fix"),
     "sample": ("commands.sample", "images or clips, with or without a cache"),
     "train": ("commands.train", "train a model: from scratch, or in two stages"),
+    "app": ("app.page", "a page to try caches and plans side by side in the browser"),
     "compare": ("evaluation.compare", "the same samples with several caches: speed, fidelity, pictures"),
     "plan": ("planning.command", "plan which steps are cached, measured on the model itself"),
     "analyze": ("analysis.command", "features, skips and caching of a model, in numbers and pictures"),

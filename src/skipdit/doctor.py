@@ -21,6 +21,7 @@ if TYPE_CHECKING:  # what this reports as missing is imported where it is needed
 
 SECONDS = 5  # to wait for the Hub, and for a driver's tool
 EXTRAS = {
+    "app": "the page of skipdit app",
     "lora": "adapters of text-to-image",
     "metrics": "LPIPS",
     "minilm": "demos of text-to-video and text-to-image",

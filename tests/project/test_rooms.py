@@ -22,6 +22,7 @@ ROOMS = [
     {"tasks"},
     {"metrics", "evaluation"},
     {"planning", "analysis", "doctor"},
+    {"app"},
     {"commands"},
     {"__main__"},
 ]
