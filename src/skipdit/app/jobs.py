@@ -21,6 +21,7 @@ from skipdit.config import load_config, to_yaml
 from skipdit.evaluation.compare import Row, check_plans, compare, rows_for
 from skipdit.sampling.sampler import Sampler
 from skipdit.tasks import Task, find_task
+from skipdit.utils.errors import UserError
 from skipdit.utils.files import write_png
 from skipdit.utils.provenance import fingerprint
 from skipdit.utils.shipped import find_config, found
@@ -109,20 +110,20 @@ def read_request(request: Request) -> tuple[Task, Any, list[str]]:
     task = find_task(request.config, request.task)
     wanted = field_settings(task.schema, request)
     if empty := next((name for name in ("steps", "guidance_scale", "seed") if getattr(request, name) is None), None):
-        raise ValueError(f"{empty.replace('_', ' ')} is empty: write a number")
+        raise UserError(f"{empty.replace('_', ' ')} is empty: write a number")
     for text in request.overrides:
         if (key := text.partition("=")[0].strip()) in {*wanted, "prompts", "prompt_file", "cache"}:
-            raise ValueError(f"{key} has a field of its own: leave it out of the other settings")
+            raise UserError(f"{key} has a field of its own: leave it out of the other settings")
     base = load_config(task.schema, request.config, list(request.overrides))
     differing = [f"{key}={value}" for key, value in wanted.items() if getattr(base, key) != value]
     overrides = [*request.overrides, *differing]
     config = load_config(task.schema, request.config, overrides)
     if "classes" not in wanted:
         if not (request.subject or "").strip():
-            raise ValueError("the prompt is empty: write what to show")
+            raise UserError("the prompt is empty: write what to show")
         config = replace(config, prompts=[request.subject], prompt_file=None)
     elif request.subject is None and config.model.num_classes is not None:
-        raise ValueError("the class is empty: write its number")
+        raise UserError("the class is empty: write its number")
     return task, config, overrides
 
 
@@ -156,12 +157,12 @@ def plan_within(
 def own_policies(caches: Sequence[str]) -> dict[str, CachePolicy]:
     """Return the policies that are not of `CHOICES`. Raises ValueError for no cache, too many, or those unfit."""
     if not 1 <= len(caches) <= MOST:
-        raise ValueError(f"{len(caches)} caches are chosen; choose one to {MOST} to compare with the uncached run")
+        raise UserError(f"{len(caches)} caches are chosen; choose one to {MOST} to compare with the uncached run")
     policies = {text: parse_policy(found(text)) for text in caches if text not in CHOICES}
     if adaptive := [text for text, policy in policies.items() if policy.adaptive]:
-        raise ValueError(f"{adaptive[0]} decides while it runs, so that its cost is not known before: choose another")
+        raise UserError(f"{adaptive[0]} decides while it runs, so that its cost is not known before: choose another")
     if len(branches := {policy.branch for policy in policies.values() if policy.caches}) > 1:
-        raise ValueError(f"caches have the branches {' and '.join(map(str, sorted(branches)))}: compare one of them")
+        raise UserError(f"caches have the branches {' and '.join(map(str, sorted(branches)))}: compare one of them")
     return policies
 
 
@@ -237,7 +238,7 @@ class Studio:
             rows, notes = rows_of(request, task, sampler, policies)
             check_plans([row.spec for row in rows if isinstance(row.spec, CachePlan)], sampler)
             if len(rows) == 1:
-                raise ValueError(" ".join(notes))
+                raise UserError(" ".join(notes))
             table, samples = compare(sampler, rows, 1)
             commands = [command_line(request, task, overrides, row) for row in rows]
             for row, line in zip(rows, table, strict=True):

@@ -13,6 +13,7 @@ from importlib.util import find_spec
 from skipdit.cli import friendly_errors
 from skipdit.config import load_config
 from skipdit.tasks import TASKS, find_task
+from skipdit.utils.errors import UserError
 from skipdit.utils.shipped import PROJECT, locate
 
 
@@ -40,7 +41,7 @@ def read_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     with friendly_errors():
         if find_spec("gradio") is None:
             where = 'in the clone, pip install -e ".[app]"' if PROJECT else 'pip install "skipdit[app]"'
-            raise ValueError(f"the page needs gradio, which is not installed: {where}")
+            raise UserError(f"the page needs gradio, which is not installed: {where}")
         for number, file in enumerate(args.config):
             load_config(find_task(file, args.task).schema, file, [] if number else args.overrides)
     return args
