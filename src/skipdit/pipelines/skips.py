@@ -80,8 +80,8 @@ class Shallow(dict[int, Tensor]):
             self.marks[number] = mark.clone()
         elif not torch.allclose(mark, self.marks[number], rtol=0, atol=0, equal_nan=True):
             raise RuntimeError(
-                "with gradient checkpointing, long skips know the newest forward pass alone: call backward() before the "
-                "next forward pass, or turn gradient checkpointing off"
+                "with gradient checkpointing, long skips know the newest forward pass only: call backward() before "
+                "the next forward pass, or turn gradient checkpointing off"
             )
 
     def __reduce__(self) -> tuple:
