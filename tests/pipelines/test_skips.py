@@ -168,7 +168,7 @@ def test_copies_and_compiled_models_have_skips_of_their_own(model):
     expected, copied = predict(model), copy.deepcopy(model)
     nn.init.zeros_(model.skips[0].delta.weight)
     assert torch.equal(predict(copied), expected) and not torch.equal(predict(model), expected)
-    assert torch.allclose(predict(torch.compile(copied, backend="eager")), expected, atol=1e-6)
+    assert torch.allclose(predict(torch.compile(copied, fullgraph=True, backend="eager")), expected, atol=1e-6)
 
 
 def test_saved_skips_load(model, tmp_path):

@@ -123,21 +123,23 @@ class Entering:
 
 def _join(block: nn.Module, leaves: Leaving | None = None, enters: Entering | None = None) -> None:
     block.__class__ = _joined(type(block))
-    block._leaves, block._enters = leaves, enters
+    block._leaves, block._enters, block._signature = leaves, enters, BlockSignature(block)
 
 
 @functools.cache
 def _joined(kind: type[nn.Module]) -> type[nn.Module]:
     """A subclass of a class of blocks, of the same name, whose blocks a skip leaves or enters."""
 
-    @functools.wraps(kind.forward)
+    own = kind.forward
+
+    @functools.wraps(own)
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        signature = BlockSignature(self)
+        signature: BlockSignature = self._signature
         if self._enters is not None:
             named = signature.named(args, kwargs)
             hidden, text = signature.taken(named)
             args, kwargs = (), signature.giving(named, (self._enters.joined(hidden), text))
-        output = kind.forward(self, *args, **kwargs)
+        output = own(self, *args, **kwargs)
         if self._leaves is not None:
             self._leaves.keep(signature.hidden_of(output))
         return output
