@@ -107,6 +107,22 @@ def test_checkpointed_gradients_are_the_same(model):
         assert torch.allclose(grads[1][name], grad, rtol=1e-4, atol=1e-7), name
 
 
+def test_checkpointed_forward_passes_are_not_mixed_up(model):
+    """Gradients through the skips of another pass would be wrong, and nobody would see it."""
+    wake(add_long_skips(model)).train()
+    model.enable_gradient_checkpointing()
+    first, second = predict(model), predict(model.requires_grad_())
+    assert torch.equal(first, second)
+    second.sum().backward()  # of equal passes, either will do
+    first.sum().backward()
+    first = predict(model)
+    nn.init.ones_(model.caption_projection.linear_1.bias)
+    second = predict(model)
+    with pytest.raises(RuntimeError, match=r"call backward\(\) before the next forward pass"):
+        (first + second).sum().backward()
+    predict(model).sum().backward()
+
+
 @pytest.mark.parametrize("name", KNOWN)
 def test_cached_steps_use_the_skips(name):
     pipe, call = build(name)
@@ -152,7 +168,7 @@ def test_copies_and_compiled_models_have_skips_of_their_own(model):
     expected, copied = predict(model), copy.deepcopy(model)
     nn.init.zeros_(model.skips[0].delta.weight)
     assert torch.equal(predict(copied), expected) and not torch.equal(predict(model), expected)
-    assert torch.allclose(predict(torch.compile(copied, backend="eager")), expected, atol=1e-6)
+    assert torch.allclose(predict(torch.compile(copied, fullgraph=True, backend="eager")), expected, atol=1e-6)
 
 
 def test_saved_skips_load(model, tmp_path):
@@ -171,6 +187,12 @@ def test_what_cannot_be_joined_is_refused():
         add_long_skips(add_long_skips(model))
     with pytest.raises(TypeError, match="the blocks of SanaTransformer2DModel are not known"):
         add_long_skips(build("SanaPipeline")[0].transformer)
+    pipe, call = build("PixArtAlphaPipeline")
+    with pytest.raises(TypeError, match=r"not of a PixArtAlphaPipeline: give pipe.transformer"):
+        add_long_skips(pipe)
+    enable_cache(pipe, "N2-1000-0")
+    with pytest.raises(ValueError, match=r"call disable_cache\(pipe\) first"):
+        add_long_skips(pipe.transformer)
     pipe, call = build("Flux2Pipeline")
     add_long_skips(pipe.transformer)
     with pytest.raises(ValueError, match="skips cannot join the blocks of this model"):

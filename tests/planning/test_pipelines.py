@@ -106,6 +106,30 @@ def test_plan_in_python():
         plan_pipeline(pipe, 11, num_inference_steps=10, class_labels=[1, 2])
 
 
+@pytest.mark.parametrize("name", ["generator", "return_dict", "sigmas", "timesteps"])
+def test_arguments_that_the_plan_decides_are_refused(name):
+    """With timesteps of its own, a call of fewer steps or more would be the same call."""
+    pipe, call = build("FluxPipeline")
+    with pytest.raises(ValueError, match=f"a plan cannot be made with {name}: leave it out"):
+        plan_pipeline(pipe, 2, **call | {name: None})
+
+
+@pytest.mark.filterwarnings("error:cache .* never engages")
+def test_errors_do_not_depend_on_the_type_of_outputs():
+    pipe, call = build("DiTPipeline")
+    call |= {"num_inference_steps": 4, "target": "sampler"}
+    arrays, images = (plan_pipeline(pipe, 1, **call | {"output_type": kind}) for kind in ("np", "pil"))
+    assert images.kinds == "FFFF" and images.about["errors"] == arrays.about["errors"]
+
+
+def test_latents_in_bfloat16_are_measured():
+    pipe, call = build("FluxPipeline")
+    pipe.transformer.to(torch.bfloat16)
+    call = {name: x.bfloat16() if isinstance(x, torch.Tensor) else x for name, x in call.items()}
+    errors = plan_pipeline(pipe, 2, target="sampler", **call).about["errors"]
+    assert 0 < errors["plan"] < errors["reuse N=3, 2.50x"]
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> str:
     """A saved pipeline."""

@@ -37,8 +37,13 @@ def add_long_skips(model: nn.Module, n_skips: int | None = None, dim: int | None
     Returns:
         The model.
 
-    Raises TypeError for a model whose blocks are unknown, ValueError for one that has skips already, or too many skips.
+    Raises TypeError for a model whose blocks are unknown, ValueError for one that has skips or a cache already, or too
+    many skips.
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"skips join the blocks of a model, not of a {type(model).__name__}: give pipe.transformer")
+    if "_skip_cache" in vars(model):
+        raise ValueError("the model has a cache, which would leave the skips out: call disable_cache(pipe) first")
     name, blocks = type(model).__name__, [layer[0] for layer in layers_of(model)]
     if not blocks:
         raise TypeError(f"the blocks of {name} are not known to diffusers' registry, so skips cannot join them")
@@ -57,7 +62,27 @@ def add_long_skips(model: nn.Module, n_skips: int | None = None, dim: int | None
 
 
 class Shallow(dict[int, Tensor]):
-    """What skips have taken, by their number, outermost first. A copy of a model begins without."""
+    """What skips have taken in the newest forward pass, by their number, outermost first. A copy of a model begins
+    without.
+
+    Attributes:
+        marks: some values of what they joined that into.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.marks: dict[int, Tensor] = {}
+
+    def check(self, number: int, hidden: Tensor) -> None:
+        """Raise RuntimeError if a checkpointed block runs once more for another forward pass than the newest."""
+        mark = hidden.detach().flatten()[:: max(hidden.numel() // 64, 1)]
+        if number not in self.marks:
+            self.marks[number] = mark.clone()
+        elif not torch.allclose(mark, self.marks[number], rtol=0, atol=0, equal_nan=True):
+            raise RuntimeError(
+                "with gradient checkpointing, long skips know the newest forward pass only: call backward() before "
+                "the next forward pass, or turn gradient checkpointing off"
+            )
 
     def __reduce__(self) -> tuple:
         return Shallow, ()
@@ -70,6 +95,10 @@ class Leaving:
         self.number, self.shallow = number, shallow
 
     def keep(self, hidden: Tensor) -> None:
+        if not torch.compiler.is_compiling():
+            if self.number in self.shallow and torch._C._current_graph_task_id() != -1:
+                return  # of a checkpointed block, in the backward pass: it was kept in the forward pass
+            self.shallow.marks.pop(self.number, None)
         self.shallow[self.number] = hidden
 
 
@@ -82,6 +111,8 @@ class Entering:
     def joined(self, hidden: Tensor) -> Tensor:
         # With gradients, a checkpointed block runs once more in the backward pass.
         taken = self.shallow[self.number] if torch.is_grad_enabled() else self.shallow.pop(self.number)
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            self.shallow.check(self.number, hidden)
         if taken.shape != hidden.shape:
             raise UserError(
                 f"long skip {self.number} brings hidden states of shape {tuple(taken.shape)} to a block that takes "
@@ -92,21 +123,23 @@ class Entering:
 
 def _join(block: nn.Module, leaves: Leaving | None = None, enters: Entering | None = None) -> None:
     block.__class__ = _joined(type(block))
-    block._leaves, block._enters = leaves, enters
+    block._leaves, block._enters, block._signature = leaves, enters, BlockSignature(block)
 
 
 @functools.cache
 def _joined(kind: type[nn.Module]) -> type[nn.Module]:
     """A subclass of a class of blocks, of the same name, whose blocks a skip leaves or enters."""
 
-    @functools.wraps(kind.forward)
+    own = kind.forward
+
+    @functools.wraps(own)
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        signature = BlockSignature(self)
+        signature: BlockSignature = self._signature
         if self._enters is not None:
             named = signature.named(args, kwargs)
             hidden, text = signature.taken(named)
             args, kwargs = (), signature.giving(named, (self._enters.joined(hidden), text))
-        output = kind.forward(self, *args, **kwargs)
+        output = own(self, *args, **kwargs)
         if self._leaves is not None:
             self._leaves.keep(signature.hidden_of(output))
         return output

@@ -36,6 +36,7 @@ from skipdit.utils.device import double
 from skipdit.utils.errors import UserError
 
 FACTORS = (1, 2, 4)  # steps of the runs from which the converged one follows, over the bench's
+UNPLANNED = ("generator", "return_dict", "sigmas", "timesteps")  # of a call: noise and steps are the bench's own
 NEAR = 1e-3  # relative: timesteps of a longer run are the same as those of the bench's if they differ by less
 
 
@@ -87,7 +88,7 @@ class PipelineBench:
         seconds: that the newest call took.
         restarts: steps that begin with another model than the step before ended with. They are full.
 
-    Raises ValueError for a pipeline whose scheduler makes more or fewer steps than it is asked for.
+    Raises ValueError for `UNPLANNED` arguments, and a scheduler that makes more or fewer steps than it is asked for.
     """
 
     branch, cached_cost, runs = 0, 0.0, 20
@@ -95,6 +96,10 @@ class PipelineBench:
     def __init__(
         self, pipe: DiffusionPipeline, arguments: dict[str, Any], steps: int, seed: int, target: str | None = None
     ):
+        if given := [name for name in UNPLANNED if name in arguments]:
+            raise ValueError(
+                f"a plan cannot be made with {given[0]}: leave it out; seed and num_inference_steps decide"
+            )
         self.pipe, self.arguments, self.steps, self.seed, self.target = pipe, arguments, steps, seed, target
         self.factors = (1,) if target == "sampler" else FACTORS
         method = type(pipe.scheduler).__name__
@@ -212,7 +217,7 @@ class PipelineBench:
             used = stored[0] + sum(u * move for u, move in zip(coefficients[-1], moves, strict=True))
             return own(used.to(output.dtype), t, latents, *args, **kwargs)
 
-        images = self._call(_Kinds(kinds), self.steps, step)
+        images = self._call(_Kinds(kinds) if FORECAST in kinds else CacheSpec(), self.steps, step)
         return Fitted(
             CachePlan(self.timesteps, (None,) * self.steps, 0, kinds, tuple(coefficients)),
             distance(images, self.reference),
@@ -245,6 +250,7 @@ class PipelineBench:
             goal: latents to end with instead.
         """
         scheduler, done = self.pipe.scheduler, []
+        output_type = "latent" if self.arguments.get("output_type") == "latent" else "np"
 
         def ending(own: Callable, *args: Any, **kwargs: Any) -> Any:
             result = own(*args, **kwargs)
@@ -263,7 +269,7 @@ class PipelineBench:
             with torch.random.fork_rng(), watched:
                 torch.manual_seed(self.seed)  # not every pipeline gives its generator to the scheduler
                 images = self.pipe(
-                    **{"output_type": "np"} | self.arguments,
+                    **self.arguments | {"output_type": output_type},
                     num_inference_steps=steps,
                     generator=self._generator,
                     return_dict=False,
@@ -271,6 +277,7 @@ class PipelineBench:
         finally:
             disable_cache(self.pipe)
         self.seconds = time.perf_counter() - begun
+        images = images.float().cpu() if isinstance(images, Tensor) else images  # NumPy knows no bfloat16
         return np.asarray(images, dtype=np.float32)
 
 
