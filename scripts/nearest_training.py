@@ -8,6 +8,8 @@ Samples of prompts that are captions of the training clips, or of the training p
     python scripts/nearest_training.py samples/wordings --data data/emoji-anim \\
         --wordings configs/text-to-video/emoji_wordings.jsonl
     python scripts/nearest_training.py samples/picture-captions --data data/emoji-3d
+    python scripts/nearest_training.py samples/held-out --data data/emoji-3d --pictures all \\
+        --wordings configs/text-to-image/emoji_held_out.jsonl    # among all pictures: is it the one that was left out?
 
 For every sample, the training picture, or the stretch of a training clip (any clip, any start), with the least squared
 error over all pixels. Prints the PSNR to it, how often it is of the class or caption that was asked for, and how many
@@ -53,10 +55,12 @@ class Training(NamedTuple):
         return self.clips[number][start : start + (frames - 1) * self.interval + 1 : self.interval]
 
 
-def read_training(data: str, config: dict, size: int) -> Training:
-    """The files in `data` that the model of a sampling run has seen, `size` pixels along a side."""
+def read_training(data: str, config: dict, size: int, pictures: str) -> Training:
+    """The files in `data` that the model of a sampling run has seen, `size` pixels along a side; of images, those of
+    the list `pictures`, or all.
+    """
     if "num_frames" not in config:
-        listed = str(CONFIGS / "text-to-image/emoji_pictures.txt")
+        listed = None if pictures == "all" else pictures
         dataset = PictureFolder(
             PictureData(path=data, captions=f"{data}/captions.jsonl", picture_list=listed, image_size=size)
         )
@@ -107,6 +111,12 @@ def main() -> None:
         metavar="FILE",
         help="JSONL of video or image, and caption: prompts in other words, and what is meant",
     )
+    parser.add_argument(
+        "--pictures",
+        metavar="FILE",
+        default=str(CONFIGS / "text-to-image/emoji_deep_pictures.txt"),
+        help="list of the images to compare with, or all [those that the embedded model saw]",
+    )
     parser.add_argument("--out", type=Path, help="picture to write")
     args = parser.parse_args()
     with friendly_errors():
@@ -114,7 +124,7 @@ def main() -> None:
         files = sorted([*args.samples.glob("0*.mp4"), *args.samples.glob("0*.png")])
         if not files:
             raise FileNotFoundError(f"no samples in {args.samples}")
-        training = read_training(args.data, config, size=read_sample(files[0]).shape[-1])
+        training = read_training(args.data, config, size=read_sample(files[0]).shape[-1], pictures=args.pictures)
         asked = wanted(args, training) if "prompts" in config else config.get("classes") or list(range(len(EMOJI)))
     shown, values, met, right = [], [], set(), 0
     for i, file in enumerate(tqdm(files, desc="comparing", unit="sample")):

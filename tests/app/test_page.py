@@ -57,13 +57,13 @@ def test_plan_needs_the_model_the_timesteps_and_the_budget():
     files = [ROOT / "configs/class-to-image/demo_plan.json"]
     plan = parse_policy(str(files[0]))
     timesteps, model = plan.timesteps, plan.about["model"]
-    assert plan_within(0.3, files, 1, timesteps, model)[0].kinds.count("F") == 13
+    assert plan_within(0.4, files, 1, timesteps, model)[0].kinds.count("F") == 16
     assert plan_within(0.2, files, 1, timesteps, model) == (
         None,
-        "No plan: the cheapest has 26% full steps, above the budget of 20%.",
+        "No plan: the cheapest has 32% full steps, above the budget of 20%.",
     )
     for unfit in ((1, timesteps[:3], model), (1, timesteps, "another"), (2, timesteps, model)):
-        assert plan_within(0.3, files, *unfit)[1].startswith("No plan: none beside this config is for this model and")
+        assert plan_within(0.4, files, *unfit)[1].startswith("No plan: none beside this config is for this model and")
 
 
 def test_differences_fill_the_range():
@@ -125,15 +125,15 @@ def test_comparison_of_images(studio):
 @pytest.mark.slow
 def test_commands_make_the_same_images_in_any_folder(studio, tmp_path):
     results = studio.run(replace(SHORT, caches=("reuse", "fewer steps"))).results
-    assert [result.row["name"] for result in results] == ["uncached", "reuse N=2", "4 steps"]
+    assert [result.row["name"] for result in results] == ["uncached", "reuse N=2", "3 steps"]
     for number, result in enumerate(results):
         assert made_by(result.command, tmp_path / str(number)) == result.file
 
 
 def test_a_plan_is_found_from_any_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    uncached, planned = Studio().run(replace(SHORT, steps=50, caches=["plan"], budget=0.3)).results
-    assert planned.row["kinds"].count("full") == 13 and len(uncached.row["kinds"]) == 50
+    uncached, planned = Studio().run(replace(SHORT, steps=50, caches=["plan"], budget=0.4)).results
+    assert planned.row["kinds"].count("full") == 16 and len(uncached.row["kinds"]) == 50
 
 
 @pytest.mark.slow
