@@ -175,3 +175,11 @@ def test_mistakes_are_told(folder, tmp_path, capsys, words, message):
         plan(folder, tmp_path / "plan.json", *words)
     assert message in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", ["/no/such/folder", "a/b/c"])
+def test_a_pipeline_that_is_not_there_is_named(name, capsys):
+    with pytest.raises(SystemExit) as caught:
+        main(read_arguments(["--pipeline", name, "--speedup", "2", "prompt=a dog"]))
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if "error" in line]
+    assert caught.value.code == 2 and line.startswith(f"error: --pipeline {name}: neither a pipeline's folder nor on")

@@ -13,6 +13,7 @@ import argparse
 
 from skipdit.cli import friendly_errors
 from skipdit.tasks import read_settings
+from skipdit.utils.errors import UserError
 
 SEED = 10_000  # of calibration samples; no config has it
 
@@ -72,7 +73,7 @@ def read_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         if args.config:
             read_settings(args)
         elif not args.pipeline:
-            raise ValueError("--config and --pipeline are both empty: name one of them")
+            raise UserError("--config and --pipeline are both empty: name one of them")
     return args
 
 

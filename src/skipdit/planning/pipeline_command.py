@@ -51,9 +51,13 @@ def open_bench(args: argparse.Namespace) -> PipelineBench:
 
 
 def open_pipeline(args: argparse.Namespace) -> DiffusionPipeline:
-    """Load the pipeline that a command line names, on its device."""
+    """Load the pipeline that a command line names, on its device. Raises UserError, naming it, if it cannot be."""
     device = process_state().device
-    pipe = DiffusionPipeline.from_pretrained(args.pipeline, torch_dtype=resolve_dtype(args.dtype, device))
+    try:
+        pipe = DiffusionPipeline.from_pretrained(args.pipeline, torch_dtype=resolve_dtype(args.dtype, device))
+    except (OSError, ValueError) as error:  # ValueError: neither a folder nor a name that the Hub could have
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(f"--pipeline {args.pipeline}: neither a pipeline's folder nor on the Hub ({reason})") from error
     if args.offload == "model":
         pipe.enable_model_cpu_offload(device=device)
     elif args.offload == "sequential":
