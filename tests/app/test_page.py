@@ -21,6 +21,7 @@ from skipdit.app.jobs import Request, Studio, amplified, interval_within, plan_w
 from skipdit.app.page import build, form, launch
 from skipdit.app.view import comparison_html, error_html, strip_html
 from skipdit.caching.policies import parse_policy
+from skipdit.utils.errors import UserError
 
 IMAGES, CLIPS = "configs/class-to-image/demo.yaml", "configs/class-to-video/demo.yaml"
 PROMPTS = "configs/text-to-image/demo.yaml"
@@ -81,7 +82,7 @@ def test_differences_fill_the_range():
 
 def test_form_shows_the_config():
     shown = form(IMAGES, None, ["seed=7", "tf32=true"])
-    assert (shown["seed"], shown["method"], shown["classes"], shown["budget"]) == (7, "ddim", 10, 0.3)
+    assert (shown["seed"], shown["method"], shown["classes"], shown["budget"]) == (7, "ddim", 10, 0.35)
     assert shown["overrides"] == ["tf32=true"] and not shown["prompts"]
     assert form(PROMPTS, None, [])["subject"] == "red apple"
 
@@ -105,7 +106,7 @@ def test_form_shows_the_config():
     ],
 )
 def test_bad_input_is_told_in_words(studio, changes, told):
-    with pytest.raises(ValueError) as error:
+    with pytest.raises(UserError) as error:
         studio.run(replace(SHORT, **changes))
     assert told in str(error.value)
 

@@ -105,7 +105,7 @@ def field_settings(schema: type, request: Request) -> dict[str, Any]:
 def read_request(request: Request) -> tuple[Task, Any, list[str]]:
     """Return the task, the sampler's settings, and the overrides of the config that make them so.
 
-    Raises ValueError in words for what is no setting, and an empty prompt.
+    Raises UserError in words for what is no setting, and an empty prompt.
     """
     task = find_task(request.config, request.task)
     wanted = field_settings(task.schema, request)
@@ -155,7 +155,7 @@ def plan_within(
 
 
 def own_policies(caches: Sequence[str]) -> dict[str, CachePolicy]:
-    """Return the policies that are not of `CHOICES`. Raises ValueError for no cache, too many, or those unfit."""
+    """Return the policies that are not of `CHOICES`. Raises UserError for no cache, too many, or those unfit."""
     if not 1 <= len(caches) <= MOST:
         raise UserError(f"{len(caches)} caches are chosen; choose one to {MOST} to compare with the uncached run")
     policies = {text: parse_policy(found(text)) for text in caches if text not in CHOICES}
@@ -229,7 +229,7 @@ class Studio:
         self._lock = threading.Lock()
 
     def run(self, request: Request) -> Comparison:
-        """Make a comparison. Raises ValueError or OSError in words for a request that cannot be met."""
+        """Make a comparison. Raises UserError or OSError in words for a request that cannot be met."""
         task, config, overrides = read_request(request)
         policies = own_policies(request.caches)
         with self._lock, warnings.catch_warnings(record=True) as told:

@@ -18,6 +18,7 @@ from skipdit.config import load_config
 from skipdit.sampling.class_conditional import SAMPLERS
 from skipdit.sampling.settings import SCHEDULERS
 from skipdit.tasks import find_task
+from skipdit.utils.errors import UserError
 
 if TYPE_CHECKING:  # not everybody has it
     import gradio
@@ -33,7 +34,7 @@ def form(file: str, task_name: str | None, overrides: list[str]) -> dict[str, An
     task = find_task(file, task_name)
     config = load_config(task.schema, file, overrides)
     prompts = "prompts" in {field.name for field in fields(task.schema)}
-    window, steps = replace(task.window, interval=4), config.steps
+    window, steps = replace(task.window, interval=3), config.steps
     share = sum(window.full_mask([999 - 1000 * i // steps for i in range(steps)])) / steps
     classes = None if prompts else getattr(config.model, "num_classes", None)
     subject = (config.prompts or [""])[0] if prompts else (config.classes or [0])[0] if classes else None
@@ -89,7 +90,7 @@ def build(studio: Studio, files: list[str], task: str | None = None, overrides: 
         try:
             request = Request(file, subject, steps, method, guidance, seed, caches, budget / 100, lines, task)
             return comparison_html(studio.run(request))
-        except (ValueError, OSError, ArithmeticError, torch.OutOfMemoryError) as error:  # what the user can mend
+        except (UserError, OSError, FloatingPointError, torch.OutOfMemoryError) as error:  # what the user can mend
             return error_html(str(error))
 
     names = [(f"{Path(file).resolve().parent.name} / {Path(file).stem}", file) for file in files]
