@@ -97,9 +97,7 @@ class PipelineBench:
         self, pipe: DiffusionPipeline, arguments: dict[str, Any], steps: int, seed: int, target: str | None = None
     ):
         if given := [name for name in UNPLANNED if name in arguments]:
-            raise ValueError(
-                f"a plan cannot be made with {given[0]}: leave it out; seed and num_inference_steps decide"
-            )
+            raise UserError(f"a plan cannot be made with {given[0]}: leave it out; seed and num_inference_steps decide")
         self.pipe, self.arguments, self.steps, self.seed, self.target = pipe, arguments, steps, seed, target
         self.factors = (1,) if target == "sampler" else FACTORS
         method = type(pipe.scheduler).__name__
