@@ -113,7 +113,7 @@ class PipelineCache:
         return type(None), ()  # the copy of a pipeline, a scheduler or a model has no cache
 
     def summary(self) -> str:
-        """Return a line on the newest call: steps of each kind, memory of what was stored, time within the model and how
+        """Return a line on the newest call: steps of each kind, memory of what was stored, time in the model and how
         much cached steps saved, and the FLOPs saved if `counting_flops` counted them. Waits for a GPU.
         """
         if self.run is None:
