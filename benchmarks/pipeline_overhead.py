@@ -1,9 +1,9 @@
-"""What a cache costs a diffusers pipeline on the host: CPU time of `enable_cache`, and of the cache's own code in a call.
+"""What a cache costs a diffusers pipeline on the host: CPU time of `enable_cache`, and of its code in a call.
 
     python benchmarks/pipeline_overhead.py
     python benchmarks/pipeline_overhead.py --steps 50 --spec N2-1000-0
 
-The pipeline is a Flux of four small blocks and random weights. The time is that of finding the place among the timesteps,
+The pipeline is a Flux of four small blocks and random weights. The time is that of finding the place among timesteps,
 of copying and extrapolating what is stored, and of reading the clock. That of the model, the scheduler and the pipeline
 is not in it, nor is the call of one more Python function per block of a model with cached steps.
 """
