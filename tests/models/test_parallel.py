@@ -1,12 +1,14 @@
 """Context parallelism of diffusers: two processes that share the tokens compute what one does, with a cache, too."""
 
 import os
+import subprocess
+import sys
 from unittest import mock
 
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import tiny_dit, tiny_hunyuan, tiny_latte, tiny_latte_t2v
+from conftest import ROOT, tiny_dit, tiny_hunyuan, tiny_latte, tiny_latte_t2v
 from torch import Tensor, nn
 from torch.multiprocessing import spawn
 from torch.utils._pytree import tree_leaves
@@ -51,3 +53,11 @@ def compare(rank: int, store: str) -> None:
 def test_two_processes_compute_what_one_does(tmp_path):
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     spawn(compare, (str(tmp_path / "store"),), nprocs=2)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() >= 2, reason="there are two GPUs")
+def test_the_example_says_that_it_needs_two_gpus():
+    command = [sys.executable, str(ROOT / "scripts/two_gpus.py")]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert result.returncode != 0 and "Traceback" not in result.stderr
+    assert "2 GPUs are needed, and there are" in result.stderr
