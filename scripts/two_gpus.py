@@ -15,6 +15,7 @@ from diffusers.utils import export_to_gif
 from skipdit import enable_cache, load_weights
 from skipdit.cli import friendly_errors
 from skipdit.text_to_video import LatteT2V
+from skipdit.utils.errors import UserError
 
 
 def main() -> None:
@@ -27,9 +28,9 @@ def main() -> None:
     args = parser.parse_args()
     processes, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("LOCAL_RANK", 0))
     if torch.cuda.device_count() < max(processes, 2):
-        raise ValueError(f"{max(processes, 2)} GPUs are needed, and there are {torch.cuda.device_count()}")
+        raise UserError(f"{max(processes, 2)} GPUs are needed, and there are {torch.cuda.device_count()}")
     if processes < 2:
-        raise ValueError("this is one process: start it by `torchrun --nproc-per-node 2 scripts/two_gpus.py`")
+        raise UserError("this is one process: start it by `torchrun --nproc-per-node 2 scripts/two_gpus.py`")
 
     torch.cuda.set_device(rank)
     torch.distributed.init_process_group("nccl")
