@@ -11,6 +11,7 @@ from torch import Tensor
 
 from skipdit.caching.steps import CacheStep
 from skipdit.layers.adaln import AdaLNTransformer, Conditioning
+from skipdit.layers.parallel import context_parallel_plan
 from skipdit.layers.skip import caches_output
 from skipdit.utils.errors import UserError
 
@@ -31,6 +32,10 @@ class DiT(AdaLNTransformer):
         fuse: "replace" as in the paper, or "residual"; see `skipdit.layers.skip.LongSkip`.
         flow_shift: see `SkipTransformer.flow_shift`.
     """
+
+    _cp_plan = context_parallel_plan(
+        "blocks.0", "final_layer", 1, gathered=["blocks.*.attn.qkv"], split=["blocks.*.attn.proj"]
+    )
 
     @register_to_config
     def __init__(

@@ -15,6 +15,7 @@ from torch import Tensor
 from skipdit.caching.steps import CacheStep
 from skipdit.layers.adaln import AdaLNTransformer, Conditioning
 from skipdit.layers.embeddings import sincos_1d
+from skipdit.layers.parallel import context_parallel_plan
 from skipdit.layers.skip import caches_output
 from skipdit.utils.errors import UserError
 from skipdit.utils.provenance import count_members
@@ -125,6 +126,14 @@ class Latte(AdaLNTransformer):
             cache=cache,
         )
         return self._unpatchify(self.final_layer(x, each, conditioning.final if conditioning else None))
+
+    @property
+    def _cp_plan(self) -> dict | None:
+        """Even blocks are spatial. Temporal ones attend within the tokens of one place: nothing is gathered there."""
+        spatial = [f"blocks.{i}.attn" for i in range(0, len(self.blocks), 2)]
+        return context_parallel_plan(
+            "blocks.0", "final_layer", 2, [f"{name}.qkv" for name in spatial], [f"{name}.proj" for name in spatial]
+        )
 
     @classmethod
     def config_from_state(cls, state: Mapping[str, Tensor], num_heads: int | None = None) -> dict:

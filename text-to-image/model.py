@@ -20,6 +20,7 @@ from skipdit.caching.steps import CacheStep
 from skipdit.layers.adaln import FinalLayer
 from skipdit.layers.attention import GELU, Float32LayerNorm
 from skipdit.layers.embeddings import PatchEmbed, TimestepEmbedder, rotary_2d, unpatchify
+from skipdit.layers.parallel import context_parallel_plan
 from skipdit.layers.skip import SkipTransformer, caches_output, make_skips
 from skipdit.utils.errors import UserError
 from skipdit.utils.provenance import count_members
@@ -133,6 +134,14 @@ class HunyuanDiT(SkipTransformer):
         "text_embedding_mask",
         "encoder_hidden_states_t5",
         "text_embedding_mask_t5",
+    )
+
+    _cp_plan = context_parallel_plan(  # queries meet the rotary tables, which are those of all tokens
+        "blocks.0",
+        "final_layer",
+        1,
+        gathered=["blocks.*.attn1.Wqkv", "blocks.*.attn2.q_proj"],
+        split=["blocks.*.attn1.out_proj", "blocks.*.attn2.out_proj"],
     )
 
     @register_to_config

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from skipdit.caching.steps import CacheStep
 from skipdit.layers.attention import modulate, normalize
 from skipdit.layers.embeddings import PatchEmbed, sincos_1d, sincos_2d, unpatchify
+from skipdit.layers.parallel import context_parallel_plan
 from skipdit.layers.skip import SkipTransformer, caches_output, make_skips
 from skipdit.utils.errors import UserError
 from skipdit.utils.provenance import count_members
@@ -141,6 +142,12 @@ class LatteT2V(SkipTransformer):
 
     _no_split_modules = ["Block"]  # noqa: RUF012 (diffusers' convention; also the unit that FSDP shards)
     text_arguments = ("encoder_hidden_states", "encoder_attention_mask")
+    _cp_plan = context_parallel_plan(  # temporal blocks attend within the tokens of one place: nothing is gathered
+        "transformer_blocks.0",
+        "proj_out",
+        2,
+        gathered=["transformer_blocks.*.attn1.to_k", "transformer_blocks.*.attn1.to_v"],
+    )
 
     @register_to_config
     def __init__(

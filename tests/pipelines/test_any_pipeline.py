@@ -7,15 +7,18 @@ import re
 
 import pytest
 import torch
+from accelerate import cpu_offload, cpu_offload_with_hook
 from conftest import ROOT
 from diffusers import DiffusionPipeline
+from peft import LoraConfig
 from pipelines.tiny import BUILDERS, Arguments, build
 from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounterWithBackend
 
 from skipdit import disable_cache, enable_cache
 from skipdit.pipelines.blocks import layers_of
 from skipdit.pipelines.cache import PipelineCache
-from skipdit.pipelines.denoiser import denoisers
+from skipdit.pipelines.denoiser import COMPONENTS, denoisers
 
 FORECASTS, CACHED = "N3-1000-0-b0-o1", "N2-1000-0"
 TWO_MODELS = "WanPipeline (2.2, two transformers)"  # the second one takes over at the third step, which is full then
@@ -43,6 +46,7 @@ def call(built) -> Arguments:
 
 
 def run(pipe: DiffusionPipeline, call: Arguments, **changes) -> Tensor:
+    torch.manual_seed(1)  # not all that is drawn comes from the generator
     return torch.as_tensor(pipe(**call | changes, generator=torch.Generator().manual_seed(1))[0])
 
 
@@ -141,6 +145,85 @@ def test_calls_do_not_see_each_other(name, pipe, call, spec):
     fresh = build(name)[0]
     enable_cache(fresh, spec)
     assert torch.equal(run(fresh, other), second)
+
+
+@pytest.mark.parametrize(("name", "spec"), [("WanPipeline", FORECASTS), ("DiTPipeline", CACHED)])
+def test_compiled_transformers(name, spec):
+    compiled_is_uncompiled(name, spec)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("spec", [FORECASTS, CACHED])
+def test_all_compiled_models(name, spec):
+    compiled_is_uncompiled(name, spec)
+
+
+def compiled_is_uncompiled(name: str, spec: str) -> None:
+    """By torch's own tracer, without its code generation."""
+    pipe, call = build(name)
+    if not cached_or_none(pipe, call, spec):
+        pytest.skip("its blocks are not known")
+    expected = run(pipe, call)
+    torch._dynamo.reset()
+    backend = CompileCounterWithBackend("eager")
+    for part in COMPONENTS:
+        if isinstance(model := getattr(pipe, part, None), nn.Module):
+            setattr(pipe, part, torch.compile(model, backend=backend))
+    torch.testing.assert_close(run(pipe, call), expected)
+    assert backend.frame_count > 0
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("offload", [cpu_offload_with_hook, cpu_offload], ids=["model", "sequential"])
+def test_offloaded_models(pipe, call, offload):
+    """With the hooks that diffusers' `enable_model_cpu_offload` and `enable_sequential_cpu_offload` put on every model,
+    before the cache and after it. Here they go from the CPU to the CPU: diffusers' methods want an accelerator.
+    """
+    cache = cached_or_none(pipe, call) or enable_cache(pipe, FORECASTS)
+    expected, spec = run(pipe, call), FORECASTS if cache.run.forecast_steps else CACHED
+    for model in pipe.components.values():
+        if isinstance(model, nn.Module):
+            offload(model, torch.device("cpu"))
+    assert torch.equal(run(pipe, call), expected)
+    disable_cache(pipe)
+    enable_cache(pipe, spec)
+    assert torch.equal(run(pipe, call), expected)
+
+
+def test_models_with_an_adapter(pipe, call):
+    """Low-rank adapters of random weights, in all attention layers."""
+    if not all(hasattr(model, "add_adapter") for model in denoisers(pipe)):
+        pytest.skip("diffusers gives it no adapters")
+    plain = run(pipe, call)
+    for model in denoisers(pipe):
+        model.add_adapter(LoraConfig(target_modules=["to_q", "to_k", "to_v"], init_lora_weights=False))
+    uncached = run(pipe, call)
+    assert not torch.equal(uncached, plain)
+    cache = cached_or_none(pipe, call) or enable_cache(pipe, FORECASTS)
+    cached = run(pipe, call)
+    assert cache.run.full_steps < 5 and not torch.equal(cached, uncached)
+    for model in denoisers(pipe):  # taken out and put in again while the cache is on
+        model.disable_adapters()
+    without = run(pipe, call)
+    for model in denoisers(pipe):
+        model.enable_adapters()
+    assert torch.equal(run(pipe, call), cached) and not torch.equal(without, cached)
+
+
+def test_saved_with_a_cache(pipe, call, tmp_path):
+    """The files know nothing of it: what is loaded computes without, and takes one."""
+    uncached = run(pipe, call)
+    enable_cache(pipe, FORECASTS)
+    cached = run(pipe, call)
+    pipe.save_pretrained(tmp_path)
+    assert torch.equal(run(pipe, call), cached)
+    missing = {name: None for name, part in pipe.components.items() if part is None}
+    loaded = DiffusionPipeline.from_pretrained(tmp_path, **missing)
+    loaded.set_progress_bar_config(disable=True)
+    assert type(loaded).__qualname__ == type(pipe).__qualname__
+    torch.testing.assert_close(run(loaded, call), uncached)  # weights that lie elsewhere in memory add up differently
+    enable_cache(loaded, FORECASTS)
+    torch.testing.assert_close(run(loaded, call), cached)
 
 
 def test_disable_puts_everything_back(pipe, call):

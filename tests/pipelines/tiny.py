@@ -61,14 +61,14 @@ def guided(**options: Any) -> Arguments:
     return texts("prompt_embeds", "negative_prompt_embeds", **options)
 
 
-def autoencoder() -> diffusers.AutoencoderKL:
-    """An autoencoder of images, of four channels at an eighth of the size."""
+def autoencoder(channels: int = 4) -> diffusers.AutoencoderKL:
+    """An autoencoder of images, at an eighth of the size."""
     return diffusers.AutoencoderKL(
         down_block_types=("DownEncoderBlock2D",) * 4,
         up_block_types=("UpDecoderBlock2D",) * 4,
         block_out_channels=(4,) * 4,
         norm_num_groups=2,
-        latent_channels=4,
+        latent_channels=channels,
         shift_factor=0.0,
         sample_size=32,
     )
@@ -100,6 +100,37 @@ def from_image() -> Arguments:
     return {"image": torch.rand(1, 3, 32, 32), "strength": 0.5, "num_inference_steps": 10}
 
 
+@builds("FluxInpaintPipeline")
+def flux_within_image():
+    parts, arguments = flux_from_image()
+    return parts, arguments | mask()
+
+
+def mask() -> Arguments:
+    """The part of an image to paint anew."""
+    return {"mask_image": (torch.rand(1, 1, 32, 32) > 0.5).float()}
+
+
+@builds("FluxControlNetPipeline")
+def flux_controlled():
+    transformer, arguments = flux()
+    sizes = {"num_layers": 1, "num_single_layers": 1, **HEADS}
+    controlnet = randomized(diffusers.FluxControlNetModel.from_transformer(transformer, **sizes))
+    return {"transformer": transformer, "controlnet": controlnet, "vae": autoencoder()}, arguments | controlled()
+
+
+def randomized(model: nn.Module) -> nn.Module:
+    """A ControlNet whose residuals, which begin as zeros, change something."""
+    for parameter in model.parameters():
+        nn.init.normal_(parameter, std=0.1)
+    return model
+
+
+def controlled() -> Arguments:
+    """An image to follow."""
+    return {"control_image": torch.rand(1, 3, 32, 32)}
+
+
 @builds("FluxPipeline (true guidance)")
 def flux_guided():
     transformer, arguments = flux()
@@ -109,11 +140,11 @@ def flux_guided():
 
 
 @builds("StableDiffusion3Pipeline")
-def sd3():
+def sd3(channels: int = 4):
     transformer = diffusers.SD3Transformer2DModel(
         sample_size=4,
-        in_channels=4,
-        out_channels=4,
+        in_channels=channels,
+        out_channels=channels,
         num_layers=4,
         joint_attention_dim=WIDTH,
         caption_projection_dim=32,
@@ -128,6 +159,29 @@ def sd3():
 def sd3_from_image():
     transformer, arguments = sd3()
     return {"transformer": transformer, "vae": autoencoder()}, arguments | from_image()
+
+
+@builds("StableDiffusion3InpaintPipeline")
+def sd3_within_image():
+    transformer, arguments = sd3(channels=16)
+    return {"transformer": transformer, "vae": autoencoder(channels=16)}, arguments | from_image() | mask()
+
+
+@builds("StableDiffusion3ControlNetPipeline")
+def sd3_controlled():
+    transformer, arguments = sd3()
+    controlnet = diffusers.SD3ControlNetModel(
+        sample_size=4,
+        in_channels=4,
+        num_layers=2,
+        joint_attention_dim=WIDTH,
+        caption_projection_dim=32,
+        pooled_projection_dim=WIDTH,
+        pos_embed_max_size=8,
+        **HEADS,
+    )
+    parts = {"transformer": transformer, "controlnet": randomized(controlnet), "vae": autoencoder()}
+    return parts, arguments | controlled()
 
 
 @builds("WanPipeline")
@@ -208,6 +262,13 @@ def unet(**options: Any) -> nn.Module:
 def stable_diffusion():
     parts = {"unet": unet(), "scheduler": diffusers.DDIMScheduler(), "requires_safety_checker": False}
     return parts, guided() | SQUARE
+
+
+@builds("StableDiffusionImg2ImgPipeline")
+def stable_diffusion_from_image():
+    parts, arguments = stable_diffusion()
+    arguments = {name: x for name, x in arguments.items() if name not in SQUARE}
+    return parts | {"vae": autoencoder()}, arguments | from_image()
 
 
 @builds("StableDiffusionXLPipeline")

@@ -131,9 +131,7 @@ class CachedBlocks:
         if cache.forecast is not None:
             return cache.forecast
         if self.blocks and any("control" in name and value is not None for name, value in kwargs.items()):
-            raise UserError(
-                "cached steps leave out the blocks that a ControlNet adds to: use forecasts, as in N3-1000-0-b0-o1"
-            )
+            raise UserError(f"cached steps leave out the blocks that a ControlNet adds to: {ONLY}")
         self.cache, self._next, self._cached = cache, 0, False
         try:
             output = self.forward(*args, **kwargs)
@@ -145,7 +143,8 @@ class CachedBlocks:
 
     def block(self, i: int) -> Callable[..., Any]:
         """The `forward` of block i."""
-        signature, forward = BlockSignature(self.blocks[i]), self.blocks[i].forward
+        block = self.blocks[i]
+        signature, forward = BlockSignature(block), type(block).forward.__get__(block)  # accelerate's wraps this one
 
         def cached(*args: Any, **kwargs: Any) -> Any:
             if self.cache is None:

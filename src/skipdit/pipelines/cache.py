@@ -14,18 +14,22 @@ last step, or with the pipeline's call, however that ends. Nothing is counted on
 device.
 """
 
+import contextlib
 import functools
 import warnings
 import weakref
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline, SchedulerMixin
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 from skipdit.caching.policies import parse_policy
 from skipdit.caching.policy import CachePolicy
 from skipdit.caching.runtime import SkipCache
+from skipdit.pipelines.costs import CPU_ATTENTION, Call, Costs
 from skipdit.pipelines.denoiser import Denoiser, denoisers
 from skipdit.pipelines.scheduler import follow, unfollow
 
@@ -92,10 +96,12 @@ class PipelineCache:
     Attributes:
         run: the `SkipCache` of the newest run, for its counts; None before the first. It holds tensors only while the
             run lasts.
+        costs: what the model calls of the newest run cost.
     """
 
     def __init__(self, pipe: DiffusionPipeline, spec: CachePolicy):
         self.run: SkipCache | None = None
+        self.costs = Costs()
         self._pipe, self._spec = weakref.ref(pipe), spec
         self._denoisers: list[Denoiser] = []
         self._scheduler: SchedulerMixin | None = None
@@ -107,11 +113,29 @@ class PipelineCache:
         return type(None), ()  # the copy of a pipeline, a scheduler or a model has no cache
 
     def summary(self) -> str:
-        """Return a line on the newest call: steps of each kind, and the memory of what was stored."""
+        """Return a line on the newest call: steps of each kind, memory of what was stored, time in the model and how
+        much cached steps saved, and the FLOPs saved if `counting_flops` counted them. Waits for a GPU.
+        """
         if self.run is None:
             return "no call yet"
         counts = ", ".join(f"{count} {kind}" for kind, count in self.run.counts().items() if count)
-        return f"{len(self.run.plan)} steps: {counts}; {self.run.peak_bytes / 2**20:.1f} MiB stored at most"
+        line = f"{len(self.run.plan)} steps: {counts}; {self.run.peak_bytes / 2**20:.1f} MiB stored at most"
+        if (saved := self.costs.seconds_saved()) is not None:
+            line += f"; {self.costs.seconds():.2f} s in the model, {saved:.2f} s saved"
+        if (share := self.costs.flops_saved()) is not None:
+            line += f"; {share:.0%} fewer FLOPs"
+        return line
+
+    @contextlib.contextmanager
+    def counting_flops(self) -> Iterator[None]:
+        """Count the FLOPs of the calls within, for `summary`. They take longer, and compiled models run uncompiled."""
+        counter = FlopCounterMode(display=False, custom_mapping=CPU_ATTENTION)
+        with counter, torch.compiler.set_stance("force_eager"):
+            self.costs.counter = counter
+            try:
+                yield
+            finally:
+                self.costs.counter = None
 
     def remove(self) -> None:
         """Put everything back."""
@@ -134,7 +158,7 @@ class PipelineCache:
             return
         self._detach()
         for part in parts:
-            denoiser = Denoiser(part, self._spec, self.before_model)
+            denoiser = Denoiser(part, self._spec, self.before_model, self.costs.end)
             denoiser.model.__dict__["_skip_cache"] = self
             self._denoisers.append(denoiser)
 
@@ -177,6 +201,7 @@ class PipelineCache:
         # The scheduler looks up its tables by them, and would read each one back from the device.
         self._scheduler.timesteps = self._timesteps
         self.run = SkipCache(self._spec, self._timesteps[first:])
+        self.costs.calls = []
 
     def _follows(self, denoiser: Denoiser, t: Any) -> bool:
         """Whether a call of the model at timestep t, whatever the model calls it, belongs to the run's step."""
@@ -233,6 +258,7 @@ class PipelineCache:
             self._watch(pipe.scheduler)
             self.begin()
         latents, t = denoiser.latents(named), named.get("timestep")
+        call = Call(latents)
         if len(self._calls) == MAX_CALLS or not self._follows(denoiser, t):  # of a run that broke off, or of none
             if self._first is not None:
                 self.end()
@@ -247,6 +273,8 @@ class PipelineCache:
             if stream.encoded is None:
                 stream.encoded = denoiser.model.encode_text(*stream.texts)
             named |= dict.fromkeys(denoiser.texts) | {denoiser.texts[0]: stream.encoded}
+        call.stream = name
+        self.costs.begin(call, named["cache"])
         return named
 
     def _stream(self, denoiser: Denoiser, texts: tuple) -> "_Stream":

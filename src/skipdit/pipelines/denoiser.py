@@ -40,6 +40,7 @@ class Denoiser:
         module: the model, or what torch.compile made of it.
         spec: the cache's policy.
         before: called with the denoiser and the arguments of a call by their names; returns those of the model.
+        after: called when a call has returned.
 
     Attributes:
         model: the model itself.
@@ -55,9 +56,10 @@ class Denoiser:
         module: nn.Module,
         spec: CachePolicy,
         before: Callable[["Denoiser", dict[str, Any]], dict[str, Any]],
+        after: Callable[[], None],
     ):
         self.model = model = getattr(module, "_orig_mod", module)
-        self._module, self._before = weakref.ref(module), before
+        self._module, self._before, self._after = weakref.ref(module), before, after
         self.own_timesteps = isinstance(model, SkipTransformer | HunyuanDiT2DModel)
         forward = _checked_forward(module, spec)
         self._arguments = list(inspect.signature(type(model).forward).parameters)[1:]
@@ -69,7 +71,10 @@ class Denoiser:
         if isinstance(forward, CachedBlocks):
             for i, block in enumerate(forward.blocks):
                 self._replace(block, forward.block(i))
-        self._hooks = [module.register_forward_pre_hook(_Hook(self), with_kwargs=True)]
+        self._hooks = [
+            module.register_forward_pre_hook(_Hook(self._begin), with_kwargs=True),
+            module.register_forward_hook(_Hook(self._end)),
+        ]
         if isinstance(module, OptimizedModule):
             self._hooks.append(module.register_forward_hook(_copied))
             torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, RECOMPILES)
@@ -100,6 +105,15 @@ class Denoiser:
         if not hasattr(self.model, "encode_text") or not isinstance(texts[0], Tensor):
             return False
         return texts[0].device == next(self.model.parameters()).device
+
+    def _begin(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+        if torch.compiler.is_compiling():
+            raise RuntimeError("assign the compiled transformer to pipe.transformer before calling the pipeline")
+        torch.compiler.cudagraph_mark_step_begin()
+        return self.call(args, kwargs)
+
+    def _end(self, module: nn.Module, args: tuple, output: Any) -> None:
+        self._after()
 
     def _replace(self, module: nn.Module, forward: Callable[..., Any]) -> None:
         _replace_forward(module, forward)
@@ -172,21 +186,16 @@ def _restore_forward(module: nn.Module) -> None:
 
 
 class _Hook:
-    """The forward pre-hook of a model; that of a copied one does nothing."""
+    """A hook of a model; that of a copied one does nothing."""
 
-    def __init__(self, denoiser: Denoiser | None):
-        self.denoiser = denoiser
+    def __init__(self, function: Callable[..., Any] | None):
+        self.function = function
 
     def __reduce__(self) -> tuple:
         return _Hook, (None,)
 
-    def __call__(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-        if self.denoiser is None:
-            return args, kwargs
-        if torch.compiler.is_compiling():
-            raise RuntimeError("assign the compiled transformer to pipe.transformer before calling the pipeline")
-        torch.compiler.cudagraph_mark_step_begin()
-        return self.denoiser.call(args, kwargs)
+    def __call__(self, *args: Any) -> Any:
+        return None if self.function is None else self.function(*args)
 
 
 def _copied(module: nn.Module, args: tuple, output: Any) -> Any:
