@@ -23,3 +23,7 @@ def read_arguments(argv: list[str] | None = None) -> argparse.Namespace:
 def main(args: argparse.Namespace) -> None:
     with friendly_errors():
         args.task.train(args.config, args.dry_run)
+        if not args.dry_run:
+            from skipdit.training.prepare import tell_next_step  # brings torch
+
+            tell_next_step(args.config)
