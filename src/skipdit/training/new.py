@@ -47,24 +47,19 @@ class Choice(NamedTuple):
         size: pixels along a side.
         vae: the autoencoder's folder or Hub name.
         why: the reason for it, in a few words.
-        factor: pixels per latent pixel.
         model: width, depth and heads.
         steps: of plain, stage 1 and stage 2.
         batch: samples per step.
+        patch: the side of a patch in latent pixels.
     """
 
     size: int
     vae: str
     why: str
-    factor: int
     model: tuple[int, int, int]
     steps: tuple[int, int, int]
     batch: int
-
-    @property
-    def patch(self) -> int:
-        """The side of a patch that leaves 8 to 15 patches along a side, or those that there are."""
-        return max(1, 2 ** int(math.log2(max(1, self.size // self.factor / 8))))
+    patch: int
 
 
 def choose(folder: Folder, machine: Machine, size: int | None = None, vae: str | None = None) -> Choice:
@@ -76,7 +71,10 @@ def choose(folder: Folder, machine: Machine, size: int | None = None, vae: str |
     model = SMALL[folder.unit] if small else SIZES[large]
     steps = (2_000, 300, 2_000) if small else (50_000, 5_000, 50_000)
     batch = (32 if small else 128) if folder.unit == "image" else 8
-    return Choice(size, vae, why, downsampling(load_vae(found(vae))), model, steps, min(batch, count))
+    latents = size // downsampling(load_vae(found(vae)))
+    side = 16 if not small else 8 if folder.unit == "image" else 4  # patches along a side, or a few more
+    patch = 2 ** int(math.log2(max(1, latents / side)))
+    return Choice(size, vae, why, model, steps, min(batch, count), patch)
 
 
 def _image_size(folder: Folder, machine: Machine) -> int:
@@ -244,7 +242,7 @@ class Plan(NamedTuple):
         few = "as small as the embedded models" if not self.machine.memory else f"for {len(folder.files):,} files"
         return [
             f"{folder.path}: {len(folder.files):,} {folder.unit}s, {about}: {folder.task}",
-            f"size: {choice.size}x{choice.size} pixels: files have {folder.side} and more{length}; {self.machine}",
+            f"size: {choice.size}x{choice.size} pixels: half of the files have {folder.side} or more{length}; {self.machine}",
             f"autoencoder: {choice.vae}, {choice.why}",
             f"model: {depth} blocks, {width} wide, {heads} heads, patches of {choice.patch} latent pixels: {few}",
             f"training: {', '.join(f'{s:,} steps of {n}' for s, n in zip(choice.steps, STAGES, strict=True))}, "
