@@ -9,11 +9,13 @@ clips, prompts.json and report.json; with gif=true also every clip as GIF, and p
 The same command again continues an interrupted run; any number of processes makes the same clips, to rounding.
 """
 
+from skipdit.cli import say_start
 from skipdit.text_to_video.settings import SampleConfig as Config
 from skipdit.text_to_video.settings import read_arguments
 
 if __name__ == "__main__":
     read_arguments(__doc__)  # answers --help and mistakes before the imports below, which take seconds
+    say_start()
 
 
 from collections.abc import Callable, Iterator, Sequence

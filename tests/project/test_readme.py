@@ -129,7 +129,7 @@ def checkout(tmp_path_factory, released_t2i) -> Path:
 
 
 def own_data(data: Path) -> None:
-    """What the tutorials are about: circles and squares in two colours, as pictures and clips, by class or captioned."""
+    """What the tutorials are about: circles and squares in two colours, still and moving, by class or captioned."""
     rows, y, x = [], *np.mgrid[:72, :80] - 36
     for number in range(12):
         shape, colour = ("circle", "square")[number % 2], [200, 40, 40] if number < 6 else [40, 40, 200]

@@ -242,7 +242,8 @@ class Plan(NamedTuple):
         few = "as small as the embedded models" if not self.machine.memory else f"for {len(folder.files):,} files"
         return [
             f"{folder.path}: {len(folder.files):,} {folder.unit}s, {about}: {folder.task}",
-            f"size: {choice.size}x{choice.size} pixels: half of the files have {folder.side} or more{length}; {self.machine}",
+            f"size: {choice.size}x{choice.size} pixels: half of the files have {folder.side} or more{length}; "
+            f"{self.machine}",
             f"autoencoder: {choice.vae}, {choice.why}",
             f"model: {depth} blocks, {width} wide, {heads} heads, patches of {choice.patch} latent pixels: {few}",
             f"training: {', '.join(f'{s:,} steps of {n}' for s, n in zip(choice.steps, STAGES, strict=True))}, "
