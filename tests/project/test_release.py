@@ -9,10 +9,10 @@ from pathlib import Path
 
 import dockerfile
 import pytest
-import tomllib
 import yaml
 from conftest import ROOT
 
+tomllib = pytest.importorskip("tomllib", reason="Python 3.10 has none")
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 SCHEMAS = {"CITATION.cff": "vendor.citation-file-format"}
 SCHEMAS |= {f".github/workflows/{name}.yml": "vendor.github-workflows" for name in ("test", "release")}
