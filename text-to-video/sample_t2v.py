@@ -147,7 +147,7 @@ def check(config: Config, branch: int | None) -> Parts:
     vae = load_vae(places["vae"])
     settings = LatteT2V.load_config(folder / "transformer") if folder else recorded_settings(config.weights)
     if "sample_size" not in settings:
-        raise ValueError(f"{config.weights} says nothing of its model's sizes: set pipeline to a folder that does")
+        raise UserError(f"{config.weights} says nothing of its model's sizes: set pipeline to a folder that does")
     with torch.device("meta"):
         model = LatteT2V.from_config(settings, skip=config.skip, **({"fuse": config.fuse} if config.fuse else {}))
     native = model.config.sample_size * downsampling(vae)

@@ -14,7 +14,7 @@ from skipdit.data.clip_folder import VIDEO_SUFFIXES, to_square
 from skipdit.data.files import is_a, read_picture, walk
 from skipdit.data.images import SUFFIXES
 from skipdit.data.video import Video
-from skipdit.utils.errors import BrokenSample
+from skipdit.utils.errors import BrokenSample, UserError
 
 CAPTIONS = ("captions.jsonl", "captions.csv", "metadata.jsonl", "metadata.csv")
 LOOKED_AT = 32  # files of which sizes are read
@@ -55,7 +55,7 @@ class Folder(NamedTuple):
 
 
 def look_into(path: Path) -> Folder:
-    """Find out what lies in a folder. Raises FileNotFoundError or ValueError if it is nothing to train on."""
+    """Find out what lies in a folder. Raises FileNotFoundError or UserError if it is nothing to train on."""
     if not path.is_dir():
         raise FileNotFoundError(f"no folder {path}: --data wants a folder of pictures or clips")
     everything = sorted(walk(path))
@@ -63,13 +63,13 @@ def look_into(path: Path) -> Folder:
     unit = "clip" if files else "image"
     files = files or [file for file in everything if is_a(file, SUFFIXES)]
     if not files:
-        raise ValueError(f"{path} holds neither pictures ({', '.join(sorted(SUFFIXES))}) nor video files")
+        raise UserError(f"{path} holds neither pictures ({', '.join(sorted(SUFFIXES))}) nor video files")
     captions, texts = _captions(path, unit, files)
     nested = [file.relative_to(path).parts for file in files]
     classes = sorted({parts[0] for parts in nested}) if all(len(parts) > 1 for parts in nested) else []
     read = [read for file in _some(files, LOOKED_AT) if (read := _read(file, unit))]
     if not read:
-        raise ValueError(f"{path}: none of {min(LOOKED_AT, len(files))} files can be read, for example {files[0]}")
+        raise UserError(f"{path}: none of {min(LOOKED_AT, len(files))} files can be read, for example {files[0]}")
     frames = sorted(count for _, count in read)[len(read) // 10]
     side = int(median(min(picture.shape[-2:]) for picture, _ in read))
     return Folder(path, unit, files, classes, captions, texts, side, frames)
