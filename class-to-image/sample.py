@@ -9,9 +9,11 @@ again continues an interrupted run; any number of processes makes the same image
 
 from skipdit.class_to_image.settings import ModelConfig, read_arguments
 from skipdit.class_to_image.settings import SampleConfig as Config
+from skipdit.cli import say_start
 
 if __name__ == "__main__":
     read_arguments(__doc__)  # answers --help and mistakes before the imports below, which take seconds
+    say_start()
 
 
 from pathlib import Path
@@ -42,6 +44,7 @@ def build_model(config: ModelConfig, input_size: int, in_channels: int = 4) -> D
 class ImageSampler(ClassSampler):
     """All images of a config; see `ClassSampler`."""
 
+    overview = "grid.png"
     fetch = "python -m skipdit download class-to-image"
 
     def build(self) -> DiT:

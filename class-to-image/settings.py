@@ -12,8 +12,9 @@ from skipdit.sampling.arguments import (
     cache_override,
     checked,
     original_model_name,
+    require_config,
 )
-from skipdit.sampling.settings import SamplingConfig
+from skipdit.sampling.settings import RUN, SamplingConfig
 from skipdit.training.settings import TrainerConfig
 
 WINDOW = "N{}-1000-20-b4"  # the original code's caching window for this task
@@ -60,7 +61,7 @@ def read_arguments(description: str, argv: list[str] | None = None) -> SampleCon
     Args:
         argv: arguments of `skipdit sample`; None: those of the task's own script.
     """
-    default = "that of the released model which --model names"
+    default = f"that of the released model which --model names, or {RUN}"
     parser = make_parser(SampleConfig, description, default, prog=argv and "skipdit sample")
     add_cache_arguments(parser, WINDOW)
     parser.add_argument(
@@ -68,8 +69,8 @@ def read_arguments(description: str, argv: list[str] | None = None) -> SampleCon
     )
     add_original_switches(parser, ORIGINAL, SWITCHES)
     args = parser.parse_intermixed_args(argv)
-    if not (args.config or args.model):
-        parser.error("the following arguments are required: --config, or --model")
+    if not args.model:
+        require_config(parser, args, ", --model")
     with friendly_errors():
         if args.model:
             name, interval = original_model_name(args.model)

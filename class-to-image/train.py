@@ -7,10 +7,12 @@ The same command again continues an interrupted run.
 """
 
 from skipdit.class_to_image.settings import TrainingConfig as Config
+from skipdit.cli import say_start
 from skipdit.training.arguments import read_arguments
 
 if __name__ == "__main__":
     read_arguments(Config, __doc__)  # answers --help and mistakes before the imports below, which take seconds
+    say_start()
 
 
 from pathlib import Path
@@ -61,7 +63,7 @@ def train(config: Config, dry_run: bool = False) -> DiT:
         noise = generators(config.train.seed, range(len(labels)), model.device)
         try:
             settings = {"sampler": config.train.preview, "guidance_scale": config.grid_guidance}
-            latents = generate(model, labels, noise, steps=50, **settings)
+            latents = generate(model, labels, noise, steps=50, progress=True, **settings)
         except FloatingPointError as error:  # of the average only; the training goes on
             print(f"no sample grid at step {step}: {error}")
             return

@@ -10,9 +10,11 @@ same clips, to rounding.
 
 from skipdit.class_to_video.settings import ModelConfig, read_arguments
 from skipdit.class_to_video.settings import SampleConfig as Config
+from skipdit.cli import say_start
 
 if __name__ == "__main__":
     read_arguments(__doc__)  # answers --help and mistakes before the imports below, which take seconds
+    say_start()
 
 
 from pathlib import Path

@@ -5,8 +5,15 @@ from dataclasses import dataclass, field
 from skipdit.cli import friendly_errors, make_parser
 from skipdit.config import Settings, load_config, setting
 from skipdit.data.settings import ClipData
-from skipdit.sampling.arguments import ORIGINAL, add_cache_arguments, add_original_switches, cache_override, checked
-from skipdit.sampling.settings import SamplingConfig
+from skipdit.sampling.arguments import (
+    ORIGINAL,
+    add_cache_arguments,
+    add_original_switches,
+    cache_override,
+    checked,
+    require_config,
+)
+from skipdit.sampling.settings import RUN, SamplingConfig
 from skipdit.training.settings import TrainerConfig
 
 WINDOW = "N{}-900-49"  # the original code's caching window for this task
@@ -45,10 +52,11 @@ def read_arguments(description: str, argv: list[str] | None = None) -> SampleCon
     Args:
         argv: arguments of `skipdit sample`; None: those of the task's own script.
     """
-    parser = make_parser(SampleConfig, description, prog=argv and "skipdit sample")
+    parser = make_parser(SampleConfig, description, RUN, prog=argv and "skipdit sample")
     add_cache_arguments(parser, WINDOW)
     add_original_switches(parser, ORIGINAL, {"sample_method": "sampler"})
     args = parser.parse_intermixed_args(argv)
+    require_config(parser, args)
     with friendly_errors():
         spec = cache_override(args, WINDOW)
         return checked(load_config(SampleConfig, args.config, args.first + args.overrides + spec))

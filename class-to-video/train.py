@@ -7,10 +7,12 @@ The same command again continues an interrupted run.
 """
 
 from skipdit.class_to_video.settings import TrainingConfig as Config
+from skipdit.cli import say_start
 from skipdit.training.arguments import read_arguments
 
 if __name__ == "__main__":
     read_arguments(Config, __doc__)  # answers --help and mistakes before the imports below, which take seconds
+    say_start()
 
 
 from pathlib import Path
@@ -76,7 +78,7 @@ def train(config: Config, dry_run: bool = False) -> Latte:
         noise = generators(config.train.seed, range(count), model.device)
         try:
             settings = {"sampler": config.train.preview, "guidance_scale": config.grid_guidance}
-            latents = generate(model, labels, noise, steps=50, **settings)
+            latents = generate(model, labels, noise, steps=50, progress=True, **settings)
         except FloatingPointError as error:  # of the average only; the training goes on
             print(f"no sample clips at step {step}: {error}")
             return

@@ -10,11 +10,13 @@ PNG; sheet.png with the first of them, prompts.json, and report.json. The same c
 run; any number of processes makes the same pictures, to rounding.
 """
 
+from skipdit.cli import say_start
 from skipdit.text_to_image.settings import SampleConfig as Config
 from skipdit.text_to_image.settings import read_arguments
 
 if __name__ == "__main__":
     read_arguments(__doc__)  # answers --help and mistakes before the imports below, which take seconds
+    say_start()
 
 
 import warnings

@@ -2,8 +2,10 @@
 
 import argparse
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from skipdit.cli import friendly_errors, make_parser
 from skipdit.config import Settings, load_config, setting
@@ -18,6 +20,7 @@ from skipdit.sampling.arguments import (
     checked,
     take_prompts,
 )
+from skipdit.sampling.run_folder import inherit
 from skipdit.sampling.settings import WINDOW, PromptConfig
 from skipdit.training.settings import TrainerConfig
 from skipdit.utils.errors import UserError
@@ -52,6 +55,14 @@ class SampleConfig(PromptConfig):
     scheduler: str = setting("ddpm", f"one of {', '.join(SCHEDULERS)}")
     steps: int = setting(100, "sampling steps", least=1)
     guidance_scale: float = setting(6.0, "classifier-free guidance; 1 is none", least=1)
+
+    @classmethod
+    def inherited(cls, given: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the settings that follow from the folder of the run in `weights`; see `load_config`."""
+        settings = {"vae": "vae", "height": "data.image_size", "width": "data.image_size"}
+        settings |= {"text_encoder": "clip.encoder", "tokenizer": "clip.tokenizer"}
+        settings |= {"text_encoder_2": "t5.encoder", "tokenizer_2": "t5.tokenizer"}
+        return inherit(given, settings, "scheduler")
 
     def places(self) -> dict[str, str]:
         """Where models come from that are not set directly: the released layout, or that of diffusers."""

@@ -6,12 +6,14 @@
 The same command again continues an interrupted run.
 """
 
+from skipdit.cli import say_start
 from skipdit.text_to_image.settings import ModelConfig
 from skipdit.text_to_image.settings import TrainingConfig as Config
 from skipdit.training.arguments import read_arguments
 
 if __name__ == "__main__":
     read_arguments(Config, __doc__)  # answers --help and mistakes before the imports below, which take seconds
+    say_start()
 
 
 from functools import cache
@@ -21,6 +23,7 @@ import torch
 from diffusers import AutoencoderKL
 from torch import Tensor
 from torchvision.utils import make_grid
+from tqdm import tqdm
 
 from skipdit.config import changed
 from skipdit.data.latents import open_pictures
@@ -124,7 +127,9 @@ def train(config: Config, dry_run: bool = False) -> HunyuanDiT:
         pipe.set_progress_bar_config(disable=True)
         enable_cache(pipe, "none")  # the texts once
         settings = {"size": (config.data.image_size,) * 2, "steps": 50, "guidance_scale": config.grid_guidance}
-        for label in shown.split(1):  # one at a time: a training has little memory left
+        for label in tqdm(
+            shown.split(1), desc="sample grid", unit="image", leave=False
+        ):  # one at a time: a training has little memory left
             both = [
                 TextPair(*(texts.take_whole(label, torch.tensor([d])) for texts in (clip, t5))) for d in (False, True)
             ]

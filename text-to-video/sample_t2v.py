@@ -9,11 +9,13 @@ clips, prompts.json and report.json; with gif=true also every clip as GIF, and p
 The same command again continues an interrupted run; any number of processes makes the same clips, to rounding.
 """
 
+from skipdit.cli import say_start
 from skipdit.text_to_video.settings import SampleConfig as Config
 from skipdit.text_to_video.settings import read_arguments
 
 if __name__ == "__main__":
     read_arguments(__doc__)  # answers --help and mistakes before the imports below, which take seconds
+    say_start()
 
 
 from collections.abc import Callable, Iterator, Sequence
@@ -27,7 +29,7 @@ from torch import Tensor
 from torchvision.io import ImageReadMode, read_image
 
 from skipdit.caching.policies import parse_policy
-from skipdit.checkpoints.files import recorded_flow_shift
+from skipdit.checkpoints.files import recorded_flow_shift, recorded_settings
 from skipdit.cli import friendly_errors
 from skipdit.data.video import add_gifs, read_mp4
 from skipdit.encoders.autoencoder import downsampling, load_vae
@@ -132,16 +134,20 @@ def generate(
 def check(config: Config, branch: int | None) -> Parts:
     """Raises ValueError or FileNotFoundError for settings that do not fit each other, before large files are read."""
     check_fps(config.fps)
-    folder, places = Path(config.pipeline), config.places()
+    folder, places = Path(config.pipeline) if config.pipeline else None, config.places()
     needed = {"weights": config.weights, "vae": places["vae"]}
-    needed |= {"pipeline": f"{folder}/transformer/config.json"}
-    needed |= {"scheduler": f"{folder}/scheduler/scheduler_config.json"}
+    if folder:
+        needed |= {"pipeline": f"{folder}/transformer/config.json"}
+        needed |= {"scheduler": f"{folder}/scheduler/scheduler_config.json"}
     extra = ["temporal_decoder"] * config.temporal_decoder + ["plain"] * (not config.skip)
     fetch = FETCH + (f"`, and `{FETCH} --only {' '.join(extra)}" if extra else "")
     preflight(needed, fetch, absent=missing_text_files(places["text_encoder"], config.tokenizer))
-    scheduler = make_scheduler(config.scheduler, folder / "scheduler", recorded_flow_shift(config.weights))
+    flow_shift = recorded_flow_shift(config.weights)
+    scheduler = make_scheduler(config.scheduler, folder / "scheduler" if folder else None, flow_shift)
     vae = load_vae(places["vae"])
-    settings = LatteT2V.load_config(folder / "transformer")
+    settings = LatteT2V.load_config(folder / "transformer") if folder else recorded_settings(config.weights)
+    if "sample_size" not in settings:
+        raise UserError(f"{config.weights} says nothing of its model's sizes: set pipeline to a folder that does")
     with torch.device("meta"):
         model = LatteT2V.from_config(settings, skip=config.skip, **({"fuse": config.fuse} if config.fuse else {}))
     native = model.config.sample_size * downsampling(vae)

@@ -1,9 +1,11 @@
 """Settings of text-to-video: of the model, the sampler and the trainer, and the sampler's command line."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 from skipdit.cli import friendly_errors, make_parser
-from skipdit.config import Settings, load_config, required, setting
+from skipdit.config import ConfigError, Settings, load_config, required, setting
 from skipdit.data.settings import ClipData
 from skipdit.sampling.arguments import (
     ORIGINAL,
@@ -12,9 +14,11 @@ from skipdit.sampling.arguments import (
     add_prompt_argument,
     cache_override,
     checked,
+    require_config,
     take_prompts,
 )
-from skipdit.sampling.settings import WINDOW, PromptConfig
+from skipdit.sampling.run_folder import inherit
+from skipdit.sampling.settings import RUN, WINDOW, PromptConfig
 from skipdit.training.settings import TrainerConfig
 
 
@@ -23,8 +27,11 @@ class SampleConfig(PromptConfig):
     """A text-to-video sampling run."""
 
     weights: str = required("checkpoint of the transformer: .pt, .safetensors, or folder", identity=False)
-    pipeline: str = setting(
-        "checkpoints/Latte-0", "folder with transformer/config.json, scheduler, vae, text_encoder", identity=False
+    pipeline: str | None = setting(
+        "checkpoints/Latte-0",
+        "folder with transformer/config.json, scheduler, vae, text_encoder; null: the weights say the first, vae and "
+        "text_encoder are set, as those of a run do",
+        identity=False,
     )
     skip: bool = setting(True, "the weights have long skips", identity=False)
     fuse: str | None = setting(
@@ -44,13 +51,21 @@ class SampleConfig(PromptConfig):
     gif: bool = setting(False, "also write every clip as GIF", identity=False)
     temporal_attention: bool = setting(True, "run the temporal blocks; without them frames know nothing of each other")
 
+    @classmethod
+    def inherited(cls, given: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the settings that follow from the folder of the run in `weights`; see `load_config`."""
+        settings = {name: name for name in ("vae", "text_encoder", "tokenizer")}
+        settings |= {"num_frames": "data.num_frames", "skip": "model.skip", "fuse": "model.fuse"}
+        of_run = inherit(given, settings, "scheduler")
+        return of_run | {"pipeline": None} if of_run and "pipeline" not in given else of_run
+
     def places(self) -> dict[str, str]:
-        """Where everything comes from that is not set directly."""
+        """Where everything comes from that is not set directly. Raises ConfigError if nothing says so."""
         autoencoder = "vae_temporal_decoder" if self.temporal_decoder else "vae"
-        return {
-            "vae": self.vae or f"{self.pipeline}/{autoencoder}",
-            "text_encoder": self.text_encoder or f"{self.pipeline}/text_encoder",
-        }
+        names = {"vae": autoencoder, "text_encoder": "text_encoder"}
+        if self.pipeline is None and (unset := [name for name in names if not getattr(self, name)]):
+            raise ConfigError(f"without a pipeline, {' and '.join(unset)} must be set: a folder or Hub name")
+        return {name: getattr(self, name) or f"{self.pipeline}/{place}" for name, place in names.items()}
 
 
 def read_arguments(description: str, argv: list[str] | None = None) -> SampleConfig:
@@ -59,11 +74,12 @@ def read_arguments(description: str, argv: list[str] | None = None) -> SampleCon
     Args:
         argv: arguments of `skipdit sample`; None: those of the task's own script.
     """
-    parser = make_parser(SampleConfig, description, prog=argv and "skipdit sample")
+    parser = make_parser(SampleConfig, description, RUN, prog=argv and "skipdit sample")
     add_cache_arguments(parser, WINDOW)
     add_prompt_argument(parser)
     add_original_switches(parser, ORIGINAL, {"sample_method": "scheduler"})
     args = parser.parse_intermixed_args(argv)
+    require_config(parser, args)
     with friendly_errors():
         spec = cache_override(args, WINDOW)
         args.overrides = args.first + args.overrides

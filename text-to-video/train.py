@@ -7,12 +7,14 @@ scratch.
 The same command again continues an interrupted run.
 """
 
+from skipdit.cli import say_start
 from skipdit.text_to_video.settings import ModelConfig
 from skipdit.text_to_video.settings import TrainingConfig as Config
 from skipdit.training.arguments import read_arguments
 
 if __name__ == "__main__":
     read_arguments(Config, __doc__)  # answers --help and mistakes before the imports below, which take seconds
+    say_start()
 
 
 from pathlib import Path
@@ -20,6 +22,7 @@ from pathlib import Path
 import torch
 from diffusers import AutoencoderKL, LattePipeline
 from torch import Tensor
+from tqdm import tqdm
 
 from skipdit.config import changed
 from skipdit.data.latents import open_clips
@@ -110,7 +113,7 @@ def train(config: Config, dry_run: bool = False) -> LatteT2V:
         pipe = LattePipeline(None, None, vae.to(model.device), model, scheduler)
         pipe.set_progress_bar_config(disable=True)
         clips = []
-        for label in shown:
+        for label in tqdm(shown, desc="sample clips", unit="clip", leave=False):
             embeddings, _ = texts.take(torch.tensor([label]), torch.tensor([False]))
             prompt = Prompt(embeddings, texts.null[: embeddings.shape[1]].float()[None])
             noise = generators(config.train.seed, [label], model.device)

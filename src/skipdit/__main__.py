@@ -3,6 +3,8 @@
 import sys
 from importlib import import_module
 
+from skipdit.cli import say_start
+
 COMMANDS = {  # name -> module whose `main` runs it, and what it does; `commands` has its command line
     "demo": ("evaluation.compare", "the embedded model of a task, without and with caches"),
     "doctor": ("doctor", "what is installed, what this machine has, what is missing for which task, and the fix"),
@@ -20,6 +22,7 @@ COMMANDS = {  # name -> module whose `main` runs it, and what it does; `commands
     "convert": ("checkpoints.convert", "short for weights convert: a folder for from_pretrained"),
     "weights": ("checkpoints.convert", "convert, export and verify checkpoints"),
 }
+QUICK = ("doctor", "download", "convert", "weights")  # which say something at once, or load no model
 USAGE = "usage: skipdit COMMAND ..., or python -m skipdit COMMAND ...; skipdit COMMAND --help tells more"
 
 
@@ -35,6 +38,8 @@ def main(argv: list[str] | None = None) -> None:
     if argv[0] not in COMMANDS:
         raise SystemExit(f"error: no command {argv[0]!r}; known: {', '.join(COMMANDS)}")
     args = import_module(f"skipdit.commands.{argv[0].replace('-', '_')}").read_arguments(argv[1:])
+    if argv[0] not in QUICK:
+        say_start(f"skipdit {argv[0]}")
     import_module(f"skipdit.{COMMANDS[argv[0]][0]}").main(args)
 
 

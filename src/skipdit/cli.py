@@ -41,6 +41,13 @@ def make_parser(
     return parser
 
 
+def say_start(program: str | None = None) -> None:
+    """Tell that a program has begun, before it imports what takes seconds; by default it is called as its script."""
+    if os.environ.get("RANK", "0") == "0":
+        program = program or os.path.basename(sys.argv[0])
+        print(f"{program}: loading libraries and models, which takes some seconds", file=sys.stderr, flush=True)
+
+
 @contextmanager
 def friendly_errors(again: str = "goes on with what is complete") -> Iterator[None]:
     """Ends the program with a message, not a traceback, for what the user can mend: settings, files, checkpoints, a

@@ -92,15 +92,20 @@ def load_config(schema: type[T], file: str | Path | None, overrides: list[str] =
 
     Raises ConfigError naming file, line and key for anything the schema does not know.
     """
-    config = OmegaConf.structured(schema)
-    file = None if file is None else find_config(file)
+    file, layers = None if file is None else find_config(file), []
     if file is not None:
         values, lines = _read(file, section, schema)
         prefix = f"{section}." if section else ""
-        config = _merge(schema, config, values, lambda key: f"{file}, line {lines.get(prefix + key, '?')}")
-    for text in overrides:
-        values = _read_override(schema, text)
-        config = _merge(schema, config, values, lambda _, text=text: f"override {text!r}")
+        layers.append((values, lambda key: f"{file}, line {lines.get(prefix + key, '?')}"))
+    layers += [(_read_override(schema, text), lambda _, text=text: f"override {text!r}") for text in overrides]
+    config = OmegaConf.structured(schema)
+    for values, where in layers:
+        config = _merge(schema, config, values, where)
+    if inherited := getattr(schema, "inherited", None):
+        below = inherited(OmegaConf.to_container(OmegaConf.merge(*(values for values, _ in layers))) if layers else {})
+        config = OmegaConf.structured(schema)
+        for values, where in [(below, lambda key: f"{key}, as the weights have it"), *layers]:
+            config = _merge(schema, config, values, where)
     try:
         if missing := sorted(OmegaConf.missing_keys(config)):
             raise ConfigError(f"{file or 'the config'} does not set {', '.join(missing)}, which has no default")
@@ -130,6 +135,11 @@ def in_the_project(path: str | Path) -> str:
 def given_values(file: str | Path, section: str) -> dict:
     """What a section of a YAML file sets. Raises ConfigError if there is none."""
     return _read(find_config(file), section)[0]
+
+
+def read_values(file: Path) -> dict:
+    """Return all that a YAML file sets. Raises ConfigError if it is none."""
+    return _read(file, None)[0]
 
 
 def named_task(file: str | Path) -> str | None:

@@ -14,7 +14,7 @@ from transformers import BertModel
 
 from skipdit.checkpoints.files import load_state
 from skipdit.checkpoints.loading import load_weights
-from skipdit.config import changed
+from skipdit.config import changed, load_config
 from skipdit.data.settings import PictureData
 from skipdit.data.texts import LiveTexts
 from skipdit.diffusion.gaussian import Diffusion
@@ -278,3 +278,12 @@ def test_what_does_not_fit_is_named(config, section, settings, complaint):
     settings = {f"{section}.{name}" if section else name: value for name, value in settings.items()}
     with pytest.raises((ValueError, FileNotFoundError), match=complaint):
         train(changed(config, settings))
+
+
+def test_a_run_samples_without_a_pipeline(config, tmp_path):
+    train(changed(config, {"train.steps": 1}))
+    sizes = ["steps=2", "prompts=[a dog]", f"out={tmp_path / 'out'}"]
+    sampling = load_config(sample_t2i.Config, None, [f"weights={config.out}", *sizes])
+    assert (sampling.height, sampling.text_encoder_2) == (16, config.t5.encoder)
+    sample_t2i.sample(sampling)
+    assert read_image(str(tmp_path / "out/000000-a-dog.png")).shape == (3, 16, 16)

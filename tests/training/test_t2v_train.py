@@ -10,8 +10,9 @@ from conftest import assert_equal, skipdit_command, state, stats, train_flow
 from torch import nn
 from transformers import T5EncoderModel
 
+from skipdit.checkpoints.files import saved
 from skipdit.checkpoints.loading import load_weights
-from skipdit.config import changed
+from skipdit.config import ConfigError, changed, load_config
 from skipdit.data.texts import LiveTexts
 from skipdit.data.video import read_mp4
 from skipdit.encoders.text import load_text_encoder
@@ -219,3 +220,20 @@ def test_what_the_weights_do_not_tell_is_recorded(config, tmp_path):
         skipdit_command("weights")(
             ["convert", str(tmp_path / "bare.pt"), str(tmp_path / "guess"), "--num-heads", "2", *latte]
         )
+
+
+def test_a_run_samples_without_a_pipeline(config, tmp_path):
+    config = changed(config, {"model.fuse": "residual", "train.steps": 1})
+    train(config)
+    sizes = ["steps=2", "prompts=[a dog]", f"out={tmp_path / 'out'}"]
+    sampling = load_config(sample_t2v.Config, None, [f"weights={config.out}", *sizes])
+    assert (sampling.pipeline, sampling.num_frames, sampling.fuse) == (None, 4, "residual")
+    sample_t2v.sample(sampling)
+    assert read_mp4(tmp_path / "out/000000-a-dog.mp4").shape[0] == 4
+    file = saved(tmp_path / "run/checkpoints")[-1].rename(tmp_path / "alone.pt")
+    with pytest.raises(ConfigError, match=r"^without a pipeline, vae and text_encoder must be set: a folder or Hub"):
+        sample_t2v.sample(load_config(sample_t2v.Config, None, [f"weights={file}", "pipeline=null", *sizes]))
+    texts = [f"vae={config.vae}", f"text_encoder={config.text_encoder}", "pipeline=null"]
+    torch.save({"ema": torch.load(file)["ema"]}, tmp_path / "bare.pt")
+    with pytest.raises(ValueError, match=r"bare.pt says nothing of its model's sizes: set pipeline to a folder that"):
+        sample_t2v.sample(load_config(sample_t2v.Config, None, [f"weights={tmp_path / 'bare.pt'}", *texts, *sizes]))

@@ -25,7 +25,7 @@ from skipdit.class_to_video import Latte
 from skipdit.class_to_video import sample as sampler
 from skipdit.class_to_video.sample import sample
 from skipdit.class_to_video.train import make_loss, train
-from skipdit.config import changed, to_yaml
+from skipdit.config import changed, load_config, to_yaml
 from skipdit.data.video import read_mp4
 from skipdit.diffusion.gaussian import Diffusion
 from skipdit.layers.flops import step_flops
@@ -290,3 +290,11 @@ def test_media_round_trip(tmp_path):
         assert abs(np.array(gif.convert("RGB"))[0, 0, 0].astype(int) - 200) < 3
     assert contact_sheet([film, film], columns=3).shape == (3, 2 * 18 + 2, 3 * 26 + 2)
     assert side_by_side([film, film, film], columns=2).shape == (5, 3, 2 * 18 + 2, 2 * 26 + 2)
+
+
+def test_a_run_says_what_its_samples_are(training, tmp_path):
+    train(changed(training, {"train.steps": 1}))
+    config = load_config(sampler.Config, None, [f"weights={training.out}", "steps=2", "num_samples=1"])
+    assert (config.num_frames, config.image_size, config.model) == (4, 8, training.model)
+    sampler.sample(changed(config, {"out": str(tmp_path / "out")}))
+    assert (tmp_path / "out/000000.mp4").exists()

@@ -20,6 +20,7 @@ import argparse
 from pathlib import Path
 
 from skipdit.data.settings import CLIPS, IMAGES
+from skipdit.utils.shipped import found
 from skipdit.utils.text import with_home
 
 
@@ -61,4 +62,6 @@ def read_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--shard", type=int, default=10_000, help="images or clips per file [%(default)s]")
     parser.add_argument("--workers", type=int, default=4, help="reading processes [%(default)s]")
-    return with_home(parser.parse_args(argv))
+    args = with_home(parser.parse_args(argv))
+    args.vae = found(args.vae)
+    return args

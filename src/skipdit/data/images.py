@@ -45,7 +45,8 @@ def _stretch(side: int, resized: int, start: int, length: int) -> tuple[float, f
 
 
 class ImageFolder(Dataset):
-    """One folder per class, images of any size and format in it: ImageNet's layout.
+    """One folder per class, images of any size and format in it: ImageNet's layout. Images without any folder are one
+    class.
 
     Transparent ones are laid on white. Raises FileNotFoundError or ValueError, naming the folder, if there is nothing
     to read.
@@ -60,6 +61,8 @@ class ImageFolder(Dataset):
             folder = path.relative_to(root).parts[0]
             if is_a(path, SUFFIXES) and folder in files:
                 files[folder].append(path)
+        if not files and (alone := [path for path in walk(root) if is_a(path, SUFFIXES)]):
+            folders, files = ["."], {".": alone}
         if not files:
             raise UserError(f"{root} is empty of images: it should hold one folder of them per class")
         if empty := [folder for folder, paths in files.items() if not paths]:

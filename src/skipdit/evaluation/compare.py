@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import sys
 import time
 import warnings
 from collections.abc import Sequence
@@ -95,13 +96,18 @@ def compare(sampler: Sampler, rows: list[Row], repeats: int) -> tuple[list[dict]
         sampler.make(4, spec)
     times: list[list[float]] = [[] for _ in rows]
     samples: list[Tensor] = [torch.empty(0)] * len(rows)
+    fidelity: list[dict] = [{} for _ in rows]
     for _ in range(repeats):  # interleaved: a machine that slows down slows all rows
         for number, row in enumerate(rows):
+            _tell(f"{row.name} ({row.spec}, {row.steps} steps) ...")
             began = time.perf_counter()
             samples[number] = sampler.make(row.steps, row.spec)
             times[number].append((time.perf_counter() - began) / len(samples[number]))
+            fidelity[number] = fidelity[number] or measure_fidelity(samples[number], samples[0])
+            likeness = "" if fidelity[number]["identical"] else f", {fidelity[number]['psnr']:.1f} dB"
+            _tell(f"{row.name}: {times[number][-1]:.3f} s / {sampler.unit}{likeness}")
     table = []
-    for row, seconds, made in zip(rows, times, samples, strict=True):
+    for row, seconds, likeness in zip(rows, times, fidelity, strict=True):
         cache, middle = row.cache(sampler), median(seconds)
         table.append(
             {
@@ -111,10 +117,19 @@ def compare(sampler: Sampler, rows: list[Row], repeats: int) -> tuple[list[dict]
                 "seconds_per_sample": middle,
                 "speedup": median(times[0]) / middle,
                 "flops_speedup": rows[0].flops(sampler) / row.flops(sampler),
-                **measure_fidelity(made, samples[0]),
+                **likeness,
             }
         )
     return table, samples
+
+
+def _tell(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+def _is_far(row: dict) -> bool:
+    """Whether a time is another one than FLOPs explain: small models and other programs on the machine do that."""
+    return not 0.5 <= row["speedup"] / row["flops_speedup"] <= 1.5
 
 
 def markdown(table: list[dict], unit: str) -> str:
@@ -125,10 +140,13 @@ def markdown(table: list[dict], unit: str) -> str:
         "|---" * (5 + len(FIDELITY_COLUMNS)) + "|",
     ]
     for row, counts in zip(table, steps, strict=True):
+        speedup = f"{row['speedup']:.2f}" + "*" * _is_far(row)
         lines.append(
             f"| {row['name']} | {counts} | {row['seconds_per_sample']:.3f} "
-            f"| {row['speedup']:.2f} | {row['flops_speedup']:.2f} | {' | '.join(fidelity_cells(row))} |"
+            f"| {speedup} | {row['flops_speedup']:.2f} | {' | '.join(fidelity_cells(row))} |"
         )
+    if any(map(_is_far, table)):
+        lines.append("\n\\* far from the speedup in FLOPs: other programs took processors, or the model is very small")
     return "\n".join(lines)
 
 

@@ -77,6 +77,16 @@ class _Override(argparse.Action):
         namespace.first = [*namespace.first, *(form.format(values) for form in self.forms)]
 
 
+def require_config(parser: argparse.ArgumentParser, args: argparse.Namespace, more: str = "") -> None:
+    """End the program unless a config, or weights that may have settings beside them, are named.
+
+    Args:
+        more: what does as well.
+    """
+    if not args.config and not any(text.startswith("weights=") for text in args.first + args.overrides):
+        parser.error(f"the following arguments are required: --config{more}, or weights=FOLDER of a training")
+
+
 def cache_override(args: argparse.Namespace, window: str) -> list[str]:
     """What a command line says of the cache, as overrides of the setting `cache`; nothing leaves it to the config.
 

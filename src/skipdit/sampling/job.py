@@ -149,7 +149,7 @@ def run_job(sampler: Sampler) -> tuple[Job, dict]:
     timer, began, complete = StepTimer(state.device), time.perf_counter(), job.is_complete()
     state.wait_for_everyone()
     unit, pending = sampler.unit, job.pending()
-    progress = tqdm(total=len(pending), desc=f"{unit}s", unit=unit, disable=not state.is_main_process)
+    progress = tqdm(total=len(pending), desc=f"{unit}s", unit=unit, disable=complete or not state.is_main_process)
 
     def how_to_go_on() -> str:
         return f"stopped; {job.made()} of {job.total} {unit}s are in {job.folder}: the same command makes the others"
@@ -169,6 +169,8 @@ def run_job(sampler: Sampler) -> tuple[Job, dict]:
     state.wait_for_everyone()
     file = job.folder / "report.json"
     if complete and file.exists() and (before := read_json(file))["num_samples"] >= job.total:
+        if state.is_main_process:
+            print(f"all {job.total} {unit}s are there: see {job.folder / sampler.overview}")
         return job, before
     parts = gather_object([(made, ran)])
     of_all, ran_of_all = sum(count for count, _ in parts), sum((kinds for _, kinds in parts), Counter())

@@ -31,6 +31,7 @@ class Sampler(ABC):
         names: of the samples' files, without suffix; None numbers them.
         unit: what a sample is: "image" or "clip".
         suffix: of a sample's file.
+        overview: the file that shows the first samples.
     """
 
     config: Any
@@ -41,6 +42,7 @@ class Sampler(ABC):
     names: Sequence[str] | None = None
     unit: str = "image"
     suffix: str = "png"
+    overview: str = "sheet.png"
 
     @property
     def solvers(self) -> Sequence[str]:

@@ -1,11 +1,15 @@
 """Settings of sampling runs that do not depend on the task."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 from skipdit.config import ConfigError, Settings, required, setting
 from skipdit.diffusion.schedulers import SCHEDULERS
+from skipdit.sampling.run_folder import inherit
 
 WINDOW = "N{}-700-50"  # the released code's caching window, of both tasks
+RUN = "settings of the training that weights=FOLDER names"  # what runs without a config
 
 
 @dataclass(frozen=True)
@@ -29,7 +33,9 @@ class RunConfig(Settings):
 class SamplingConfig(RunConfig):
     """Settings of a run by classes that do not depend on the task."""
 
-    weights: str = required("checkpoint: .pt, .safetensors, or folder", identity=False)
+    weights: str = required(
+        "checkpoint: .pt, .safetensors, or folder; that of a training says model, vae and sizes", identity=False
+    )
     vae: str = setting("stabilityai/sd-vae-ft-ema", "autoencoder, folder or Hub name", identity=False)
     image_size: int = setting(256, "pixels along a side", least=1)
     classes: list[int] = field(
@@ -50,6 +56,13 @@ class SamplingConfig(RunConfig):
         super().__post_init__()
         if self.guidance_low > self.guidance_high:
             raise ConfigError(f"guidance_low is {self.guidance_low}, above guidance_high, {self.guidance_high}")
+
+    @classmethod
+    def inherited(cls, given: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the settings that follow from the folder of the run in `weights`; see `load_config`."""
+        settings = {"vae": "vae", "image_size": "data.image_size", "model": "model"}
+        settings |= {"num_frames": "data.num_frames"} if hasattr(cls, "num_frames") else {}
+        return inherit(given, settings, "sampler")
 
 
 @dataclass(frozen=True)

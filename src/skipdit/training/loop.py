@@ -117,6 +117,11 @@ def _fit(
     batches = make_loader(stream, rows, config.batch_size, first, stop, config.workers)
     loader = chain(batches, batches) if dry_run else iter(batches)  # the first step makes the optimizer's moments
     accelerator.print(describe(model, config, len(rows), micro, world, len(dataset)))
+    if config.warmup + config.decay_steps > config.steps and not dry_run:
+        accelerator.print(
+            f"warning: train.warmup={config.warmup} and train.decay_steps={config.decay_steps} are longer than "
+            f"train.steps={config.steps}: the learning rate never reaches train.lr"
+        )
     log = None
     if accelerator.is_main_process and not dry_run:
         log = Log(out, start, accelerator, config.tracker, to_dict(run_config))

@@ -1,6 +1,6 @@
 """How a training run begins: its command line; all files are there, the model is made, its weights are loaded."""
 
-import sys
+import shlex
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -39,24 +39,19 @@ def run_trainer(schema: type[T], description: str, train: Callable[[T, bool], An
     config, dry_run = read_arguments(schema, description)
     with friendly_errors():
         train(config, dry_run)
-        files = saved(Path(config.out, "checkpoints"))
-        if files and not dry_run and process_state().is_main_process:
-            print(next_step(Path(sys.argv[0]), files[-1], config))
+        if not dry_run:
+            tell_next_step(config)
 
 
-def next_step(script: Path, checkpoint: Path, config: "TrainerConfig") -> str:
-    """What a trainer says at its end: where its checkpoint is, and how to sample from it.
-
-    Args:
-        script: the task's train.py.
-    """
-    sampler = next(script.parent.glob("sample*.py"), script)
-    method = "scheduler" if "_t2" in sampler.name else "sampler"
-    chosen = f" {method}={config.train.preview}" if config.train.objective == "flow" else ""
-    return (
-        f"the trained model is in {checkpoint}; to sample from it, with a CONFIG of this model:\n"
-        f"  python {sampler} --config CONFIG weights={config.out} vae={config.vae}{chosen}"
-    )
+def tell_next_step(config: TrainerConfig) -> None:
+    """Print where the checkpoint of a training is, and the command that samples from it."""
+    files = saved(Path(config.out, "checkpoints"))
+    if not files or not process_state().is_main_process:
+        return
+    task = type(config).__module__.split(".")[1].replace("_", "-")
+    prompt = ' --prompt "WHAT TO SHOW"' if task.startswith("text-") else ""
+    print(f"the trained model is in {files[-1]}; to sample from it:")
+    print(f"  skipdit sample --task {task} weights={shlex.quote(config.out)}{prompt}")
 
 
 def open_training(
