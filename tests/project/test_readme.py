@@ -279,7 +279,7 @@ def planned_flux(code: str, tmp_path: Path, request) -> str:
             'FluxPipeline.from_pretrained("black-forest-labs/FLUX.1-dev", torch_dtype=torch.bfloat16).to("cuda")': (
                 'build("FluxPipeline")[0]'
             ),
-            next(each for each in prompts if each in code): f'**torch.load("{tmp_path}/call.pt")',
+            **{each: f'**torch.load("{tmp_path}/call.pt")' for each in prompts if each in code},
             '"plan.json"': f'"{tmp_path}/plan.json"',
         },
     )
