@@ -3,7 +3,7 @@
     python benchmarks/plans.py --task class-to-image --out results/plans num_samples=16 batch_size=16
     python benchmarks/plans.py --task text-to-video --plan results/plan-8.json --seeds 0 1 --out results/some
     python benchmarks/plans.py --task class-to-image --name "plain twin" --plan benchmarks/plans/twin-10.json \\
-        --out results/plans weights=benchmarks/weights/class-to-image-deep-plain.pt model.skip=false
+        --out results/plans weights=benchmarks/weights/class-to-image-plain.pt model.skip=false
 
 Every run is compared with the converged images of its noise, and with those of the uncached run. Beside each plan stand
 fewer steps of its sampler, as many steps of the multistep solvers, and Skip-Cache at a regular interval. Plans: the

@@ -988,4 +988,4 @@ def test_check_takes_videos_for_the_kind_of_clips(layouts, check, key, override)
 def test_check_of_a_config_with_a_mistake(check, text, said):
     status, _, error = check(text)
     assert status == 2
-    assert re.match("error: .*" + said, error)
+    assert re.search("^error: .*" + said, error, flags=re.M)

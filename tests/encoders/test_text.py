@@ -617,10 +617,11 @@ def test_command_refuses_data_without_captions(tmp_path, dataset, command):
     del dataset["captions"]
     for section in (dataset, latents(tmp_path / "latents"), {"kind": "image_folder", "path": str(tmp_path)}):
         status, said = command(section)
-        assert (status, said) == (2, f"error: {section['path']} ({section['kind']}) has no captions: {fix}\n")
+        assert status == 2
+        assert said.endswith(f"\nerror: {section['path']} ({section['kind']}) has no captions: {fix}\n")
 
 
 def test_command_says_what_is_wrong(dataset, command):
-    assert command(dataset, "data.captoins=a")[1].startswith("error: override 'captoins=a': unknown key 'captoins'")
-    assert command(dataset, "data.captions=nowhere.csv")[1].startswith("error: no captions nowhere.csv: No such file")
+    assert "\nerror: override 'captoins=a': unknown key 'captoins'" in command(dataset, "data.captoins=a")[1]
+    assert "\nerror: no captions nowhere.csv: No such file" in command(dataset, "data.captions=nowhere.csv")[1]
     assert "missing nowhere/tokenizer_config.json" in command(dataset, "--tokenizer", "nowhere")[1]

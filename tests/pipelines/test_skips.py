@@ -21,6 +21,7 @@ SHOWN = ["PixArtAlphaPipeline", "LattePipeline"]
 
 
 def run(pipe, call: dict) -> Tensor:
+    torch.manual_seed(4)  # what encodes the image of a ControlNet draws from
     return torch.as_tensor(pipe(**call, generator=torch.Generator().manual_seed(1))[0])
 
 
@@ -123,7 +124,7 @@ def test_checkpointed_forward_passes_are_not_mixed_up(model):
     predict(model).sum().backward()
 
 
-@pytest.mark.parametrize("name", KNOWN)
+@pytest.mark.parametrize("name", [name for name in KNOWN if "ControlNet" not in name])
 def test_cached_steps_use_the_skips(name):
     pipe, call = build(name)
     for model in denoisers(pipe):

@@ -18,7 +18,7 @@ from skipdit.planning.command import main
 from skipdit.planning.pipelines import PipelineBench
 
 KINDS = "FOFOOFOOFO"
-BEGIN_LATER = {name for name in BUILDERS if "Img2Img" in name}
+BEGIN_LATER = {name for name in BUILDERS if "Img2Img" in name or "Inpaint" in name}
 NOT_LINEAR = {"QwenImagePipeline", "Lumina2Pipeline"}  # their guidance keeps the norm of the output
 
 

@@ -264,7 +264,8 @@ def test_budget(command, capsys):
     assert cost <= 5.01 and plan.about["speedup"] == pytest.approx(10 / cost, rel=1e-2) and plan.about["speedup"] >= 2
     told, errors = capsys.readouterr().out, plan.about["errors"]
     assert f"of 10 steps, {plan.about['speedup']:.2f}x fewer FLOPs" in told and "distance to the converged" in told
-    assert errors["plan"] <= min(errors["forecasts alone, fitted"], errors["cached steps alone, fitted"])
+    fitted = min(errors["forecasts alone, fitted"], errors["cached steps alone, fitted"])
+    assert errors["plan"] <= 1.0001 * fitted  # one is measured by the sampler, the others in the fit
     assert all(name in told for name in errors) and plan.about["target"] == "converged"
     assert {f"5 steps, {method}" for method in ("ddim", "dpm3", "deis")} < set(errors)
 
