@@ -332,7 +332,8 @@ def plan_pipeline(
         plan = plan_pipeline(pipe, speedup=2, prompt=prompts, guidance_scale=3.5)
         enable_cache(pipe, plan)
 
-    Costs about as much as twenty calls, fewer for larger speedups. The plan is for this model, scheduler and number of steps.
+    Costs about as much as twenty calls, fewer for larger speedups. The plan is for this model, scheduler and number of
+    steps.
 
     Args:
         speedup: in FLOPs of the transformer, against all steps full.
