@@ -1,0 +1,42 @@
+"""diffusers' caches and ours on the plain model in diffusers' class."""
+
+import json
+import sys
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT
+
+from skipdit import load_weights
+from skipdit.class_to_image import DiT
+
+sys.path.insert(0, str(ROOT / "benchmarks"))
+pipeline_caches = pytest.importorskip("pipeline_caches", reason="an older diffusers without these caches")
+
+
+def test_diffusers_class_computes_the_same():
+    model = DiT(**pipeline_caches.SIZES, skip=False)
+    load_weights(model, ROOT / "benchmarks/weights/class-to-image-plain.pt")
+    theirs = pipeline_caches.to_diffusers(model)
+    x, t = torch.randn(3, 4, 8, 8), torch.tensor([10, 500, 999])
+    with torch.no_grad():
+        expected = model(x, t, torch.tensor([1, 2, 10]))
+        result = theirs(x, t, torch.tensor([1, 2, pipeline_caches.NULL])).sample
+    assert torch.allclose(result, expected, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_every_cache_engages_and_is_removed(tmp_path, monkeypatch):
+    sample, seen = pipeline_caches.sample, []
+    monkeypatch.setattr(pipeline_caches, "sample", lambda *args: seen.append(sample(*args)) or seen[-1])
+    monkeypatch.setattr(sys, "argv", ["x", "--out", str(tmp_path), "--steps", "6", "--samples", "1", "--speedups", "2"])
+    pipeline_caches.main()
+    rows = {row["name"]: row for row in json.loads((tmp_path / "pipeline_caches.json").read_text())}
+    for name in ("plan of forecasts, 2x", "N2-1000-0-b0-o1", "TaylorSeer N=2, order 1", "TaylorSeer lite N=2, order 1"):
+        assert rows[name]["speedup"] > 1.3 and rows[name]["psnr"] < 60, name
+    assert rows["FirstBlockCache 0.2"]["speedup"] > 1.2 and rows["MagCache 0.24, at most 5"]["speedup"] > 1.2
+    assert rows["PyramidAttentionBroadcast N=2"]["speedup"] > 1.1
+    assert rows["3 steps"]["speedup"] == 2
+    uncached, *_ = sample(pipeline_caches.open_pipeline(), 6, 1, [0])
+    assert np.array_equal(seen[0][0], uncached)
