@@ -33,13 +33,13 @@ from baselines import TeaCache
 from full_size import full_size, full_size_markdown
 from rows import FEWER, METHODS, REUSE, UNCACHED, Row, rows_for
 from torch import Tensor
-from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 from skipdit.caching.policies import CacheSpec, parse_policy
 from skipdit.cli import friendly_errors
 from skipdit.config import changed, load_config, to_dict
 from skipdit.evaluation.compare import check_plans
+from skipdit.layers.flops import flop_counter
 from skipdit.layers.inspect import replaced
 from skipdit.layers.skip import SkipTransformer
 from skipdit.metrics import FIDELITY_COLUMNS, IDENTICAL, fidelity_cells, frechet_distance, measure_fidelity
@@ -114,7 +114,7 @@ def metered(model: SkipTransformer) -> Iterator[Meter]:
     meter, original = Meter(), model.forward
 
     def forward(*args, **kwargs):
-        with FlopCounterMode(display=False) as counter:
+        with flop_counter() as counter:
             out = original(*args, **kwargs)
         meter.flops += counter.get_total_flops()
         cache = kwargs.get("cache")

@@ -25,12 +25,12 @@ import numpy as np
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, DiTPipeline, DiTTransformer2DModel
 from diffusers.models.cache_utils import CacheMixin
-from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 from skipdit import disable_cache, enable_cache, load_weights, plan_pipeline
 from skipdit.class_to_image import DiT
 from skipdit.cli import friendly_errors
+from skipdit.layers.flops import flop_counter
 
 ROOT = Path(__file__).parents[1]
 NULL = 1000  # the class id that DiTPipeline takes for none
@@ -93,7 +93,7 @@ def open_pipeline() -> DiTPipeline:
 
 def sample(pipe: DiTPipeline, steps: int, seed: int, classes: list[int]) -> tuple[np.ndarray, float]:
     """Images (N, H, W, 3) in [0, 1], and the transformer's FLOPs."""
-    with FlopCounterMode(display=False) as counter, pipe.transformer.cache_context("both halves of guidance"):
+    with flop_counter() as counter, pipe.transformer.cache_context("both halves of guidance"):
         images = pipe(
             classes,
             num_inference_steps=steps,

@@ -16,7 +16,6 @@ from conftest import ROOT, Pooled, tiny_dit, tiny_hunyuan, tiny_latte, tiny_latt
 from diffusers import AutoencoderKL, LattePipeline
 from PIL import Image
 from torch import Tensor
-from torch.utils.flop_counter import FlopCounterMode
 
 from skipdit import CacheSpec, SkipCache, enable_cache
 from skipdit.caching.plans import CachePlan
@@ -25,7 +24,7 @@ from skipdit.config import to_yaml
 from skipdit.diffusion.gaussian import Diffusion
 from skipdit.encoders.text import Encoded
 from skipdit.layers.adaln import DiTBlock
-from skipdit.layers.flops import step_flops
+from skipdit.layers.flops import flop_counter, step_flops
 from skipdit.layers.skip import SkipTransformer
 from skipdit.metrics import frechet_distance
 from skipdit.sampling.class_conditional import generate
@@ -78,7 +77,7 @@ class Case:
     @cached_property
     def reference(self) -> tuple[Tensor, float]:
         """Latents without any caching, and the FLOPs of making them."""
-        with FlopCounterMode(display=False) as counter:
+        with flop_counter() as counter:
             latents = self.sample()
         return latents, counter.get_total_flops()
 
@@ -157,7 +156,7 @@ def test_idle_is_exact_and_busy_saves(case, task, name, skip):
     assert (run.full, run.partial) == (STEPS, 0)
 
     with BUSY[name].on(it.model, it.timesteps) as run:
-        with FlopCounterMode(display=False) as counter:
+        with flop_counter() as counter:
             made = it.sample()
         assert torch.equal(it.sample(), made)  # the next batch begins with nothing stored
     change = ((made - reference).norm() / reference.norm()).item()

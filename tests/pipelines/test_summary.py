@@ -5,10 +5,9 @@ import time
 import pytest
 import torch
 from pipelines.tiny import build
-from torch.utils.flop_counter import FlopCounterMode
 
 from skipdit import enable_cache
-from skipdit.pipelines.costs import CPU_ATTENTION
+from skipdit.layers.flops import flop_counter
 
 SPECS = ["N3-1000-0-b0-o1", "N2-1000-0"]
 
@@ -22,13 +21,13 @@ def test_share_of_flops_is_that_of_whole_calls(name, spec):
     pipe.vae = None if name != "DiTPipeline" else pipe.vae
 
     def counted() -> int:
-        with FlopCounterMode(display=False, custom_mapping=CPU_ATTENTION) as counter:
+        with flop_counter() as counter:
             pipe(**call)
         return counter.get_total_flops() - decoding
 
     decoding = 0
     if name == "DiTPipeline":  # decodes always
-        with FlopCounterMode(display=False, custom_mapping=CPU_ATTENTION) as counter, torch.no_grad():
+        with flop_counter() as counter, torch.no_grad():
             pipe.vae.decode(torch.zeros(1, 4, 4, 4))
         decoding = counter.get_total_flops()
     uncached = counted()
@@ -45,7 +44,7 @@ def test_share_of_flops_is_that_of_whole_calls(name, spec):
 
 def test_attention_of_the_cpu_is_counted():
     q = torch.randn(1, 2, 8, 16)
-    with FlopCounterMode(display=False, custom_mapping=CPU_ATTENTION) as counter:
+    with flop_counter() as counter:
         torch.nn.functional.scaled_dot_product_attention(q, q, q)
     assert counter.get_total_flops() == 2 * 2 * 2 * 8 * 8 * 16
 

@@ -1,11 +1,22 @@
 """FLOPs of model calls and sampling runs."""
 
 import torch
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from skipdit.caching.runtime import SkipCache
 from skipdit.caching.steps import CacheStep
 from skipdit.layers.skip import SkipTransformer
+
+
+def flop_counter() -> FlopCounterMode:
+    """Return torch's counter of FLOPs, two per multiply-add, which knows the attention of CPUs, too."""
+    return FlopCounterMode(
+        display=False, custom_mapping={torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops}
+    )
+
+
+def _attention_flops(query: torch.Size, key: torch.Size, value: torch.Size, *args, **kwargs) -> int:
+    return sdpa_flop_count(query, key, value)
 
 
 def step_flops(model: SkipTransformer, batch: int, branch: int = 1, **sizes: int) -> dict[str, float]:
@@ -18,7 +29,7 @@ def step_flops(model: SkipTransformer, batch: int, branch: int = 1, **sizes: int
     inputs = model.random_inputs(batch, **sizes)
 
     def count(cache: CacheStep | None) -> float:
-        with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        with torch.no_grad(), flop_counter() as counter:
             model(**inputs, cache=cache)
         return float(counter.get_total_flops())
 

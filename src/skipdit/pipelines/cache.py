@@ -24,12 +24,12 @@ from typing import Any
 import torch
 from diffusers import DiffusionPipeline, SchedulerMixin
 from torch import Tensor
-from torch.utils.flop_counter import FlopCounterMode
 
 from skipdit.caching.policies import parse_policy
 from skipdit.caching.policy import CachePolicy
 from skipdit.caching.runtime import SkipCache
-from skipdit.pipelines.costs import CPU_ATTENTION, Call, Costs
+from skipdit.layers.flops import flop_counter
+from skipdit.pipelines.costs import Call, Costs
 from skipdit.pipelines.denoiser import Denoiser, denoisers
 from skipdit.pipelines.scheduler import follow, unfollow
 
@@ -129,8 +129,7 @@ class PipelineCache:
     @contextlib.contextmanager
     def counting_flops(self) -> Iterator[None]:
         """Count the FLOPs of the calls within, for `summary`. They take longer, and compiled models run uncompiled."""
-        counter = FlopCounterMode(display=False, custom_mapping=CPU_ATTENTION)
-        with counter, torch.compiler.set_stance("force_eager"):
+        with flop_counter() as counter, torch.compiler.set_stance("force_eager"):
             self.costs.counter = counter
             try:
                 yield

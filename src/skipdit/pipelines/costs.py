@@ -7,18 +7,10 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
+from torch.utils.flop_counter import FlopCounterMode
 
 from skipdit.caching.policy import CACHED, FORECAST, FULL, NAMES
 from skipdit.caching.steps import CacheStep, Tree
-
-
-def _attention_flops(query: torch.Size, key: torch.Size, value: torch.Size, *args, **kwargs) -> int:
-    return sdpa_flop_count(query, key, value)
-
-
-# torch's counter knows the attention kernels of GPUs only.
-CPU_ATTENTION = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops}
 
 
 class Call:
