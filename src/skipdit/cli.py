@@ -54,8 +54,8 @@ def friendly_errors(again: str = "goes on with what is complete") -> Iterator[No
     server that cannot be reached. A defect keeps its traceback, and all do with SKIPDIT_TRACEBACK=1.
 
     After Ctrl-C and SIGTERM the message says how to go on, by `again` what the same command does then unless the block
-    told more, and the exit code is that of the signal, 130 or 143. What
-    the terminal cannot show, such as names of files that are no UTF-8, is shown as escapes.
+    told more, and the exit code is that of the signal, 130 or 143. What the terminal cannot show, such as names of
+    files that are no UTF-8, is shown as escapes.
     """
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):

@@ -43,7 +43,7 @@ def add_long_skips(model: nn.Module, n_skips: int | None = None, dim: int | None
     if not isinstance(model, nn.Module):
         raise TypeError(f"skips join the blocks of a model, not of a {type(model).__name__}: give pipe.transformer")
     if "_skip_cache" in vars(model):
-        raise ValueError("the model has a cache, which would leave the skips out: call disable_cache(pipe) first")
+        raise UserError("the model has a cache, which would leave the skips out: call disable_cache(pipe) first")
     name, blocks = type(model).__name__, [layer[0] for layer in layers_of(model)]
     if not blocks:
         raise TypeError(f"the blocks of {name} are not known to diffusers' registry, so skips cannot join them")
