@@ -264,13 +264,18 @@ def test_browser_compares(visit, address):
     assert Path(download.value.path()).read_text().startswith(f"skipdit sample --config {IMAGES} --cache none")
 
 
+def complaint(page) -> str:
+    """What the page shows in place of results, after a request that cannot be met."""
+    page.get_by_role("button", name="Compare").click()
+    page.wait_for_selector("#results [role=alert]")
+    return page.locator("#results").inner_text()
+
+
 @pytest.mark.slow
 def test_browser_shows_errors_in_words(visit):
     page = visit()
     page.locator("#class input").fill("99")
-    page.get_by_role("button", name="Compare").click()
-    page.wait_for_selector("#results [role=alert]")
-    assert "Class ids [99] are out of range" in page.locator("#results").inner_text()
+    assert "Class ids [99] are out of range" in complaint(page)
 
 
 @pytest.mark.slow
@@ -281,9 +286,7 @@ def test_browser_fills_the_fields_of_another_model(visit):
     page.wait_for_function("document.querySelector('#prompt textarea, #prompt input')?.value == 'red apple'")
     assert page.locator("#steps input").input_value() == "50" and not page.locator("#class").is_visible()
     page.locator("#prompt textarea, #prompt input").fill(" ")
-    page.get_by_role("button", name="Compare").click()
-    page.wait_for_selector("#results [role=alert]")
-    assert "The prompt is empty" in page.locator("#results").inner_text()
+    assert "The prompt is empty" in complaint(page)
 
 
 @pytest.mark.slow
