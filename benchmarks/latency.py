@@ -50,7 +50,7 @@ def build(name: str) -> SkipTransformer:
         return LatteT2V.from_config(LatteT2V.load_config(ROOT / "text-to-video/weights/emoji/transformer"))
     if name == "demo-picture":
         texts = {"text_states_dim": 384, "text_states_dim_t5": 384, "text_len": 24, "text_len_t5": 24}
-        return HunyuanDiT(input_size=(16, 16), hidden_size=112, depth=12, num_heads=4, fuse="residual", **texts)
+        return HunyuanDiT(input_size=(16, 16), in_channels=16, hidden_size=96, depth=22, num_heads=3, **texts)
     if name == "demo":
         return DiT(input_size=8, patch_size=1, hidden_size=128, depth=12, num_heads=2, num_classes=10)
     if name == "demo-video":

@@ -114,7 +114,7 @@ def main() -> None:
     parser.add_argument(
         "--pictures",
         metavar="FILE",
-        default=str(CONFIGS / "text-to-image/emoji_pictures.txt"),
+        default=str(CONFIGS / "text-to-image/emoji_deep_pictures.txt"),
         help="list of the images to compare with, or all [those that the embedded model saw]",
     )
     parser.add_argument("--out", type=Path, help="picture to write")
