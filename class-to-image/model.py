@@ -31,6 +31,7 @@ class DiT(AdaLNTransformer):
         skip: whether block i is joined to block L-1-i, for every i < L // 2.
         fuse: "replace" as in the paper, or "residual"; see `skipdit.layers.skip.LongSkip`.
         flow_shift: see `SkipTransformer.flow_shift`.
+        qk_norm, rms_norm, swiglu, rotary: see `skipdit.layers.settings.ModelSettings`.
     """
 
     _cp_plan = context_parallel_plan(
@@ -51,6 +52,10 @@ class DiT(AdaLNTransformer):
         skip: bool = True,
         fuse: str = "replace",
         flow_shift: float | None = None,
+        qk_norm: bool = False,
+        rms_norm: bool = False,
+        swiglu: bool = False,
+        rotary: bool = False,
     ):
         super().__init__()
         self._build(num_classes, n_skips=depth // 2 if skip else 0)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from skipdit.caching.steps import CacheStep
 from skipdit.layers.adaln import AdaLNTransformer, Conditioning
-from skipdit.layers.embeddings import sincos_1d
+from skipdit.layers.embeddings import rotary_table, sincos_1d
 from skipdit.layers.parallel import context_parallel_plan
 from skipdit.layers.skip import caches_output
 from skipdit.utils.errors import UserError
@@ -39,6 +39,7 @@ class Latte(AdaLNTransformer):
         n_skips: long skips, counted from the outside; None joins all pairs, L // 2.
         fuse: "replace" as in the paper, or "residual"; see `skipdit.layers.skip.LongSkip`.
         flow_shift: see `SkipTransformer.flow_shift`.
+        qk_norm, rms_norm, swiglu, rotary: see `skipdit.layers.settings.ModelSettings`.
     """
 
     blocks_per_layer = 2
@@ -61,6 +62,10 @@ class Latte(AdaLNTransformer):
         n_skips: int | None = None,
         fuse: str = "replace",
         flow_shift: float | None = None,
+        qk_norm: bool = False,
+        rms_norm: bool = False,
+        swiglu: bool = False,
+        rotary: bool = False,
     ):
         super().__init__()
         pairs, odd = divmod(depth, 2)
@@ -75,6 +80,8 @@ class Latte(AdaLNTransformer):
         self.sample_shape = (num_frames, *self.sample_shape)
         temporal = sincos_1d(torch.arange(num_frames, dtype=torch.float64), hidden_size)
         self.register_buffer("temp_embed", temporal.float()[None])
+        if rotary:
+            self.temp_rotary_embed = rotary_table(num_frames, 1, hidden_size // num_heads)
 
     @caches_output
     def forward(

@@ -3,8 +3,9 @@
 from dataclasses import dataclass, field
 
 from skipdit.cli import friendly_errors, make_parser
-from skipdit.config import Settings, load_config, setting
+from skipdit.config import load_config, setting
 from skipdit.data.settings import ClipData
+from skipdit.layers.settings import ModelSettings
 from skipdit.sampling.arguments import (
     ORIGINAL,
     add_cache_arguments,
@@ -20,18 +21,13 @@ WINDOW = "N{}-900-49"  # the original code's caching window for this task
 
 
 @dataclass(frozen=True)
-class ModelConfig(Settings):
-    """A model by name, or by its constructor's arguments; unset ones are the class's defaults or the name's."""
+class ModelConfig(ModelSettings):
+    """A Latte; see `ModelSettings`."""
 
     name: str | None = setting(None, "Latte-skip, Latte-{S,B,L,XL}/{2,4,8}[-skip]; unset: the arguments below")
-    patch_size: int | None = setting(None, "side of a patch in latent pixels", least=1)
-    hidden_size: int | None = setting(None, "width", least=1)
     depth: int | None = setting(None, "number of blocks, two per pair", least=1)
-    num_heads: int | None = setting(None, "attention heads", least=1)
     num_classes: int | None = setting(None, "classes; unset: unconditional", least=1)
-    skip: bool | None = setting(None, "long skips")
     n_skips: int | None = setting(None, "long skips, counted from the outer pairs; unset: all of them", least=0)
-    fuse: str | None = setting(None, "how skips join: replace as in the paper, or residual, which start at zero")
 
 
 @dataclass(frozen=True)

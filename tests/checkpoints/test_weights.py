@@ -546,7 +546,7 @@ def test_published_sizes_are_read_off_the_shapes(patch_size):
         model = DiT.from_name(f"DiT-S/{patch_size}", num_classes=5)
     config = DiT.config_from_state(model.state_dict())
     assert config == {name: model.config[name] for name in config}
-    assert len(config) == 10
+    assert len(config) == 14
 
 
 def refused(capsys, *args) -> str:

@@ -12,6 +12,7 @@ import torch
 from diffusers import HunyuanDiT2DModel
 from torch import nn
 
+from skipdit.checkpoints.averages import combine
 from skipdit.checkpoints.diffusers_layout import diffusers_config, to_diffusers
 from skipdit.checkpoints.errors import WeightsError
 from skipdit.checkpoints.files import (
@@ -96,11 +97,16 @@ def export(source: Path, out: Path, dtype: torch.dtype, skips: str | None = None
     """
     state = load_state(source, skips)
     require_sound(source, state)
+    flow_shift = recorded_flow_shift(source)
+    write_weights(state, out, dtype, {} if flow_shift is None else {"flow_shift": flow_shift})
+
+
+def write_weights(state: State, out: Path, dtype: torch.dtype, config: dict[str, Any]) -> None:
+    """Write weights, under our names, as a file of the released layout, with settings of the model; as `export`."""
     state = {name: tensor.to(dtype, copy=True) for name, tensor in state.items()}
     _require_finite(state, dtype)
     content: dict[str, Any] = {"ema": state if is_partial(state) else to_released(state)}
-    if (flow_shift := recorded_flow_shift(source)) is not None:
-        content["config"] = {"flow_shift": flow_shift}
+    content |= {"config": config} if config else {}
 
     def save(path: Path) -> None:
         torch.save(content, path)
@@ -153,7 +159,10 @@ def main(args: argparse.Namespace) -> None:
             print(verify(args.source))
             return
         dtype = getattr(torch, args.dtype)
-        if args.command == "convert":
+        if args.command == "average":
+            content = combine(args.source, args.length, args.step)
+            write_weights(content["ema"], args.out, dtype, content["config"])
+        elif args.command == "convert":
             convert(args.source, args.out, _model_class(args.model_class), dtype, args.num_heads, args.skips)
         else:
             export(args.source, args.out, dtype, args.skips)

@@ -5,6 +5,7 @@
     python -m skipdit weights convert checkpoints/ffs-skip.pt latte-ffs --model-class skipdit.class_to_video.Latte
     python -m skipdit weights convert results/t2i transformer --model-class diffusers.HunyuanDiT2DModel
     python -m skipdit weights export IN OUT.pt     # the released layout {"ema": ...}, to ship
+    python -m skipdit weights average RUN OUT.pt --length 0.1    # weights averaged over another stretch of the training
 
 IN is anything that `load_weights` reads. Of a training checkpoint the EMA is taken, and all of it is verified. OUT must
 not exist yet.
@@ -21,6 +22,7 @@ def read_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     )
     commands = parser.add_subparsers(dest="command", required=True)
     titles = {"convert": "make a folder for from_pretrained", "export": "make a file to ship"}
+    titles["average"] = "of a run with train.average_every: an average of any length"
     for name, help in {"verify": "read all of it, compare with its checksums", **titles}.items():
         command = commands.add_parser(name, help=help)
         command.add_argument("source", type=Path, metavar="IN", help="a .pt or .safetensors file, or a folder")
@@ -30,9 +32,16 @@ def read_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         command.add_argument(
             "--dtype", choices=["float32", "float16", "bfloat16"], default="float32", help="on disk [%(default)s]"
         )
+        if name == "average":
+            continue
         command.add_argument(
             "--skips", choices=["inside-out", "outside-in"], help="how IN numbers its skips, if it does not say so"
         )
+    command = commands.choices["average"]
+    command.add_argument(
+        "--length", type=float, required=True, help="its standard deviation, as a share of the training; up to 0.28"
+    )
+    command.add_argument("--step", type=int, help="where it ends [the last]")
     command = commands.choices["convert"]
     command.add_argument("--model-class", default="skipdit.class_to_image.DiT", metavar="CLASS", help="[%(default)s]")
     command.add_argument("--num-heads", type=int, metavar="H", help="attention heads, if the width is no published one")

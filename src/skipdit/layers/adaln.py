@@ -10,12 +10,12 @@ from collections.abc import Mapping
 from typing import NamedTuple
 
 import torch
-from timm.layers import Mlp
+from timm.layers import Mlp, SwiGLU
 from torch import Tensor, nn
 
 from skipdit.caching.steps import CacheStep
-from skipdit.layers.attention import GELU, Attention, modulate, normalize
-from skipdit.layers.embeddings import LabelEmbedder, PatchEmbed, TimestepEmbedder, sincos_2d, unpatchify
+from skipdit.layers.attention import GELU, Attention, make_norm, modulate
+from skipdit.layers.embeddings import LabelEmbedder, PatchEmbed, TimestepEmbedder, rotary_table, sincos_2d, unpatchify
 from skipdit.layers.skip import SkipTransformer, make_skips
 from skipdit.utils.errors import UserError
 from skipdit.utils.provenance import count_members
@@ -29,34 +29,57 @@ SIZES = {  # the published sizes
 
 
 class DiTBlock(nn.Module):
-    """Transformer block whose norms and residuals are modulated by the conditioning."""
+    """Transformer block whose norms and residuals are modulated by the conditioning.
 
-    def __init__(self, dim: int, num_heads: int, mlp_ratio: float):
+    Args:
+        qk_norm, rms_norm, swiglu: see `skipdit.layers.settings.ModelSettings`.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        mlp_ratio: float,
+        qk_norm: bool = False,
+        rms_norm: bool = False,
+        swiglu: bool = False,
+    ):
         super().__init__()
-        self.attn = Attention(dim, num_heads)
-        self.mlp = Mlp(dim, int(dim * mlp_ratio), act_layer=GELU)
+        self.norm1, self.norm2 = make_norm(dim, rms_norm), make_norm(dim, rms_norm)
+        self.attn = Attention(dim, num_heads, qk_norm)
+        hidden = dim * mlp_ratio
+        self.mlp = SwiGLU(dim, round(hidden * 2 / 3)) if swiglu else Mlp(dim, int(hidden), act_layer=GELU)
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(dim, 6 * dim))
 
-    def forward(self, x: Tensor, c: Tensor | None, modulation: Tensor | None = None, axis: int = -2) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        c: Tensor | None,
+        modulation: Tensor | None = None,
+        axis: int = -2,
+        rotary: Tensor | None = None,
+    ) -> Tensor:
         """Tokens x -> the same shape.
 
         Args:
             c: conditioning (..., D), or None with `modulation` (..., 6D) computed from it before.
             axis: the axis of x along which tokens attend to each other: -2, those of a picture; -3, those of the same
                 place in all frames. Only the attention sees the regrouped tokens, everything else is per token.
+            rotary: positions along that axis, as of `embeddings.rotary_table`.
         """
         modulation = self.adaLN_modulation(c) if modulation is None else modulation
         shift1, scale1, gate1, shift2, scale2, gate2 = modulation.chunk(6, dim=-1)  # 6 x (..., D)
-        h = modulate(normalize(x), shift1, scale1)
-        x = torch.addcmul(x, gate1, self.attn(h.transpose(axis, -2)).transpose(axis, -2))
-        return torch.addcmul(x, gate2, self.mlp(modulate(normalize(x), shift2, scale2)))
+        h = modulate(self.norm1(x), shift1, scale1)
+        x = torch.addcmul(x, gate1, self.attn(h.transpose(axis, -2), rotary).transpose(axis, -2))
+        return torch.addcmul(x, gate2, self.mlp(modulate(self.norm2(x), shift2, scale2)))
 
 
 class FinalLayer(nn.Module):
     """Modulated norm and a linear map from tokens to patches."""
 
-    def __init__(self, dim: int, out_features: int):
+    def __init__(self, dim: int, out_features: int, rms_norm: bool = False):
         super().__init__()
+        self.norm = make_norm(dim, rms_norm)
         self.linear = nn.Linear(dim, out_features)
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(dim, 2 * dim))
 
@@ -64,7 +87,7 @@ class FinalLayer(nn.Module):
         """Tokens x, and c (..., D) or the modulation (..., 2D) computed from it before -> (..., T, out_features)"""
         modulation = self.adaLN_modulation(c) if modulation is None else modulation
         shift, scale = modulation.chunk(2, dim=-1)
-        return self.linear(modulate(normalize(x), shift, scale))
+        return self.linear(modulate(self.norm(x), shift, scale))
 
 
 class Conditioning(NamedTuple):
@@ -108,9 +131,15 @@ class AdaLNTransformer(SkipTransformer):
             self.y_embedder = LabelEmbedder(num_classes, hidden_size)
         side = torch.arange(input_size // patch_size, dtype=torch.float64)
         self.register_buffer("pos_embed", sincos_2d(side, side, hidden_size).float()[None])
-        self.blocks = nn.ModuleList(DiTBlock(hidden_size, num_heads, mlp_ratio) for _ in range(self.config.depth))
+        options = self.config.qk_norm, self.config.rms_norm, self.config.swiglu
+        self.blocks = nn.ModuleList(
+            DiTBlock(hidden_size, num_heads, mlp_ratio, *options) for _ in range(self.config.depth)
+        )
         self.skips = make_skips(hidden_size, n_skips, self.config.fuse)
-        self.final_layer = FinalLayer(hidden_size, patch_size**2 * 2 * in_channels)
+        self.final_layer = FinalLayer(hidden_size, patch_size**2 * 2 * in_channels, self.config.rms_norm)
+        table = rotary_table(len(side), len(side), hidden_size // num_heads) if self.config.rotary else None
+        self.register_buffer("rotary_embed", table)
+        self.register_buffer("temp_rotary_embed", None)  # a video model has one
         self.initialize_weights()
 
     @property
@@ -203,10 +232,12 @@ class AdaLNTransformer(SkipTransformer):
 
     def _block(self, i: int, x: Tensor, c: Tensor | None, ahead: Conditioning | None, axis: int = -2) -> Tensor:
         """Run block i on tokens x, conditioned by c or by modulations computed ahead."""
+        positions = self.rotary_embed if axis == -2 else self.temp_rotary_embed
         if ahead is None:
-            return self._run(self.blocks[i], x, c, None, axis)
+            return self._run(self.blocks[i], x, c, None, axis, positions)
         depth = len(self.blocks)
-        return self.blocks[i](x, None, ahead.blocks[i if 2 * i < depth else i - depth], axis)  # cached: the outer ones
+        modulation = ahead.blocks[i if 2 * i < depth else i - depth]  # cached: the outer ones
+        return self.blocks[i](x, None, modulation, axis, positions)
 
     def _unpatchify(self, x: Tensor) -> Tensor:
         """(..., T, p * p * 2C) -> (..., 2C, H, W)"""
@@ -240,7 +271,8 @@ class AdaLNTransformer(SkipTransformer):
         try:
             hidden_size, in_channels, patch_size, _ = state["x_embedder.proj.weight"].shape
             tokens = state["pos_embed"].shape[1]
-            mlp_width = len(state["blocks.0.mlp.fc1.weight"])
+            swiglu = "blocks.0.mlp.fc1_x.weight" in state
+            mlp_width = len(state[f"blocks.0.mlp.{'fc1_x' if swiglu else 'fc1'}.weight"]) * (1.5 if swiglu else 1)
         except KeyError as error:
             raise UserError(f"not the weights of a {cls.__name__}: they lack {error}") from error
         published = {size["hidden_size"]: size["num_heads"] for size in SIZES.values()}
@@ -258,4 +290,8 @@ class AdaLNTransformer(SkipTransformer):
             "mlp_ratio": mlp_width / hidden_size,
             "skip": count_members(state, "skips") > 0,
             "fuse": "residual" if "skips.0.delta.weight" in state else "replace",
+            "qk_norm": "blocks.0.attn.q_norm.weight" in state,
+            "rms_norm": "blocks.0.norm1.weight" in state,
+            "swiglu": swiglu,
+            "rotary": "rotary_embed" in state,
         }

@@ -5,6 +5,7 @@ import math
 import torch
 import torch.nn.functional as F
 from einops import rearrange
+from timm.layers import build_rotary_pos_embed
 from torch import Tensor, nn
 
 from skipdit.utils.errors import UserError
@@ -67,6 +68,17 @@ class LabelEmbedder(nn.Module):
 
     def forward(self, y: Tensor) -> Tensor:
         return self.embedding_table(y)
+
+
+def rotary_table(rows: int, columns: int, head_dim: int) -> Tensor:
+    """Axial rotary positions of a grid (arXiv 2104.09864) -> (rows * columns, 2 head_dim): sines, then cosines, as
+    timm's attention takes them. A time axis is a grid of one column.
+
+    Raises UserError if head_dim is not a multiple of 4.
+    """
+    if head_dim % 4:
+        raise UserError(f"rotary positions want heads whose width is a multiple of 4, not {head_dim}")
+    return torch.cat(build_rotary_pos_embed([rows, columns], dim=head_dim, in_pixels=False), dim=-1)
 
 
 def sincos_1d(positions: Tensor, dim: int) -> Tensor:

@@ -24,6 +24,7 @@ from skipdit.checkpoints.errors import WeightsError
 from skipdit.checkpoints.files import is_finite, load_checkpoint, require_tensors, saved
 from skipdit.checkpoints.released import from_released, to_released
 from skipdit.checkpoints.sums import require_sound
+from skipdit.training.ema import PowerAverage
 from skipdit.utils.errors import UserError
 from skipdit.utils.files import whole_file
 
@@ -44,6 +45,7 @@ def save(
     args: dict,
     keep: int,
     writer: bool,
+    averages: Sequence[PowerAverage] = (),
 ) -> None:
     """Write `<folder>/<step>.pt`, then delete all but the newest `keep`, unless that is 0. Every process calls it, and
     `writer` writes.
@@ -55,25 +57,48 @@ def save(
         "ema": to_released(get_model_state_dict(ema, options=_FULL)),
         "opt": get_optimizer_state_dict(model, optimizers, options=_FULL),
         "args": args,
-        "config": {key: value for key, value in getattr(ema, "config", {}).items() if not key.startswith("_")},
+        "config": _settings(ema),
         "step": step,
     }
+    if averages:
+        state["averages"] = _states(averages)
     if not writer:
         return
     both = [*state["model"].items(), *state["ema"].items()]
     if bad := [name for name, tensor in both if not is_finite(tensor)]:
         raise NotSaved(f"step {step}: weights are not finite ({', '.join(bad[:3])}); {_kept(folder)}")
-    target = folder / f"{step:07d}.pt"
+    _write(folder, step, state)
+    for old in saved(folder)[:-keep]:
+        old.unlink()
+
+
+def save_averages(folder: Path, step: int, averages: Sequence[PowerAverage], writer: bool) -> None:
+    """Write `<folder>/<step>.pt`, in half precision, for `checkpoints.averages`. Every process calls it, and `writer`
+    writes. Raises NotSaved if the disk is full.
+    """
+    states = _states(averages)
+    if writer:
+        halves = {length: {name: tensor.half() for name, tensor in state.items()} for length, state in states.items()}
+        _write(folder, step, {"averages": halves, "config": _settings(averages[0].model), "step": step})
+
+
+def _settings(model: nn.Module) -> dict:
+    return {key: value for key, value in getattr(model, "config", {}).items() if not key.startswith("_")}
+
+
+def _states(averages: Sequence[PowerAverage]) -> dict[str, dict]:
+    return {f"{own.length:g}": to_released(get_model_state_dict(own.model, options=_FULL)) for own in averages}
+
+
+def _write(folder: Path, step: int, content: dict) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with whole_file(target) as partial, open(partial, "wb") as file:
-            torch.save(state, file)
+        with whole_file(folder / f"{step:07d}.pt") as partial, open(partial, "wb") as file:
+            torch.save(content, file)
             file.flush()
             os.fsync(file.fileno())
     except OSError as error:
         raise NotSaved(f"{error}; {_kept(folder)}") from error
-    for old in saved(folder)[:-keep]:
-        old.unlink()
 
 
 def _kept(folder: Path) -> str:
@@ -115,12 +140,18 @@ def load_chosen(path: Path) -> dict:
         ) from error
 
 
-def restore(state: dict, model: nn.Module, ema: nn.Module, optimizers: Sequence[Optimizer]) -> int:
+def restore(
+    state: dict,
+    model: nn.Module,
+    ema: nn.Module,
+    optimizers: Sequence[Optimizer],
+    averages: Sequence[PowerAverage] = (),
+) -> int:
     """Put a checkpoint back, whatever the parallelism it was saved under. Returns its step.
 
     Raises WeightsError for a checkpoint without optimizer and step, such as a released or exported one.
     """
-    if lacking := {"model", "ema", "opt", "step"} - state.keys():
+    if lacking := {"model", "ema", "opt", "step", *(["averages"] if averages else [])} - state.keys():
         lacks = ", ".join(sorted(lacking))
         raise WeightsError(f"a checkpoint of this run lacks {lacks}: only the trainer's own can be resumed; see `init`")
     trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
@@ -129,6 +160,8 @@ def restore(state: dict, model: nn.Module, ema: nn.Module, optimizers: Sequence[
             raise UserError(f"the optimizer's state is not of {', '.join(sorted(map(str, other))[:3])}")
         set_model_state_dict(model, from_released(state["model"]), options=_LOAD)
         set_model_state_dict(ema, from_released(state["ema"]), options=_LOAD)
+        for own in averages:
+            set_model_state_dict(own.model, from_released(state["averages"][f"{own.length:g}"]), options=_LOAD)
         set_optimizer_state_dict(model, optimizers, state["opt"], options=_LOAD)
     except (ValueError, LookupError, TypeError, AttributeError, RuntimeError) as error:
         raise WeightsError(f"a checkpoint of this run does not fit its model and optimizer: {error}") from error

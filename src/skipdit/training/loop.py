@@ -23,10 +23,11 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.data import Dataset
 
+from skipdit.checkpoints.averages import LENGTHS
 from skipdit.config import to_dict
 from skipdit.data.stream import Stream, make_loader, rows_of
 from skipdit.training import checkpoints as checkpoint
-from skipdit.training.ema import EMA
+from skipdit.training.ema import EMA, PowerAverage
 from skipdit.training.optimizer import make_optimizers
 from skipdit.training.parallel import _gather, _shard, _synchronise, peak_memory
 from skipdit.training.run_folder import _alone, claim_folder
@@ -108,9 +109,9 @@ def _fit(
     micro = config.micro_batch_size or config.batch_size // world
     rows = rows_of(config.batch_size, micro, accelerator.process_index, world)
 
-    trained, ema, optimizers, blueprint = _prepare(model, config, accelerator)
+    trained, ema, averages, optimizers, blueprint = _prepare(model, config, accelerator)
     peaks = [optimizer.param_groups[0]["lr"] for optimizer in optimizers]
-    start = 0 if dry_run else _resume(out, model, ema, optimizers, accelerator)
+    start = 0 if dry_run else _resume(out, model, ema, averages, optimizers, accelerator)
     stream = Stream(dataset, config.seed, config.batch_size)
     first, shape = stream.largest() if dry_run else (start, None)  # where that fits, all others do
     stop = first + 1 if dry_run else config.steps
@@ -142,7 +143,8 @@ def _fit(
                     optimizer.step()
                 if limit:
                     limit.project()
-                ema.update(model, step + 1)
+                for average in (ema, *averages):
+                    average.update(model, step + 1)
                 totals += gradients.sums
                 bad = 0
             else:
@@ -182,7 +184,9 @@ def _fit(
                     log.write(stats)
             if last or gradients.stop or (config.save_every and done % config.save_every == 0):
                 folder, args, writer = out / "checkpoints", to_dict(run_config), accelerator.is_main_process
-                checkpoint.save(folder, done, model, ema.model, optimizers, args, config.keep, writer)
+                checkpoint.save(folder, done, model, ema.model, optimizers, args, config.keep, writer, averages)
+            if averages and (last or done % config.average_every == 0):
+                checkpoint.save_averages(out / "averages", done, averages, accelerator.is_main_process)
             if gradients.stop and not last:
                 progress.close()
                 if log:
@@ -224,13 +228,14 @@ def _end(accelerator: Accelerator, signals: StopSignals, told: str) -> None:
 def _prepare(model: nn.Module, config: TrainConfig, accelerator: Accelerator):
     """Move, average, compile and wrap a model.
 
-    Returns the wrapped model, its EMA, the optimizers and, where weights are sharded, a model on the meta device from
-    which an unsharded copy can be made.
+    Returns the wrapped model, its EMA, the averages of `config.average_every`, the optimizers and, where weights are
+    sharded, a model on the meta device from which an unsharded copy can be made.
     """
     if config.gradient_checkpointing:
         model.enable_gradient_checkpointing()
     model.to(accelerator.device).train()
     ema, blueprint = EMA(model, config.ema_decay), None
+    averages = [PowerAverage(model, length) for length in LENGTHS] if config.average_every else []
     if config.compile:
         if config.gradient_checkpointing:  # older torch cannot split a graph with checkpoints, as DDP wants it to
             torch._dynamo.config.optimize_ddp = False
@@ -238,7 +243,8 @@ def _prepare(model: nn.Module, config: TrainConfig, accelerator: Accelerator):
     if config.parallel == "fsdp" and accelerator.num_processes > 1:
         blueprint = copy.deepcopy(ema.model).to("meta")
         trained = _shard(model, config.precision)
-        _shard(ema.model, "fp32")
+        for average in (ema, *averages):
+            _shard(average.model, "fp32")
     else:
         with own_settings():
             trained = accelerator.prepare_model(model)
@@ -246,10 +252,17 @@ def _prepare(model: nn.Module, config: TrainConfig, accelerator: Accelerator):
     optimizers = make_optimizers(
         model, config.optimizer, config.lr, config.muon_lr, config.betas, config.weight_decay, fused
     )
-    return trained, ema, optimizers, blueprint
+    return trained, ema, averages, optimizers, blueprint
 
 
-def _resume(out: Path, model: nn.Module, ema: EMA, optimizers: list[Optimizer], accelerator: Accelerator) -> int:
+def _resume(
+    out: Path,
+    model: nn.Module,
+    ema: EMA,
+    averages: list[PowerAverage],
+    optimizers: list[Optimizer],
+    accelerator: Accelerator,
+) -> int:
     """Put the newest checkpoint back. Returns the step to go on from, 0 without one.
 
     The main process chooses it for all: processes that went on from different steps would mix their gradients.
@@ -265,7 +278,7 @@ def _resume(out: Path, model: nn.Module, ema: EMA, optimizers: list[Optimizer], 
         return 0
     state = found[1] if found else checkpoint.load_chosen(folder / name)
     accelerator.print(f"resuming from {folder / name}")
-    return checkpoint.restore(state, model, ema.model, optimizers)
+    return checkpoint.restore(state, model, ema.model, optimizers, averages)
 
 
 class Gradients(NamedTuple):
@@ -317,7 +330,8 @@ def describe(model: nn.Module, config: TrainConfig, accumulation: int, micro: in
     """One line: parameters, batch, memory of the states (activations come on top; `--dry-run` measures all)."""
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     frozen = sum(p.numel() for p in model.parameters() if not p.requires_grad)
-    states = 4 * (2 * (trained + frozen) + 3 * trained)  # weights, average; gradient and two moments of the trained
+    copies = 2 + (len(LENGTHS) if config.average_every else 0)  # the weights and their averages
+    states = 4 * (copies * (trained + frozen) + 3 * trained)  # and gradient and two moments of the trained
     states /= world if config.parallel == "fsdp" else 1
     epochs = config.batch_size * config.steps / samples
     return (

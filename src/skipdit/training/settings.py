@@ -34,6 +34,9 @@ class TrainConfig(Settings):
     betas: tuple[float, float] = setting((0.9, 0.999), "AdamW betas")
     grad_clip: float = setting(0.0, "largest gradient norm; 0 leaves gradients alone", least=0)
     ema_decay: float = setting(0.9999, "decay of the averaged weights", least=0, most=1)
+    average_every: int = setting(
+        0, "steps between what `skipdit weights average` makes an average of any length from; 0: none", least=0
+    )
     freeze: bool = setting(False, "stage 1: train the long skips only")
     spectral: str = setting("none", "bound the skips' largest singular values: none, penalty or cap")
     spectral_weight: float = setting(0.01, "of the penalty, half the sum of their squares", least=0)
