@@ -19,7 +19,7 @@ random stretches. An interrupted run continues with the shards it lacks.
 import argparse
 from pathlib import Path
 
-from skipdit.data.settings import CLIPS, IMAGES
+from skipdit.data.settings import CLIPS, IMAGES, PICTURES
 from skipdit.utils.shipped import found
 from skipdit.utils.text import with_home
 
@@ -29,8 +29,8 @@ def read_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         "python -m skipdit encode", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--data", choices=[*IMAGES, *CLIPS, "pictures"], required=True, help="kind of dataset")
-    parser.add_argument("--path", required=True, help="its folder")
+    parser.add_argument("--data", choices=[*IMAGES, *CLIPS, *PICTURES], required=True, help="kind of dataset")
+    parser.add_argument("--path", required=True, help="its folder; of shards also a Hub name")
     parser.add_argument("--image-size", type=int, default=256, help="pixels along a side [%(default)s]")
     parser.add_argument(
         "--vae", default="stabilityai/sd-vae-ft-ema", help="autoencoder, folder or Hub name [%(default)s]"
@@ -54,7 +54,7 @@ def read_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--captions",
         metavar="FILE|txt",
-        help="clips, pictures: JSONL or CSV of video or image, and caption; or txt: files beside them",
+        help="JSONL or CSV of video or image, and caption; txt: files beside them; of shards a column",
     )
     parser.add_argument("--picture-list", metavar="FILE", help="pictures: text file with those to encode, one per line")
     parser.add_argument(

@@ -10,8 +10,8 @@ from tqdm import tqdm
 from skipdit.cli import friendly_errors
 from skipdit.data.clip_folder import STRETCH, ClipFolder
 from skipdit.data.clips import ClipDataset, load_section
-from skipdit.data.images import IMAGES
-from skipdit.data.latents import FOLDERS, Shards
+from skipdit.data.kinds import FOLDERS, IMAGES
+from skipdit.data.latents import Shards
 from skipdit.data.pictures import PictureFolder, bucket_sizes
 from skipdit.data.settings import CLIPS, ClipData
 from skipdit.utils.errors import BrokenSample

@@ -15,14 +15,13 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from skipdit.config import given_values, load_config
-from skipdit.data.images import IMAGES
-from skipdit.data.settings import CLIPS, ClipData, ImageData, PictureData
+from skipdit.data.settings import CLIPS, IMAGES, PICTURES, ClipData, ImageData, PictureData
 from skipdit.utils.errors import BrokenSample, UserError
 
 ATTEMPTS = 10  # other pictures to try where one of those that ride along cannot be read
 
 
-KINDS = {ImageData: tuple(IMAGES), ClipData: CLIPS, PictureData: ("pictures",)}  # as data.kind, besides latents
+KINDS = {ImageData: IMAGES, ClipData: CLIPS, PictureData: PICTURES}  # as data.kind, besides latents
 
 
 def load_section(file: str, overrides: list[str]) -> ClipData | ImageData | PictureData:

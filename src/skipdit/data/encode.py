@@ -15,9 +15,8 @@ from tqdm import tqdm
 from skipdit.cli import friendly_errors
 from skipdit.data.clip_folder import ClipFolder
 from skipdit.data.clips import ClipDataset
-from skipdit.data.images import IMAGES
+from skipdit.data.kinds import IMAGES, PICTURES
 from skipdit.data.latents import LatentInfo, Part, expected_latents
-from skipdit.data.pictures import PictureFolder
 from skipdit.data.settings import ClipData, PictureData
 from skipdit.data.stream import Stream, collate
 from skipdit.encoders.autoencoder import encode, latent_size, load_vae
@@ -55,9 +54,10 @@ def shards_of(dataset: Dataset, size: int) -> list[list[int]]:
 
 
 def open_dataset(args: argparse.Namespace) -> Dataset:
-    if args.data == "pictures":
-        return PictureFolder(
+    if args.data in PICTURES:
+        return PICTURES[args.data](
             PictureData(
+                kind=args.data,
                 path=args.path,
                 captions=args.captions,
                 picture_list=args.picture_list,
@@ -66,7 +66,7 @@ def open_dataset(args: argparse.Namespace) -> Dataset:
             )
         )
     if args.buckets or args.picture_list:
-        raise UserError(f"--buckets and --picture-list are of --data pictures, not of {args.data}")
+        raise UserError(f"--buckets and --picture-list are of --data {' and '.join(PICTURES)}, not of {args.data}")
     if args.data in IMAGES:
         if args.captions:
             raise UserError(f"--captions are of clips, and --data {args.data} is of images")

@@ -5,6 +5,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 from PIL import ExifTags, Image, ImageCms
@@ -83,7 +84,7 @@ def check_size(width: int, height: int) -> None:
 
 
 @contextmanager
-def open_picture(path: str | Path) -> Iterator[Image.Image]:
+def open_picture(path: str | Path | BinaryIO) -> Iterator[Image.Image]:
     """A picture, of which only the header has been read. Raises BrokenSample for whatever is then wrong with it, and
     for one of more pixels than PIL's limit.
     """
@@ -103,7 +104,7 @@ def orientation(image: Image.Image) -> int:
     return 1
 
 
-def read_picture(path: str | Path) -> Image.Image:
+def read_picture(path: str | Path | BinaryIO) -> Image.Image:
     """An RGB picture, upright, whatever its mode.
 
     What is transparent lies on white. Grey of 16 bits keeps its tones. Of integers of 32 bits and of floats, which have

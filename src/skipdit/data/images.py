@@ -104,6 +104,3 @@ class FashionMNIST(Dataset):
 
     def __getitem__(self, index: int) -> dict:
         return {"image": self._images[index].expand(3, -1, -1), "label": self._labels[index]}
-
-
-IMAGES = {"image_folder": ImageFolder, "fashion_mnist": FashionMNIST}  # by data.kind

@@ -23,7 +23,7 @@ from torch.utils.data import Dataset
 
 from skipdit.data.clip_folder import ClipFolder
 from skipdit.data.clips import Clip, ClipDataset
-from skipdit.data.images import IMAGES
+from skipdit.data.kinds import IMAGES, PICTURES
 from skipdit.data.pictures import PictureFolder, bucket_sizes
 from skipdit.data.settings import CLIPS, ClipData, ImageData, PictureData
 from skipdit.encoders.autoencoder import latent_size, shift_factor
@@ -32,8 +32,6 @@ from skipdit.utils.provenance import fingerprint
 
 if TYPE_CHECKING:
     pass
-
-FOLDERS = {**dict.fromkeys(CLIPS, ClipFolder), "pictures": PictureFolder}  # by data.kind: what may have captions
 
 
 @dataclass(frozen=True)
@@ -274,10 +272,10 @@ def open_pictures(config: PictureData, vae: AutoencoderKL) -> PictureFolder | Pi
     Raises ValueError or FileNotFoundError that names what is wrong with it.
     """
     expected = expected_latents(config.latents, config.image_size, vae, config.buckets)
-    if config.kind == "pictures":
-        return PictureFolder(config)
+    if config.kind in PICTURES:
+        return PICTURES[config.kind](config)
     if config.kind != "latents":
-        raise UserError(f"data.kind is {config.kind!r}; it is pictures or latents")
+        raise UserError(f"data.kind is {config.kind!r}; it is {', '.join(PICTURES)} or latents")
     if config.captions or config.picture_list:
         raise UserError("latents hold the pictures of their encoding: leave out data.captions and data.picture_list")
     return PictureLatents(config.path, expected)

@@ -6,6 +6,7 @@ A caption is a label: the number of it in `dataset.captions`.
 import math
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import torch
@@ -47,10 +48,7 @@ class PictureFolder(Dataset):
 
     def __init__(self, config: PictureData):
         self.root, self.sizes = Path(config.path), bucket_sizes(config.image_size, config.buckets)
-        if not config.captions:
-            raise UserError("data.captions is not set: a file of captions, or txt for text files beside the pictures")
-        if not self.root.is_dir():
-            raise FileNotFoundError(f"no folder of pictures {self.root}")
+        self._check(config)
         found, self.uncaptioned = self._captioned(config)
         Image.init()  # here: threads that look for a format must not meet half of the formats
         with ThreadPoolExecutor() as threads:
@@ -61,6 +59,16 @@ class PictureFolder(Dataset):
             raise UserError(f"none of {len(broken)} pictures can be read, for example {broken[0]}")
         self.buckets, self.captions = [buckets[name] for name in self.names], [found[name] for name in self.names]
         self.labels, self.left_out = list(range(len(self.names))), self.uncaptioned + broken
+
+    def _check(self, config: PictureData) -> None:
+        if not config.captions:
+            raise UserError("data.captions is not set: a file of captions, or txt for text files beside the pictures")
+        if not self.root.is_dir():
+            raise FileNotFoundError(f"no folder of pictures {self.root}")
+
+    def _file(self, name: str) -> Path | BinaryIO:
+        """Where a picture is read from."""
+        return self.root / name
 
     def _captioned(self, config: PictureData) -> tuple[dict[str, str], list[str]]:
         """Captions by picture, and messages about pictures without."""
@@ -84,7 +92,7 @@ class PictureFolder(Dataset):
     def _bucket(self, name: str) -> int | str:
         """The index of a picture's bucket, or why its header cannot be read."""
         try:
-            with open_picture(self.root / name) as image:
+            with open_picture(self._file(name)) as image:
                 width, height = image.size if orientation(image) < 5 else reversed(image.size)
         except BrokenSample as error:
             return str(error)
@@ -94,7 +102,7 @@ class PictureFolder(Dataset):
         return len(self.names)
 
     def __getitem__(self, index: int) -> dict:
-        picture = centre_crop(read_picture(self.root / self.names[index]), *self.sizes[self.buckets[index]])
+        picture = centre_crop(read_picture(self._file(self.names[index])), *self.sizes[self.buckets[index]])
         return {"image": torch.from_numpy(np.array(picture)).permute(2, 0, 1), "label": self.labels[index]}
 
 

@@ -1,27 +1,40 @@
 """Settings of training data: labelled images, clips, captioned pictures."""
 
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from skipdit.config import Settings, setting
 from skipdit.data.captions import BESIDE
 
-IMAGES = ("image_folder", "fashion_mnist")  # as data.kind
+IMAGES = ("image_folder", "fashion_mnist", "image_shards")  # as data.kind
+PICTURES = ("pictures", "picture_shards")
 CLIPS = ("videos", "frames")
+
+
+def is_hub_name(path: str) -> bool:
+    """Whether a path that is no folder may be a data set's name on the Hub, OWNER/NAME."""
+    return path.count("/") == 1 and not path.startswith((".", "/")) and not Path(path).exists()
 
 
 @dataclass(frozen=True)
 class ImageData(Settings):
     """Where training images come from."""
 
-    kind: str = setting("image_folder", "image_folder, fashion_mnist, or latents (made by `python -m skipdit encode`)")
-    path: str = setting("data/imagenet/train", "folder of the images or latents", identity=False)
+    kind: str = setting(
+        "image_folder",
+        "image_folder, fashion_mnist, image_shards (Parquet or WebDataset), or latents (of `python -m skipdit encode`)",
+    )
+    path: str = setting(
+        "data/imagenet/train", "folder of the images, shards or latents; of shards also a Hub name", identity=False
+    )
     image_size: int = setting(256, "pixels along a side", least=1)
     latents: str = setting("sample", "mean or sample: what of the autoencoder's posterior is trained on")
     flip: bool = setting(True, "flip half of the images horizontally")
 
     def files(self) -> dict[str, str]:
-        """What has to be there, by setting. FashionMNIST downloads itself."""
-        return {} if self.kind == "fashion_mnist" else {"data.path": self.path}
+        """What has to be there, by setting. FashionMNIST and shards on the Hub are downloaded."""
+        downloaded = self.kind == "fashion_mnist" or (self.kind == "image_shards" and is_hub_name(self.path))
+        return {} if downloaded else {"data.path": self.path}
 
 
 @dataclass(frozen=True)
@@ -58,12 +71,18 @@ class ClipData(Settings):
 class PictureData(Settings):
     """Where captioned pictures come from."""
 
-    kind: str = setting("pictures", "pictures, or latents (of `python -m skipdit encode`)")
+    kind: str = setting(
+        "pictures", "pictures, picture_shards (Parquet or WebDataset), or latents (of `python -m skipdit encode`)"
+    )
     path: str = setting(
-        "data/pictures", "folder of the pictures, nested as it may be, or of the latents", identity=False
+        "data/pictures",
+        "folder of the pictures, nested as it may be, of shards or of latents; of shards also a Hub name",
+        identity=False,
     )
     captions: str | None = setting(
-        None, "JSONL or CSV of image (relative to path), caption; or txt: beside every one", identity=False
+        None,
+        "JSONL or CSV of image (relative to path), caption; or txt: beside every one; of shards, their column",
+        identity=False,
     )
     picture_list: str | None = setting(None, "text file with one picture per line, relative to path; unset: all there")
     image_size: int = setting(1024, "pixels along a side of the square bucket", least=1)
@@ -75,5 +94,7 @@ class PictureData(Settings):
 
     def files(self) -> dict[str, str]:
         """What has to be there, by setting."""
+        if self.kind == "picture_shards":
+            return {} if is_hub_name(self.path) else {"data.path": self.path}
         names = ("path", "picture_list", *["captions"] * (self.captions != BESIDE))
         return {f"data.{name}": value for name in names if (value := getattr(self, name)) is not None}

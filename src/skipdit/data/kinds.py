@@ -1,0 +1,11 @@
+"""The datasets of files by `data.kind`."""
+
+from skipdit.data.clip_folder import ClipFolder
+from skipdit.data.images import FashionMNIST, ImageFolder
+from skipdit.data.pictures import PictureFolder
+from skipdit.data.settings import CLIPS
+from skipdit.data.shards import ShardImages, ShardPictures
+
+IMAGES = {"image_folder": ImageFolder, "fashion_mnist": FashionMNIST, "image_shards": ShardImages}
+PICTURES = {"pictures": PictureFolder, "picture_shards": ShardPictures}
+FOLDERS = {**dict.fromkeys(CLIPS, ClipFolder), **PICTURES}  # what may have captions
