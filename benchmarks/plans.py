@@ -100,7 +100,7 @@ def curves(table: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
         fewer, *others = [name for name in rows if " steps, " in name and not name.endswith("uncached")]
         best = max(others, key=lambda name: mean(rows[name]["psnr"]["converged"] or rows[name]["psnr"]["sampler"]))
         chosen = {PLAN: PLAN, "the best solver": best, "fewer steps": fewer}
-        chosen |= {name.partition(" ")[0]: name for name in rows if name.startswith(("reuse", "forecast"))}
+        chosen |= {name.partition(" ")[0]: name for name in rows if name.startswith(("reuse", "extrapolate"))}
         for label, name in chosen.items():
             found.setdefault(label, []).append(rows[name])
     return found

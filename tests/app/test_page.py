@@ -112,9 +112,9 @@ def test_bad_input_is_told_in_words(studio, changes, told):
 
 
 def test_comparison_of_images(studio):
-    comparison = studio.run(replace(SHORT, caches=("reuse", "forecast", "N3-1000-20-o1")))
+    comparison = studio.run(replace(SHORT, caches=("reuse", "extrapolate", "N3-1000-20-o1")))
     names = [result.row["name"] for result in comparison.results]
-    assert names == ["uncached", "reuse N=2", "forecast N=2", "N3-1000-20-o1"]
+    assert names == ["uncached", "reuse N=2", "extrapolate N=2", "N3-1000-20-o1"]
     reuse = comparison.results[1]
     assert reuse.row["kinds"] == ["full", "cached"] * 3 and reuse.row["psnr"] < 100
     assert reuse.command.startswith(f"skipdit sample --config {IMAGES} --cache N2-1000-20")
@@ -252,7 +252,7 @@ def test_browser_compares(visit, address):
     page.on("request", lambda request: asked.append(request.url))
     page.reload()
     page.get_by_role("button", name="Compare").click()
-    assert sampled(page) == ["uncached", "reuse N=3", "forecast N=3"]
+    assert sampled(page) == ["uncached", "reuse N=3", "extrapolate N=3"]
     assert page.locator("#results img").first.bounding_box()["width"] >= 180
     elsewhere = [url for url in asked if not url.startswith((address, "data:", "blob:"))]
     assert asked and not elsewhere

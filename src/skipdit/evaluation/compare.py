@@ -48,16 +48,16 @@ class Row:
 def rows_for(
     steps: int, intervals: list[int], window: CacheSpec, sampler: Sampler, also: Sequence[CachePolicy] = ()
 ) -> list[Row]:
-    """Uncached; per interval: reuse, forecast, and the number of uncached steps nearest to their FLOPs; other policies.
+    """Uncached; per interval: reuse, extrapolation, and the number of uncached steps nearest to their FLOPs; others.
 
     Raises ValueError for a policy that decides at run time, whose cost is not known here.
     """
     rows = [Row("uncached", CacheSpec(), steps)]
     for interval in intervals:
         reuse = Row(f"reuse N={interval}", CacheSpec(interval, window.start, window.stop, window.branch), steps)
-        forecast = Row(f"forecast N={interval}", reuse.spec.with_order(1), steps)
+        extrapolate = Row(f"extrapolate N={interval}", reuse.spec.with_order(1), steps)
         fewer = uncached_steps(reuse.flops(sampler), sampler.flops)
-        rows += [reuse, forecast, Row(f"{fewer} steps", CacheSpec(), fewer)]
+        rows += [reuse, extrapolate, Row(f"{fewer} steps", CacheSpec(), fewer)]
     if drifts := [str(policy) for policy in also if policy.adaptive]:
         raise UserError(f"--also {drifts[0]}: what it costs is not known before; benchmarks/compare.py counts it")
     for policy in also:

@@ -27,8 +27,8 @@ def controls(bench: Bench, flops: float) -> list[Control]:
     """Return runs that cost about as much as these FLOPs, and the uncached one.
 
     They are: fewer steps of the same sampler; as many of the multistep solvers, without a cache; and Skip-Cache at a
-    regular interval, with features, or outputs if no step is cached, that are reused or forecast, whose cost comes
-    nearest.
+    regular interval whose cost comes nearest, with features, or outputs if no step is cached, that are reused or
+    extrapolated.
     """
     sampler, steps = bench.sampler, uncached_steps(flops, bench.sampler.flops)
     found = [Control(f"{steps} steps, {sampler.method}", CacheSpec(), steps)]
@@ -38,5 +38,5 @@ def controls(bench: Bench, flops: float) -> list[Control]:
     nearest = min(regular, key=lambda spec: abs(bench.flops(spec) - flops))
     cost = f"N={nearest.interval}, {bench.speedup(nearest):.2f}x"
     found.append(Control(f"reuse {cost}", nearest, bench.steps))
-    found.append(Control(f"forecast {cost}", nearest.with_order(1), bench.steps))
+    found.append(Control(f"extrapolate {cost}", nearest.with_order(1), bench.steps))
     return [*found, Control(f"{bench.steps} steps, {sampler.method}, uncached", CacheSpec(), bench.steps)]
