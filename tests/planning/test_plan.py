@@ -233,9 +233,9 @@ def test_controls_cost_what_the_plan_does(tmp_path):
     rows = {row.name: row for row in controls(made, made.flops(CacheSpec(2)))}
     fewer = round(made.flops(CacheSpec(2)) / made.sampler.flops["full"])
     assert {f"{fewer} steps, {method}" for method in ("ddim", "dpm", "unipc3", "deis")} < set(rows)
-    assert rows["reuse N=2, 1.71x"].policy == CacheSpec(2) and rows["10 steps, ddim, uncached"].policy == CacheSpec()
+    assert rows["reuse N=2, 1.71x"].spec == CacheSpec(2) and rows["10 steps, ddim, uncached"].spec == CacheSpec()
     solved = rows[f"{fewer} steps, deis"]
-    assert made.error(solved.policy, solved.steps, solved.method) > 0
+    assert made.error(*solved[1:]) > 0
     assert made.sampler.method == "ddim"  # as before
 
 

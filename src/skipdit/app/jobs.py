@@ -18,7 +18,8 @@ from skipdit.caching.plans import CachePlan
 from skipdit.caching.policies import CacheSpec, parse_policy
 from skipdit.caching.policy import CachePolicy
 from skipdit.config import load_config, to_yaml
-from skipdit.evaluation.compare import Row, check_plans, compare, rows_for
+from skipdit.evaluation.compare import check_plans, compare, rows_for
+from skipdit.sampling.rows import Row
 from skipdit.sampling.sampler import Sampler
 from skipdit.tasks import Task, find_task
 from skipdit.utils.errors import UserError

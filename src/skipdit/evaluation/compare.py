@@ -6,7 +6,6 @@ import sys
 import time
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 
@@ -16,33 +15,18 @@ from torch import Tensor
 
 from skipdit.caching.policies import CacheSpec, parse_policy
 from skipdit.caching.policy import CachePolicy
-from skipdit.caching.runtime import SkipCache
 from skipdit.cli import friendly_errors
 from skipdit.config import to_dict
-from skipdit.layers.flops import run_flops, uncached_steps
+from skipdit.layers.flops import uncached_steps
 from skipdit.metrics import FIDELITY_COLUMNS, fidelity_cells, measure_fidelity
 from skipdit.sampling.report import step_counts, steps_column
+from skipdit.sampling.rows import Row
 from skipdit.sampling.sampler import Sampler
 from skipdit.tasks import read_settings
 from skipdit.utils.errors import UserError
 from skipdit.utils.files import replace_text, whole_file
 from skipdit.utils.provenance import fingerprint, versions
 from skipdit.utils.video import side_by_side, write_gif
-
-
-@dataclass
-class Row:
-    """One way to sample."""
-
-    name: str
-    spec: CachePolicy
-    steps: int
-
-    def cache(self, sampler: Sampler) -> SkipCache:
-        return SkipCache(self.spec, sampler.timesteps(self.steps))
-
-    def flops(self, sampler: Sampler) -> float:
-        return run_flops(self.cache(sampler), sampler.flops)
 
 
 def rows_for(
