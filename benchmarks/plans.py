@@ -124,6 +124,7 @@ def plot(tables: dict[str, list[dict[str, Any]]], path: Path) -> None:
     plt.close(figure)
 
 
+@friendly_errors()
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--task", choices=TASKS, required=True)
@@ -134,8 +135,7 @@ def main() -> None:
     parser.add_argument("--out", required=True, metavar="FOLDER")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings that override the config's")
     args = parser.parse_intermixed_args()
-    with friendly_errors():
-        benchmark(args)
+    benchmark(args)
 
 
 def benchmark(args: argparse.Namespace) -> None:

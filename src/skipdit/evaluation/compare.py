@@ -153,14 +153,13 @@ def picture(table: list[dict], tiles: Sequence[Tensor]) -> Image.Image:
 
 @friendly_errors("starts anew")
 def main(args: argparse.Namespace) -> None:
-    with friendly_errors("starts anew"):
-        also = [parse_policy(spec) for spec in args.also]
-        task, config = read_settings(args)
-        sampler = task.open_sampler(config, args.branch)
-        check_plans(also, sampler)
-        window = CacheSpec(2, task.window.start, task.window.stop, args.branch)
-        rows = rows_for(config.steps, args.intervals, window, sampler, also)
-        table, samples = compare(sampler, rows, args.repeats)
+    also = [parse_policy(spec) for spec in args.also]
+    task, config = read_settings(args)
+    sampler = task.open_sampler(config, args.branch)
+    check_plans(also, sampler)
+    window = CacheSpec(2, task.window.start, task.window.stop, args.branch)
+    rows = rows_for(config.steps, args.intervals, window, sampler, also)
+    table, samples = compare(sampler, rows, args.repeats)
     out, unit = Path(config.out), sampler.unit
     out.mkdir(parents=True, exist_ok=True)
     with whole_file(out / "compare.png", keep_suffix=True) as partial:
