@@ -131,6 +131,7 @@ def test_commands_make_the_same_images_in_any_folder(studio, tmp_path):
         assert made_by(result.command, tmp_path / str(number)) == result.file
 
 
+@pytest.mark.slow
 def test_a_plan_is_found_from_any_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     uncached, planned = Studio().run(replace(SHORT, steps=50, caches=["plan"], budget=0.4)).results
@@ -156,6 +157,7 @@ def test_prompts_of_any_characters_reach_the_command(tmp_path):
     assert "&lt;b&gt;" in comparison_html(comparison) and "<b>" not in comparison_html(comparison)
 
 
+@pytest.mark.slow
 def test_a_second_run_uses_the_model_that_is_there(studio):
     studio.run(SHORT)
     sampler = studio._samplers[IMAGES][1]

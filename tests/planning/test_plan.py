@@ -109,6 +109,7 @@ def flow(names) -> list:
     return [pytest.param(name, True, id=f"flow-{name}") for name in names]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("sampler", "is_flow"), [*((name, False) for name in ("ddpm", "ddim", *SOLVERS)), *flow(FLOW_SOLVERS)]
 )
@@ -151,6 +152,7 @@ def test_the_fit_foresees_the_run_of_its_plan(target, batch_size, tmp_path):
         assert fitted.error == pytest.approx(made.error(fitted.plan), rel=1e-2, abs=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("sampler", "is_flow"), [("ddpm", False), ("dpm", False), ("unipc3", False), *flow(["euler", "unipc"])]
 )
@@ -202,6 +204,7 @@ def test_combinations_are_those_of_the_runtime():
     assert extrapolated(stored, torch.tensor([0.5, 2.0])).item() == 9 + 0.5 * 5 + 2 * 3
 
 
+@pytest.mark.slow
 def test_converged_images_are_those_of_many_steps(tmp_path):
     """Nearer to a run of 320 steps than the run of 32 of which they are extrapolated."""
     made = bench(tmp_path, "converged", steps=8, seed=3)
@@ -212,6 +215,7 @@ def test_converged_images_are_those_of_many_steps(tmp_path):
     assert far[2] < 0.5 * far[1] < far[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sampler", ["euler", "dpm"])
 def test_flow_matching_has_a_converged_run(sampler, tmp_path, flow_weights):
     made = bench(tmp_path, "converged", steps=6, sampler=sampler, weights=flow_weights)
