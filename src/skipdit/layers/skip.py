@@ -161,7 +161,7 @@ class SkipTransformer(ModelMixin, ConfigMixin):
 
     @property
     def flow_shift(self) -> float | None:
-        """Of a model trained by flow matching, the shift of its times, see `diffusion.flow`; None for noise or v. It is
+        """Shift of the times of a model trained by flow matching, see `diffusion.flow`; None for noise or v. It is
         an entry of the config, and so of checkpoints.
         """
         return self.config.flow_shift

@@ -84,7 +84,7 @@ class BaseBench:
 
     @property
     def cached_cost(self) -> float:
-        """Of a cached step, over that of a full one."""
+        """Cost of a cached step, over that of a full one."""
         return self.sampler.flops["cached"] / self.sampler.flops["full"]
 
     def flops(self, policy: CachePolicy) -> float:

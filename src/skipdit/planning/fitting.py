@@ -82,7 +82,7 @@ class LeastSquares:
 
 
 def differences(stored: list[Tensor], most: int) -> list[Tensor]:
-    """Of what is stored, newest first: f0 - f1, f1 - f2, ..."""
+    """Differences of what is stored, newest first: f0 - f1, f1 - f2, ..."""
     return [new - old for new, old in pairwise(stored[: most + 1])]
 
 
