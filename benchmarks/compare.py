@@ -384,6 +384,7 @@ class Frechet:
         return {"network": self.network.protocol(), "reference": self.real.protocol()}
 
 
+@friendly_errors()
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--task", choices=TASKS, required=True)
@@ -402,8 +403,7 @@ def main() -> None:
     parser.add_argument("--reference", metavar="FOLDER", help="real samples for it")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings that override the config's")
     args = parser.parse_intermixed_args()
-    with friendly_errors():
-        benchmark(args)
+    benchmark(args)
 
 
 def benchmark(args: argparse.Namespace) -> None:

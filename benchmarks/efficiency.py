@@ -71,7 +71,7 @@ METRICS = {"loss": "loss on test images", "frechet": "Fréchet distance", "accur
 FALLING = ("loss", "frechet")  # the others are better the higher
 SAMPLER = {"sampler": "ddim", "steps": 20, "guidance_scale": 1.0}  # of the samples that are judged
 CACHED = {"sampler": "ddim", "steps": 50, "guidance_scale": 2.0}  # of those with and without a cache
-REUSE, FORECAST = (parse_policy(f"N3-1000-20{order}") for order in ("", "-o1"))
+REUSE, EXTRAPOLATE = (parse_policy(f"N3-1000-20{order}") for order in ("", "-o1"))
 CACHED_SAMPLES, MOVED, DIRECTIONS = 32, 0.05, 8  # a perturbation has 5 % of every filter's norm
 BATCH = 64  # samples per model call
 PAPER = (
@@ -129,7 +129,7 @@ class Examiner:
             weights = torch.stack([linear.weight for linear in skip_linears(model)])
             found["sigma"] = largest_singular(weights).sigma.tolist()
             uncached = self.images(model, CACHED_SAMPLES, **CACHED)
-            for spec in (REUSE, FORECAST):
+            for spec in (REUSE, EXTRAPOLATE):
                 cached = self.images(model, CACHED_SAMPLES, **CACHED, cache=str(spec))
                 found[str(spec)] = measure_fidelity(cached, uncached)
         return found
@@ -274,7 +274,7 @@ def spectral_table(runs: dict[str, list[dict]], config: Config) -> str:
     names["cap"] = f"cap {config.train.spectral_cap:g}"
     lines = [
         "| constraint | largest singular value | loss | Fréchet distance | class as asked | output moves "
-        "| PSNR, reuse N=3 | PSNR, forecast N=3 | s / training step |",
+        "| PSNR, reuse N=3 | PSNR, extrapolate N=3 | s / training step |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
     for variant, name in names.items():
@@ -282,7 +282,7 @@ def spectral_table(runs: dict[str, list[dict]], config: Config) -> str:
         cells = [spread([max(of["sigma"]) for of in final], 2)]
         cells += [spread([point[metric] for point in last]) for metric in METRICS]
         cells += [spread([mean(of["output_change"]) for of in final])]
-        cells += [spread([of[str(spec)]["psnr"] for of in final], 1) for spec in (REUSE, FORECAST)]
+        cells += [spread([of[str(spec)]["psnr"] for of in final], 1) for spec in (REUSE, EXTRAPOLATE)]
         cells += [spread([run["seconds_per_step"] for run in runs[variant]])]
         lines.append(f"| {name} | {' | '.join(cells)} |")
     return "\n".join(lines)
@@ -328,7 +328,7 @@ def run(args: argparse.Namespace) -> None:
         "held_out": f"the first {args.held_out} test images",
         "weights": "averaged",
         "perturbation": {"filter_norms": MOVED, "directions": DIRECTIONS, "inputs": BATCH},
-        "cached": CACHED | {"samples": CACHED_SAMPLES, "specs": [str(REUSE), str(FORECAST)]},
+        "cached": CACHED | {"samples": CACHED_SAMPLES, "specs": [str(REUSE), str(EXTRAPOLATE)]},
         "vae": fingerprint(examiner.vae),
         "classifier": {
             "test_accuracy": examiner.judge.test_accuracy,
@@ -358,6 +358,7 @@ def run(args: argparse.Namespace) -> None:
     )
 
 
+@friendly_errors()
 def main() -> None:
     parser = make_parser(Config, __doc__, default=CONFIG)
     parser.set_defaults(config=CONFIG)
@@ -369,8 +370,7 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=500, help="per measurement [%(default)s]")
     parser.add_argument("--held-out", type=int, default=1024, help="test images for the loss [%(default)s]")
     args = parser.parse_intermixed_args()
-    with friendly_errors():
-        run(args)
+    run(args)
 
 
 if __name__ == "__main__":

@@ -122,6 +122,7 @@ def _hunyuan_text(model: HunyuanDiT, blocks: int) -> float:
     return keys_values + projection + pooling
 
 
+@friendly_errors()
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", choices=TABLES, default="LatteT2V", help="[%(default)s]")
@@ -129,8 +130,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=50, help="sampling steps [%(default)s]")
     parser.add_argument("--tokens", type=int, default=120, help="of Latte's text, for the true FLOPs [%(default)s]")
     args = parser.parse_args()
-    with friendly_errors():
-        report(TABLES[args.model], args)
+    report(TABLES[args.model], args)
 
 
 def report(table: Table, args: argparse.Namespace) -> None:

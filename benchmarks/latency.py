@@ -144,6 +144,7 @@ def end_to_end(model: AdaLNTransformer, args: argparse.Namespace, flops: dict[st
     }
 
 
+@friendly_errors()
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
@@ -167,8 +168,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=15, help="timed calls of each kind [%(default)s]")
     parser.add_argument("--json", type=Path, help="write the numbers here too")
     args = parser.parse_args()
-    with friendly_errors():
-        result = measure(args)
+    result = measure(args)
     if args.json:
         args.json.parent.mkdir(parents=True, exist_ok=True)
         args.json.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")

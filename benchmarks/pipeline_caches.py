@@ -190,6 +190,7 @@ def benchmark(steps: int, seed: int, classes: list[int], speedups: list[float]) 
     return sorted(rows, key=lambda row: row["speedup"])
 
 
+@friendly_errors()
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, metavar="FOLDER")
@@ -199,9 +200,8 @@ def main() -> None:
     parser.add_argument("--speedups", type=float, nargs="+", default=[2, 3], help="of plans [2 3]")
     args = parser.parse_args()
     logging.getLogger("diffusers").setLevel(logging.ERROR)
-    with friendly_errors():
-        classes = [i % SIZES["num_classes"] for i in range(args.samples)]
-        rows = benchmark(args.steps, args.seed, classes, args.speedups)
+    classes = [i % SIZES["num_classes"] for i in range(args.samples)]
+    rows = benchmark(args.steps, args.seed, classes, args.speedups)
     lines = ["| | speedup in FLOPs | PSNR dB |", "|---|---|---|"]
     lines += [f"| {row['name']} | {row['speedup']:.2f} | {row['psnr']:.1f} ± {row['error']:.1f} |" for row in rows]
     args.out.mkdir(parents=True, exist_ok=True)

@@ -27,14 +27,13 @@ from tqdm import tqdm
 
 from skipdit.caching.plans import CachePlan
 from skipdit.caching.policies import CacheSpec
-from skipdit.caching.runtime import SkipCache
 from skipdit.cli import friendly_errors
 from skipdit.config import changed, load_config, to_dict
 from skipdit.evaluation.compare import check_plans
-from skipdit.layers.flops import run_flops
 from skipdit.planning.calibration import TARGETS, Bench
-from skipdit.planning.controls import Control, controls
+from skipdit.planning.controls import controls
 from skipdit.planning.tables import psnr_of
+from skipdit.sampling.rows import Row
 from skipdit.tasks import find_task
 from skipdit.utils.errors import UserError
 from skipdit.utils.files import replace_text
@@ -44,31 +43,26 @@ PLAN = "plan"
 TITLES = {"converged": "dB to the converged images", "sampler": "dB to the uncached images"}
 
 
-def speedup(bench: Bench, row: Control) -> float:
-    """In FLOPs, against the uncached run."""
-    with bench.sampler.using(row.method or bench.sampler.method):
-        timesteps = bench.sampler.timesteps(row.steps)
-    return bench.flops(CacheSpec()) / run_flops(SkipCache(row.policy, timesteps), bench.sampler.flops)
-
-
 def measure(bench: Bench, plans: list[CachePlan], seeds: list[int], store: Store) -> list[dict[str, Any]]:
     """PSNR of every plan and what stands beside it: a dict per plan, with a dict per row, seeds in order."""
-    groups = [[Control(PLAN, plan, bench.steps), *controls(bench, bench.flops(plan))] for plan in plans]
+    groups = [[Row(PLAN, plan, bench.steps), *controls(bench, bench.flops(plan))] for plan in plans]
+    sampler, uncached = bench.sampler, bench.flops(CacheSpec())
     table = [
-        {row.name: {"speedup": speedup(bench, row), "psnr": {t: [] for t in TARGETS}} for row in g} for g in groups
+        {row.name: {"speedup": uncached / row.flops(sampler), "psnr": {t: [] for t in TARGETS}} for row in group}
+        for group in groups
     ]
     with tqdm(total=len(seeds) * sum(map(len, groups)), desc="measuring", unit="run") as progress:
         for seed in seeds:
-            bench.sampler.config = changed(bench.sampler.config, {"seed": seed})
+            sampler.config = changed(sampler.config, {"seed": seed})
             calibrated = False
             for rows, group in zip(table, groups, strict=True):
                 for row in group:
-                    key = f"seed {seed}, {row.steps} steps, {row.method}, {row.policy}".replace("/", " of ")
+                    key = f"seed {seed}, {row.steps} steps, {row.method}, {row.spec}".replace("/", " of ")
                     if (known := store.result(key)) is None:
                         if not calibrated:
                             bench.calibrate()
                             calibrated = True
-                        known = {k: psnr_of(e) for k, e in bench.errors(row.policy, row.steps, row.method).items()}
+                        known = {k: psnr_of(e) for k, e in bench.errors(*row[1:]).items()}
                         store.save(key, known)
                     for target, value in known.items():
                         rows[row.name]["psnr"][target].append(value)
@@ -100,7 +94,7 @@ def curves(table: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
         fewer, *others = [name for name in rows if " steps, " in name and not name.endswith("uncached")]
         best = max(others, key=lambda name: mean(rows[name]["psnr"]["converged"] or rows[name]["psnr"]["sampler"]))
         chosen = {PLAN: PLAN, "the best solver": best, "fewer steps": fewer}
-        chosen |= {name.partition(" ")[0]: name for name in rows if name.startswith(("reuse", "forecast"))}
+        chosen |= {name.partition(" ")[0]: name for name in rows if name.startswith(("reuse", "extrapolate"))}
         for label, name in chosen.items():
             found.setdefault(label, []).append(rows[name])
     return found
@@ -130,6 +124,7 @@ def plot(tables: dict[str, list[dict[str, Any]]], path: Path) -> None:
     plt.close(figure)
 
 
+@friendly_errors()
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--task", choices=TASKS, required=True)
@@ -140,8 +135,7 @@ def main() -> None:
     parser.add_argument("--out", required=True, metavar="FOLDER")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings that override the config's")
     args = parser.parse_intermixed_args()
-    with friendly_errors():
-        benchmark(args)
+    benchmark(args)
 
 
 def benchmark(args: argparse.Namespace) -> None:

@@ -14,12 +14,12 @@ from skipdit.layers.adaln import AdaLNTransformer
 from skipdit.layers.flops import run_flops
 from skipdit.layers.skip import SkipTransformer
 
-UNCACHED, FEWER, REUSE, FORECAST = "uncached", "fewer steps", "Skip-Cache", "Skip-Cache forecast"
+UNCACHED, FEWER, REUSE, EXTRAPOLATE = "uncached", "fewer steps", "Skip-Cache", "Skip-Cache, extrapolated"
 PLANNED, DRIFT = "Skip-Cache planned", "Skip-Cache by drift"
 METHODS = {  # as --methods names them
     "fewer-steps": FEWER,
     "skip-cache": REUSE,
-    "skip-cache-forecast": FORECAST,
+    "skip-cache-forecast": EXTRAPOLATE,  # its name from before there were forecast steps
     "skip-cache-planned": PLANNED,
     "skip-cache-drift": DRIFT,
     "fora": "FORA",
@@ -128,14 +128,14 @@ def rows_for(
             seen.add(tuple(cache.plan))
             costs.append(run_flops(cache, flops) / flops["full"])
             own.append(Row(backbone, REUSE, f"{REUSE} {spec}", steps, spec))
-            forecast = spec.with_order(1)
-            own.append(Row(backbone, FORECAST, f"{REUSE} {forecast}", steps, forecast))
+            extrapolate = spec.with_order(1)
+            own.append(Row(backbone, EXTRAPOLATE, f"{REUSE} {extrapolate}", steps, extrapolate))
     for policy in also:
         if policy in [row.spec for row in own]:
             continue
         if not policy.adaptive and policy.branch == window.branch:
             costs.append(run_flops(SkipCache(policy, timesteps), flops) / flops["full"])
-        kind = {CachePlan: PLANNED, DriftSpec: DRIFT}.get(type(policy), FORECAST if policy.order else REUSE)
+        kind = {CachePlan: PLANNED, DriftSpec: DRIFT}.get(type(policy), EXTRAPOLATE if policy.order else REUSE)
         own.append(Row(backbone, kind, f"{REUSE} {policy}", steps, policy))
     fewer = sorted({max(1, round(cost)) for cost in costs} - {steps}, reverse=True)
     rows = [Row(backbone, UNCACHED, UNCACHED, steps)]

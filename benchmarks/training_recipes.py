@@ -159,6 +159,7 @@ def run(args: argparse.Namespace) -> None:
     )
 
 
+@friendly_errors()
 def main() -> None:
     parser = make_parser(Config, __doc__, default=CONFIG)
     parser.set_defaults(config=CONFIG)
@@ -172,8 +173,7 @@ def main() -> None:
     parser.add_argument("--sampling-steps", type=int, nargs="+", default=[10, 20], help="the last is judged [10 20]")
     parser.add_argument("--held-out", type=int, default=1024, help="test images for the loss [%(default)s]")
     args = parser.parse_intermixed_args()
-    with friendly_errors():
-        run(args)
+    run(args)
 
 
 if __name__ == "__main__":

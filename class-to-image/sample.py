@@ -25,7 +25,6 @@ from torch import Tensor
 from torchvision.utils import make_grid
 from tqdm import tqdm
 
-from skipdit.caching.policies import parse_policy
 from skipdit.class_to_image.model import DiT
 from skipdit.cli import friendly_errors
 from skipdit.encoders.autoencoder import latent_size
@@ -57,8 +56,7 @@ class ImageSampler(ClassSampler):
 
 def sample(config: Config) -> dict:
     """Run a config. Returns the report that is also written to report.json."""
-    policy = parse_policy(config.cache)
-    job, report = run_job(ImageSampler(config, policy.branch if policy.caches else None))
+    job, report = run_job(ImageSampler.from_config(config))
     if process_state().is_main_process:
         write_outputs(config, job)
     return report
@@ -81,10 +79,9 @@ def _pixels(job: Job, index: int) -> np.ndarray:
         return np.array(image)
 
 
+@friendly_errors()
 def main() -> None:
-    config = read_arguments(__doc__)
-    with friendly_errors():
-        sample(config)
+    sample(read_arguments(__doc__))
 
 
 if __name__ == "__main__":

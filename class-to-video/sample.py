@@ -21,7 +21,6 @@ from pathlib import Path
 
 from torch import Tensor
 
-from skipdit.caching.policies import parse_policy
 from skipdit.class_to_video.model import Latte
 from skipdit.cli import friendly_errors
 from skipdit.data.video import add_gifs, read_mp4
@@ -62,8 +61,7 @@ class ClipSampler(ClassSampler):
 
 def sample(config: Config) -> dict:
     """Run a config. Returns the report that is also written to report.json."""
-    policy = parse_policy(config.cache)
-    job, report = run_job(ClipSampler(config, policy.branch if policy.caches else None))
+    job, report = run_job(ClipSampler.from_config(config))
     if config.gif:
         add_gifs(map(job.path, job.own()), config.fps)
     if process_state().is_main_process:
@@ -73,10 +71,9 @@ def sample(config: Config) -> dict:
     return report
 
 
+@friendly_errors()
 def main() -> None:
-    config = read_arguments(__doc__)
-    with friendly_errors():
-        sample(config)
+    sample(read_arguments(__doc__))
 
 
 if __name__ == "__main__":

@@ -175,6 +175,7 @@ def table(rows: list[dict]) -> str:
     return "\n".join(lines)
 
 
+@friendly_errors()
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, default=Path("data"), help="folder of FashionMNIST/ [%(default)s]")
@@ -199,9 +200,8 @@ def main() -> None:
     flags.add_argument("--guidance-channels", type=channels, help="leading latent channels to guide, or all")
     settings = vars(parser.parse_args())
     data, out, file, caches = (settings.pop(key) for key in ("data", "out", "config", "cache"))
-    with friendly_errors():
-        config = replace(load_config(Config, file), **settings)
-        results = evaluate(config, data, out, caches or CACHES)
+    config = replace(load_config(Config, file), **settings)
+    results = evaluate(config, data, out, caches or CACHES)
     (out / "results.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
     error = math.sqrt(0.25 / config.num_samples)
     print(f"\n{table(results['rows'])}\n")

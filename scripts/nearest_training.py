@@ -102,6 +102,7 @@ def nearest(sample: Tensor, clips: list[Tensor], interval: int) -> tuple[float, 
     return 10 * torch.log10(torch.tensor(255**2 / mse)).item(), best[1], best[2]
 
 
+@friendly_errors()
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("samples", type=Path, help="folder of a sampling run")
@@ -119,13 +120,12 @@ def main() -> None:
     )
     parser.add_argument("--out", type=Path, help="picture to write")
     args = parser.parse_args()
-    with friendly_errors():
-        config = json.loads((args.samples / "report.json").read_text(encoding="utf-8"))["config"]
-        files = sorted([*args.samples.glob("0*.mp4"), *args.samples.glob("0*.png")])
-        if not files:
-            raise FileNotFoundError(f"no samples in {args.samples}")
-        training = read_training(args.data, config, size=read_sample(files[0]).shape[-1], pictures=args.pictures)
-        asked = wanted(args, training) if "prompts" in config else config.get("classes") or list(range(len(EMOJI)))
+    config = json.loads((args.samples / "report.json").read_text(encoding="utf-8"))["config"]
+    files = sorted([*args.samples.glob("0*.mp4"), *args.samples.glob("0*.png")])
+    if not files:
+        raise FileNotFoundError(f"no samples in {args.samples}")
+    training = read_training(args.data, config, size=read_sample(files[0]).shape[-1], pictures=args.pictures)
+    asked = wanted(args, training) if "prompts" in config else config.get("classes") or list(range(len(EMOJI)))
     shown, values, met, right = [], [], set(), 0
     for i, file in enumerate(tqdm(files, desc="comparing", unit="sample")):
         sample = read_sample(file)

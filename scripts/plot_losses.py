@@ -20,6 +20,7 @@ import matplotlib.pyplot as plt
 from skipdit.cli import friendly_errors
 
 
+@friendly_errors()
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="+", metavar="[NAME=]RUN[,RUN...]", help="run folders, in order, and their name")
@@ -27,8 +28,7 @@ def main() -> None:
     parser.add_argument("--smooth", type=int, default=5, metavar="N", help="points to average over [%(default)s]")
     parser.add_argument("--steps", type=int, metavar="N", help="show the first N steps of all together")
     args = parser.parse_args()
-    with friendly_errors():
-        draw(args)
+    draw(args)
 
 
 def draw(args: argparse.Namespace) -> None:

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Install and run all checks, from a bare clone; --fast leaves out those that take more than some seconds each. Other
-# arguments go to pytest:
+# Install and run all checks, from a bare clone; --fast leaves out the tests that are marked slow. Other arguments go
+# to pytest:
 #   bash scripts/test.sh
 #   bash scripts/test.sh --fast
 #   bash scripts/test.sh tests/models/test_dit.py -k golden

@@ -31,7 +31,6 @@ from torchvision.io import ImageReadMode, read_image
 from torchvision.utils import make_grid
 from tqdm import tqdm
 
-from skipdit.caching.policies import parse_policy
 from skipdit.checkpoints.files import load_state, recorded_flow_shift
 from skipdit.checkpoints.loading import identify
 from skipdit.checkpoints.released import BEFORE_V1_2
@@ -259,8 +258,7 @@ class ImageSampler(PromptSampler):
 
 def sample(config: Config) -> dict:
     """Run a config. Returns the report that is also written to report.json."""
-    policy = parse_policy(config.cache)
-    sampler = ImageSampler(config, policy.branch if policy.caches else None)
+    sampler = ImageSampler.from_config(config)
     job, report = run_job(sampler)
     if process_state().is_main_process:
         write_prompts(job, sampler)
@@ -269,10 +267,9 @@ def sample(config: Config) -> dict:
     return report
 
 
+@friendly_errors()
 def main() -> None:
-    config = read_arguments(__doc__)
-    with friendly_errors():
-        sample(config)
+    sample(read_arguments(__doc__))
 
 
 if __name__ == "__main__":

@@ -28,7 +28,6 @@ from diffusers import LattePipeline, SchedulerMixin
 from torch import Tensor
 from torchvision.io import ImageReadMode, read_image
 
-from skipdit.caching.policies import parse_policy
 from skipdit.checkpoints.files import recorded_flow_shift, recorded_settings
 from skipdit.cli import friendly_errors
 from skipdit.data.video import add_gifs, read_mp4
@@ -226,8 +225,7 @@ class ClipSampler(PromptSampler):
 
 def sample(config: Config) -> dict:
     """Run a config. Returns the report that is also written to report.json."""
-    policy = parse_policy(config.cache)
-    sampler = ClipSampler(config, policy.branch if policy.caches else None)
+    sampler = ClipSampler.from_config(config)
     job, report = run_job(sampler)
     if process_state().is_main_process:
         write_prompts(job, sampler)
@@ -248,10 +246,9 @@ def write_look(config: Config, job: Job) -> None:
             write_gif(job.folder / "preview.gif", side_by_side(shown), config.fps)
 
 
+@friendly_errors()
 def main() -> None:
-    config = read_arguments(__doc__)
-    with friendly_errors():
-        sample(config)
+    sample(read_arguments(__doc__))
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ A model is what it was after the context, and every run of `len(timesteps)` call
 method saves of a step depends on the method; count FLOPs to see it. At interval 1 or threshold 0 all of them leave the
 model's output as it is, to the bit.
 
-Two mechanisms. `modules`: attention, cross-attention and MLP compute, reuse or forecast their output (FORA, PAB,
+Two mechanisms. `modules`: attention, cross-attention and MLP compute, reuse or extrapolate their output (FORA, PAB,
 T-GATE, TaylorSeer). `ranges`: layers a .. e-1 give way to adding what they added in the last full step (Delta-DiT,
 FBCache, DBCache, TeaCache); with long skips, the fuse modules of these layers are left out with them, and layers
 outside of the range get the shallow features of the last full step where the shallow layer is in it. A layer is a pair

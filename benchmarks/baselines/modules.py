@@ -1,4 +1,4 @@
-"""Baselines whose modules compute, reuse or forecast their outputs."""
+"""Baselines whose modules compute, reuse or extrapolate their outputs."""
 
 import re
 from abc import abstractmethod
@@ -171,7 +171,7 @@ class TGate(_Reuse):
 
 @dataclass(frozen=True)
 class TaylorSeer(Baseline):
-    """TaylorSeer (arXiv 2503.06923): modules forecast their outputs by a Taylor polynomial.
+    """TaylorSeer (arXiv 2503.06923): modules extrapolate their outputs by a Taylor polynomial.
 
     Derivatives are finite differences of the outputs of full steps, which are multiples of `interval`. By diffusers'
     hook, which keeps the coefficients in the dtype of the model here.

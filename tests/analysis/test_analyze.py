@@ -199,6 +199,7 @@ def jacobian_norms(function, x: torch.Tensor) -> torch.Tensor:
     return torch.stack([torch.linalg.svdvals(row)[0] for row in rows])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "model", [tiny_dit(skip=False), tiny_hunyuan(), tiny_latte_t2v(fuse="residual", video_length=2)]
 )
@@ -279,6 +280,7 @@ def test_command_line_on_images(config, tmp_path, analysis, capsys):
         assert found["bound"][1]["measured"] == skip["layers"][0][3]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("analysis", SHORT)
 def test_command_line_on_videos(released_t2v, tmp_path, analysis):
     folder = released_t2v / "Latte-0"
@@ -290,6 +292,7 @@ def test_command_line_on_videos(released_t2v, tmp_path, analysis):
     assert set(found["models"]) == {"with skips"} and found["models"]["with skips"]["n_skips"] == 2
 
 
+@pytest.mark.slow
 def test_classes_of_videos(config, tmp_path):
     torch.save({"ema": to_released(tiny_latte().state_dict())}, tmp_path / "latte.pt")
     tiny = {"patch_size": 2, "hidden_size": 32, "depth": 8, "num_heads": 2, "num_classes": 5}
@@ -300,6 +303,7 @@ def test_classes_of_videos(config, tmp_path):
     assert np.shape(found["models"]["with skips"]["relative_l2"]) == (4, 2)
 
 
+@pytest.mark.slow
 def test_prompts_of_pictures(released_t2i, tmp_path):
     settings = {"prompts": ["the dog runs"], "height": 64, "width": 64, "steps": 3, "scheduler": "ddim"}
     found = run(

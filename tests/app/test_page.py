@@ -112,9 +112,9 @@ def test_bad_input_is_told_in_words(studio, changes, told):
 
 
 def test_comparison_of_images(studio):
-    comparison = studio.run(replace(SHORT, caches=("reuse", "forecast", "N3-1000-20-o1")))
+    comparison = studio.run(replace(SHORT, caches=("reuse", "extrapolate", "N3-1000-20-o1")))
     names = [result.row["name"] for result in comparison.results]
-    assert names == ["uncached", "reuse N=2", "forecast N=2", "N3-1000-20-o1"]
+    assert names == ["uncached", "reuse N=2", "extrapolate N=2", "N3-1000-20-o1"]
     reuse = comparison.results[1]
     assert reuse.row["kinds"] == ["full", "cached"] * 3 and reuse.row["psnr"] < 100
     assert reuse.command.startswith(f"skipdit sample --config {IMAGES} --cache N2-1000-20")
@@ -131,6 +131,7 @@ def test_commands_make_the_same_images_in_any_folder(studio, tmp_path):
         assert made_by(result.command, tmp_path / str(number)) == result.file
 
 
+@pytest.mark.slow
 def test_a_plan_is_found_from_any_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     uncached, planned = Studio().run(replace(SHORT, steps=50, caches=["plan"], budget=0.4)).results
@@ -156,6 +157,7 @@ def test_prompts_of_any_characters_reach_the_command(tmp_path):
     assert "&lt;b&gt;" in comparison_html(comparison) and "<b>" not in comparison_html(comparison)
 
 
+@pytest.mark.slow
 def test_a_second_run_uses_the_model_that_is_there(studio):
     studio.run(SHORT)
     sampler = studio._samplers[IMAGES][1]
@@ -252,7 +254,7 @@ def test_browser_compares(visit, address):
     page.on("request", lambda request: asked.append(request.url))
     page.reload()
     page.get_by_role("button", name="Compare").click()
-    assert sampled(page) == ["uncached", "reuse N=3", "forecast N=3"]
+    assert sampled(page) == ["uncached", "reuse N=3", "extrapolate N=3"]
     assert page.locator("#results img").first.bounding_box()["width"] >= 180
     elsewhere = [url for url in asked if not url.startswith((address, "data:", "blob:"))]
     assert asked and not elsewhere

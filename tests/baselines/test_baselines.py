@@ -144,6 +144,7 @@ def contents(model: torch.nn.Module) -> dict:
 every = [(task, name) for task in MODELS for name in fitting(IDLE, task)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("skip", [False, True], ids=["plain", "skip"])
 @pytest.mark.parametrize(("task", "name"), every)
 def test_idle_is_exact_and_busy_saves(case, task, name, skip):
@@ -408,6 +409,7 @@ def test_benchmark_of_other_policies(tmp_path, monkeypatch):
     assert rows["Skip-Cache plan"]["cache_bytes"] == rows["Skip-Cache D9-m2"]["cache_bytes"]  # both keep two tensors
 
 
+@pytest.mark.slow
 def test_full_size_flops_are_those_of_the_steps():
     """Counted over a run, and by `step_flops` of a full and a cached step."""
     timesteps = Diffusion(4).sampling_timesteps

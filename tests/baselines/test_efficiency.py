@@ -281,6 +281,7 @@ def test_evaluate_fashion_of_a_plain_model(data, tmp_path, monkeypatch, capsys):
     assert "| 2 steps | 2 + 0 | 2.00x |" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_training_recipes_are_compared(data, tmp_path, monkeypatch, capsys):
     """Two factors; a second call with the third adds to it and measures nothing again."""
 

@@ -214,7 +214,7 @@ def test_a_cache_that_never_engages_warns():
         SkipCache("none", [900, 500, 200])
 
 
-def test_forecast_is_linear_over_steps():
+def test_extrapolation_is_linear_over_steps():
     """Order 1 continues a feature that moves at constant speed exactly, order 0 keeps it still."""
     timesteps = list(range(900, 0, -100))
     for spec, expected in (("N3-1000-0", [3.0, 3.0]), ("N3-1000-0-o1", [4.0, 5.0])):
@@ -226,7 +226,7 @@ def test_forecast_is_linear_over_steps():
                 step.kept_feature = torch.full((2,), float(i))
             else:
                 seen[i] = step.feature.tolist()
-        assert seen[1] == [0.0, 0.0]  # one full step so far: nothing to forecast from
+        assert seen[1] == [0.0, 0.0]  # one full step so far: nothing to extrapolate from
         assert [seen[4][0], seen[5][0]] == expected
 
 
@@ -337,15 +337,15 @@ def test_a_policy_of_ones_own_works_everywhere():
     assert (policy.caches, policy.adaptive, policy.calibration_seed) == (True, False, None)
 
 
-def test_a_policy_of_ones_own_that_forecasts():
-    class Forecast(FirstAndLast):
+def test_a_policy_of_ones_own_that_extrapolates():
+    class Extrapolate(FirstAndLast):
         order = 1
 
         def full_mask(self, timesteps):
             return [i < 2 for i in range(len(timesteps))]
 
     timesteps = Diffusion(5).sampling_timesteps
-    own = SkipCache(Forecast(), timesteps)
+    own = SkipCache(Extrapolate(), timesteps)
     interval = SkipCache(CacheSpec(9, start=timesteps[1], stop=-1, order=1), timesteps)
     assert own.plan == interval.plan
     results = [

@@ -28,7 +28,7 @@ def test_weights_are_those_of_the_plan():
     assert seen == {1: 0, 3: 4 + 1.5 * 4, 4: 4 + 0.25 * 4, 6: 25 + 2 * 21 - 0.5 * 4, 7: 25, 8: 25 + 4 * 4}
 
 
-def test_a_stream_with_other_full_steps_forecasts_linearly():
+def test_a_stream_with_other_full_steps_extrapolates_linearly():
     plan = CachePlan((4, 3, 2, 1), (None, None, (3.0,), (3.0,)))
     assert plan.coefficients(2, (0, 1)) == (3.0,)
     assert plan.coefficients(3, (1, 2)) == (1.0,)

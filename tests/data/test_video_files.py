@@ -86,6 +86,7 @@ def assert_right(path: Path, expected: torch.Tensor) -> None:
     assert torch.equal(Video(path).read(range(last, last + 1))[0], expected[last])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CODECS)
 def test_frames_are_those_of_decoding_all(tmp_path, name):
     path = film(tmp_path / f"a.{name}", CODECS[name])
@@ -103,6 +104,7 @@ def test_frames_at_uneven_times(tmp_path):
     assert torch.equal(read_mp4(path), expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["mp4", "open.mp4", "open.mkv", "hevc-open.mkv", "mpeg4.mp4", "mpeg2.mpg", "vp8.webm"])
 def test_clips_cut_out_without_encoding(tmp_path, name):
     """An edit list hides what is before the first frame, or the first ones need others that were cut away."""

@@ -95,6 +95,7 @@ def test_fidelity_in_a_table():
     assert fidelity_cells({"name": "uncached"}) == ["–", "–", "–"]
 
 
+@pytest.mark.slow
 def test_torchmetrics_waits_until_a_metric_is_computed():
     code = "import sys, skipdit, skipdit.evaluation.command, skipdit.evaluation.compare; "
     code += "assert 'torchmetrics' not in sys.modules"
@@ -317,6 +318,7 @@ def backbone(name: str) -> torch.nn.Sequential:
     return torchvision.models.vgg.make_layers(torchvision.models.vgg.cfgs["D"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "taps"), [("alex", [1, 4, 7, 9, 11]), ("vgg", [3, 8, 15, 22, 29])])
 def test_lpips_equals_its_definition(name, taps, tmp_path):
     """Zhang et al., equation 1, with the heads of the package: distances of normalised activations, weighted."""

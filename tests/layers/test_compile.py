@@ -37,6 +37,7 @@ def test_two_graphs_and_no_breaks(spec):
     assert backend.frame_count <= 4
 
 
+@pytest.mark.slow
 def test_uncached_is_one_graph():
     model, backend = tiny_dit(), CompileCounterWithBackend("eager")
     model.compile(fullgraph=True, backend=backend)

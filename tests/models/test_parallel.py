@@ -50,11 +50,13 @@ def compare(rank: int, store: str) -> None:
     dist.destroy_process_group()
 
 
+@pytest.mark.slow
 def test_two_processes_compute_what_one_does(tmp_path):
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     spawn(compare, (str(tmp_path / "store"),), nprocs=2)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(torch.cuda.device_count() >= 2, reason="there are two GPUs")
 def test_the_example_says_that_it_needs_two_gpus():
     command = [sys.executable, str(ROOT / "scripts/two_gpus.py")]

@@ -97,6 +97,7 @@ class Counter:
         return [count > 0 for count in self.calls[:-1]]
 
 
+@pytest.mark.slow
 def test_interval_1_is_uncached_to_the_bit(pipe, call):
     expected = run(pipe, call)
     enable_cache(pipe, "N1-1000-0-b0")
@@ -135,6 +136,7 @@ def test_cached_steps_run_the_outer_blocks(pipe, call, monkeypatch):
     assert result.isfinite().all() and not torch.equal(result, expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("spec", [FORECASTS, CACHED])
 def test_calls_do_not_see_each_other(name, pipe, call, spec):
     if not cached_or_none(pipe, call, spec):
@@ -147,18 +149,9 @@ def test_calls_do_not_see_each_other(name, pipe, call, spec):
     assert torch.equal(run(fresh, other), second)
 
 
-@pytest.mark.parametrize(("name", "spec"), [("WanPipeline", FORECASTS), ("DiTPipeline", CACHED)])
-def test_compiled_transformers(name, spec):
-    compiled_is_uncompiled(name, spec)
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("spec", [FORECASTS, CACHED])
-def test_all_compiled_models(name, spec):
-    compiled_is_uncompiled(name, spec)
-
-
-def compiled_is_uncompiled(name: str, spec: str) -> None:
+def test_compiled_models(name, spec):
     """By torch's own tracer, without its code generation."""
     pipe, call = build(name)
     if not cached_or_none(pipe, call, spec):
@@ -174,6 +167,7 @@ def compiled_is_uncompiled(name: str, spec: str) -> None:
     torch._dynamo.reset()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("offload", [cpu_offload_with_hook, cpu_offload], ids=["model", "sequential"])
 def test_offloaded_models(pipe, call, offload):
     """With the hooks that diffusers' `enable_model_cpu_offload` and `enable_sequential_cpu_offload` put on every model,
@@ -190,6 +184,7 @@ def test_offloaded_models(pipe, call, offload):
     assert torch.equal(run(pipe, call), expected)
 
 
+@pytest.mark.slow
 def test_models_with_an_adapter(pipe, call):
     """Low-rank adapters of random weights, in all attention layers."""
     if not all(hasattr(model, "add_adapter") for model in denoisers(pipe)):
@@ -210,6 +205,7 @@ def test_models_with_an_adapter(pipe, call):
     assert torch.equal(run(pipe, call), cached) and not torch.equal(without, cached)
 
 
+@pytest.mark.slow
 def test_saved_with_a_cache(pipe, call, tmp_path):
     """The files know nothing of it: what is loaded computes without, and takes one."""
     uncached = run(pipe, call)
@@ -237,6 +233,7 @@ def test_disable_puts_everything_back(pipe, call):
     assert not {"step", "set_timesteps"} & vars(pipe.scheduler).keys()
 
 
+@pytest.mark.slow
 def test_copies_have_no_cache(pipe, call):
     expected = run(pipe, call)
     enable_cache(pipe, FORECASTS)

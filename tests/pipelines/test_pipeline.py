@@ -208,6 +208,7 @@ def test_disable_puts_everything_back(pipe):
     assert not {"step", "set_timesteps"} & vars(pipe.scheduler).keys()
 
 
+@pytest.mark.slow
 def test_compiles_into_two_graphs(pipe):
     enable_cache(pipe, "N2-900-50-o1")
     expected = run(pipe)

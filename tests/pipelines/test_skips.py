@@ -164,6 +164,7 @@ def test_the_stored_feature_takes_the_place_of_the_middle(model):
     assert not any(torch.equal(each, fresh[0]) for each in fresh[1:])
 
 
+@pytest.mark.slow
 def test_copies_and_compiled_models_have_skips_of_their_own(model):
     wake(add_long_skips(model))
     expected, copied = predict(model), copy.deepcopy(model)

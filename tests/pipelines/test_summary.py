@@ -12,6 +12,7 @@ from skipdit.layers.flops import flop_counter
 SPECS = ["N3-1000-0-b0-o1", "N2-1000-0"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("spec", SPECS)
 @pytest.mark.parametrize("name", ["FluxPipeline (true guidance)", "WanPipeline", "DiTPipeline"])
 def test_share_of_flops_is_that_of_whole_calls(name, spec):

@@ -31,6 +31,7 @@ def bench_of(name: str, target: str | None = None, steps: int = len(KINDS)) -> P
     return bench
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name in BUILDERS if name not in BEGIN_LATER])
 def test_the_fit_runs_what_the_plan_runs(name):
     """The fit combines guided outputs, the plan those of every call of the model: images are equal."""
@@ -52,6 +53,7 @@ def test_the_second_transformer_begins_with_a_full_step():
     assert cache.run.counts() == {"full": 2, "cached": 0, "forecast": 8}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["FluxPipeline", "StableDiffusion3Pipeline", "DiTPipeline", "HunyuanVideoPipeline"])
 def test_the_converged_run_is_where_more_steps_lead(name):
     bench = bench_of(name)

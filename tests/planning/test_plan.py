@@ -21,7 +21,7 @@ from skipdit.diffusion.schedulers import SOLVERS
 from skipdit.evaluation.compare import check_plans, rows_for
 from skipdit.planning.calibration import Bench
 from skipdit.planning.controls import controls
-from skipdit.planning.fitting import Fit, LeastSquares, forecast
+from skipdit.planning.fitting import Fit, LeastSquares, extrapolated
 from skipdit.planning.schedules import affordable, full_steps, schedule
 from skipdit.sampling.class_conditional import generate
 from skipdit.tasks import find_task
@@ -109,6 +109,7 @@ def flow(names) -> list:
     return [pytest.param(name, True, id=f"flow-{name}") for name in names]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("sampler", "is_flow"), [*((name, False) for name in ("ddpm", "ddim", *SOLVERS)), *flow(FLOW_SOLVERS)]
 )
@@ -151,6 +152,7 @@ def test_the_fit_foresees_the_run_of_its_plan(target, batch_size, tmp_path):
         assert fitted.error == pytest.approx(made.error(fitted.plan), rel=1e-2, abs=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("sampler", "is_flow"), [("ddpm", False), ("dpm", False), ("unipc3", False), *flow(["euler", "unipc"])]
 )
@@ -175,7 +177,7 @@ def test_no_single_coefficient_is_better(tmp_path):
     fit.run()
     (own,), (goals,) = made.own, made.goals
     raw = {k: own.outputs[k] for k in (0, 1)}
-    change = raw[1] - raw[0]  # of the first forecast, if the cached step had not been there
+    change = raw[1] - raw[0]  # of the first extrapolation, if the cached step had not been there
 
     def distance(coefficient: float) -> float:
         moved = made.response[1, 1] * coefficient * change
@@ -199,9 +201,10 @@ def test_least_squares_weighs_samples_by_their_own_error():
 
 def test_combinations_are_those_of_the_runtime():
     stored = [torch.tensor([float(n * n)]) for n in (3, 2, 1)]
-    assert forecast(stored, torch.tensor([0.5, 2.0])).item() == 9 + 0.5 * 5 + 2 * 3
+    assert extrapolated(stored, torch.tensor([0.5, 2.0])).item() == 9 + 0.5 * 5 + 2 * 3
 
 
+@pytest.mark.slow
 def test_converged_images_are_those_of_many_steps(tmp_path):
     """Nearer to a run of 320 steps than the run of 32 of which they are extrapolated."""
     made = bench(tmp_path, "converged", steps=8, seed=3)
@@ -212,6 +215,7 @@ def test_converged_images_are_those_of_many_steps(tmp_path):
     assert far[2] < 0.5 * far[1] < far[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sampler", ["euler", "dpm"])
 def test_flow_matching_has_a_converged_run(sampler, tmp_path, flow_weights):
     made = bench(tmp_path, "converged", steps=6, sampler=sampler, weights=flow_weights)
@@ -233,9 +237,9 @@ def test_controls_cost_what_the_plan_does(tmp_path):
     rows = {row.name: row for row in controls(made, made.flops(CacheSpec(2)))}
     fewer = round(made.flops(CacheSpec(2)) / made.sampler.flops["full"])
     assert {f"{fewer} steps, {method}" for method in ("ddim", "dpm", "unipc3", "deis")} < set(rows)
-    assert rows["reuse N=2, 1.71x"].policy == CacheSpec(2) and rows["10 steps, ddim, uncached"].policy == CacheSpec()
+    assert rows["reuse N=2, 1.71x"].spec == CacheSpec(2) and rows["10 steps, ddim, uncached"].spec == CacheSpec()
     solved = rows[f"{fewer} steps, deis"]
-    assert made.error(solved.policy, solved.steps, solved.method) > 0
+    assert made.error(*solved[1:]) > 0
     assert made.sampler.method == "ddim"  # as before
 
 
@@ -355,7 +359,7 @@ def test_comparison_with_a_plan():
     model = SimpleNamespace(flops={"full": 10.0, "cached": 1.0}, timesteps=lambda steps: list(range(steps, 0, -1)))
     plan = CachePlan((4.0, 3.0, 2.0, 1.0), (None, (), None, (1.0,)))
     rows = rows_for(4, [2], CacheSpec(2), model, [plan])
-    assert [row.name for row in rows] == ["uncached", "reuse N=2", "forecast N=2", "2 steps", "a plan"]
+    assert [row.name for row in rows] == ["uncached", "reuse N=2", "extrapolate N=2", "2 steps", "a plan"]
     assert rows[-1].flops(model) == 22.0
     with pytest.raises(ValueError, match=r"--also D0\.2-o1: what it costs is not known"):
         rows_for(4, [2], CacheSpec(2), model, [parse_policy("D0.2-o1")])
@@ -392,7 +396,7 @@ def test_a_plan_for_other_runs_is_told(tmp_path, monkeypatch):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["class-to-image", "class-to-video", "text-to-video", "text-to-image"])
-def test_shipped_plans_beat_even_forecasts(name):
+def test_shipped_plans_beat_even_extrapolation(name):
     """On a sample that no plan was fitted to, by more than 1 dB."""
     file = ROOT / f"configs/{name}/demo.yaml"
     task, plan = find_task(str(file)), CachePlan.load(file.with_name("demo_plan.json"))

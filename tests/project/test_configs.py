@@ -296,6 +296,7 @@ def each(shipped: list[Shipped]):
     return pytest.mark.parametrize("shipped", shipped, ids=lambda s: f"{s.task}/{s.path.stem}")
 
 
+@pytest.mark.slow
 @each(ALL)
 def test_shipped_config_builds_its_model(shipped):
     assert shipped.latents[-1] % shipped.model.config.patch_size == 0
@@ -490,6 +491,7 @@ def number(text: str) -> float:
     return float(text.replace(",", "").replace("M", "e6"))
 
 
+@pytest.mark.slow
 @each(ALL)
 def test_settings_quoted_in_the_comment(shipped):
     """Steps, samples, the files of its neighbours, and settings as they are given on the command line."""
@@ -547,6 +549,7 @@ def adapters(shipped: Shipped) -> int:
     return sum(p.numel() for p in model.parameters() if p.requires_grad)
 
 
+@pytest.mark.slow
 @each(SAMPLING)
 def test_costs_quoted_in_the_comment(shipped):
     """Plans and the FLOPs that they save, with the overrides that the comment names; FLOPs of a sample."""

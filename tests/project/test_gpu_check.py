@@ -56,6 +56,7 @@ def test_every_section_runs(tiny):
     assert "training: share of the matmul rate" in tiny.told
 
 
+@pytest.mark.slow
 def test_whole_runs_find_what_latency_compiled(tiny):
     """On a GPU a second compilation would take a minute of eight."""
     results = {key: row["result"] for key, row in tiny.data["rows"].items()}

@@ -54,7 +54,7 @@ def test_compare_names_every_row_and_gives_its_result(sampling, tmp_path, capsys
     main(["compare", "--config", str(folder / "run.yaml"), "--intervals", "2", "--repeats", "1"])
     told = capsys.readouterr().err.replace("\r", "\n").splitlines()
     named = [line.partition(" (")[0] for line in told if line.endswith(" steps) ...")]
-    assert named[:3] == ["uncached", "reuse N=2", "forecast N=2"] and len(named) == 4
+    assert named[:3] == ["uncached", "reuse N=2", "extrapolate N=2"] and len(named) == 4
     results = [line for line in told if re.fullmatch(r".+: [\d.]+ s / image(, [\d.]+ dB)?", line)]
     assert [line.partition(":")[0] for line in results] == named
     assert told.index("uncached (none, 6 steps) ...") < told.index(results[0]) < told.index(results[-1])

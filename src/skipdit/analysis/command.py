@@ -160,16 +160,15 @@ def check(analysis: str, args: argparse.Namespace) -> None:
 @friendly_errors("starts anew")
 def main(args: argparse.Namespace) -> None:
     analysis = args.analysis
-    with friendly_errors("starts anew"):
-        check(analysis, args)
-        task, _ = read_settings(args)
-        subjects = open_subjects(task, args)
-        if analysis == "similarity" and "with skips" not in subjects:
-            raise UserError("similarity needs a model with skips: a plain one has no cached pass")
-        models = {}
-        for name, subject in subjects.items():
-            sizes = {"n_skips": subject.model.n_skips}
-            models[name] = ANALYSES[analysis](subject, args) | sizes
+    check(analysis, args)
+    task, _ = read_settings(args)
+    subjects = open_subjects(task, args)
+    if analysis == "similarity" and "with skips" not in subjects:
+        raise UserError("similarity needs a model with skips: a plain one has no cached pass")
+    models = {}
+    for name, subject in subjects.items():
+        sizes = {"n_skips": subject.model.n_skips}
+        models[name] = ANALYSES[analysis](subject, args) | sizes
     settings = {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()}
     del settings["analysis"]  # which has a place of its own
     found = {"analysis": analysis, "settings": settings, "models": models}

@@ -234,7 +234,7 @@ def dynamics(model: SkipTransformer, runs: list[list[Call]]) -> Tensor:
 def largest_singular_values(
     function: Callable[[Tensor], Tensor], x: Tensor, iterations: int = 50, tolerance: float = 1e-3, seed: int = 0
 ) -> tuple[Tensor, int]:
-    """Of the Jacobian of a function at x, for every row by itself, by power iteration on J^T J.
+    """Largest singular value of the Jacobian of a function at x, for every row by itself, by power iteration on J^T J.
 
     Args:
         function: (N, ...) -> (N, ...), whose rows do not depend on each other.

@@ -63,7 +63,7 @@ def similarity(record: Record) -> Figure:
 
 def _similarities(axes: Axes, runs: dict[str, Any], kind: str) -> None:
     """A line per cache over the cached steps, on a scale of nines. Caches that differ in their order only share a
-    colour: a forecast is drawn through, reuse is dashed. The shade is one standard deviation, towards the worse.
+    colour: extrapolation is drawn through, reuse is dashed. The shade is one standard deviation, towards the worse.
     """
     windows = list(dict.fromkeys(spec.removesuffix("-o1") for spec in runs))
     for spec, run in runs.items():

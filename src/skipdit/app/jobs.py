@@ -18,7 +18,8 @@ from skipdit.caching.plans import CachePlan
 from skipdit.caching.policies import CacheSpec, parse_policy
 from skipdit.caching.policy import CachePolicy
 from skipdit.config import load_config, to_yaml
-from skipdit.evaluation.compare import Row, check_plans, compare, rows_for
+from skipdit.evaluation.compare import check_plans, compare, rows_for
+from skipdit.sampling.rows import Row
 from skipdit.sampling.sampler import Sampler
 from skipdit.tasks import Task, find_task
 from skipdit.utils.errors import UserError
@@ -27,7 +28,7 @@ from skipdit.utils.provenance import fingerprint
 from skipdit.utils.shipped import find_config, found
 from skipdit.utils.video import write_gif
 
-CHOICES = ("reuse", "forecast", "plan", "fewer steps")  # caches that follow the budget; others are specs or files
+CHOICES = ("reuse", "extrapolate", "plan", "fewer steps")  # caches that follow the budget; others are specs or files
 MOST = 3  # caches of a comparison
 INTERVALS = range(2, 16)
 
@@ -180,7 +181,7 @@ def rows_of(request: Request, task: Task, sampler: Sampler, policies: dict[str, 
         notes += [why] * (not plan)
     also = policies | ({"plan": plan} if plan else {})
     uncached, *regular = rows_for(steps, [interval], window, sampler, list(also.values()))
-    named = dict(zip(["reuse", "forecast", "fewer steps", *also], regular, strict=True))
+    named = dict(zip(["reuse", "extrapolate", "fewer steps", *also], regular, strict=True))
     return [uncached, *(named[name] for name in request.caches if name in named)], notes
 
 

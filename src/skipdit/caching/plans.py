@@ -21,7 +21,7 @@ class CachePlan(CachePolicy):
 
     With the coefficients u, v, ... a step uses f0 + u (f0 - f1) + v (f1 - f2) + ... in place of f0, where f0, f1, ...
     are what is stored, newest first. None reuse f0; one that is the number of steps since f0 over the distance of f0
-    and f1 is a linear forecast.
+    and f1 is a linear extrapolation.
 
     Attributes:
         timesteps: of the run, in sampling order.
@@ -162,12 +162,12 @@ class CachePlan(CachePolicy):
         return self.kinds
 
     def coefficients(self, i: int, known: tuple[int, ...]) -> Sequence[float]:
-        """Those of step i; if a stream sat out one of the plan's full steps, those of a linear forecast."""
+        """Those of step i; if a stream sat out one of the plan's full steps, those of a linear extrapolation."""
         used = 1 + len(self.features[i])
         return self.features[i] if self._full(i)[-used:] == known[-used:] else linear_coefficients(i, known)
 
     def output_coefficients(self, i: int, known: tuple[int, ...]) -> Sequence[float]:
-        """Those of step i; if a stream sat out one of the steps that it needs, those of a linear forecast, or none."""
+        """Those of step i; if a stream sat out one that it needs, those of a linear extrapolation, or none."""
         used = 1 + len(self.outputs[i])
         if known_outputs(self.kinds, i)[-used:] == known[-used:]:
             return self.outputs[i]

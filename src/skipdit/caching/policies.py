@@ -167,7 +167,7 @@ def _check(branch: int, order: int) -> None:
     if branch < 0:
         raise UserError(f"cache branch is {branch}; it must be 0, which runs no layer, or more")
     if order not in (0, 1):
-        raise UserError(f"cache order is {order}; 0 reuses the stored feature, 1 forecasts it linearly")
+        raise UserError(f"cache order is {order}; 0 reuses the stored feature, 1 extrapolates it linearly")
 
 
 def _suffix(branch: int, order: int) -> str:

@@ -84,7 +84,7 @@ class CachePolicy(ABC):
 
     def coefficients(self, i: int, known: tuple[int, ...]) -> Sequence[float]:
         """Return the coefficients u, v, ... of cached step i, at most `order`: it uses f0 + u (f0 - f1) + v (f1 - f2)
-        + ... of the last features, f0 the newest. By default those of a linear forecast.
+        + ... of the last features, f0 the newest. By default those of a linear extrapolation.
 
         Args:
             known: the steps whose features are stored, newest last, at most `order` + 1.
@@ -93,8 +93,8 @@ class CachePolicy(ABC):
 
     def output_coefficients(self, i: int, known: tuple[int, ...]) -> Sequence[float]:
         """Return the coefficients by which step i combines outputs of the model as `coefficients` does features: those
-        of earlier steps if it is a forecast, else its own and theirs. By default a forecast is linear, and every other
-        step returns its own output.
+        of earlier steps if it is a forecast, else its own and theirs. By default a forecast extrapolates linearly, and
+        every other step returns its own output.
 
         Args:
             known: the steps whose outputs are there, i among them unless it is a forecast, newest last.

@@ -153,17 +153,17 @@ def _model_class(name: str) -> type[nn.Module]:
     return model_class
 
 
+@friendly_errors("starts anew")
 def main(args: argparse.Namespace) -> None:
-    with friendly_errors("starts anew"):
-        if args.command == "verify":
-            print(verify(args.source))
-            return
-        dtype = getattr(torch, args.dtype)
-        if args.command == "average":
-            content = combine(args.source, args.length, args.step)
-            write_weights(content["ema"], args.out, dtype, content["config"])
-        elif args.command == "convert":
-            convert(args.source, args.out, _model_class(args.model_class), dtype, args.num_heads, args.skips)
-        else:
-            export(args.source, args.out, dtype, args.skips)
+    if args.command == "verify":
+        print(verify(args.source))
+        return
+    dtype = getattr(torch, args.dtype)
+    if args.command == "average":
+        content = combine(args.source, args.length, args.step)
+        write_weights(content["ema"], args.out, dtype, content["config"])
+    elif args.command == "convert":
+        convert(args.source, args.out, _model_class(args.model_class), dtype, args.num_heads, args.skips)
+    else:
+        export(args.source, args.out, dtype, args.skips)
     print(args.out)

@@ -156,10 +156,10 @@ def _check(path: Path, item: Item) -> None:
         )
 
 
+@friendly_errors()
 def main(args: argparse.Namespace) -> None:
     folder = args.dir or Path(FOLDERS[args.task])
-    with friendly_errors():
-        for name, item in select(args.task, args.only).items():
-            print(f"{name:<18}{item} -> {folder / item.folder}")
-        if not args.dry_run:
-            print(*download(args.task, folder, args.only), sep="\n")
+    for name, item in select(args.task, args.only).items():
+        print(f"{name:<18}{item} -> {folder / item.folder}")
+    if not args.dry_run:
+        print(*download(args.task, folder, args.only), sep="\n")

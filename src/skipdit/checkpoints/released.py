@@ -20,7 +20,6 @@ _OURS_TO_RELEASED = [
     (re.compile(r"^skips\.(\d+)\.norm\."), r"skip_norms.\1."),
     (re.compile(r"^skips\.(\d+)\.linear\."), r"skip_linears.\1.linear."),
 ]
-ORDERS = ("inside-out", "outside-in")  # how a checkpoint numbers its skips; ours begin with the innermost
 _IN_BLOCKS = re.compile(r"^blocks\.(\d+)\.skip_(?:norm|linear)\.")  # Hunyuan-DiT keeps them in its deep blocks
 _WRAPPERS = re.compile(r"^(?:module\.|_orig_mod\.)+|(?<=\.)_orig_mod\.")  # of DistributedDataParallel, torch.compile
 

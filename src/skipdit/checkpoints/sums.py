@@ -52,7 +52,7 @@ def verify(source: Path) -> str:
 
 
 def sha256(path: str | Path) -> str:
-    """Of a file's bytes, in hex digits."""
+    """Return the digest of a file's bytes, in hex digits."""
     digest = hashlib.sha256()
     with open(path, "rb") as file:
         while block := file.read(2**24):

@@ -3,9 +3,9 @@
     python -m skipdit compare --config configs/class-to-image/demo.yaml
     python -m skipdit compare --config configs/text-to-video/demo.yaml --also configs/text-to-video/demo_plan.json
 
-Rows: the uncached run, reuse (order 0), forecast (order 1), and simply fewer steps at the cost of the cached run. Every
-row starts from the same noise. A stochastic sampler draws more of it in every step: there fewer steps make another
-image, and their PSNR means nothing.
+Rows: the uncached run, and per interval: cached steps that reuse the stored feature (order 0), cached steps that
+extrapolate it (order 1), and simply fewer steps at the same cost. Every row starts from the same noise. A stochastic
+sampler draws more of it in every step: there fewer steps make another image, and their PSNR means nothing.
 
 Takes a sampler's config; writes compare.png (of clips, four frames of two) and compare.json into its `out`, and of
 clips compare.gif: a line per row, all in motion.

@@ -20,6 +20,6 @@ def read_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     return argparse.Namespace(task=task, config=task.part("settings").read_arguments(__doc__, rest))
 
 
+@friendly_errors()
 def main(args: argparse.Namespace) -> None:
-    with friendly_errors():
-        args.task.sample(args.config)
+    args.task.sample(args.config)

@@ -24,14 +24,14 @@ def read_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     return argparse.Namespace(task=task, config=config, dry_run=dry_run)
 
 
+@friendly_errors()
 def main(args: argparse.Namespace) -> None:
-    with friendly_errors():
-        if isinstance(args, train_new.Arguments):
-            from skipdit.training.new import main as write_configs  # brings torch
+    if isinstance(args, train_new.Arguments):
+        from skipdit.training.new import main as write_configs  # brings torch
 
-            return write_configs(args)
-        args.task.train(args.config, args.dry_run)
-        if not args.dry_run:
-            from skipdit.training.prepare import tell_next_step  # brings torch
+        return write_configs(args)
+    args.task.train(args.config, args.dry_run)
+    if not args.dry_run:
+        from skipdit.training.prepare import tell_next_step  # brings torch
 
-            tell_next_step(args.config)
+        tell_next_step(args.config)

@@ -19,9 +19,9 @@ from skipdit.utils.files import naming
 from skipdit.utils.signals import leave_signals_to_parent
 
 
+@friendly_errors("starts anew")
 def main(args: argparse.Namespace) -> None:
-    with friendly_errors("starts anew"):
-        broken = check(args)
+    broken = check(args)
     raise SystemExit(1 if broken else 0)
 
 

@@ -85,12 +85,8 @@ def open_dataset(args: argparse.Namespace) -> Dataset:
     )
 
 
+@friendly_errors()
 def main(args: argparse.Namespace) -> None:
-    with friendly_errors():
-        run(args)
-
-
-def run(args: argparse.Namespace) -> None:
     state = process_state()
     vae = load_vae(args.vae)
     latent_size(args.image_size, vae)

@@ -21,17 +21,17 @@ from skipdit.utils.files import naming, whole_file
 DTYPES = ("float16", "bfloat16", "float32")
 
 
+@friendly_errors()
 def main(args: argparse.Namespace) -> None:
-    with friendly_errors():
-        reading = READINGS[args.role]
-        reading = reading._replace(max_tokens=reading.max_tokens if args.max_tokens is None else args.max_tokens)
-        captions = captions_to_train(load_section(args.config, args.overrides))
-        state = process_state()
-        with state.local_main_process_first():  # an encoder from the Hub is fetched once
-            encoder_dtype = getattr(torch, args.encoder_dtype)
-            encoder = load_text_encoder(args.text_encoder, args.tokenizer, encoder_dtype, reading)
-        dtype = getattr(torch, args.dtype)
-        encode_captions(encoder.to(state.device), captions, args.out, dtype, args.batch_size, args.shard)
+    reading = READINGS[args.role]
+    reading = reading._replace(max_tokens=reading.max_tokens if args.max_tokens is None else args.max_tokens)
+    captions = captions_to_train(load_section(args.config, args.overrides))
+    state = process_state()
+    with state.local_main_process_first():  # an encoder from the Hub is fetched once
+        encoder_dtype = getattr(torch, args.encoder_dtype)
+        encoder = load_text_encoder(args.text_encoder, args.tokenizer, encoder_dtype, reading)
+    dtype = getattr(torch, args.dtype)
+    encode_captions(encoder.to(state.device), captions, args.out, dtype, args.batch_size, args.shard)
     if state.is_main_process:
         print(f"{len(captions)} captions, embeddings in {args.out}")
 

@@ -249,7 +249,7 @@ def main(args: argparse.Namespace) -> None:
     args.out = Path(args.out or (run / EVALUATION if run.is_dir() else run.with_suffix("") / EVALUATION))
     args.features = Path(getattr(args, "features", None) or args.out / "features")
     args.weights = {name: getattr(args, f"{name}_weights", None) for name in BACKBONES}
-    with friendly_errors(), torch.no_grad():
+    with torch.no_grad():
         if getattr(args, "batch_size", 1) < 1:
             raise UserError(f"--batch-size is {args.batch_size}; it must be at least 1")
         torch.backends.cudnn.allow_tf32 = False  # figures are of float32

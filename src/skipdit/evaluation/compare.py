@@ -6,7 +6,6 @@ import sys
 import time
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 
@@ -16,12 +15,12 @@ from torch import Tensor
 
 from skipdit.caching.policies import CacheSpec, parse_policy
 from skipdit.caching.policy import CachePolicy
-from skipdit.caching.runtime import SkipCache
 from skipdit.cli import friendly_errors
 from skipdit.config import to_dict
-from skipdit.layers.flops import run_flops, uncached_steps
+from skipdit.layers.flops import uncached_steps
 from skipdit.metrics import FIDELITY_COLUMNS, fidelity_cells, measure_fidelity
 from skipdit.sampling.report import step_counts, steps_column
+from skipdit.sampling.rows import Row
 from skipdit.sampling.sampler import Sampler
 from skipdit.tasks import read_settings
 from skipdit.utils.errors import UserError
@@ -30,34 +29,19 @@ from skipdit.utils.provenance import fingerprint, versions
 from skipdit.utils.video import side_by_side, write_gif
 
 
-@dataclass
-class Row:
-    """One way to sample."""
-
-    name: str
-    spec: CachePolicy
-    steps: int
-
-    def cache(self, sampler: Sampler) -> SkipCache:
-        return SkipCache(self.spec, sampler.timesteps(self.steps))
-
-    def flops(self, sampler: Sampler) -> float:
-        return run_flops(self.cache(sampler), sampler.flops)
-
-
 def rows_for(
     steps: int, intervals: list[int], window: CacheSpec, sampler: Sampler, also: Sequence[CachePolicy] = ()
 ) -> list[Row]:
-    """Uncached; per interval: reuse, forecast, and the number of uncached steps nearest to their FLOPs; other policies.
+    """Uncached; per interval: reuse, extrapolation, and the number of uncached steps nearest to their FLOPs; others.
 
     Raises ValueError for a policy that decides at run time, whose cost is not known here.
     """
     rows = [Row("uncached", CacheSpec(), steps)]
     for interval in intervals:
         reuse = Row(f"reuse N={interval}", CacheSpec(interval, window.start, window.stop, window.branch), steps)
-        forecast = Row(f"forecast N={interval}", reuse.spec.with_order(1), steps)
+        extrapolate = Row(f"extrapolate N={interval}", reuse.spec.with_order(1), steps)
         fewer = uncached_steps(reuse.flops(sampler), sampler.flops)
-        rows += [reuse, forecast, Row(f"{fewer} steps", CacheSpec(), fewer)]
+        rows += [reuse, extrapolate, Row(f"{fewer} steps", CacheSpec(), fewer)]
     if drifts := [str(policy) for policy in also if policy.adaptive]:
         raise UserError(f"--also {drifts[0]}: what it costs is not known before; benchmarks/compare.py counts it")
     for policy in also:
@@ -169,14 +153,13 @@ def picture(table: list[dict], tiles: Sequence[Tensor]) -> Image.Image:
 
 @friendly_errors("starts anew")
 def main(args: argparse.Namespace) -> None:
-    with friendly_errors("starts anew"):
-        also = [parse_policy(spec) for spec in args.also]
-        task, config = read_settings(args)
-        sampler = task.open_sampler(config, args.branch)
-        check_plans(also, sampler)
-        window = CacheSpec(2, task.window.start, task.window.stop, args.branch)
-        rows = rows_for(config.steps, args.intervals, window, sampler, also)
-        table, samples = compare(sampler, rows, args.repeats)
+    also = [parse_policy(spec) for spec in args.also]
+    task, config = read_settings(args)
+    sampler = task.open_sampler(config, args.branch)
+    check_plans(also, sampler)
+    window = CacheSpec(2, task.window.start, task.window.stop, args.branch)
+    rows = rows_for(config.steps, args.intervals, window, sampler, also)
+    table, samples = compare(sampler, rows, args.repeats)
     out, unit = Path(config.out), sampler.unit
     out.mkdir(parents=True, exist_ok=True)
     with whole_file(out / "compare.png", keep_suffix=True) as partial:

@@ -2,7 +2,7 @@
 
 Every backbone is `depth` layers, 0 .. L-1, with n skips that join layer i to layer L-1-i for i < n (Skip-DiT, arXiv
 2411.17616, section 3). A *full* pass runs all of them and hands out the input of layer L-b. A *cached* pass runs
-layers 0 .. b-1, puts that feature (from an earlier full pass, or a forecast) where the middle would have ended, and
+layers 0 .. b-1, puts that feature (of an earlier full pass, or extrapolated) where the middle would have ended, and
 runs layers L-b .. L-1: the shallow features, and so the skips, are fresh. A plain backbone has no skips to bring what
 is fresh; there the feature is what the middle layers added to the stream, so that the fresh part goes on through it. A
 *forecast* step runs nothing at all: `caches_output` returns what the cache has in place of the model's output.
@@ -161,7 +161,7 @@ class SkipTransformer(ModelMixin, ConfigMixin):
 
     @property
     def flow_shift(self) -> float | None:
-        """Of a model trained by flow matching, the shift of its times, see `diffusion.flow`; None for noise or v. It is
+        """Shift of the times of a model trained by flow matching, see `diffusion.flow`; None for noise or v. It is
         an entry of the config, and so of checkpoints.
         """
         return self.config.flow_shift

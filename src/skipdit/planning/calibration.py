@@ -68,7 +68,33 @@ class Fitted:
     error: float
 
 
-class Bench:
+class BaseBench:
+    """Runs that plans are fitted on: what policies cost in them. Subclasses make the runs, and measure errors.
+
+    Attributes:
+        sampler: has FLOPs of steps, `solvers`, and the `method` of the runs.
+        steps: of a run.
+        runs: about how many runs of a plan's cost it takes to find one, controls included.
+    """
+
+    sampler: Any
+    steps: int
+    timesteps: tuple[float, ...]
+    runs: int
+
+    @property
+    def cached_cost(self) -> float:
+        """Cost of a cached step, over that of a full one."""
+        return self.sampler.flops["cached"] / self.sampler.flops["full"]
+
+    def flops(self, policy: CachePolicy) -> float:
+        return run_flops(SkipCache(policy, self.timesteps), self.sampler.flops)
+
+    def speedup(self, policy: CachePolicy) -> float:
+        return self.steps * self.sampler.flops["full"] / self.flops(policy)
+
+
+class Bench(BaseBench):
     """Runs of one sampler, and the target that they are measured by.
 
     Args:
@@ -76,9 +102,6 @@ class Bench:
         steps: of a run.
         branch: b, of cached steps.
         target: "sampler": the uncached run itself; "converged": what it tends to with ever more steps.
-
-    Attributes:
-        runs: about how many runs of a plan's cost it takes to find one, controls included.
 
     Raises ValueError for a sampler that cannot be planned, or has no converged run.
     """
@@ -177,14 +200,3 @@ class Bench:
         changes = [(a - b).div(2) for a, b in zip(images, self.references[target], strict=True)]
         squares = torch.cat([change.square().flatten(1).mean(1) for change in changes])
         return squares.clamp_min(TINY).log().mean().div(2).exp().item()
-
-    @property
-    def cached_cost(self) -> float:
-        """Of a cached step, over that of a full one."""
-        return self.sampler.flops["cached"] / self.sampler.flops["full"]
-
-    def flops(self, policy: CachePolicy) -> float:
-        return run_flops(SkipCache(policy, self.timesteps), self.sampler.flops)
-
-    def speedup(self, policy: CachePolicy) -> float:
-        return self.steps * self.sampler.flops["full"] / self.flops(policy)

@@ -25,13 +25,13 @@ from skipdit.utils.files import whole_file
 from skipdit.utils.provenance import fingerprint
 
 
+@friendly_errors("starts anew")
 def main(args: argparse.Namespace) -> None:
-    with friendly_errors("starts anew"):
-        if not args.out.endswith(".json") or Path(args.out).is_dir():
-            raise UserError(f"--out {args.out}: a plan is a file that ends in .json")
-        if args.max_error is not None and not args.max_error > 0:
-            raise UserError(f"--max-error is {args.max_error:g}; it must be above 0")
-        plan = from_pipeline(args) if args.pipeline else from_config(args)
+    if not args.out.endswith(".json") or Path(args.out).is_dir():
+        raise UserError(f"--out {args.out}: a plan is a file that ends in .json")
+    if args.max_error is not None and not args.max_error > 0:
+        raise UserError(f"--max-error is {args.max_error:g}; it must be above 0")
+    plan = from_pipeline(args) if args.pipeline else from_config(args)
     errors = plan.about["errors"]
     print("\n".join(table(errors, plan.about["target"])))
     same = {name: error for name, error in errors.items() if not name.endswith("uncached")}  # that costs more

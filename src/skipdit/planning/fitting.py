@@ -82,11 +82,11 @@ class LeastSquares:
 
 
 def differences(stored: list[Tensor], most: int) -> list[Tensor]:
-    """Of what is stored, newest first: f0 - f1, f1 - f2, ..."""
+    """Differences of what is stored, newest first: f0 - f1, f1 - f2, ..."""
     return [new - old for new, old in pairwise(stored[: most + 1])]
 
 
-def forecast(stored: list[Tensor], coefficients: Tensor) -> Tensor:
+def extrapolated(stored: list[Tensor], coefficients: Tensor) -> Tensor:
     """`combined` of what is stored, newest first, in float32; returned in its dtype."""
     return combined([x.float() for x in reversed(stored)], coefficients.tolist()).to(stored[0].dtype)
 
@@ -166,7 +166,7 @@ class Fit:
             for batch, state in enumerate(states):
                 if kind == CACHED:
                     self._compute(batch, state, k)
-                output = forecast(state.outputs, self.outputs[k])
+                output = extrapolated(state.outputs, self.outputs[k])
                 state.used.append(self._guided(output, batch, k) - self.own[batch].outputs[k])
         return states
 
@@ -192,7 +192,7 @@ class Fit:
         return double(self.guide(predicted_noise(output, shape)))
 
     def _guess(self, k: int, state: State) -> Tensor:
-        """A linear forecast for the features of step k; empty if it uses none."""
+        """Coefficients of a linear extrapolation to the feature of step k; empty if it uses none."""
         if self.kinds[k] != CACHED:
             return torch.zeros(0, dtype=torch.float64)
         count = len(differences(state.features, self.memory[0]))
@@ -206,7 +206,7 @@ class Fit:
         """What each coefficient of step k does to its guided output, and the output without corrections."""
         kind, moves = self.kinds[k], []
         if kind == CACHED:
-            feature = forecast(state.features, guess)
+            feature = extrapolated(state.features, guess)
             output = self._call(batch, state, k, CacheStep(self.branch, feature))
             here = self._guided(output, batch, k)
             for change in differences(state.features, len(guess)):
@@ -227,6 +227,6 @@ class Fit:
             if CACHED in self.kinds:
                 state.features.insert(0, step.kept_feature)
         else:
-            feature = forecast(state.features, self.features[k])
+            feature = extrapolated(state.features, self.features[k])
             state.outputs.insert(0, self._call(batch, state, k, CacheStep(self.branch, feature)))
         del state.outputs[self.memory[1] + 1 :], state.features[self.memory[0] + 1 :]

@@ -24,12 +24,10 @@ from tqdm import tqdm
 from skipdit.caching.plans import CachePlan
 from skipdit.caching.policies import CacheSpec
 from skipdit.caching.policy import FORECAST, FULL, CachePolicy
-from skipdit.caching.runtime import SkipCache
-from skipdit.layers.flops import run_flops
 from skipdit.layers.inspect import replaced
 from skipdit.pipelines.cache import disable_cache, enable_cache
 from skipdit.pipelines.denoiser import denoisers
-from skipdit.planning.calibration import MEMORY, Fitted
+from skipdit.planning.calibration import MEMORY, BaseBench, Fitted
 from skipdit.planning.fitting import TINY, LeastSquares, differences
 from skipdit.planning.search import budget_of, find_plan
 from skipdit.utils.device import double
@@ -73,8 +71,8 @@ class _OtherTimesteps(Exception):
     """A longer run does not pass the timesteps of the bench's."""
 
 
-class PipelineBench:
-    """Calls of one pipeline, and the target that they are measured by; stands in for `planning.calibration.Bench`.
+class PipelineBench(BaseBench):
+    """Calls of one pipeline, and the target that they are measured by.
 
     Args:
         pipe: the pipeline.
@@ -91,7 +89,7 @@ class PipelineBench:
     Raises ValueError for `UNPLANNED` arguments, and a scheduler that makes more or fewer steps than it is asked for.
     """
 
-    branch, cached_cost, runs = 0, 0.0, 20
+    branch, runs = 0, 20
 
     def __init__(
         self, pipe: DiffusionPipeline, arguments: dict[str, Any], steps: int, seed: int, target: str | None = None
@@ -135,7 +133,7 @@ class PipelineBench:
             coarse, fine = finer
             ratio = max(_norm(own.latents[-1] - coarse[-1]) / max(_norm(coarse[-1] - fine[-1]), TINY), 2.0)
             self.goals = [b + (b - a) / (ratio - 1) for a, b in zip(coarse, fine, strict=True)]
-        self.reference = self._call(CacheSpec(), self.steps, goal=self.goals[-1])
+        self.reference = self.images(CacheSpec(), self.steps, goal=self.goals[-1])
         self._known.clear()
 
     def _refined(self, factor: int) -> list[Tensor] | None:
@@ -176,7 +174,7 @@ class PipelineBench:
             for place, model in enumerate(denoisers(self.pipe)):
                 hook = model.register_forward_pre_hook(lambda *_, place=place: run.models[-1].add(place))
                 hooks.callback(hook.remove)
-            self._call(CacheSpec(), steps, step)
+            self.images(CacheSpec(), steps, step)
         return run
 
     def _random_states(self) -> list[Tensor]:
@@ -215,7 +213,7 @@ class PipelineBench:
             used = stored[0] + sum(u * move for u, move in zip(coefficients[-1], moves, strict=True))
             return own(used.to(output.dtype), t, latents, *args, **kwargs)
 
-        images = self._call(_Kinds(kinds) if FORECAST in kinds else CacheSpec(), self.steps, step)
+        images = self.images(_Kinds(kinds) if FORECAST in kinds else CacheSpec(), self.steps, step)
         return Fitted(
             CachePlan(self.timesteps, (None,) * self.steps, 0, kinds, tuple(coefficients)),
             distance(images, self.reference),
@@ -228,20 +226,10 @@ class PipelineBench:
             self._known[key] = distance(self.images(*key), self.reference)
         return self._known[key]
 
-    def flops(self, policy: CachePolicy) -> float:
-        return run_flops(SkipCache(policy, self.timesteps), self.sampler.flops)
-
-    def speedup(self, policy: CachePolicy) -> float:
-        return self.steps / self.flops(policy)
-
-    def images(self, policy: CachePolicy, steps: int) -> np.ndarray:
-        """Images (N, H, W, 3), or clips (N, F, H, W, 3), in [0, 1]."""
-        return self._call(policy, steps)
-
-    def _call(
+    def images(
         self, policy: CachePolicy, steps: int, step: Callable | None = None, goal: Tensor | None = None
     ) -> np.ndarray:
-        """Call the pipeline.
+        """Call the pipeline. Returns images (N, H, W, 3), or clips (N, F, H, W, 3), in [0, 1].
 
         Args:
             step: called in place of the scheduler's, which is its first argument.

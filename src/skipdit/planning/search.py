@@ -7,7 +7,7 @@ from typing import Any
 from tqdm import tqdm
 
 from skipdit.caching.plans import CachePlan
-from skipdit.planning.calibration import Bench, Fitted
+from skipdit.planning.calibration import BaseBench, Fitted
 from skipdit.planning.controls import controls
 from skipdit.planning.schedules import affordable, schedule
 from skipdit.utils.errors import UserError
@@ -31,7 +31,7 @@ class Search:
         tried: kinds of steps -> the fitted plan.
     """
 
-    def __init__(self, bench: Bench, budget: float, progress: tqdm):
+    def __init__(self, bench: BaseBench, budget: float, progress: tqdm):
         self.bench, self.budget, self.progress = bench, budget, progress
         self.tried: dict[str, Fitted] = {}
 
@@ -58,7 +58,7 @@ class Search:
         return self.tried[self.kinds(*chosen)]
 
 
-def make_plan(bench: Bench, budget: float) -> tuple[Fitted, dict[str, float]]:
+def make_plan(bench: BaseBench, budget: float) -> tuple[Fitted, dict[str, float]]:
     """The best plan of a cost, and the errors of it and of the controls.
 
     Args:
@@ -78,10 +78,10 @@ def make_plan(bench: Bench, budget: float) -> tuple[Fitted, dict[str, float]]:
     best = min(search.tried.values(), key=lambda fitted: fitted.error)
     errors = {"plan": bench.error(best.plan)} | {name: fitted.error for name, fitted in alone.items()}
     beside = tqdm(controls(bench, bench.flops(best.plan)), desc="controls", unit="run")
-    return best, errors | {each.name: bench.error(each.policy, each.steps, each.method) for each in beside}
+    return best, errors | {each.name: bench.error(*each[1:]) for each in beside}
 
 
-def within(bench: Bench, most: float) -> tuple[Fitted, dict[str, float]]:
+def within(bench: BaseBench, most: float) -> tuple[Fitted, dict[str, float]]:
     """As `make_plan`, with the fewest full steps' worth whose plan has at most this error. Found by halving, as if a
     larger budget never gave a larger error; each try is a whole plan.
     """
@@ -97,7 +97,7 @@ def within(bench: Bench, most: float) -> tuple[Fitted, dict[str, float]]:
 
 
 def find_plan(
-    bench: Bench,
+    bench: BaseBench,
     budget: float | None,
     max_error: float,
     made_for: dict[str, Any],
@@ -107,7 +107,6 @@ def find_plan(
     first what that will cost.
 
     Args:
-        bench: may be a `PipelineBench`, too.
         made_for, calibration: entries of the plan's file.
 
     Raises ValueError for a bench that cannot be planned for, or a budget that buys no plan.

@@ -13,5 +13,5 @@ def table(errors: dict[str, float], target: str) -> Iterator[str]:
 
 
 def psnr_of(error: float) -> float:
-    """Of an error as `Bench.error` gives it, in dB."""
+    """PSNR in dB of an error as `Bench.error` gives it."""
     return math.inf if error < 2e-10 else -20 * math.log10(error)

@@ -10,6 +10,7 @@ import torch
 from diffusers import AutoencoderKL
 from torch import Tensor
 
+from skipdit.caching.policies import parse_policy
 from skipdit.caching.policy import CachePolicy
 from skipdit.caching.runtime import SkipCache
 from skipdit.diffusion.flow import FLOW_SOLVERS
@@ -43,6 +44,12 @@ class Sampler(ABC):
     unit: str = "image"
     suffix: str = "png"
     overview: str = "sheet.png"
+
+    @classmethod
+    def from_config(cls, config: Any) -> "Sampler":
+        """Open the sampler of a config, for the branch of its cache."""
+        policy = parse_policy(config.cache)
+        return cls(config, policy.branch if policy.caches else None)
 
     @property
     def solvers(self) -> Sequence[str]:

@@ -101,7 +101,7 @@ class SpectralLimit:
         self.kind, self.weight, self.cap = kind, weight, cap
 
     def largest(self) -> Largest:
-        """Of all skips. Where weights are sharded, every process has to call it."""
+        """Largest singular values of all skips. Where weights are sharded, every process has to call it."""
         weights = [linear.weight.detach() for linear in self._linears]
         return largest_singular(torch.stack([w.full_tensor() if isinstance(w, DTensor) else w for w in weights]))
 
