@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 
 import skipdit
 from skipdit.checkpoints.errors import WeightsError
-from skipdit.checkpoints.files import load_checkpoint, load_state
+from skipdit.checkpoints.files import load_checkpoint, load_state, record_of, recorded_settings
 from skipdit.checkpoints.loading import identify, load_weights
 from skipdit.checkpoints.released import from_released, to_released
 from skipdit.checkpoints.sums import verify
@@ -509,7 +509,8 @@ def test_convert_and_export_a_training_checkpoint(model, tmp_path):
     assert_same(DiT.from_pretrained(tmp_path / "folder").state_dict(), ema.state_dict())
     run_cli("export", tmp_path / "run", tmp_path / "small.pt", "--dtype", "float16")
     content = load_checkpoint(tmp_path / "small.pt")
-    assert content.keys() == {"ema"} and "skip_norms.0.weight" in content["ema"]
+    assert content.keys() == {"ema", "config", "args", "step"} and "skip_norms.0.weight" in content["ema"]
+    assert content["config"].items() >= TINY.items() and (content["args"], content["step"]) == (args, 7)
     halves = {name: tensor.half() for name, tensor in ema.state_dict().items()}
     assert_same(load_state(tmp_path / "small.pt"), halves)
 
@@ -521,8 +522,7 @@ def test_convert_and_export_keep_that_a_model_is_of_flow_matching(tmp_path):
     checkpoint.save(place, 7, model, ema, torch.optim.AdamW(model.parameters()), {}, keep=1, writer=True)
     run_cli("export", tmp_path / "run", tmp_path / "small.pt")
     for source in ("run", "small.pt"):
-        heads = ["--num-heads", "2"] if source == "small.pt" else []
-        run_cli("convert", tmp_path / source, tmp_path / f"{source}-folder", *heads)
+        run_cli("convert", tmp_path / source, tmp_path / f"{source}-folder")
     for name in ("run", "small.pt", "run-folder", "small.pt-folder"):
         model = tiny()
         load_weights(model, tmp_path / name)
@@ -533,10 +533,14 @@ def test_convert_and_export_keep_that_a_model_is_of_flow_matching(tmp_path):
         load_weights(tiny(), tmp_path / "run-folder")
 
 
-def test_export_round_trip_is_bit_exact(model, tmp_path):
+@pytest.mark.parametrize("name", ["out.pt", "out.safetensors"])
+def test_export_round_trip_is_bit_exact(model, tmp_path, name):
     model.save_pretrained(tmp_path / "folder")
-    run_cli("export", tmp_path / "folder", tmp_path / "out.pt")
-    assert_same(load_state(tmp_path / "out.pt"), model.state_dict())
+    run_cli("export", tmp_path / "folder", tmp_path / name)
+    assert_same(load_state(tmp_path / name), model.state_dict())
+    assert recorded_settings(tmp_path / name).items() >= TINY.items()
+    run_cli("export", tmp_path / name, tmp_path / "again.pt")
+    assert record_of(tmp_path / "again.pt") == record_of(tmp_path / name)
     assert not list(tmp_path.glob("*.partial"))
 
 

@@ -30,6 +30,7 @@ from skipdit.checkpoints.loading import identify
 from skipdit.class_to_image import sample, train
 from skipdit.class_to_video import sample as video_sample
 from skipdit.class_to_video import train as video_train
+from skipdit.commands import app, demo
 from skipdit.config import ConfigError, changed, load_config, to_yaml
 from skipdit.data.settings import ClipData
 from skipdit.data.stream import rows_of
@@ -886,6 +887,17 @@ def test_a_seed_that_other_programs_draw_is_refused(task, kind):
         load_config(SCRIPTS[task][kind].Config, None, given)
     with pytest.raises(ValueError, match="seed is -1"):
         seed_of(-1, 3)
+
+
+@pytest.mark.parametrize("command", [app, demo], ids=["app", "demo"])
+def test_files_that_no_user_named_are_found_without_a_word(tmp_path, monkeypatch, capsys, command):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(app, "find_spec", lambda package: package)  # gradio is not everybody's
+    shipped._told.cache_clear()
+    config = command.read_arguments([]).config
+    config = config if command is demo else config[0]
+    load_config(find_task(config).schema, config)  # as the command itself does then
+    assert not capsys.readouterr().err
 
 
 def test_files_of_the_project_are_found_in_any_folder(tmp_path, monkeypatch, capsys):

@@ -231,12 +231,12 @@ def test_command_lines_of_the_original(sampling, tmp_path, monkeypatch, argument
 
 
 def test_conversion(sampling, tmp_path, capsys):
-    """A Latte is converted as one; as a DiT it is refused with its name."""
+    """A Latte is converted as what it is; as a DiT it is refused with its name."""
     with pytest.raises(SystemExit):
-        convert(["convert", sampling.weights, str(tmp_path / "folder"), "--num-heads", "2"])
+        dit = ["--model-class", "skipdit.class_to_image.DiT", "--num-heads", "2"]
+        convert(["convert", sampling.weights, str(tmp_path / "folder"), *dit])
     assert "the weights of a class-to-video Latte, not of a DiT" in capsys.readouterr().err
-    latte = ["--model-class", "skipdit.class_to_video.Latte", "--num-heads", "2"]
-    convert(["convert", sampling.weights, str(tmp_path / "folder"), *latte])
+    convert(["convert", sampling.weights, str(tmp_path / "folder"), "--num-heads", "2"])
     model = Latte.from_pretrained(tmp_path / "folder")
     assert load_weights(model, sampling.weights) == []
     assert (model.config.num_frames, model.config.extras, model.n_skips) == (4, 2, 2)

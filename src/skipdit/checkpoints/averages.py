@@ -59,9 +59,8 @@ def coefficients(kept: Sequence[Profile], wanted: Profile) -> np.ndarray:
     return np.linalg.lstsq(normal, np.append(overlap(kept, [wanted])[:, 0], 1), rcond=None)[0][:count]
 
 
-def combine(run: Path, length: float, step: int | None = None) -> dict:
-    """The average of a length from what a training saved in `run/averages`: {"ema": weights, "config": settings}, under
-    our names.
+def combine(run: Path, length: float, step: int | None = None) -> dict[str, torch.Tensor]:
+    """The average of a length from what a training saved in `run/averages`: weights, under our names.
 
     Args:
         step: where the average ends, one that was saved; None is the last.
@@ -90,5 +89,4 @@ def combine(run: Path, length: float, step: int | None = None) -> dict:
                 raise WeightsError(f"{path} is no file of a training's averages: it lacks {own:g}") from error
             for name, tensor in state.items():
                 total[name] = total.get(name, 0) + factor * tensor.double()
-    weights = from_released({name: tensor.float() for name, tensor in total.items()})
-    return {"ema": weights, "config": content["config"]}
+    return from_released({name: tensor.float() for name, tensor in total.items()})

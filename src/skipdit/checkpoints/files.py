@@ -14,6 +14,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from skipdit.checkpoints.errors import WeightsError
+from skipdit.checkpoints.records import known_entries, read_metadata
 from skipdit.checkpoints.released import _WRAPPERS, State, _rename, _turned, from_released
 from skipdit.config import in_the_project
 from skipdit.utils.provenance import count_members
@@ -114,20 +115,27 @@ def model_settings(settings: Any) -> Mapping:
     return settings if isinstance(settings, Mapping) else {}
 
 
+def record_of(source: str | Path | Mapping) -> dict[str, Any]:
+    """What weights say of themselves, see `known_entries`; diffusers keeps the `config` in config.json beside them."""
+    if isinstance(source, Mapping):
+        return known_entries(source)
+    path = Path(source)
+    weights = _weights_files(path)[0]
+    safe = weights.suffix == ".safetensors"
+    record = read_metadata(weights) if safe and weights.exists() else {}
+    beside = (weights.parent if safe else path) / "config.json"
+    if "config" not in record and beside.is_file():
+        try:
+            record |= known_entries({"config": json.loads(beside.read_text(encoding="utf-8"))})
+        except ValueError as error:
+            raise WeightsError(f"{beside} is damaged ({error}); download or copy it again") from error
+    return record if safe or record else known_entries(read(path))
+
+
 def recorded_settings(source: str | Path | Mapping) -> Mapping[str, Any]:
-    """A model's settings, as the config.json beside safetensors or our trainer's checkpoints have them, if they do."""
-    if isinstance(source, str | Path):
-        path = Path(source)
-        file = (path.parent if path.suffix == ".safetensors" else path) / "config.json"
-        if file.is_file():
-            try:
-                return model_settings(json.loads(file.read_text(encoding="utf-8")))
-            except ValueError as error:
-                raise WeightsError(f"{file} is damaged ({error}); download or copy it again") from error
-        if _weights_files(path)[0].suffix == ".safetensors":
-            return {}
-        source = read(path)
-    return model_settings(source.get("config") or source.get("args"))
+    """A model's settings, as weights have them, if they do."""
+    record = record_of(source)
+    return model_settings(record.get("config") or record.get("args"))
 
 
 def recorded_flow_shift(source: str | Path | Mapping) -> float | None:

@@ -8,13 +8,14 @@ Without --config it offers the embedded models of all four tasks. Needs gradio: 
 """
 
 import argparse
+from contextlib import nullcontext
 from importlib.util import find_spec
 
 from skipdit.cli import friendly_errors
 from skipdit.config import load_config
 from skipdit.tasks import TASKS, find_task
 from skipdit.utils.errors import UserError
-from skipdit.utils.shipped import PROJECT, locate
+from skipdit.utils.shipped import PROJECT, locate, untold
 
 
 def read_arguments(argv: list[str] | None = None) -> argparse.Namespace:
@@ -37,8 +38,8 @@ def read_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--port", type=int, metavar="N", help="[the first free one from 7860 on]")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings of the first config to replace")
     args = parser.parse_intermixed_args(argv)
-    args.config = args.config or embedded()
-    with friendly_errors():
+    quiet, args.config = nullcontext() if args.config else untold(), args.config or embedded()
+    with friendly_errors(), quiet:
         if find_spec("gradio") is None:
             where = 'in the clone, pip install -e ".[app]"' if PROJECT else 'pip install "skipdit[app]"'
             raise UserError(f"the page needs gradio, which is not installed: {where}")

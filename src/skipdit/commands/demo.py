@@ -11,6 +11,7 @@ import argparse
 
 from skipdit.commands import compare
 from skipdit.tasks import TASKS
+from skipdit.utils.shipped import untold
 
 SIZES = {  # for about two minutes on two cores
     "class-to-image": ["num_samples=10", "--repeats", "2"],
@@ -33,4 +34,5 @@ def read_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     overrides, folder = [word for word in words if "=" in word], f"configs/{tasks[0]}"
     steps_given = any(word.startswith("steps=") for word in overrides)
     plan = [] if steps_given else ["--also", f"{folder}/demo_plan.json"]
-    return compare.read_arguments(["--config", f"{folder}/demo.yaml", *plan, *SIZES[tasks[0]], *overrides])
+    with untold():
+        return compare.read_arguments(["--config", f"{folder}/demo.yaml", *plan, *SIZES[tasks[0]], *overrides])

@@ -1,14 +1,14 @@
 """Checkpoints from one layout to another; the commands of `python -m skipdit weights`.
 
     python -m skipdit weights verify IN            # whether every byte is as it was saved, and every weight finite
-    python -m skipdit weights convert IN OUT       # a safetensors folder for `DiT.from_pretrained(OUT)`
-    python -m skipdit weights convert checkpoints/ffs-skip.pt latte-ffs --model-class skipdit.class_to_video.Latte
+    python -m skipdit weights convert IN OUT       # a safetensors folder with a model card, for from_pretrained(OUT)
+    python -m skipdit weights convert results/mine mine --plan plan.json --license mit --push-to OWNER/mine
     python -m skipdit weights convert results/t2i transformer --model-class diffusers.HunyuanDiT2DModel
-    python -m skipdit weights export IN OUT.pt     # the released layout {"ema": ...}, to ship
+    python -m skipdit weights export IN OUT.pt     # the released layout {"ema": ...}, to ship; or OUT.safetensors
     python -m skipdit weights average RUN OUT.pt --length 0.1    # weights averaged over another stretch of the training
 
 IN is anything that `load_weights` reads. Of a training checkpoint the EMA is taken, and all of it is verified. OUT must
-not exist yet.
+not exist yet. Settings of the model and its training go along, and samplers read them there.
 """
 
 import argparse
@@ -43,6 +43,15 @@ def read_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     )
     command.add_argument("--step", type=int, help="where it ends [the last]")
     command = commands.choices["convert"]
-    command.add_argument("--model-class", default="skipdit.class_to_image.DiT", metavar="CLASS", help="[%(default)s]")
+    command.add_argument("--model-class", metavar="CLASS", help="dotted name [that of ours which the weights are of]")
     command.add_argument("--num-heads", type=int, metavar="H", help="attention heads, if the width is no published one")
+    command.add_argument("--push-to", metavar="OWNER/NAME", help="upload OUT to this repository of the Hub, too")
+    command.add_argument("--private", action="store_true", help="make that repository private, if there is none yet")
+    group = command.add_argument_group("the model card, OUT/README.md")
+    group.add_argument("--license", default="unknown", help="as the Hub calls it, such as apache-2.0 [%(default)s]")
+    group.add_argument("--data", metavar="TEXT", help="what the model was trained on [the name of that folder]")
+    group.add_argument("--plan", type=Path, metavar="FILE", help="a cache plan, which goes along as plan.json")
+    group.add_argument(
+        "--samples", type=Path, metavar="FOLDER", help="a sampler's output: its settings, overview and evaluation"
+    )
     return parser.parse_args(argv)

@@ -26,6 +26,7 @@ from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
 
 from skipdit.caching.steps import CacheStep
+from skipdit.checkpoints.hub import OnHub
 from skipdit.layers.attention import Float32LayerNorm
 from skipdit.utils.errors import UserError
 
@@ -141,7 +142,7 @@ def caches_output(forward: Callable[..., Any]) -> Callable[..., Any]:
     return cached
 
 
-class SkipTransformer(ModelMixin, ConfigMixin):
+class SkipTransformer(OnHub, ModelMixin, ConfigMixin):
     """What all backbones are: a stack of layers with long skips, in diffusers' model class.
 
     Attributes:

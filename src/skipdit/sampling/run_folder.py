@@ -1,30 +1,20 @@
-"""What a training says of the samples of its model: its settings are in the folder of the run."""
+"""What a training says of the samples of its model: its settings are in the folder of the run, or in the weights."""
 
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from skipdit.config import ConfigError, read_values
+from skipdit.checkpoints.errors import WeightsError
+from skipdit.checkpoints.records import SECTIONS, read_metadata, read_run
+from skipdit.config import ConfigError
 from skipdit.utils.shipped import found
-
-SECTIONS = {"model", "data", "train"}  # of a trainer's config.yaml
-
-
-def read_run(weights: str) -> tuple[Path, dict[str, Any]] | None:
-    """Return the config.yaml of the training that wrote these weights, and what it sets; None if there is none.
-
-    Args:
-        weights: the folder of the run, its `checkpoints`, or a file in one of the two.
-    """
-    path = Path(found(weights))
-    folder = path if path.is_dir() else path.parent
-    file = (folder.parent if folder.name == "checkpoints" else folder) / "config.yaml"
-    values = read_values(file) if file.is_file() else {}
-    return (file, values) if values.keys() >= SECTIONS else None
 
 
 def inherit(given: Mapping[str, Any], settings: Mapping[str, str], method: str) -> dict[str, Any]:
     """Return what the run that `weights` names says of a sampler's settings.
+
+    A file outside of the folder of a run is asked for what it records, unless the given settings describe the model.
 
     Args:
         given: settings of the config file and the command line, nested.
@@ -34,7 +24,10 @@ def inherit(given: Mapping[str, Any], settings: Mapping[str, str], method: str) 
     Raises ConfigError if the given ones are of a model of another shape.
     """
     weights = given.get("weights")
-    run = read_run(weights) if isinstance(weights, str) else None
+    if not isinstance(weights, str):
+        return {}
+    path = Path(found(weights))
+    run = read_run(path) or (None if {"model", "pipeline"} & given.keys() else _read_record(path))
     if run is None:
         return {}
     file, values = run
@@ -47,6 +40,20 @@ def inherit(given: Mapping[str, Any], settings: Mapping[str, str], method: str) 
     if values["train"].get("objective") == "flow":
         inherited[method] = "euler"
     return inherited
+
+
+def _read_record(path: Path) -> tuple[Path, Mapping[str, Any]] | None:
+    """What a weights file records of its training, as `read_run` returns it; a damaged file, nothing."""
+    record: Mapping[str, Any] = {}
+    with suppress(WeightsError):
+        if path.is_file() and path.suffix == ".safetensors":
+            record = read_metadata(path)
+        elif path.is_file():
+            from skipdit.checkpoints.files import record_of  # torch takes seconds
+
+            record = record_of(path)
+    values = record.get("args", {})
+    return (path, values) if all(isinstance(values.get(name), Mapping) for name in SECTIONS) else None
 
 
 def _look_up(values: Any, key: str) -> Any:

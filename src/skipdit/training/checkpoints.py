@@ -57,7 +57,7 @@ def save(
         "ema": to_released(get_model_state_dict(ema, options=_FULL)),
         "opt": get_optimizer_state_dict(model, optimizers, options=_FULL),
         "args": args,
-        "config": _settings(ema),
+        "config": {key: value for key, value in getattr(ema, "config", {}).items() if not key.startswith("_")},
         "step": step,
     }
     if averages:
@@ -79,11 +79,7 @@ def save_averages(folder: Path, step: int, averages: Sequence[PowerAverage], wri
     states = _states(averages)
     if writer:
         halves = {length: {name: tensor.half() for name, tensor in state.items()} for length, state in states.items()}
-        _write(folder, step, {"averages": halves, "config": _settings(averages[0].model), "step": step})
-
-
-def _settings(model: nn.Module) -> dict:
-    return {key: value for key, value in getattr(model, "config", {}).items() if not key.startswith("_")}
+        _write(folder, step, {"averages": halves, "step": step})
 
 
 def _states(averages: Sequence[PowerAverage]) -> dict[str, dict]:

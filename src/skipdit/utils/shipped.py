@@ -3,6 +3,8 @@
 import os
 import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import cache
 from pathlib import Path
 
@@ -12,6 +14,19 @@ _WEIGHTS = ("checkpoints", "pretrained", "ckpts")  # where this project and the 
 _RENAMED = {"_img_train": "_scratch", "_joint_train_skip": "_train_stage2"}  # ends of names of the original's configs
 _RENAMED |= {"_sample_origin": "_sample_plain", "_sample_skip": "_sample", "-origin": "_sample_plain"}
 _RENAMED |= {"-skip": "_sample_skip", "-skip-cache": "_sample_skip_cache"}
+
+
+_tells = ContextVar("tells", default=True)  # whether `found` says where
+
+
+@contextmanager
+def untold() -> Iterator[None]:
+    """Find files without a word: those that a command has chosen itself, and not its user."""
+    token = _tells.set(False)
+    try:
+        yield
+    finally:
+        _tells.reset(token)
 
 
 def locate(path: str | Path) -> Path | None:
@@ -30,7 +45,7 @@ def locate(path: str | Path) -> Path | None:
 def found(path: str) -> str:
     """Return a path as it is if something is there, else where the project or the original code keeps it.
 
-    The other place is told on stderr, once.
+    The other place is told on stderr, once; see `untold`.
     """
     if not path or os.path.exists(path):
         return path
@@ -67,6 +82,6 @@ def _places(path: str) -> Iterator[Path | None]:
 
 @cache
 def _told(path: str, place: Path) -> str:
-    if os.environ.get("RANK", "0") == "0":
+    if _tells.get() and os.environ.get("RANK", "0") == "0":
         print(f"{path} is not here: taking {place}", file=sys.stderr)
     return str(place)
