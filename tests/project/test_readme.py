@@ -39,7 +39,7 @@ from skipdit.class_to_image import DiT
 
 TASKS = ("class-to-image", "class-to-video", "text-to-video", "text-to-image")
 PAGES = [ROOT / "README.md", *(ROOT / task / "README.md" for task in TASKS), *sorted((ROOT / "docs").rglob("*.md"))]
-PAGES += [ROOT / "CONTRIBUTING.md"]
+PAGES += [ROOT / "integrations/comfyui/README.md", ROOT / "CONTRIBUTING.md"]
 GENERATED = {ROOT / "docs/gpu.md"}  # by benchmarks/gpu, which test_gpu_check.py runs: no comments there
 WRITTEN = tuple(f"configs/{name}/" for name in ("mine", "told", "moving", "film"))  # by the tutorials' own commands
 EMOJI = ("face-smiling", "face-affection", "face-tongue", "face-negative", "face-costume", "cat-face", "heart", "hands")
