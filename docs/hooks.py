@@ -12,7 +12,14 @@ from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
 
-OUTSIDE = ("README.md", "CONTRIBUTING.md", "*-to-*/README.md", "integrations/*/README.md", "visuals/*.png", "visuals/*.gif")
+OUTSIDE = (
+    "README.md",
+    "CONTRIBUTING.md",
+    "*-to-*/README.md",
+    "integrations/*/README.md",
+    "visuals/*.png",
+    "visuals/*.gif",
+)
 LINK = re.compile(r"\[([^\[\]]*)\]\(([^()\s#:]+)(#[^()\s]*)?\)")
 
 

@@ -14,6 +14,7 @@ _PLACES = {  # public name -> its module
     "enable_cache": "pipelines.cache",
     "disable_cache": "pipelines.cache",
     "add_long_skips": "pipelines.skips",
+    "with_long_skips": "pipelines.skips",
     "plan_pipeline": "planning.pipelines",
     "DiT": "class_to_image.model",
     "Latte": "class_to_video.model",

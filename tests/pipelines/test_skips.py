@@ -2,14 +2,16 @@
 
 import copy
 import inspect
+import pickle
 
 import pytest
 import torch
+from diffusers import DiffusionPipeline
 from pipelines.tiny import BUILDERS, build
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from skipdit import add_long_skips, enable_cache
+from skipdit import add_long_skips, enable_cache, with_long_skips
 from skipdit.layers.skip import LongSkip
 from skipdit.pipelines.blocks import layers_of
 from skipdit.pipelines.denoiser import denoisers
@@ -179,6 +181,34 @@ def test_saved_skips_load(model, tmp_path):
     again = add_long_skips(copy.deepcopy(build(SHOWN["Latte" in type(model).__name__])[0].transformer))
     again.skips.load_state_dict(torch.load(tmp_path / "skips.pt"))
     assert torch.equal(predict(again), expected)
+
+
+def test_models_are_saved_with_their_skips(model, tmp_path):
+    plain = type(model)
+    expected = predict(wake(add_long_skips(model, n_skips=1)))
+    model.save_pretrained(tmp_path / "model")
+    again = with_long_skips(plain).from_pretrained(tmp_path / "model")
+    assert isinstance(again, plain) and len(again.skips) == 1
+    torch.testing.assert_close(predict(again), expected)
+    with pytest.raises(OSError, match="no file named"):  # rather than a model without its skips
+        plain.from_pretrained(tmp_path / "model")
+    pickled = pickle.loads(pickle.dumps(model))
+    assert torch.equal(predict(pickled), expected)
+    nn.init.zeros_(model.skips[0].delta.weight)
+    assert torch.equal(predict(pickled), expected)
+
+
+def test_pipelines_are_saved_with_the_skips(tmp_path):
+    pipe, call = build("PixArtAlphaPipeline")
+    pipe.transformer = wake(add_long_skips(pipe.transformer))  # the pipeline notes the class of what it is given
+    expected = run(pipe, call)
+    enable_cache(pipe, "N2-1000-0")
+    pipe.save_pretrained(tmp_path)
+    missing = {name: None for name, part in pipe.components.items() if part is None}
+    loaded = DiffusionPipeline.from_pretrained(tmp_path, **missing)
+    torch.testing.assert_close(run(loaded, call), expected)
+    enable_cache(loaded, "N2-1000-0")
+    torch.testing.assert_close(run(loaded, call), run(pipe, call))
 
 
 def test_what_cannot_be_joined_is_refused():

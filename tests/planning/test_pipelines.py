@@ -2,11 +2,13 @@
 
 import json
 import math
+import warnings
 
 import numpy as np
 import pytest
 import torch
-from diffusers import DDPMScheduler, DiffusionPipeline, HeunDiscreteScheduler
+from accelerate import cpu_offload
+from diffusers import DDPMScheduler, DiffusionPipeline, HeunDiscreteScheduler, UniPCMultistepScheduler
 from PIL import Image
 from tests.pipelines.tiny import BUILDERS, build
 
@@ -108,6 +110,36 @@ def test_plan_in_python():
         plan_pipeline(pipe, 11, num_inference_steps=10, class_labels=[1, 2])
 
 
+def test_a_cache_outlives_planning():
+    pipe, call = build("DiTPipeline")
+    cache = enable_cache(pipe, "N2-1000-0-b0")
+    pipe(**call)
+    plan_pipeline(pipe, 2, num_inference_steps=4, target="sampler", class_labels=[1])
+    pipe(**call)
+    assert len(cache.run.plan) == 5 and cache.run.counts()["forecast"] == 2
+    with pytest.raises(ValueError, match="1 to 4"):
+        plan_pipeline(pipe, 5, num_inference_steps=4, class_labels=[1])
+    pipe(**call | {"num_inference_steps": 6})
+    assert len(cache.run.plan) == 6
+
+
+def test_a_plan_of_other_weights_warns(tmp_path):
+    pipe, _ = build("DiTPipeline")
+    plan = plan_pipeline(pipe, 2, num_inference_steps=4, target="sampler", class_labels=[1])
+    plan.save(tmp_path / "plan.json")
+    pipe.transformer.bfloat16()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        enable_cache(pipe, str(tmp_path / "plan.json"))
+    torch.nn.init.normal_(pipe.transformer.proj_out_2.weight)
+    with pytest.warns(UserWarning, match=r"plan.json was made for other weights than this pipeline has: skipdit plan"):
+        enable_cache(pipe, str(tmp_path / "plan.json"))
+    cpu_offload(pipe.transformer, torch.device("cpu"))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        enable_cache(pipe, str(tmp_path / "plan.json"))  # whose weights cannot be looked at
+
+
 @pytest.mark.parametrize("name", ["generator", "return_dict", "sigmas", "timesteps"])
 def test_arguments_that_the_plan_decides_are_refused(name):
     """With timesteps of its own, a call of fewer steps or more would be the same call."""
@@ -144,6 +176,22 @@ def plan(folder: str, out, *words: str) -> None:
     main(read_arguments(["--pipeline", folder, "--speedup", "2", "--out", str(out), *words]))
 
 
+def test_another_scheduler(folder, tmp_path, capsys):
+    out = tmp_path / "plan.json"
+    words = ["--scheduler", "UniPCMultistepScheduler", "--target", "sampler", "class_labels=[0]"]
+    plan(folder, out, *words, "num_inference_steps=4")
+    about = json.loads(out.read_text())
+    assert about["sampler"] == "UniPCMultistepScheduler" and "2 steps, UniPCMultistepScheduler" in about["errors"]
+    pipe = DiffusionPipeline.from_pretrained(folder)
+    pipe.scheduler = UniPCMultistepScheduler.from_config(pipe.scheduler.config)
+    assert list(CachePlan.load(out).timesteps) == timesteps(pipe.scheduler, 4)
+
+
+def timesteps(scheduler, steps: int) -> list[float]:
+    scheduler.set_timesteps(steps)
+    return scheduler.timesteps.tolist()
+
+
 def test_plan_command(folder, tmp_path, capsys):
     out = tmp_path / "plan.json"
     plan(folder, out, "class_labels=[0, 1, 2]", "num_inference_steps=8", "guidance_scale=2")
@@ -170,6 +218,8 @@ def test_plan_command(folder, tmp_path, capsys):
         (["class_labels=[1]", "guidance=3"], "DiTPipeline takes no guidance; it takes class_labels, guidance_scale"),
         (["class_labels=[1]", "num_inference_steps=0"], "num_inference_steps is 0"),
         (["class_labels=[1]", "seed=x"], "seed is 'x'"),
+        (["class_labels=[1]", "--scheduler", "Euler"], "--scheduler Euler: the settings of DDIMScheduler are for DDIM"),
+        (["class_labels=[1]", "--scheduler", "FlowMatchEulerDiscreteScheduler"], "--scheduler FlowMatchEuler"),
     ],
 )
 def test_mistakes_are_told(folder, tmp_path, capsys, words, message):

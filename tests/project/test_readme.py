@@ -288,7 +288,8 @@ def planned_flux(code: str, tmp_path: Path, request) -> str:
 def small_pixart(code: str, tmp_path: Path, request) -> str:
     name = '"PixArt-alpha/PixArt-XL-2-512x512", subfolder="transformer"'
     build("PixArtAlphaPipeline")[0].transformer.save_pretrained(tmp_path / "pixart")
-    return replaced(code, {name: f'"{tmp_path}/pixart"', '"skips.pt"': f'"{tmp_path}/skips.pt"'})
+    folder = {'"pixart-with-skips"': f'"{tmp_path}/with-skips"'}
+    return replaced(code, {name: f'"{tmp_path}/pixart"'} | folder)
 
 
 def replaced(code: str, changes: dict[str, str]) -> str:
@@ -317,6 +318,7 @@ def check_flux(names: dict) -> None:
 def check_skips(names: dict) -> None:
     assert {p.requires_grad for p in names["model"].skips.parameters()} == {True}
     assert not any(p.requires_grad for p in names["model"].transformer_blocks.parameters())
+    assert len(names["loaded"].skips) == len(names["model"].skips)
 
 
 def check_plan(names: dict) -> None:

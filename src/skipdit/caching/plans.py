@@ -6,7 +6,7 @@ import hashlib
 import json
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -101,6 +101,15 @@ class CachePlan(CachePolicy):
         lines = (f"  {json.dumps(key)}: {json.dumps(value)}" for key, value in (self.about | own).items())
         Path(file).parent.mkdir(parents=True, exist_ok=True)
         Path(file).write_text("{\n" + ",\n".join(lines) + "\n}\n", encoding="utf-8")
+
+    def check_pipeline(self, sketch: Callable[[], str | None]) -> None:
+        made_for = self.about.get("pipeline_models")
+        if made_for is not None and (own := sketch()) is not None and own != made_for:
+            warnings.warn(
+                f"{self.source} was made for other weights than this pipeline has: skipdit plan --pipeline makes a "
+                "plan for these",
+                stacklevel=3,
+            )
 
     def check(self, model: str, sampler: str, guidance_scale: float) -> None:
         """Warn if it was made for something else.

@@ -117,6 +117,13 @@ class CachePolicy(ABC):
 
         return CacheStep(self.branch, feature)
 
+    def check_pipeline(self, sketch: Callable[[], str | None]) -> None:  # noqa: B027 (most are for anything)
+        """Warn if the policy was made for another pipeline's models.
+
+        Args:
+            sketch: returns `utils.provenance.sketch` of these models.
+        """
+
     def check(self, model: str, sampler: str, guidance_scale: float) -> None:  # noqa: B027 (most are for anything)
         """Warn if the policy was made for something else.
 

@@ -27,6 +27,9 @@ def read_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     planned.add_argument("--config", metavar="FILE", help="a sampler's config")
     planned.add_argument("--pipeline", metavar="NAME", help="any diffusers pipeline, a folder or Hub name")
     parser.add_argument("--prompts", metavar="FILE", help="what the pipeline shows, one prompt per line")
+    parser.add_argument(
+        "--scheduler", metavar="NAME", help="class in diffusers, with the settings of the pipeline's [the pipeline's]"
+    )
     parser.add_argument("--dtype", default="auto", help="of the pipeline: float32, float16, bfloat16 [%(default)s]")
     parser.add_argument(
         "--offload",

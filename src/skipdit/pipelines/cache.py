@@ -32,6 +32,8 @@ from skipdit.layers.flops import flop_counter
 from skipdit.pipelines.costs import Call, Costs
 from skipdit.pipelines.denoiser import Denoiser, denoisers
 from skipdit.pipelines.scheduler import follow, unfollow
+from skipdit.utils.classes import subclass
+from skipdit.utils.provenance import sketch
 
 MAX_CALLS = 4  # of a model within one step: guidance takes one or two
 
@@ -61,9 +63,9 @@ def enable_cache(pipe: DiffusionPipeline, spec: str | CachePolicy) -> "PipelineC
         if old := owner.__dict__.get("_skip_cache"):
             old.remove()
     disable_cache(pipe)
-    pipe._skip_cache = PipelineCache(pipe, spec)
-    pipe.__class__ = _ending_runs(type(pipe))
-    return pipe._skip_cache
+    cache = PipelineCache(pipe, spec)
+    spec.check_pipeline(lambda: sketch(denoisers(pipe)))
+    return _put(pipe, cache)
 
 
 def disable_cache(pipe: DiffusionPipeline) -> None:
@@ -72,6 +74,25 @@ def disable_cache(pipe: DiffusionPipeline) -> None:
     if cache is not None:
         cache.remove()
         pipe.__class__ = type(pipe).__mro__[1]
+
+
+@contextlib.contextmanager
+def without_cache(pipe: DiffusionPipeline) -> Iterator[None]:
+    """Take the cache out of a pipeline, if it has one, and put it back at the end, in place of any later one."""
+    cache = pipe.__dict__.get("_skip_cache")
+    disable_cache(pipe)
+    try:
+        yield
+    finally:
+        disable_cache(pipe)
+        if cache is not None:
+            cache.attach(pipe)
+            _put(pipe, cache)
+
+
+def _put(pipe: DiffusionPipeline, cache: "PipelineCache") -> "PipelineCache":
+    pipe._skip_cache, pipe.__class__ = cache, _ending_runs(type(pipe))
+    return cache
 
 
 @functools.cache
@@ -86,8 +107,7 @@ def _ending_runs(kind: type[DiffusionPipeline]) -> type[DiffusionPipeline]:
                 cache.end()
 
     functools.update_wrapper(__call__, kind.__call__)
-    named = {"__module__": kind.__module__, "__qualname__": kind.__qualname__, "__doc__": kind.__doc__}
-    return type(kind.__name__, (kind,), named | {"__call__": __call__})
+    return subclass(kind, copied_as=kind, __call__=__call__)  # a copy has no cache
 
 
 class PipelineCache:
@@ -105,9 +125,7 @@ class PipelineCache:
         self._pipe, self._spec = weakref.ref(pipe), spec
         self._denoisers: list[Denoiser] = []
         self._scheduler: SchedulerMixin | None = None
-        self.end()
-        self._attach(pipe)
-        self._watch(pipe.scheduler)
+        self.attach(pipe)
 
     def __reduce__(self) -> tuple:
         return type(None), ()  # the copy of a pipeline, a scheduler or a model has no cache
@@ -135,6 +153,12 @@ class PipelineCache:
                 yield
             finally:
                 self.costs.counter = None
+
+    def attach(self, pipe: DiffusionPipeline) -> None:
+        """Hook the pipeline's models, and follow its scheduler."""
+        self.end()
+        self._attach(pipe)
+        self._watch(pipe.scheduler)
 
     def remove(self) -> None:
         """Put everything back."""

@@ -4,7 +4,8 @@
     add_long_skips(model)                                    # computes what it did, to the bit
     set_trainable(model, {"skips.*": True, "*": False})      # stage 1: the skips alone
     ...
-    torch.save(model.skips.state_dict(), "skips.pt")         # into `add_long_skips(model).skips` of a later day
+    model.save_pretrained("with-skips")
+    model = with_long_skips(PixArtTransformer2DModel).from_pretrained("with-skips")
 
 A block that a skip leaves keeps what it returns, and the block that the skip enters joins that into its hidden states;
 both get a subclass of their class for that, of the same name, which diffusers' own registry knows as well.
@@ -13,12 +14,17 @@ both get a subclass of their class for that, of the same name, which diffusers' 
 import functools
 from typing import Any
 
+import diffusers
 import torch
+from diffusers import ModelMixin
 from torch import Tensor, nn
 
 from skipdit.layers.skip import make_skips
 from skipdit.pipelines.blocks import BlockSignature, layers_of, register_like
+from skipdit.utils.classes import subclass
 from skipdit.utils.errors import UserError
+
+CONFIG, VARIANT = "long_skips", "skips"  # of a saved model: the entry of its config, and part of its file's name
 
 
 def add_long_skips(model: nn.Module, n_skips: int | None = None, dim: int | None = None) -> nn.Module:
@@ -53,11 +59,15 @@ def add_long_skips(model: nn.Module, n_skips: int | None = None, dim: int | None
     if not 1 <= n_skips <= len(blocks) // 2:
         raise UserError(f"n_skips is {n_skips}; {name} has {len(blocks)} layers, so it takes 1 to {len(blocks) // 2}")
     like = next(blocks[0].parameters())
-    model.skips = make_skips(dim or _width(model), n_skips, fuse="residual").to(like.device, like.dtype)
+    dim = dim or _width(model)
+    model.skips = make_skips(dim, n_skips, fuse="residual").to(like.device, like.dtype)
     shallow = Shallow()
     for i in range(n_skips):
         _join(blocks[i], leaves=Leaving(i, shallow))
         _join(blocks[-1 - i], enters=Entering(model.skips[n_skips - 1 - i], i, shallow))
+    if getattr(diffusers, name, None) is type(model):
+        model.__class__ = with_long_skips(type(model))
+    model.register_to_config(**{CONFIG: {"n_skips": n_skips, "dim": dim}})
     return model
 
 
@@ -144,10 +154,44 @@ def _joined(kind: type[nn.Module]) -> type[nn.Module]:
             self._leaves.keep(signature.hidden_of(output))
         return output
 
-    named = {"__module__": kind.__module__, "__qualname__": kind.__qualname__, "__doc__": kind.__doc__}
-    joined = type(kind.__name__, (kind,), named | {"forward": forward})
+    joined = subclass(kind, copied_as=functools.partial(_joined, kind), forward=forward)
     register_like(joined, kind)
     return joined
+
+
+@functools.cache
+def with_long_skips(kind: type[ModelMixin]) -> type[ModelMixin]:
+    """Return the class of a diffusers class's models with long skips: what they save, its `from_pretrained` loads.
+
+    The weights are in a file of another name than a plain model's, so the plain class refuses it: it would leave the
+    skips out.
+    """
+
+    @functools.wraps(kind.save_pretrained)
+    def save_pretrained(self, *args: Any, variant: str | None = None, **kwargs: Any) -> None:
+        super(made, self).save_pretrained(*args, variant=variant or VARIANT, **kwargs)
+
+    def from_pretrained(cls, *args: Any, variant: str | None = None, **kwargs: Any) -> ModelMixin:
+        return super(made, cls).from_pretrained(*args, variant=variant or VARIANT, **kwargs)
+
+    def from_config(cls, config: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        own = {name: value for name, value in config.items() if name != CONFIG}
+        result = super(made, cls).from_config(own, *args, **kwargs)
+        add_long_skips(result[0] if isinstance(result, tuple) else result, **config[CONFIG])
+        return result
+
+    loading = {"from_pretrained": classmethod(from_pretrained), "from_config": classmethod(from_config)}
+    named = {"__module__": __name__, "__qualname__": kind.__qualname__, "__doc__": kind.__doc__}
+    made = type(kind.__name__, (kind,), named | loading | {"save_pretrained": save_pretrained})
+    return made
+
+
+def __getattr__(name: str) -> Any:
+    """Find the classes of models with long skips by their names, as pickle and saved pipelines do."""
+    kind = getattr(diffusers, name, None) if name.endswith("Model") else None
+    if not (isinstance(kind, type) and issubclass(kind, ModelMixin)):
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return with_long_skips(kind)
 
 
 def _width(model: nn.Module) -> int:

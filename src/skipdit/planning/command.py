@@ -62,7 +62,8 @@ def from_pipeline(args: argparse.Namespace) -> CachePlan:
 
     bench = open_bench(args)
     budget = budget_of(bench.steps, args.budget, args.speedup)
-    plan = saved(find_plan(bench, budget, args.max_error, {}, {"pipeline": args.pipeline} | bench.about()), args.out)
+    about = {"pipeline": args.pipeline} | bench.about()
+    plan = saved(find_plan(bench, budget, args.max_error, bench.made_for(), about), args.out)
     held_out(bench, plan, args.out)
     return plan
 

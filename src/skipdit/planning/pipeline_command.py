@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import yaml
-from diffusers import DiffusionPipeline
+from diffusers import DiffusionPipeline, SchedulerMixin
 from diffusers.utils import load_image
 from PIL import Image
 
@@ -58,6 +58,8 @@ def open_pipeline(args: argparse.Namespace) -> DiffusionPipeline:
     except (OSError, ValueError) as error:  # ValueError: neither a folder nor a name that the Hub could have
         reason = str(error).strip().splitlines()[0]
         raise UserError(f"--pipeline {args.pipeline}: neither a pipeline's folder nor on the Hub ({reason})") from error
+    if args.scheduler:
+        pipe.scheduler = scheduler_of(pipe, args.scheduler)
     if args.offload == "model":
         pipe.enable_model_cpu_offload(device=device)
     elif args.offload == "sequential":
@@ -66,6 +68,17 @@ def open_pipeline(args: argparse.Namespace) -> DiffusionPipeline:
         pipe.to(device)
     pipe.set_progress_bar_config(disable=True)
     return pipe
+
+
+def scheduler_of(pipe: DiffusionPipeline, name: str) -> SchedulerMixin:
+    """The scheduler of a class of diffusers, with the settings of the pipeline's. Raises UserError for a name that is
+    none, or a class that does not understand these settings.
+    """
+    own = pipe.scheduler
+    known = {kind.__name__: kind for kind in (type(own), *own.compatibles)}
+    if name not in known:
+        raise UserError(f"--scheduler {name}: the settings of {type(own).__name__} are for {', '.join(sorted(known))}")
+    return known[name].from_config(own.config)
 
 
 def held_out(bench: PipelineBench, plan: CachePlan, out: str) -> None:

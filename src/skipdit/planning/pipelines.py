@@ -10,7 +10,7 @@ import copy
 import inspect
 import time
 from collections.abc import Callable
-from contextlib import ExitStack, nullcontext, suppress
+from contextlib import AbstractContextManager, ExitStack, nullcontext, suppress
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
@@ -25,13 +25,14 @@ from skipdit.caching.plans import CachePlan
 from skipdit.caching.policies import CacheSpec
 from skipdit.caching.policy import FORECAST, FULL, CachePolicy
 from skipdit.layers.inspect import replaced
-from skipdit.pipelines.cache import disable_cache, enable_cache
+from skipdit.pipelines.cache import disable_cache, enable_cache, without_cache
 from skipdit.pipelines.denoiser import denoisers
 from skipdit.planning.calibration import MEMORY, BaseBench, Fitted
 from skipdit.planning.fitting import TINY, LeastSquares, differences
 from skipdit.planning.search import budget_of, find_plan
 from skipdit.utils.device import double
 from skipdit.utils.errors import UserError
+from skipdit.utils.provenance import sketch
 
 FACTORS = (1, 2, 4)  # steps of the runs from which the converged one follows, over the bench's
 UNPLANNED = ("generator", "return_dict", "sigmas", "timesteps")  # of a call: noise and steps are the bench's own
@@ -102,6 +103,10 @@ class PipelineBench(BaseBench):
         self.sampler = SimpleNamespace(method=method, flops={"full": 1.0, "cached": 0.0}, solvers=())
         self.seconds = 0.0
         self._known: dict[tuple[CachePolicy, int], float] = {}
+
+    def made_for(self) -> dict[str, Any]:
+        """What a plan's file says of the models."""
+        return {"pipeline_models": sketch(denoisers(self.pipe))}
 
     def about(self) -> dict[str, Any]:
         """What a plan's file says of its calibration."""
@@ -252,7 +257,7 @@ class PipelineBench(BaseBench):
         self._generator, begun = torch.Generator().manual_seed(self.seed), time.perf_counter()
         watched = replaced(scheduler, "step", _Step(scheduler.step, step)) if step else nullcontext()
         try:
-            with torch.random.fork_rng(), watched:
+            with _own_random_state(), watched:
                 torch.manual_seed(self.seed)  # not every pipeline gives its generator to the scheduler
                 images = self.pipe(
                     **self.arguments | {"output_type": output_type},
@@ -290,8 +295,13 @@ def _trial(scheduler: SchedulerMixin, output: Tensor, t: Any, latents: Tensor, a
     kwargs = dict(kwargs)
     if isinstance(kwargs.get("generator"), torch.Generator):
         kwargs["generator"] = kwargs["generator"].clone_state()
-    with torch.random.fork_rng():
+    with _own_random_state():
         return _sample(type(scheduler).step(copy.deepcopy(scheduler), output, t, latents, *args, **kwargs))
+
+
+def _own_random_state() -> AbstractContextManager[None]:
+    """Leave the global generators as they were: those of the CPU and of the current GPU."""
+    return torch.random.fork_rng([torch.cuda.current_device()] if torch.cuda.is_available() else [])
 
 
 def _sample(result: Any) -> Tensor:
@@ -321,7 +331,7 @@ def plan_pipeline(
         enable_cache(pipe, plan)
 
     Costs about as much as twenty calls, fewer for larger speedups. The plan is for this model, scheduler and number of
-    steps.
+    steps. A cache that the pipeline has is back when this returns.
 
     Args:
         speedup: in FLOPs of the transformer, against all steps full.
@@ -336,4 +346,5 @@ def plan_pipeline(
     Raises ValueError for a scheduler whose steps cannot be planned, or a speedup that so many steps cannot have.
     """
     bench = PipelineBench(pipe, arguments, num_inference_steps, seed, target)
-    return find_plan(bench, budget_of(num_inference_steps, None, speedup), 0.0, {}, bench.about())
+    with without_cache(pipe):
+        return find_plan(bench, budget_of(num_inference_steps, None, speedup), 0.0, bench.made_for(), bench.about())
