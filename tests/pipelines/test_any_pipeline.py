@@ -223,6 +223,7 @@ def test_saved_with_a_cache(pipe, call, tmp_path):
     torch.testing.assert_close(run(loaded, call), cached)
 
 
+@pytest.mark.slow
 def test_disable_puts_everything_back(pipe, call):
     expected = run(pipe, call)
     cached_or_none(pipe, call)
@@ -247,6 +248,7 @@ def test_copies_have_no_cache(pipe, call):
     assert torch.equal(run(pipe, call), cached)
 
 
+@pytest.mark.slow
 def test_a_call_that_breaks_off_leaves_a_good_pipeline(pipe, call):
     enable_cache(pipe, FORECASTS)
     first = run(pipe, call)

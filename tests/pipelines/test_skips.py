@@ -53,6 +53,7 @@ def loss_of(model: nn.Module) -> Tensor:
     return F.mse_loss(predict(model), torch.ones(()).expand_as(predict(model)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", KNOWN)
 def test_every_model_computes_what_it_did_until_its_skips_learn(name):
     pipe, call = build(name)
@@ -126,6 +127,7 @@ def test_checkpointed_forward_passes_are_not_mixed_up(model):
     predict(model).sum().backward()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name in KNOWN if "ControlNet" not in name])
 def test_cached_steps_use_the_skips(name):
     pipe, call = build(name)

@@ -149,6 +149,7 @@ def test_a_row_that_fails_does_not_stop_the_others(monkeypatch, tmp_path, capsys
     assert "failed: latency/wrong: outputs are not finite" in told
 
 
+@pytest.mark.slow
 def test_a_row_that_hangs_is_ended(tmp_path):
     keeper = record.Record(tmp_path, record.describe_machine(CPU, True))
     keeper.begin({"id": "now"})
@@ -241,6 +242,7 @@ def test_children_compile_ahead(monkeypatch):
     assert time.monotonic() < began + 55
 
 
+@pytest.mark.slow
 def test_training_leaves_the_settings_that_compiled_code_goes_by():
     """Of the caches on disk: a child process that compiles ahead for a later row has trained nothing."""
     torch.backends.cuda.matmul.allow_tf32 = True
@@ -361,6 +363,7 @@ def test_counts_of_the_tests():
     assert "tests/project/test_cuda.py" in checks.marked_files()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("missing", ["pytest", "sentencepiece"])
 def test_packages_that_tests_lack_are_told(missing, monkeypatch, tmp_path):
     (tmp_path / f"{missing}.py").write_text(f"raise ModuleNotFoundError(\"No module named '{missing}'\")")

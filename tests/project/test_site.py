@@ -26,6 +26,7 @@ def html_of(page: str) -> str:
     return name if name.endswith(".html") else f"{page.removesuffix('.md')}/index.html"
 
 
+@pytest.mark.slow
 def test_every_page_of_the_navigation_is_built(site):
     navigation = re.search(r"^nav:\n((?: .*\n)+)", (ROOT / "mkdocs.yml").read_text(encoding="utf-8"), flags=re.M)
     pages = re.findall(r"(\S+\.md)$", navigation[1], flags=re.M)

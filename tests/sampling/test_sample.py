@@ -276,6 +276,7 @@ def test_bfloat16_sampling_runs(config):
     assert resolve_dtype("auto", torch.device("cuda"), torch.float16) == torch.float16  # of a released model
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("setting", ["true", "reduce-overhead", "max-autotune", "False"])
 def test_compile_modes(config, tmp_path, monkeypatch, setting):
     """The setting reaches torch.compile, and version 0.1's true and false are understood."""

@@ -56,6 +56,7 @@ def call(pipe: HunyuanDiTPipeline, **changes) -> torch.Tensor:
     return pipe(PROMPT, negative_prompt="the rain", **arguments).images
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("spec", ["N2-700-50", "N3-900-50-b2-o1"])
 @pytest.mark.parametrize("guidance", [1.0, 6.0])
 def test_pipeline_makes_equal_images_with_either_transformer(pipe, released_t2i, spec, guidance):
@@ -141,6 +142,7 @@ def test_both_layouts_give_the_same_pictures(config, released_t2i, tmp_path):
     assert all((picture - released[name]).abs().max() <= 1 for name, picture in pictures(config).items())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scheduler", ["ddpm", "dpmms", "euler"])
 def test_other_schedulers_sample(config, scheduler):
     config = changed(config, {"scheduler": scheduler, "prompts": ["the cat"], "cache": "N2-900-49"})

@@ -110,6 +110,7 @@ def test_offload_is_one_of_three(config):
         sample(config)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scheduler", [name for name in SCHEDULERS if name != "ddim"])
 def test_every_scheduler_samples(config, scheduler):
     config = changed(config, {"scheduler": scheduler, "prompts": ["the cat"], "cache": "N2-900-49"})

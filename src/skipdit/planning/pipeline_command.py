@@ -14,8 +14,8 @@ from PIL import Image
 from skipdit.caching.plans import CachePlan
 from skipdit.caching.policies import CacheSpec
 from skipdit.caching.policy import FULL
-from skipdit.planning.pipelines import PipelineBench, distance
-from skipdit.planning.tables import psnr_of
+from skipdit.planning.pipelines import PipelineBench
+from skipdit.planning.tables import distance, psnr_of
 from skipdit.sampling.prompts import read_prompts
 from skipdit.utils.device import process_state
 from skipdit.utils.dtypes import resolve_dtype

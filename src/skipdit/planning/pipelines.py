@@ -30,6 +30,7 @@ from skipdit.pipelines.denoiser import denoisers
 from skipdit.planning.calibration import MEMORY, BaseBench, Fitted
 from skipdit.planning.fitting import TINY, LeastSquares, differences
 from skipdit.planning.search import budget_of, find_plan
+from skipdit.planning.tables import distance
 from skipdit.utils.device import double
 from skipdit.utils.errors import UserError
 from skipdit.utils.provenance import sketch
@@ -270,12 +271,6 @@ class PipelineBench(BaseBench):
         self.seconds = time.perf_counter() - begun
         images = images.float().cpu() if isinstance(images, Tensor) else images  # NumPy knows no bfloat16
         return np.asarray(images, dtype=np.float32)
-
-
-def distance(images: np.ndarray, reference: np.ndarray) -> float:
-    """The root of the mean squared difference of images: the geometric mean over samples, as a mean of PSNRs is."""
-    squares = np.square(images - reference).reshape(len(images), -1).mean(1, dtype=np.float64)
-    return float(np.exp(np.log(np.maximum(squares, TINY)).mean() / 2))
 
 
 class _Step:
