@@ -11,6 +11,7 @@ from typing import Any
 import diffusers
 import torch
 from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
+from PIL import Image
 from torch import nn
 
 Arguments = dict[str, Any]
@@ -521,7 +522,8 @@ def flux_control():
         axes_dims_rope=(4, 4, 8),
         **HEADS,
     )
-    arguments = texts("prompt_embeds", "pooled_prompt_embeds") | controlled()
+    image = Image.new("RGB", (32, 32), "teal")  # which the pipeline brings to a call's size, other than a tensor
+    arguments = texts("prompt_embeds", "pooled_prompt_embeds") | {"control_image": image}
     return {"transformer": transformer, "vae": autoencoder()}, arguments | SQUARE
 
 
@@ -529,4 +531,6 @@ def flux_control():
 def stable_diffusion_controlled():
     parts, arguments = stable_diffusion()
     controlnet = randomized(diffusers.ControlNetModel.from_unet(parts["unet"], conditioning_channels=3))
-    return parts | {"controlnet": controlnet, "vae": autoencoder()}, arguments | {"image": torch.rand(1, 3, 32, 32)}
+    return parts | {"controlnet": controlnet, "vae": autoencoder()}, arguments | {
+        "image": Image.new("RGB", (32, 32), "teal")
+    }
