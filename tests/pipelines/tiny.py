@@ -11,6 +11,7 @@ from typing import Any
 import diffusers
 import torch
 from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
+from PIL import Image
 from torch import nn
 
 Arguments = dict[str, Any]
@@ -485,3 +486,51 @@ def allegro():
     )
     parts = {"transformer": transformer, "scheduler": diffusers.DDIMScheduler()}
     return parts, guided(mask=True) | SQUARE | {"num_frames": 8, "negative_prompt": None}
+
+
+@builds("PixArtSigmaPipeline")
+def pixart_sigma():
+    return pixart()
+
+
+@builds("SkyReelsV2Pipeline")
+def skyreels():
+    transformer = diffusers.SkyReelsV2Transformer3DModel(
+        in_channels=4,
+        out_channels=4,
+        text_dim=WIDTH,
+        freq_dim=16,
+        ffn_dim=32,
+        num_layers=4,
+        rope_max_seq_len=32,
+        **HEADS,
+    )
+    parts = {"transformer": transformer, "scheduler": diffusers.UniPCMultistepScheduler()}
+    return parts, guided() | SQUARE | {"num_frames": 5}
+
+
+@builds("FluxControlPipeline")
+def flux_control():
+    transformer = diffusers.FluxTransformer2DModel(
+        in_channels=32,
+        out_channels=16,
+        num_layers=2,
+        num_single_layers=2,
+        joint_attention_dim=WIDTH,
+        pooled_projection_dim=WIDTH,
+        guidance_embeds=True,
+        axes_dims_rope=(4, 4, 8),
+        **HEADS,
+    )
+    image = Image.new("RGB", (32, 32), "teal")  # which the pipeline brings to a call's size, other than a tensor
+    arguments = texts("prompt_embeds", "pooled_prompt_embeds") | {"control_image": image}
+    return {"transformer": transformer, "vae": autoencoder()}, arguments | SQUARE
+
+
+@builds("StableDiffusionControlNetPipeline")
+def stable_diffusion_controlled():
+    parts, arguments = stable_diffusion()
+    controlnet = randomized(diffusers.ControlNetModel.from_unet(parts["unet"], conditioning_channels=3))
+    return parts | {"controlnet": controlnet, "vae": autoencoder()}, arguments | {
+        "image": Image.new("RGB", (32, 32), "teal")
+    }

@@ -9,11 +9,10 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_leaves
 
 from skipdit.caching.policies import parse_policy
 from skipdit.caching.policy import CACHED, FORECAST, FULL, NAMES, CachePolicy, known_outputs
-from skipdit.caching.steps import CacheStep, Tree, map_tensors
+from skipdit.caching.steps import CacheStep, Tree, map_tensors, tensors_of
 
 Stored = list[tuple[int, Tree]]  # (step, feature or output), oldest first
 
@@ -134,8 +133,7 @@ class SkipCache:
         else:
             first = coefficients[0]  # f0 + u (f0 - f1) + ..., but for f0, which is not known yet
             rest = map_tensors(lambda *known: _add_differences(known[-1] * -first, known, coefficients[1:]), *outputs)
-            device = next(x.device for x in tree_leaves(rest) if isinstance(x, Tensor))
-            step.correction = torch.full((), 1 + first, device=device), rest
+            step.correction = torch.full((), 1 + first, device=tensors_of(rest)[0].device), rest
 
     def _collect(self) -> None:
         """Copy what calls left in their mailboxes, before the next call of the model.
@@ -143,6 +141,8 @@ class SkipCache:
         A copy, since a compiled model may hand out memory that its next call writes into again (CUDA graphs,
         `mode="reduce-overhead"`); one costs as much as an addition to the residual stream.
         """
+        if not self._open:
+            return
         for stream, (i, step) in self._open.items():
             for stored, kept, most in (
                 (self._features, step.kept_feature, 1 + self.spec.order),
@@ -157,8 +157,8 @@ class SkipCache:
             step.kept_feature = step.kept_output = None
         self._open.clear()
         kept = [x for stored in (self._features, self._outputs) for own in stored.values() for _, x in own]
-        leaves = tree_leaves((kept, list(self._memory.values())))
-        self.peak_bytes = max(self.peak_bytes, sum(x.nbytes for x in leaves if isinstance(x, Tensor)))
+        tensors = tensors_of([kept, *self._memory.values()])
+        self.peak_bytes = max(self.peak_bytes, sum(x.nbytes for x in tensors))
 
 
 def combined(stored: Sequence[Tensor], coefficients: Sequence[float]) -> Tensor:

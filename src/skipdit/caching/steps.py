@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves, tree_map
 
 Tree = Any  # a tensor, or what a model returns: tuples, lists and output classes that have tensors in them
 
@@ -17,7 +17,20 @@ def map_tensors(function: Callable[..., Any], *trees: Tree) -> Tree:
         last = leaves[-1]
         return function(*leaves) if isinstance(last, Tensor) and last.is_floating_point() else last
 
-    return leaf(*trees) if isinstance(trees[-1], Tensor) else tree_map(leaf, *trees)
+    if isinstance(trees[-1], Tensor):
+        return leaf(*trees)
+    if type(trees[-1]) is tuple:  # the usual ones; torch's own way takes ten times as long
+        return tuple(map_tensors(function, *parts) for parts in zip(*trees, strict=True))
+    return tree_map(leaf, *trees)
+
+
+def tensors_of(tree: Tree) -> list[Tensor]:
+    """The tensors of a tree."""
+    if isinstance(tree, Tensor):
+        return [tree]
+    if type(tree) in (tuple, list):
+        return [x for part in tree for x in tensors_of(part)]
+    return [x for x in tree_leaves(tree) if isinstance(x, Tensor)]
 
 
 class CacheStep:

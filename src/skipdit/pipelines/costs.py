@@ -5,12 +5,10 @@ import time
 from collections.abc import Callable
 
 import torch
-from torch import Tensor
-from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from skipdit.caching.policy import CACHED, FORECAST, FULL, NAMES
-from skipdit.caching.steps import CacheStep, Tree
+from skipdit.caching.steps import CacheStep, Tree, tensors_of
 
 
 class Call:
@@ -28,7 +26,7 @@ class Call:
     __slots__ = ("_began", "_device", "_ended", "flops", "kind", "stream")
 
     def __init__(self, inputs: Tree):
-        self._device = next((x.device for x in tree_leaves(inputs) if isinstance(x, Tensor)), torch.device("cpu"))
+        self._device = next((x.device for x in tensors_of(inputs)), torch.device("cpu"))
         self.stream, self.kind, self.flops = "", NAMES[FULL], None
         self._began, self._ended = _now(self._device), None
 
