@@ -37,8 +37,9 @@ def convert(
     what `write_folder` puts beside it.
 
     Args:
-        model_class, skips: see `open_model`.
+        model_class: see `open_model`.
         num_heads: attention heads, where neither the checkpoint nor a published size of its width tells them.
+        skips: see `load_state`.
         repo: its name on the Hub, for the card; None: that of `out`.
         card: what else the card is to say.
 

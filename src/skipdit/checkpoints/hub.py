@@ -68,7 +68,10 @@ class OnHub:
 
         Args:
             repo_id: owner/name on the Hub, which is made if there is none.
-            license, data, plan, samples: see `CardSettings`.
+            license: see `CardSettings`.
+            data: see `CardSettings`.
+            plan: see `CardSettings`.
+            samples: see `CardSettings`.
             options: see `upload`.
         """
         with TemporaryDirectory() as folder:
