@@ -109,12 +109,16 @@ def test_the_end_of_a_run_names_the_file_to_open(sampling, capsys):
         ),
         ({"init": "checkpoints/Latte-0/transformer"}, "`fetch it` fetches the released ones"),
         ({"vae": "class-to-image", "data.path": "data/mine"}, "the head of the config has the commands"),
+        ({"vae": "class-to-image", "texts": "data/texts"}, "the head of the config has the commands"),
+        ({"vae": "class-to-image", "data.path": "data/mine", "absent": ["t5"]}, "`fetch it` fetches the released ones"),
     ],
 )
 def test_what_is_missing_comes_with_what_makes_it(missing, advice, monkeypatch):
     monkeypatch.chdir(ROOT)
     with pytest.raises(FileNotFoundError) as caught:
-        preflight(missing, "fetch it")
+        preflight(
+            {key: path for key, path in missing.items() if key != "absent"}, "fetch it", missing.get("absent", ())
+        )
     assert advice in str(caught.value) and str(caught.value).count(";") == 1
 
 

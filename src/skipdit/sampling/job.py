@@ -1,6 +1,7 @@
 """A resumable list of samples, made batch by batch."""
 
 import json
+import re
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -51,16 +52,16 @@ def preflight(files: dict[str, str], fetch: str, absent: Sequence[str] = ()) -> 
     missing += absent
     if missing:
         hints = "".join(in_the_project(path) for key, path in files.items() if not found[key])
-        hints = hints or _how_to_get({key: path for key, path in files.items() if not found[key]}, fetch)
+        hints = hints or _how_to_get({key: path for key, path in files.items() if not found[key]}, fetch, absent)
         raise FileNotFoundError(f"missing: {', '.join(missing)}{hints}")
 
 
-def _how_to_get(missing: dict[str, str], fetch: str) -> str:
+def _how_to_get(missing: dict[str, str], fetch: str, absent: Sequence[str]) -> str:
     """What to say of files that are missing: folders of trainings and data are not among the released ones."""
     folder = Path(missing.get("weights") or missing.get("init") or "a.pt")
     if not folder.suffix and folder.parts[:1] not in [(name,) for name in WEIGHTS]:
         return f"; {folder} has no checkpoint yet: run the training that writes it"
-    if missing and all(key.startswith("data.") or key.endswith("files") for key in missing):
+    if not absent and all(re.match(r"data\.|texts$|.*\.files$", key) for key in missing):
         return "; the head of the config has the commands that make it, or see docs/data.md"
     return f"; `{fetch}` fetches the released ones"
 

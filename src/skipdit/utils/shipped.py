@@ -12,7 +12,11 @@ from pathlib import Path
 PACKAGE = Path(__file__).resolve().parents[1]
 PROJECT = PACKAGE.parents[1] if PACKAGE.parent.name == "src" else None  # the checkout; None: an installed package
 WEIGHTS = ("checkpoints", "pretrained", "ckpts")  # where this project and the original keep what they download
-_RENAMED = {"_img_train": "_scratch", "_joint_train_skip": "_train_stage2"}  # ends of names of the original's configs
+_RENAMED = {
+    "_img_train": "_scratch",
+    "_train": "_scratch",
+    "_joint_train_skip": "_train_stage2",
+}  # ends of names of the original's configs
 _RENAMED |= {"_sample_origin": "_sample_plain", "_sample_skip": "_sample", "-origin": "_sample_plain"}
 _RENAMED |= {"-skip": "_sample_skip", "-skip-cache": "_sample_skip_cache"}
 
