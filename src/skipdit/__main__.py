@@ -4,7 +4,7 @@ import sys
 from difflib import get_close_matches
 from importlib import import_module
 
-from skipdit import __version__
+import skipdit
 from skipdit.cli import say_start
 
 COMMANDS = {  # name -> module whose `main` runs it, and what it does; `commands` has its command line
@@ -38,7 +38,7 @@ def main(argv: list[str] | None = None) -> None:
         print(USAGE + "\n" + "\n".join(f"  {name:12} {help}" for name, (_, help) in COMMANDS.items()))
         return
     if argv[0] == "--version":
-        print(f"skipdit {__version__}")
+        print(f"skipdit {skipdit.__version__}")
         return
     if argv[0] not in COMMANDS:
         near = get_close_matches(argv[0], COMMANDS, n=1)
