@@ -4,6 +4,7 @@ import argparse
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -101,6 +102,12 @@ def add_original_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--no-enhance", action="store_true", help="accepted: prompts are taken as they are")
 
 
+@cache
+def _tell_once(line: str) -> None:
+    """Scripts read their arguments twice: before their imports, and to run."""
+    print(line, file=sys.stderr)
+
+
 def image_size(args: argparse.Namespace) -> list[str]:
     """Return the overrides that --image-size stands for, rounded down as the released code does, which is said.
 
@@ -114,7 +121,7 @@ def image_size(args: argparse.Namespace) -> list[str]:
         raise UserError(f"--image-size {' '.join(sides)}: it takes a height and a width in pixels, {UNIT} or more")
     height, width = (int(text) // UNIT * UNIT for text in (sides[0], sides[-1]))
     if (height, width) != (int(sides[0]), int(sides[-1])):
-        print(f"--image-size {' '.join(sides)} is no multiple of {UNIT}: taking {height} {width}", file=sys.stderr)
+        _tell_once(f"--image-size {' '.join(sides)} is no multiple of {UNIT}: taking {height} {width}")
     return [f"height={height}", f"width={width}"]
 
 

@@ -1,8 +1,10 @@
 """`skipdit COMMAND`, which is also `python -m skipdit COMMAND`."""
 
 import sys
+from difflib import get_close_matches
 from importlib import import_module
 
+import skipdit
 from skipdit.cli import say_start
 
 COMMANDS = {  # name -> module whose `main` runs it, and what it does; `commands` has its command line
@@ -35,8 +37,13 @@ def main(argv: list[str] | None = None) -> None:
     if not argv or argv[0] in ("-h", "--help"):
         print(USAGE + "\n" + "\n".join(f"  {name:12} {help}" for name, (_, help) in COMMANDS.items()))
         return
+    if argv[0] == "--version":
+        print(f"skipdit {skipdit.__version__}")
+        return
     if argv[0] not in COMMANDS:
-        raise SystemExit(f"error: no command {argv[0]!r}; known: {', '.join(COMMANDS)}")
+        near = get_close_matches(argv[0], COMMANDS, n=1)
+        hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(COMMANDS)}"
+        raise SystemExit(f"error: no command {argv[0]!r}; {hint}")
     args = import_module(f"skipdit.commands.{argv[0].replace('-', '_')}").read_arguments(argv[1:])
     if argv[0] not in QUICK:
         say_start(f"skipdit {argv[0]}")

@@ -4,16 +4,32 @@ import argparse
 import errno
 import io
 import os
+import re
 import signal
 import sys
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import MISSING, fields, is_dataclass
+from difflib import get_close_matches
+from typing import NoReturn
 
 from skipdit.utils.errors import UserError
 from skipdit.utils.files import FULL, explained
 from skipdit.utils.signals import stop_signals
+
+
+class _Parser(argparse.ArgumentParser):
+    """A parser whose mistakes are one line, as all errors are."""
+
+    keys: tuple[str, ...] = ()  # of settings, which are written without dashes
+
+    def error(self, message: str) -> NoReturn:
+        if match := re.match("unrecognized arguments: (--[^ =]+)", message):
+            key, near = match[1][2:].replace("-", "_"), get_close_matches(match[1], self._option_string_actions, n=1)
+            hint = f"did you mean {near[0]}?" if near else "--help lists what there is"
+            message += f"; write {key}=VALUE" if key in self.keys else f"; {hint}"
+        self.exit(2, f"error: {message}\n")
 
 
 def make_parser(
@@ -25,12 +41,13 @@ def make_parser(
         default: what runs without --config; None requires it.
         prog: the program's name, if it is not that of the script.
     """
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog or None,
         description=description,
         epilog="settings:\n" + describe(schema),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    parser.keys = tuple(entry.name for entry in fields(schema))
     parser.add_argument(
         "--config",
         required=default is None,

@@ -18,7 +18,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from skipdit.utils.errors import UserError
-from skipdit.utils.shipped import find_config, found, locate
+from skipdit.utils.shipped import find_config, found, locate, near_configs
 from skipdit.utils.text import read_text, user_path
 
 T = TypeVar("T")
@@ -95,6 +95,8 @@ def load_config(schema: type[T], file: str | Path | None, overrides: list[str] =
     file, layers = None if file is None else find_config(file), []
     if file is not None:
         values, lines = _read(file, section, schema)
+        if kind := "" if section else _other_kind(schema, values):
+            raise ConfigError(f"{file} has the settings of {kind}")
         prefix = f"{section}." if section else ""
         layers.append((values, lambda key: f"{file}, line {lines.get(prefix + key, '?')}"))
     layers += [(_read_override(schema, text), lambda _, text=text: f"override {text!r}") for text in overrides]
@@ -160,8 +162,7 @@ def _read(path: Path, section: str | None, schema: type | None = None) -> tuple[
     With a schema, of that file or section, what is text there is taken as text.
     """
     if not path.is_file():
-        ours = locate("configs/class-to-image")
-        raise ConfigError(f"no config file {path}" + (f"; those of the project are in {ours.parent}" if ours else ""))
+        raise ConfigError(f"no config file {path}{near_configs(path)}")
     try:
         text = read_text(path)
         node = yaml.compose(text)
@@ -173,7 +174,9 @@ def _read(path: Path, section: str | None, schema: type | None = None) -> tuple[
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f"{path}, line {mark.line + 1}" if mark else path
-        raise ConfigError(f"{where}: not valid YAML: {getattr(error, 'problem', '') or _first_line(error)}") from error
+        problem = getattr(error, "problem", "") or _first_line(error)
+        advice = "; indent with spaces, not with tabs" if r"'\t'" in problem else ""
+        raise ConfigError(f"{where}: not valid YAML: {problem}{advice}") from error
     if schema and not section:
         values.pop("task", None)  # see `skipdit.tasks.find_task`
     if section:
@@ -183,11 +186,20 @@ def _read(path: Path, section: str | None, schema: type | None = None) -> tuple[
     return _as_text(schema, values, words) if schema else values, _key_lines(node)
 
 
+def _other_kind(schema: type, values: dict) -> str:
+    """What a config is for, if not for `schema`: the settings of a trainer have a section `train`."""
+    trains = any(entry.name == "train" for entry in fields(schema))
+    if trains and "train" not in values and "weights" in values:
+        return "sampling: skipdit sample --config FILE"
+    return "training: skipdit train --config FILE" if "train" in values and not trains else ""
+
+
 def _read_override(schema: type, text: str) -> dict:
     """The values of `key=value`. A text is taken as it is, but for quotes around all of it; null is none."""
     key, equals, value = text.partition("=")
     if not equals:
-        raise ConfigError(f"override {text!r} has no '='; write key=value, for example sample.steps=50")
+        key = [*_likely(text, [entry.name for entry in fields(schema)], schema), *_dotted(schema)][0]
+        raise ConfigError(f"override {text!r} has no '='; write key=value, such as {key}=VALUE")
     kind: Any = schema
     for name in key.split("."):
         kind = {field.name: field.type for field in fields(kind)}.get(name) if is_dataclass(kind) else None

@@ -113,11 +113,13 @@ def videos() -> Iterator[Finding]:
 
 
 def disk() -> Iterator[Finding]:
-    for name, folder in {"this folder": Path.cwd(), "the Hub's cache": _hub_cache()}.items():
+    places = {"this folder": (Path.cwd(), "--dir FOLDER downloads elsewhere")}
+    places["the Hub's cache"] = (_hub_cache(), "HF_HOME=FOLDER moves the cache")
+    for name, (folder, remedy) in places.items():
         there = next(parent for parent in (folder, *folder.parents) if parent.exists())
         free = shutil.disk_usage(there).free / 1e9
         small = free < 50
-        fix = "the released models of a task take 3 to 30 GB; HF_HOME=FOLDER moves the cache" * small
+        fix = f"the released models of a task take 3 to 30 GB; {remedy}" * small
         yield Finding(NOTE if small else OK, f"{name}, {folder}: {free:.0f} GB free", fix)
         if not os.access(there, os.W_OK):
             yield Finding(NOTE, f"{there} cannot be written", "run the commands elsewhere, or with out=FOLDER")
@@ -217,3 +219,4 @@ def main(args: argparse.Namespace) -> None:
     if missing:
         print(f"\n{missing} packages are missing that every task needs", file=sys.stderr)
         raise SystemExit(1)
+    print("\nNothing is missing that every task needs; to see a model at work: skipdit demo")

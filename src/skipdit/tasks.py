@@ -113,7 +113,7 @@ def take_task(prog: str, description: str, argv: list[str] | None) -> tuple[Task
         parser.add_argument("-h", "--help", action="help", help="show this message")
         parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings that override the file's")
         parser.parse_known_args(rest)
-        parser.error("say what to run: --config FILE, or --task NAME")
+        parser.error("say what to run, for example --config configs/class-to-image/demo.yaml; or --task NAME")
     with friendly_errors():
         task = find_task(given.config, given.task)
     return task, [*(["--config", given.config] if given.config else []), *rest]

@@ -18,6 +18,7 @@ def test_all_is_reported(capsys, tmp_path, monkeypatch):
         assert expected in out
     for task in doctor.TASKS:
         assert f"{task}: embedded model" in out and f"skipdit download {task} --only" in out
+    assert out.endswith("to see a model at work: skipdit demo\n")
     assert "could not be checked" not in out and "MISSING" not in out
 
 

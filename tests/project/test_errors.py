@@ -3,12 +3,15 @@
 import pytest
 from conftest import ROOT, skipdit_command
 
+from skipdit import __version__
+from skipdit.__main__ import main
 from skipdit.checkpoints.errors import WeightsError
 from skipdit.cli import friendly_errors
 from skipdit.config import ConfigError
 from skipdit.utils.errors import UserError
 
 DEMO = str(ROOT / "configs/class-to-image/demo.yaml")
+FASHION = str(ROOT / "configs/class-to-image/fashion_plain.yaml")
 
 
 def ending_with(error: Exception) -> None:
@@ -76,3 +79,44 @@ def test_settings_that_no_model_can_have_are_one_line(override, capsys, tmp_path
     *told, line = capsys.readouterr().err.splitlines()
     assert len(told) <= 1  # that libraries load
     assert line.startswith("error: ") and override.split("=")[0].split(".")[-1] in line.replace(" ", "_")
+
+
+def complaint_of(capsys, *argv: str) -> str:
+    """The last line of a command that fails before it loads anything."""
+    with pytest.raises(SystemExit) as caught:
+        main(list(argv))
+    told = capsys.readouterr().err.splitlines()
+    return told[-1] if told else str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("argv", "complaint"),
+    [
+        (["smaple"], "error: no command 'smaple'; did you mean 'sample'?"),
+        (["sample"], "say what to run, for example --config configs/class-to-image/demo.yaml"),
+        (["sample", "--config", DEMO, "--steps", "4"], "error: unrecognized arguments: --steps; write steps=VALUE"),
+        (["sample", "--config", DEMO, "--cash", "N2"], "error: unrecognized arguments: --cash; did you mean --cache?"),
+        (["sample", "--config", DEMO, "--nothing"], "unrecognized arguments: --nothing; --help lists what there is"),
+        (["sample", "--config", DEMO, "steps"], "override 'steps' has no '='; write key=value, such as steps=VALUE"),
+        (
+            ["sample", "--config", "dmeo.yaml"],
+            "no config file dmeo.yaml; did you mean configs/class-to-image/demo.yaml",
+        ),
+        (["sample", "--config", "configs/imagenet256_sampel.yaml"], "configs/class-to-image/imagenet256_sample.yaml?"),
+        (["train", "--config", DEMO], "demo.yaml has the settings of sampling: skipdit sample --config FILE"),
+        (["sample", "--config", FASHION], "plain.yaml has the settings of training: skipdit train --config FILE"),
+    ],
+)
+def test_a_mistake_is_answered_with_what_to_type(argv, complaint, capsys):
+    assert complaint in complaint_of(capsys, *argv)
+
+
+def test_tabs_in_a_config_are_named(tmp_path, capsys):
+    (tmp_path / "tabs.yaml").write_text("model:\n\tname: DiT-S\n")
+    told = complaint_of(capsys, "sample", "--task", "class-to-image", "--config", str(tmp_path / "tabs.yaml"))
+    assert "tabs.yaml, line 2: not valid YAML" in told and told.endswith("indent with spaces, not with tabs")
+
+
+def test_the_version_is_told(capsys):
+    main(["--version"])
+    assert capsys.readouterr().out == f"skipdit {__version__}\n"

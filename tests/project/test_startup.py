@@ -1,7 +1,9 @@
 """`--help`, a mistake in a setting and a missing file are answered before anything is imported that takes seconds."""
 
+import os
 import subprocess
 import sys
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -50,7 +52,16 @@ def test_help_of_a_task_lists_its_settings():
         code, out, _, modules = start("skipdit", command, "--task", "class-to-image", "--help")
         assert code == 0 and f"usage: skipdit {command}" in out and setting in out and not modules
     code, _, messages, _ = start("skipdit", "sample", "steps=3")
-    assert code == 2 and "--config FILE, or --task NAME" in messages
+    assert code == 2 and "or --task NAME" in messages
+
+
+@pytest.mark.parametrize(
+    "command", ["encode --data videos --path data --out out", "data check configs/class-to-video/ffs_scratch.yaml"]
+)
+def test_no_more_processes_read_than_there_are_processors(command):
+    name, *argv = command.split()
+    arguments = import_module(f"skipdit.commands.{name}").read_arguments(argv)
+    assert 1 <= arguments.workers <= min(4, os.cpu_count())
 
 
 def example(program: str) -> str:

@@ -15,6 +15,7 @@ from skipdit.class_to_image.sample import Config, ModelConfig, sample
 from skipdit.config import changed, to_yaml
 from skipdit.data.settings import ImageData
 from skipdit.evaluation.compare import markdown
+from skipdit.sampling.job import preflight
 
 
 @pytest.fixture
@@ -51,10 +52,12 @@ def test_compare_names_every_row_and_gives_its_result(sampling, tmp_path, capsys
     folder = tmp_path / "class-to-image"
     folder.mkdir()
     (folder / "run.yaml").write_text(to_yaml(sampling))
-    main(["compare", "--config", str(folder / "run.yaml"), "--intervals", "2", "--repeats", "1"])
+    main(["compare", "--config", str(folder / "run.yaml"), "--intervals", "2", "--repeats", "2"])
     told = capsys.readouterr().err.replace("\r", "\n").splitlines()
     named = [line.partition(" (")[0] for line in told if line.endswith(" steps) ...")]
-    assert named[:3] == ["uncached", "reuse N=2", "extrapolate N=2"] and len(named) == 4
+    assert named[:3] == ["uncached", "reuse N=2", "extrapolate N=2"] and named[4:] == named[:4]
+    rounds = [line.partition(",")[0] for line in told if line.startswith("round")]
+    assert rounds == ["round 1 of 2", "round 2 of 2"]
     results = [line for line in told if re.fullmatch(r".+: [\d.]+ s / image(, [\d.]+ dB)?", line)]
     assert [line.partition(":")[0] for line in results] == named
     assert told.index("uncached (none, 6 steps) ...") < told.index(results[0]) < told.index(results[-1])
@@ -90,6 +93,33 @@ def test_a_finished_run_says_where_to_look(sampling, capsys):
     sample(sampling)
     told = capsys.readouterr()
     assert told.out == f"all 2 images are there: see {sampling.out}/grid.png\n" and told.err == ""
+
+
+def test_the_end_of_a_run_names_the_file_to_open(sampling, capsys):
+    sample(changed(sampling, {"num_samples": 1}))
+    assert capsys.readouterr().out.startswith(f"1 image in {sampling.out}, see grid.png: 6 full")
+
+
+@pytest.mark.parametrize(
+    ("missing", "advice"),
+    [
+        (
+            {"weights": "results/mine-stage2", "vae": "x/y/z"},
+            "results/mine-stage2 has no checkpoint yet: run the train",
+        ),
+        ({"init": "checkpoints/Latte-0/transformer"}, "`fetch it` fetches the released ones"),
+        ({"vae": "class-to-image", "data.path": "data/mine"}, "the head of the config has the commands"),
+        ({"vae": "class-to-image", "texts": "data/texts"}, "the head of the config has the commands"),
+        ({"vae": "class-to-image", "data.path": "data/mine", "absent": ["t5"]}, "`fetch it` fetches the released ones"),
+    ],
+)
+def test_what_is_missing_comes_with_what_makes_it(missing, advice, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    with pytest.raises(FileNotFoundError) as caught:
+        preflight(
+            {key: path for key, path in missing.items() if key != "absent"}, "fetch it", missing.get("absent", ())
+        )
+    assert advice in str(caught.value) and str(caught.value).count(";") == 1
 
 
 def test_sample_grids_have_a_bar_and_courses_longer_than_the_run_are_told(tmp_path, vae_folder, image_folder, capsys):

@@ -65,6 +65,7 @@ def test_trainers():
         "./configs/ffs/ffs_sample_skip.yaml": "class-to-video/ffs_sample.yaml",
         "./configs/sky/sky_sample_origin.yaml": "class-to-video/sky_sample_plain.yaml",
         "./configs/ucf101/ucf101_img_train.yaml": "class-to-video/ucf101_scratch.yaml",
+        "./configs/ffs/ffs_train.yaml": "class-to-video/ffs_scratch.yaml",
     }.items(),
 )
 def test_configs_are_found_in_a_task_folder(theirs, ours, monkeypatch, capsys):

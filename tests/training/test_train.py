@@ -471,4 +471,4 @@ def test_the_end_says_what_to_type_next(config, tmp_path, objective):
     words = [sys.executable, "-m", *command.split(), *small]
     result = subprocess.run(words, capture_output=True, text=True, cwd=tmp_path, timeout=300)
     assert result.returncode == 0, result.stderr[-2000:]
-    assert "1 images in samples/class-to-image" in result.stdout
+    assert "1 image in samples/class-to-image, see grid.png" in result.stdout

@@ -1,9 +1,9 @@
 """The paper's analyses of a model's features, on the states that its task's sampler passes through.
 
-    python -m skipdit analyze perturb    --config configs/class-to-image/demo.yaml num_samples=4
-    python -m skipdit analyze similarity --config configs/class-to-image/demo.yaml --spec N4-1000-20-o1
-    python -m skipdit analyze dynamics   --config configs/text-to-video/demo.yaml --plain results/t2v-emoji-plain
-    python -m skipdit analyze jacobian   --config configs/text-to-video/demo.yaml --plain results/t2v-emoji-plain
+    skipdit analyze perturb    --config configs/class-to-image/demo.yaml num_samples=4
+    skipdit analyze similarity --config configs/class-to-image/demo.yaml --spec N4-1000-20-o1
+    skipdit analyze dynamics   --config configs/text-to-video/demo.yaml --plain results/t2v-emoji-plain
+    skipdit analyze jacobian   --config configs/text-to-video/demo.yaml --plain results/t2v-emoji-plain
 
   perturb     how far feature and prediction move when the weights are moved at random, filter by filter
   similarity  what cached steps see and predict, against a full pass on the same input
@@ -27,7 +27,7 @@ SPECS = ["N2-1000-20", "N2-1000-20-o1", "N4-1000-20", "N4-1000-20-o1"]
 def read_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     """Return the parsed command line, `argv` or the program's own; ends the program for --help and mistakes."""
     head = argparse.ArgumentParser(
-        "python -m skipdit analyze", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        "skipdit analyze", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     head.add_argument("analysis", choices=ANALYSES)
     head.add_argument("rest", nargs=argparse.REMAINDER, help="its settings: ask it for --help")

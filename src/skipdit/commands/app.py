@@ -4,7 +4,7 @@
     skipdit app --config configs/class-to-image/imagenet256_sample.yaml --config configs/class-to-image/demo.yaml
     skipdit app --config configs/class-to-image/demo.yaml guidance_scale=3
 
-Without --config it offers the embedded models of all four tasks. Needs gradio: pip install "skipdit[app]"
+Without --config it offers the embedded models of all four tasks. Needs gradio: pip install "gradio>=6"
 """
 
 import argparse
@@ -41,7 +41,7 @@ def read_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     quiet, args.config = nullcontext() if args.config else untold(), args.config or embedded()
     with friendly_errors(), quiet:
         if find_spec("gradio") is None:
-            where = 'in the clone, pip install -e ".[app]"' if PROJECT else 'pip install "skipdit[app]"'
+            where = 'in the clone, pip install -e ".[app]"' if PROJECT else 'pip install "gradio>=6"'
             raise UserError(f"the page needs gradio, which is not installed: {where}")
         for number, file in enumerate(args.config):
             load_config(find_task(file, args.task).schema, file, [] if number else args.overrides)

@@ -1,7 +1,7 @@
 """The same samples with several caches: a table of speed and fidelity, and pictures to look at.
 
-    python -m skipdit compare --config configs/class-to-image/demo.yaml
-    python -m skipdit compare --config configs/text-to-video/demo.yaml --also configs/text-to-video/demo_plan.json
+    skipdit compare --config configs/class-to-image/demo.yaml
+    skipdit compare --config configs/text-to-video/demo.yaml --also configs/text-to-video/demo_plan.json
 
 Rows: the uncached run, and per interval: cached steps that reuse the stored feature (order 0), cached steps that
 extrapolate it (order 1), and simply fewer steps at the same cost. Every row starts from the same noise. A stochastic
@@ -21,7 +21,7 @@ from skipdit.utils.shipped import found
 def read_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     """Return the parsed command line, `argv` or the program's own; ends the program for --help and mistakes."""
     parser = argparse.ArgumentParser(
-        "python -m skipdit compare", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        "skipdit compare", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--config", required=True, metavar="FILE", help="YAML file of a sampler's settings")
     parser.add_argument("--task", help="class-to-image ... [the name of the config's folder]")

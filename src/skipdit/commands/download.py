@@ -1,9 +1,9 @@
 """Fetch released checkpoints, and what their pipelines need, from the Hugging Face Hub.
 
-    python -m skipdit download class-to-image                      # everything for the task, into checkpoints/
-    python -m skipdit download class-to-video --only ffs sky       # some of it
-    python -m skipdit download text-to-video --dry-run             # only list it
-    python -m skipdit download text-to-image                       # into ckpts/, as the released code has it
+    skipdit download class-to-image                      # everything for the task, into checkpoints/
+    skipdit download class-to-video --only ffs sky       # some of it
+    skipdit download text-to-video --dry-run             # only list it
+    skipdit download text-to-image                       # into ckpts/, as the released code has it
 
 The same command again continues where an interrupted one stopped, and skips what is there.
 """
@@ -18,7 +18,7 @@ from skipdit.utils.text import with_home
 def read_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     """Return the parsed command line, `argv` or the program's own; ends the program for --help and mistakes."""
     parser = argparse.ArgumentParser(
-        "python -m skipdit download",
+        "skipdit download",
         description=__doc__,
         epilog="\n".join(
             f"{task}:\n" + "\n".join(f"{' *'[item.optional]} {name:<18}{item}" for name, item in items.items())

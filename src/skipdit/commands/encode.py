@@ -1,14 +1,14 @@
 """Encode a dataset of images or clips into latents, once, with their flipped copies.
 
-    python -m skipdit encode --data fashion_mnist --path data --image-size 32 \\
+    skipdit encode --data fashion_mnist --path data --image-size 32 \\
         --vae class-to-image/weights/vae --out data/fashion-latents
     torchrun --nproc-per-node 8 -m skipdit encode --data image_folder --path data/imagenet/train --image-size 256 \\
         --vae stabilityai/sd-vae-ft-ema --out data/imagenet/latents
-    python -m skipdit encode --data videos --path data/UCF101/videos --labelled --image-size 256 --shard 200 \\
+    skipdit encode --data videos --path data/UCF101/videos --labelled --image-size 256 --shard 200 \\
         --vae stabilityai/sd-vae-ft-ema --out data/UCF101/latents
-    python -m skipdit encode --data videos --path data/clips --captions data/clips/captions.jsonl --image-size 256 \\
+    skipdit encode --data videos --path data/clips --captions data/clips/captions.jsonl --image-size 256 \\
         --shard 200 --vae stabilityai/sd-vae-ft-ema --out data/clips-latents
-    python -m skipdit encode --data pictures --path data/pictures --captions data/pictures/captions.jsonl \\
+    skipdit encode --data pictures --path data/pictures --captions data/pictures/captions.jsonl \\
         --image-size 1024 --buckets 1024x1024 1024x768 768x1024 --shard 1000 \\
         --vae ckpts/t2i/sdxl-vae-fp16-fix --out data/pictures-latents
 
@@ -19,7 +19,7 @@ random stretches. An interrupted run continues with the shards it lacks.
 import argparse
 from pathlib import Path
 
-from skipdit.data.settings import CLIPS, IMAGES, PICTURES
+from skipdit.data.settings import CLIPS, IMAGES, PICTURES, READERS
 from skipdit.utils.shipped import found
 from skipdit.utils.text import with_home
 
@@ -27,7 +27,7 @@ from skipdit.utils.text import with_home
 def read_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     """Return the parsed command line, `argv` or the program's own; ends the program for --help and mistakes."""
     parser = argparse.ArgumentParser(
-        "python -m skipdit encode", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        "skipdit encode", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--data", choices=[*IMAGES, *CLIPS, *PICTURES], required=True, help="kind of dataset")
     parser.add_argument("--path", required=True, help="its folder; of shards also a Hub name")
@@ -61,7 +61,7 @@ def read_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         "--buckets", nargs="+", default=[], metavar="HxW", help="pictures: their shapes [a square of --image-size]"
     )
     parser.add_argument("--shard", type=int, default=10_000, help="images or clips per file [%(default)s]")
-    parser.add_argument("--workers", type=int, default=4, help="reading processes [%(default)s]")
+    parser.add_argument("--workers", type=int, default=READERS, help="reading processes [%(default)s]")
     args = with_home(parser.parse_args(argv))
     args.vae = found(args.vae)
     return args

@@ -1,15 +1,15 @@
 """Encode the captions of a training config once, so that training needs no text encoder in memory.
 
-    python -m skipdit encode-text configs/text-to-video/clips.yaml --out data/texts \\
+    skipdit encode-text configs/text-to-video/clips.yaml --out data/texts \\
         --text-encoder checkpoints/Latte-0/text_encoder
     torchrun --nproc-per-node 8 -m skipdit encode-text configs/text-to-video/clips.yaml --out data/texts \\
         --text-encoder checkpoints/Latte-0/text_encoder data.kind=latents data.path=data/clips-latents
 
 Text-to-image reads every caption with two encoders:
 
-    python -m skipdit encode-text configs/text-to-image/t2i_train_stage2.yaml --out data/texts-clip --role clip \\
+    skipdit encode-text configs/text-to-image/t2i_train_stage2.yaml --out data/texts-clip --role clip \\
         --text-encoder ckpts/t2i/clip_text_encoder
-    python -m skipdit encode-text configs/text-to-image/t2i_train_stage2.yaml --out data/texts-t5 --role t5 \\
+    skipdit encode-text configs/text-to-image/t2i_train_stage2.yaml --out data/texts-t5 --role t5 \\
         --text-encoder ckpts/t2i/mt5
 
 Takes the captions that training will ask for. An interrupted run continues with the shards it lacks.
@@ -27,7 +27,7 @@ DTYPES = ("float16", "bfloat16", "float32")
 def read_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     """Return the parsed command line, `argv` or the program's own; ends the program for --help and mistakes."""
     parser = argparse.ArgumentParser(
-        "python -m skipdit encode-text", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        "skipdit encode-text", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("config", metavar="CONFIG", help="YAML file of a training run; its section `data` counts")
     parser.add_argument("overrides", nargs="*", metavar="data.key=value", help="settings of that section to replace")

@@ -1,10 +1,10 @@
 """Judge samples: against the uncached run, against real ones, against their prompts.
 
-    python -m skipdit evaluate fidelity samples/demo-cached --reference samples/demo
-    python -m skipdit evaluate fid samples/imagenet256-50k --reference VIRTUAL_imagenet256_labeled.npz
-    python -m skipdit evaluate fvd samples/ucf101-fvd --reference data/UCF101/videos --i3d i3d_torchscript.pt
-    python -m skipdit evaluate clip samples/t2i-coco --model openai/clip-vit-base-patch32
-    python -m skipdit evaluate vbench samples/t2v-vbench --prompts data/vbench/prompts_per_dimension
+    skipdit evaluate fidelity samples/demo-cached --reference samples/demo
+    skipdit evaluate fid samples/imagenet256-50k --reference VIRTUAL_imagenet256_labeled.npz
+    skipdit evaluate fvd samples/ucf101-fvd --reference data/UCF101/videos --i3d i3d_torchscript.pt
+    skipdit evaluate clip samples/t2i-coco --model openai/clip-vit-base-patch32
+    skipdit evaluate vbench samples/t2v-vbench --prompts data/vbench/prompts_per_dimension
 
 RUN is a sampler's output folder. A plain folder of pictures or clips, or an .npz of pictures, does as well; how they
 were made is then reported as unknown. Results go to RUN/evaluation/<metric>.json with the whole protocol. What networks
@@ -30,7 +30,7 @@ DETAILS = {
 def read_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     """Return the parsed command line, `argv` or the program's own; ends the program for --help and mistakes."""
     parser = argparse.ArgumentParser(
-        prog="python -m skipdit evaluate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="skipdit evaluate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     commands = parser.add_subparsers(required=True, metavar="METRIC")
 

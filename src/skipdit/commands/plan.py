@@ -1,9 +1,9 @@
 """Plan a sampling run: which steps are full, which cached, which forecasts; fitted on a few runs of the model itself.
 
-    python -m skipdit plan --config configs/class-to-image/demo.yaml --speedup 3 --out plan.json
-    python -m skipdit plan --config configs/text-to-video/demo.yaml --budget 20 --out plan.json steps=50
-    python -m skipdit plan --config configs/class-to-image/demo.yaml --max-error 0.01 --out plan.json
-    python -m skipdit plan --pipeline black-forest-labs/FLUX.1-dev --prompts prompts.txt --speedup 2 guidance_scale=3.5
+    skipdit plan --config configs/class-to-image/demo.yaml --speedup 3 --out plan.json
+    skipdit plan --config configs/text-to-video/demo.yaml --budget 20 --out plan.json steps=50
+    skipdit plan --config configs/class-to-image/demo.yaml --max-error 0.01 --out plan.json
+    skipdit plan --pipeline black-forest-labs/FLUX.1-dev --prompts prompts.txt --speedup 2 guidance_scale=3.5
 
 Take samples for it that are judged nowhere else: the seed is not that of the config, and prompts should be others, too.
 The plan is for this model, sampler, number of steps and guidance, and is refused on other timesteps.
@@ -21,7 +21,7 @@ SEED = 10_000  # of calibration samples; no config has it
 def read_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     """Return the parsed command line, `argv` or the program's own; ends the program for --help and mistakes."""
     parser = argparse.ArgumentParser(
-        "python -m skipdit plan", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        "skipdit plan", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     planned = parser.add_mutually_exclusive_group(required=True)
     planned.add_argument("--config", metavar="FILE", help="a sampler's config")

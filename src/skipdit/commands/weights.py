@@ -1,11 +1,11 @@
-"""Checkpoints from one layout to another; the commands of `python -m skipdit weights`.
+"""Checkpoints from one layout to another; the commands of `skipdit weights`.
 
-    python -m skipdit weights verify IN            # whether every byte is as it was saved, and every weight finite
-    python -m skipdit weights convert IN OUT       # a safetensors folder with a model card, for from_pretrained(OUT)
-    python -m skipdit weights convert results/mine mine --plan plan.json --license mit --push-to OWNER/mine
-    python -m skipdit weights convert results/t2i transformer --model-class diffusers.HunyuanDiT2DModel
-    python -m skipdit weights export IN OUT.pt     # the released layout {"ema": ...}, to ship; or OUT.safetensors
-    python -m skipdit weights average RUN OUT.pt --length 0.1    # weights averaged over another stretch of the training
+    skipdit weights verify IN            # whether every byte is as it was saved, and every weight finite
+    skipdit weights convert IN OUT       # a safetensors folder with a model card, for from_pretrained(OUT)
+    skipdit weights convert results/mine mine --plan plan.json --license mit --push-to OWNER/mine
+    skipdit weights convert results/t2i transformer --model-class diffusers.HunyuanDiT2DModel
+    skipdit weights export IN OUT.pt     # the released layout {"ema": ...}, to ship; or OUT.safetensors
+    skipdit weights average RUN OUT.pt --length 0.1    # weights averaged over another stretch of the training
 
 IN is anything that `load_weights` reads. Of a training checkpoint the EMA is taken, and all of it is verified. OUT must
 not exist yet. Settings of the model and its training go along, and samplers read them there.
@@ -18,13 +18,13 @@ from pathlib import Path
 def read_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     """Return the parsed command line, `argv` or the program's own; ends the program for --help and mistakes."""
     parser = argparse.ArgumentParser(
-        "python -m skipdit weights", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        "skipdit weights", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     commands = parser.add_subparsers(dest="command", required=True)
     titles = {"convert": "make a folder for from_pretrained", "export": "make a file to ship"}
     titles["average"] = "of a run with train.average_every: an average of any length"
     for name, help in {"verify": "read all of it, compare with its checksums", **titles}.items():
-        command = commands.add_parser(name, help=help)
+        command = commands.add_parser(name, help=help, description=help[0].upper() + help[1:] + ".")
         command.add_argument("source", type=Path, metavar="IN", help="a .pt or .safetensors file, or a folder")
         if name == "verify":
             continue

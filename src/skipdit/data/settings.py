@@ -1,5 +1,6 @@
 """Settings of training data: labelled images, clips, captioned pictures."""
 
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -9,6 +10,7 @@ from skipdit.data.captions import BESIDE
 IMAGES = ("image_folder", "fashion_mnist", "image_shards")  # as data.kind
 PICTURES = ("pictures", "picture_shards")
 CLIPS = ("videos", "frames")
+READERS = min(4, os.cpu_count() or 1)  # processes that read; PyTorch warns of more than there are processors
 
 
 def is_hub_name(path: str) -> bool:

@@ -81,7 +81,9 @@ def compare(sampler: Sampler, rows: list[Row], repeats: int) -> tuple[list[dict]
     times: list[list[float]] = [[] for _ in rows]
     samples: list[Tensor] = [torch.empty(0)] * len(rows)
     fidelity: list[dict] = [{} for _ in rows]
-    for _ in range(repeats):  # interleaved: a machine that slows down slows all rows
+    for repeat in range(repeats):  # interleaved: a machine that slows down slows all rows
+        if repeats > 1:
+            _tell(f"round {repeat + 1} of {repeats}, whose times the table has the medians of")
         for number, row in enumerate(rows):
             _tell(f"{row.name} ({row.spec}, {row.steps} steps) ...")
             began = time.perf_counter()

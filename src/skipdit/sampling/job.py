@@ -1,6 +1,7 @@
 """A resumable list of samples, made batch by batch."""
 
 import json
+import re
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -25,8 +26,9 @@ from skipdit.utils.device import process_state
 from skipdit.utils.errors import UserError
 from skipdit.utils.files import naming, replace_text, whole_file
 from skipdit.utils.provenance import fingerprint
+from skipdit.utils.shipped import WEIGHTS
 from skipdit.utils.signals import telling
-from skipdit.utils.text import read_json
+from skipdit.utils.text import counted, read_json
 
 T = TypeVar("T")
 
@@ -50,7 +52,18 @@ def preflight(files: dict[str, str], fetch: str, absent: Sequence[str] = ()) -> 
     missing += absent
     if missing:
         hints = "".join(in_the_project(path) for key, path in files.items() if not found[key])
-        raise FileNotFoundError(f"missing: {', '.join(missing)}{hints or f'; `{fetch}` fetches the released ones'}")
+        hints = hints or _how_to_get({key: path for key, path in files.items() if not found[key]}, fetch, absent)
+        raise FileNotFoundError(f"missing: {', '.join(missing)}{hints}")
+
+
+def _how_to_get(missing: dict[str, str], fetch: str, absent: Sequence[str]) -> str:
+    """What to say of files that are missing: folders of trainings and data are not among the released ones."""
+    folder = Path(missing.get("weights") or missing.get("init") or "a.pt")
+    if not folder.suffix and folder.parts[:1] not in [(name,) for name in WEIGHTS]:
+        return f"; {folder} has no checkpoint yet: run the training that writes it"
+    if not absent and all(re.match(r"data\.|texts$|.*\.files$", key) for key in missing):
+        return "; the head of the config has the commands that make it, or see docs/data.md"
+    return f"; `{fetch}` fetches the released ones"
 
 
 def _dotted(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -152,7 +165,8 @@ def run_job(sampler: Sampler) -> tuple[Job, dict]:
     progress = tqdm(total=len(pending), desc=f"{unit}s", unit=unit, disable=complete or not state.is_main_process)
 
     def how_to_go_on() -> str:
-        return f"stopped; {job.made()} of {job.total} {unit}s are in {job.folder}: the same command makes the others"
+        made = f"{job.made()} of {counted(job.total, unit)} are in {job.folder}"
+        return f"stopped; {made}: the same command makes the others"
 
     with progress, telling(how_to_go_on):
         for indices in sampler.batches(pending):
@@ -170,7 +184,7 @@ def run_job(sampler: Sampler) -> tuple[Job, dict]:
     file = job.folder / "report.json"
     if complete and file.exists() and (before := read_json(file))["num_samples"] >= job.total:
         if state.is_main_process:
-            print(f"all {job.total} {unit}s are there: see {job.folder / sampler.overview}")
+            print(f"all {counted(job.total, unit)} are there: see {job.folder / sampler.overview}")
         return job, before
     parts = gather_object([(made, ran)])
     of_all, ran_of_all = sum(count for count, _ in parts), sum((kinds for _, kinds in parts), Counter())
@@ -191,7 +205,7 @@ def run_job(sampler: Sampler) -> tuple[Job, dict]:
     )
     if state.is_main_process:
         replace_text(file, json.dumps(summary, indent=2) + "\n")
-        told = f"{job.total} {unit}s in {job.folder}"
+        told = f"{counted(job.total, unit)} in {job.folder}, see {sampler.overview}"
         if steps["full"] is not None:
             told += f": {steps_in_words(steps)}"
             told += f", {summary['flops_speedup']:.2f}x fewer FLOPs"

@@ -87,7 +87,7 @@ def open_training(
     if "init" in needed:
         new = load_weights(model, config.init, allow_missing="skips.*")
         if new and process_state().is_main_process:
-            print(f"{len(new)} skip parameters are not in {config.init} and start anew:\n  " + "\n  ".join(new))
+            print(f"{len(new)} skip parameters are not in {config.init} and start anew: {new[0]} to {new[-1]}")
     model.flow_shift = config.train.flow_shift if config.train.objective == "flow" else None
     return changed(config, {"vae_fingerprint": fingerprint(vae)}), model, vae
 

@@ -5,13 +5,18 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from difflib import get_close_matches
 from functools import cache
 from pathlib import Path
 
 PACKAGE = Path(__file__).resolve().parents[1]
 PROJECT = PACKAGE.parents[1] if PACKAGE.parent.name == "src" else None  # the checkout; None: an installed package
-_WEIGHTS = ("checkpoints", "pretrained", "ckpts")  # where this project and the original keep what they download
-_RENAMED = {"_img_train": "_scratch", "_joint_train_skip": "_train_stage2"}  # ends of names of the original's configs
+WEIGHTS = ("checkpoints", "pretrained", "ckpts")  # where this project and the original keep what they download
+_RENAMED = {
+    "_img_train": "_scratch",
+    "_train": "_scratch",
+    "_joint_train_skip": "_train_stage2",
+}  # ends of names of the original's configs
 _RENAMED |= {"_sample_origin": "_sample_plain", "_sample_skip": "_sample", "-origin": "_sample_plain"}
 _RENAMED |= {"-skip": "_sample_skip", "-skip-cache": "_sample_skip_cache"}
 
@@ -72,10 +77,21 @@ def find_config(path: str | Path) -> Path:
     return place
 
 
+def near_configs(path: Path) -> str:
+    """Return what to say of a config that is not there: the project's of nearly this name, or where they are."""
+    if not (folder := locate("configs/class-to-image")):
+        return ""
+    names = [f"configs/{file.relative_to(folder.parent).as_posix()}" for file in sorted(folder.parent.glob("*/*.yaml"))]
+    near = get_close_matches(path.name, [Path(name).name for name in names], n=1, cutoff=0.8)
+    alike = [name for name in names if Path(name).name in near]
+    tell = " or ".join(get_close_matches(str(path), alike, n=1, cutoff=0) if len(path.parts) > 1 else alike)
+    return f"; did you mean {tell}?" if tell else f"; those of the project are in {folder.parent}"
+
+
 def _places(path: str) -> Iterator[Path | None]:
     yield locate(path)
     first, *rest = Path(path).parts
-    for name in _WEIGHTS if first in _WEIGHTS and rest else ():
+    for name in WEIGHTS if first in WEIGHTS and rest else ():
         yield Path(name, *rest)
         yield locate(Path(name, *rest))
 

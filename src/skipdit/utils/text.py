@@ -31,6 +31,11 @@ def read_json(path: str | Path) -> Any:
         raise UserError(f"{path} is damaged: {error}") from error
 
 
+def counted(number: int, unit: str) -> str:
+    """Return "1 image", "2 images"."""
+    return f"{number} {unit}" + "s" * (number != 1)
+
+
 def user_path(text: str) -> str:
     """A path in which "~" is the user's home, where no shell has put that in: `out=~/runs`, and in files."""
     return os.path.expanduser(text) if text.startswith(("~/", "~\\")) else text
