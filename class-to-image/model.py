@@ -31,7 +31,10 @@ class DiT(AdaLNTransformer):
         skip: whether block i is joined to block L-1-i, for every i < L // 2.
         fuse: "replace" as in the paper, or "residual"; see `skipdit.layers.skip.LongSkip`.
         flow_shift: see `SkipTransformer.flow_shift`.
-        qk_norm, rms_norm, swiglu, rotary: see `skipdit.layers.settings.ModelSettings`.
+        qk_norm: see `skipdit.layers.settings.ModelSettings`.
+        rms_norm: see `skipdit.layers.settings.ModelSettings`.
+        swiglu: see `skipdit.layers.settings.ModelSettings`.
+        rotary: see `skipdit.layers.settings.ModelSettings`.
     """
 
     _cp_plan = context_parallel_plan(

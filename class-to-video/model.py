@@ -39,7 +39,10 @@ class Latte(AdaLNTransformer):
         n_skips: long skips, counted from the outside; None joins all pairs, L // 2.
         fuse: "replace" as in the paper, or "residual"; see `skipdit.layers.skip.LongSkip`.
         flow_shift: see `SkipTransformer.flow_shift`.
-        qk_norm, rms_norm, swiglu, rotary: see `skipdit.layers.settings.ModelSettings`.
+        qk_norm: see `skipdit.layers.settings.ModelSettings`.
+        rms_norm: see `skipdit.layers.settings.ModelSettings`.
+        swiglu: see `skipdit.layers.settings.ModelSettings`.
+        rotary: see `skipdit.layers.settings.ModelSettings`.
     """
 
     blocks_per_layer = 2

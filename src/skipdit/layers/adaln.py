@@ -32,7 +32,9 @@ class DiTBlock(nn.Module):
     """Transformer block whose norms and residuals are modulated by the conditioning.
 
     Args:
-        qk_norm, rms_norm, swiglu: see `skipdit.layers.settings.ModelSettings`.
+        qk_norm: see `skipdit.layers.settings.ModelSettings`.
+        rms_norm: see `skipdit.layers.settings.ModelSettings`.
+        swiglu: see `skipdit.layers.settings.ModelSettings`.
     """
 
     def __init__(
