@@ -3,7 +3,7 @@
 from skipdit import _moved
 from skipdit.utils.lazy import lazy_names
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 _PLACES = {  # public name -> its module
     "CachePolicy": "caching.policy",

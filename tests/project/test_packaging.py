@@ -13,6 +13,8 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 
+from skipdit import __version__
+
 TASKS = {  # hyphenated folders become packages
     path.parent: f"skipdit.{path.parent.name.replace('-', '_')}" for path in sorted(ROOT.glob("*-*/__init__.py"))
 }
@@ -152,7 +154,7 @@ def test_the_demo_and_the_doctor_of_a_wheel_run_in_an_empty_folder(wheel_python,
     said = run([str(command), "demo", "num_samples=1", "steps=3"], tmp_path, PYTHONPATH="")
     assert "side by side: samples/demo/compare.png" in said and (tmp_path / "samples/demo/compare.png").exists()
     said = run([str(command), "doctor"], tmp_path, PYTHONPATH="", HF_HUB_OFFLINE="1")
-    assert f"skipdit 0.1.0 in {wheel_python.parents[1]}/lib" in said and "MISSING" not in said
+    assert f"skipdit {__version__} in {wheel_python.parents[1]}/lib" in said and "MISSING" not in said
     assert "class-to-image: embedded model" in said and "skipdit download class-to-image --only dit vae" in said
 
 

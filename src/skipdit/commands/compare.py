@@ -7,8 +7,8 @@ Rows: the uncached run, and per interval: cached steps that reuse the stored fea
 extrapolate it (order 1), and simply fewer steps at the same cost. Every row starts from the same noise. A stochastic
 sampler draws more of it in every step: there fewer steps make another image, and their PSNR means nothing.
 
-Takes a sampler's config; writes compare.png (of clips, four frames of two) and compare.json into its `out`, and of
-clips compare.gif: a line per row, all in motion.
+Takes a sampler's config; writes compare.png (per row, samples and, amplified, what differs from the uncached ones) and
+compare.json into its `out`, and of clips compare.gif: a line per row, all in motion.
 """
 
 import argparse

@@ -28,6 +28,9 @@ from skipdit.utils.files import replace_text, whole_file
 from skipdit.utils.provenance import fingerprint, versions
 from skipdit.utils.video import side_by_side, write_gif
 
+AMPLIFIED = 16  # differences that a comparison shows
+SHOWN = 6  # of its samples
+
 
 def rows_for(
     steps: int, intervals: list[int], window: CacheSpec, sampler: Sampler, also: Sequence[CachePolicy] = ()
@@ -137,20 +140,29 @@ def markdown(table: list[dict], unit: str) -> str:
 
 
 def picture(table: list[dict], tiles: Sequence[Tensor]) -> Image.Image:
-    """One line of pictures (M, 3, H, W) per row of the table, with its name, speedup in FLOPs and PSNR on the left."""
-    margin, gap = 130, 2
+    """A line per row of the table: its name, speedup in FLOPs and PSNR; its pictures (M, 3, H, W); and what differs
+    from those of the first row, `AMPLIFIED` times and around grey, as most of it could not be seen.
+    """
+    margin, header, gap = 130, 22, 2
     count, _, height, width = tiles[0].shape
-    side = min(max(height, 64), 256)  # room for the text, and for several large pictures
+    side = min(max(height, 96), 256)  # room for the text, and for several large pictures
     across = side * width // height
-    canvas = Image.new("RGB", (margin + count * (across + gap), len(table) * (side + gap)), "white")
+    canvas = Image.new("RGB", (margin + 2 * count * (across + gap), header + len(table) * (side + gap)), "white")
     draw, font = ImageDraw.Draw(canvas), ImageFont.load_default(14)
+    draw.text((margin + count * (across + gap) + 4, 2), f"difference, times {AMPLIFIED}", fill="black", font=font)
     for y, (row, line) in enumerate(zip(table, tiles, strict=True)):
+        top = header + y * (side + gap)
         cost = "" if row["identical"] else f"\n{row['flops_speedup']:.2f}x, {row['psnr']:.1f} dB"
-        draw.text((4, y * (side + gap) + side // 2 - 14), row["name"] + cost, fill="black", font=font)
-        for x, tile in enumerate(line):
+        draw.text((4, top + side // 2 - 14), row["name"] + cost, fill="black", font=font)
+        for x, tile in enumerate(torch.cat([line, difference(line, tiles[0])])):
             shown = Image.fromarray(tile.permute(1, 2, 0).numpy()).resize((across, side), Image.Resampling.BICUBIC)
-            canvas.paste(shown, (margin + x * (across + gap), y * (side + gap)))
+            canvas.paste(shown, (margin + x * (across + gap), top))
     return canvas
+
+
+def difference(pictures: Tensor, others: Tensor) -> Tensor:
+    """What differs, `AMPLIFIED` times and around a medium grey; all are uint8 of one shape."""
+    return ((pictures.int() - others.int()) * AMPLIFIED + 128).clamp(0, 255).to(torch.uint8)
 
 
 @friendly_errors("starts anew")
@@ -165,7 +177,7 @@ def main(args: argparse.Namespace) -> None:
     out, unit = Path(config.out), sampler.unit
     out.mkdir(parents=True, exist_ok=True)
     with whole_file(out / "compare.png", keep_suffix=True) as partial:
-        picture(table, [four_frames(made) if unit == "clip" else made.flatten(0, -4)[:10] for made in samples]).save(
+        picture(table, [four_frames(made) if unit == "clip" else made.flatten(0, -4)[:SHOWN] for made in samples]).save(
             partial
         )
     record = {"rows": table, "config": to_dict(config), **versions()}
@@ -179,8 +191,8 @@ def main(args: argparse.Namespace) -> None:
 
 
 def four_frames(clips: Tensor) -> Tensor:
-    """Four frames of each of the first two clips, (8, 3, H, W): the tiles of a comparison of clips."""
-    return clips[:2, :: max(1, clips.shape[1] // 4)][:, :4].flatten(0, 1)
+    """Four frames of the first clip, (4, 3, H, W): the tiles of a comparison of clips."""
+    return clips[0, :: max(1, clips.shape[1] // 4)][:4]
 
 
 def film(rows: list[Tensor], out: str, fps: float) -> None:
