@@ -22,7 +22,7 @@ from skipdit.evaluation.compare import check_plans, rows_for
 from skipdit.planning.calibration import Bench
 from skipdit.planning.controls import controls
 from skipdit.planning.fitting import Fit, LeastSquares, extrapolated
-from skipdit.planning.schedules import affordable, full_steps, schedule
+from skipdit.planning.schedules import affordable, full_steps, schedule, stretched
 from skipdit.sampling.class_conditional import generate
 from skipdit.tasks import find_task
 from skipdit.text_to_image import sample_t2i
@@ -62,6 +62,21 @@ def test_cached_steps_lie_in_the_middle_of_gaps_or_later():
     assert schedule(8, 2, 4) == "FSOSFSOS"
     assert full_steps(12, 4, warp=2) == [0, 1, 3, 7]  # closer together at the beginning
     assert full_steps(12, 5, head=2, tail=2) == [0, 1, 6, 10, 11] and full_steps(12, 2, head=1, tail=5) == [0, 11]
+
+
+@pytest.mark.parametrize("kinds", ["F", "FF", "FSOFSOOF", "FOOOOOOFOOOOFOOFOOOFOOFOOFOOF", "FFFFSSSS", "FOOOOOOO"])
+def test_stretched_schedules_keep_their_shares_and_places(kinds):
+    assert stretched(kinds, len(kinds)) == kinds
+    for steps in range(1, 3 * len(kinds)):
+        new = stretched(kinds, steps)
+        assert len(new) == steps and new[0] == "F" and set(new) <= set(kinds)
+        assert abs(new.count("F") - kinds.count("F") * steps / len(kinds)) <= 1
+
+
+def test_stretched_schedules_by_hand():
+    assert stretched("FOSFOS", 12) == "FOOFSSFOOFSS"
+    assert stretched("FFFOOOOOOOOO", 8) == "FFOOOOOO"
+    assert stretched("FOOOOOOOOOFF", 24) == "FOOOOOOOOOFOOOOOOOOOFFFF"
 
 
 def test_affordable_is_the_most_that_a_budget_buys():
@@ -280,6 +295,31 @@ def test_speedup_and_error(command, capsys):
     assert fast.about["speedup"] >= 2 and fast.about["target"] == "sampler"
     near = CachePlan.load(command("--max-error", "0.05", "--branch", "0"))
     assert near.about["errors"]["plan"] <= 0.05 and "S" not in near.kinds
+
+
+@pytest.mark.slow
+def test_like_another_plan(command, capsys, tmp_path):
+    """Its schedule, fitted to other steps in one run; and to its own steps the plan itself."""
+    first = command("--budget", "5")
+    plan = CachePlan.load(first)
+    again = tmp_path / "first.json"
+    again.write_bytes(first.read_bytes())
+    same = CachePlan.load(command("--like", str(again)))
+    assert (same.kinds, same.features, same.outputs) == (plan.kinds, plan.features, plan.outputs)
+    shorter = CachePlan.load(command("--like", str(again), "steps=6"))
+    assert shorter.kinds == stretched(plan.kinds, 6) and len(shorter.timesteps) == 6
+    assert (
+        "6 steps, ddim, uncached" in shorter.about["errors"]
+        and "schedules fitted" not in capsys.readouterr().err[-2000:]
+    )
+
+
+def test_a_schedule_of_another_branch_is_refused(command, capsys, tmp_path):
+    plan = tmp_path / "other.json"
+    plan.write_bytes((ROOT / "benchmarks/plans/deep-skip-4.json").read_bytes())
+    with pytest.raises(SystemExit):
+        command("--like", str(plan), "--branch", "2")
+    assert "its cached steps run the branch 1; this wants --branch 1" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

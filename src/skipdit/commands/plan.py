@@ -3,6 +3,7 @@
     skipdit plan --config configs/class-to-image/demo.yaml --speedup 3 --out plan.json
     skipdit plan --config configs/text-to-video/demo.yaml --budget 20 --out plan.json steps=50
     skipdit plan --config configs/class-to-image/demo.yaml --max-error 0.01 --out plan.json
+    skipdit plan --config configs/class-to-image/demo.yaml --like plan.json --out plan-30.json steps=30
     skipdit plan --pipeline black-forest-labs/FLUX.1-dev --prompts prompts.txt --speedup 2 guidance_scale=3.5
 
 Take samples for it that are judged nowhere else: the seed is not that of the config, and prompts should be others, too.
@@ -46,6 +47,11 @@ def read_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         metavar="E",
         help="root mean square of the pixels' range, on the calibration samples: others may have some dB more; 0.01 is "
         "a PSNR of 40 dB. Finds the smallest cost",
+    )
+    wanted.add_argument(
+        "--like",
+        metavar="PLAN",
+        help="the schedule of this plan, stretched to the number of steps and fitted anew: no search, so some dB less",
     )
     parser.add_argument(
         "--target",

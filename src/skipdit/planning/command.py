@@ -13,10 +13,11 @@ import argparse
 from pathlib import Path
 
 from skipdit.caching.plans import CachePlan
-from skipdit.caching.policy import NAMES
+from skipdit.caching.policy import CACHED, NAMES
 from skipdit.cli import friendly_errors
 from skipdit.config import changed, to_dict
 from skipdit.planning.calibration import Bench
+from skipdit.planning.schedules import stretched
 from skipdit.planning.search import budget_of, find_plan
 from skipdit.planning.tables import table
 from skipdit.tasks import read_settings
@@ -53,7 +54,8 @@ def from_config(args: argparse.Namespace) -> CachePlan:
     bench = Bench(sampler, config.steps, args.branch, target)
     made_for = {"model": fingerprint(bench.model), "guidance_scale": config.guidance_scale}
     calibration = {"config": args.config, "samples": sampler.total, **to_dict(config)}
-    return saved(find_plan(bench, budget, args.max_error, made_for, calibration), args.out)
+    kinds = kinds_like(args.like, config.steps, args.branch)
+    return saved(find_plan(bench, budget, args.max_error, made_for, calibration, kinds), args.out)
 
 
 def from_pipeline(args: argparse.Namespace) -> CachePlan:
@@ -63,9 +65,21 @@ def from_pipeline(args: argparse.Namespace) -> CachePlan:
     bench = open_bench(args)
     budget = budget_of(bench.steps, args.budget, args.speedup)
     about = {"pipeline": args.pipeline} | bench.about()
-    plan = saved(find_plan(bench, budget, args.max_error, bench.made_for(), about), args.out)
+    kinds = kinds_like(args.like, bench.steps, 0)
+    plan = saved(find_plan(bench, budget, args.max_error, bench.made_for(), about, kinds), args.out)
     held_out(bench, plan, args.out)
     return plan
+
+
+def kinds_like(file: str | None, steps: int, branch: int) -> str | None:
+    """The schedule of a plan, for so many steps. Raises ValueError if its cached steps are of another branch."""
+    if file is None:
+        return None
+    plan = CachePlan.load(file)
+    if CACHED in plan.kinds and branch != plan.branch:
+        wanted = f"--branch {plan.branch}" if branch else "a plan of full and forecast steps"
+        raise UserError(f"--like {file}: its cached steps run the branch {plan.branch}; this wants {wanted}")
+    return stretched(plan.kinds, steps)
 
 
 def saved(plan: CachePlan, out: str) -> CachePlan:

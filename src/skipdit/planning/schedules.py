@@ -2,6 +2,8 @@
 
 from itertools import pairwise
 
+import numpy as np
+
 from skipdit.caching.policy import CACHED, FORECAST, FULL
 
 
@@ -42,6 +44,24 @@ def schedule(steps: int, full: int, cached: int, warp: float = 1.0, head: int = 
         for n in range(1, some + 1):
             kinds[before + ((gap + 1) * n + (some + 1) // 2) // (some + 1)] = CACHED
     return "".join(kinds)
+
+
+def stretched(kinds: str, steps: int) -> str:
+    """A schedule for another number of steps: as large a share of full ones, and as close together in every part of the
+    run. Every other step is of the kind of the nearest one that is not full.
+    """
+    full = [i for i, kind in enumerate(kinds) if kind == FULL]
+    others = [i for i, kind in enumerate(kinds) if kind != FULL]
+    count = min(steps, max(1, round(len(full) * steps / len(kinds))))
+    scale = steps / len(kinds)
+    places = scale * np.interp(np.arange(count) * len(full) / count, range(len(full) + 1), [*full, len(kinds)])
+    chosen: list[int] = []
+    for n, place in enumerate(places):  # all different, and with room for those to come
+        chosen.append(min(max(round(place), chosen[-1] + 1 if chosen else 0), steps - (count - n)))
+    taken = set(chosen)
+    return "".join(
+        FULL if i in taken else kinds[min(others, key=lambda other: abs(other * scale - i))] for i in range(steps)
+    )
 
 
 def affordable(steps: int, budget: float, cached_cost: float, share: float) -> tuple[int, int]:

@@ -7,6 +7,7 @@ from typing import Any
 from tqdm import tqdm
 
 from skipdit.caching.plans import CachePlan
+from skipdit.caching.policy import CACHED, FULL
 from skipdit.planning.calibration import BaseBench, Fitted
 from skipdit.planning.controls import controls
 from skipdit.planning.schedules import affordable, schedule
@@ -76,9 +77,18 @@ def make_plan(bench: BaseBench, budget: float) -> tuple[Fitted, dict[str, float]
             alone[CACHED_ALONE] = search.descend((1.0,))
         search.descend(shares)
     best = min(search.tried.values(), key=lambda fitted: fitted.error)
-    errors = {"plan": bench.error(best.plan)} | {name: fitted.error for name, fitted in alone.items()}
+    return best, _errors(bench, best, {name: fitted.error for name, fitted in alone.items()})
+
+
+def follow(bench: BaseBench, kinds: str) -> tuple[Fitted, dict[str, float]]:
+    """The plan of a given schedule, and the errors of it and of the controls."""
+    fitted = bench.fit(kinds)
+    return fitted, _errors(bench, fitted, {})
+
+
+def _errors(bench: BaseBench, best: Fitted, others: dict[str, float]) -> dict[str, float]:
     beside = tqdm(controls(bench, bench.flops(best.plan)), desc="controls", unit="run")
-    return best, errors | {each.name: bench.error(*each[1:]) for each in beside}
+    return {"plan": bench.error(best.plan)} | others | {each.name: bench.error(*each[1:]) for each in beside}
 
 
 def within(bench: BaseBench, most: float) -> tuple[Fitted, dict[str, float]]:
@@ -102,20 +112,27 @@ def find_plan(
     max_error: float,
     made_for: dict[str, Any],
     calibration: dict[str, Any],
+    kinds: str | None = None,
 ) -> CachePlan:
-    """Calibrate, and return the best plan of a cost, or, without a budget, the cheapest with at most this error. Prints
-    first what that will cost.
+    """Calibrate, and return the best plan of a cost; without a budget, the cheapest with at most this error; or the one
+    of a given schedule, without a search. Prints first what that will cost.
 
     Args:
+        kinds: the schedule.
         made_for, calibration: entries of the plan's file.
 
     Raises ValueError for a bench that cannot be planned for, or a budget that buys no plan.
     """
-    cost = sum(bench.factors) + bench.runs * (budget or bench.steps / 2) / bench.steps
-    unknown = "" if budget else ", or several times that"
+    runs, unknown = bench.runs, "" if budget or kinds else ", or several times that"
+    if kinds:  # that run, and those of the controls
+        runs, budget = 12, kinds.count(FULL) + kinds.count(CACHED) * bench.cached_cost
+    cost = sum(bench.factors) + runs * (budget or bench.steps / 2) / bench.steps
     print(f"this costs about what {cost:.0f} uncached runs of the samples do{unknown}")
     bench.calibrate()
-    fitted, errors = make_plan(bench, budget) if budget else within(bench, max_error)
+    if kinds:
+        fitted, errors = follow(bench, kinds)
+    else:
+        fitted, errors = make_plan(bench, budget) if budget else within(bench, max_error)
     about = {
         "format": "skipdit plan 2",
         **made_for,
