@@ -52,7 +52,7 @@ def build(name: str) -> SkipTransformer:
         texts = {"text_states_dim": 384, "text_states_dim_t5": 384, "text_len": 24, "text_len_t5": 24}
         return HunyuanDiT(input_size=(16, 16), in_channels=16, hidden_size=96, depth=22, num_heads=3, **texts)
     if name == "demo":
-        return DiT(input_size=8, patch_size=1, hidden_size=128, depth=12, num_heads=2, num_classes=10)
+        return DiT(input_size=8, patch_size=1, hidden_size=96, depth=28, num_heads=3, num_classes=10)
     if name == "demo-video":
         return Latte(
             input_size=16, patch_size=4, hidden_size=144, depth=16, num_heads=3, num_classes=8, num_frames=16, extras=2
