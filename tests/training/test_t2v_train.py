@@ -209,13 +209,18 @@ def test_stage_1_weights_load_as_released(config, tmp_path):
 
 
 def test_what_the_weights_do_not_tell_is_recorded(config, tmp_path):
-    """Heads, side of the latents and frames of a run, which `convert` has to write down; of bare weights it warns."""
+    """Heads, side of the latents and frames of a run, which `convert` and `export` have to write down; of weights that
+    say nothing `convert` warns.
+    """
     trained, latte = train(config), ["--model-class", "skipdit.text_to_video.LatteT2V"]
     skipdit_command("weights")(["convert", config.out, str(tmp_path / "folder"), *latte])
     again = LatteT2V.from_pretrained(tmp_path / "folder")
     names = ("num_attention_heads", "sample_size", "video_length")
     assert [again.config[name] for name in names] == [2, 4, 4] == [trained.config[name] for name in names]
-    skipdit_command("weights")(["export", config.out, str(tmp_path / "bare.pt")])
+    skipdit_command("weights")(["export", config.out, str(tmp_path / "told.pt")])
+    skipdit_command("weights")(["convert", str(tmp_path / "told.pt"), str(tmp_path / "again"), *latte])
+    assert LatteT2V.load_config(tmp_path / "again") == LatteT2V.load_config(tmp_path / "folder")
+    torch.save({"ema": torch.load(tmp_path / "told.pt")["ema"]}, tmp_path / "bare.pt")
     with pytest.warns(UserWarning, match=r"nothing in .*bare\.pt tells sample_size 64, video_length 16, as released"):
         skipdit_command("weights")(
             ["convert", str(tmp_path / "bare.pt"), str(tmp_path / "guess"), "--num-heads", "2", *latte]

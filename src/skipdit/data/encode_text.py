@@ -9,7 +9,8 @@ from tqdm import tqdm
 
 from skipdit.cli import friendly_errors
 from skipdit.data.clips import load_section
-from skipdit.data.latents import FOLDERS, Shards
+from skipdit.data.kinds import FOLDERS
+from skipdit.data.latents import Shards
 from skipdit.data.settings import ClipData, ImageData, PictureData
 from skipdit.data.texts import LiveTexts, TextPart
 from skipdit.encoders.reading import CHUNK, READINGS
