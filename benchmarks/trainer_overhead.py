@@ -57,7 +57,7 @@ def by_trainer(model: nn.Module, data: Dataset, config: TrainConfig, folder: Pat
     """Samples per second of `fit` after its first steps."""
     objective = make_objective(config)
     fit(model, lambda *args: losses(*args, objective), data, config, folder, config)
-    lines = [json.loads(line) for line in (folder / "stats.jsonl").read_text().splitlines()]
+    lines = [json.loads(line) for line in (folder / "stats.jsonl").read_text(encoding="utf-8").splitlines()]
     return median(line["samples_per_second"] for line in lines[1:])
 
 

@@ -980,7 +980,7 @@ def test_check_takes_videos_for_the_kind_of_clips(layouts, check, key, override)
         ("data:\n  kind: frames\n  images: few\n", r"config\.yaml, line 3: images is 'few'; it should be int"),
         (
             "data: {kind: films}\n",
-            "data.kind is 'films'; it is image_folder, .*, frames, pictures, picture_shards or latents",
+            "data.kind is 'films'; it is image_folder, .*, pictures, picture_shards or latents",
         ),
         ("data: {kind: videos, path: nowhere}\n", "no folder of clips nowhere"),
         ("data: {kind: image_folder, path: nowhere}\n", "no image folder nowhere"),

@@ -709,7 +709,7 @@ def test_encoding_goes_on_only_with_the_same_pictures(root, tmp_path, captions, 
         ({"latents": "median"}, r"data\.latents is 'median'"),
         ({"captions": "txt"}, r"leave out data\.captions and data\.picture_list"),
         ({"picture_list": "list"}, r"leave out data\.captions and data\.picture_list"),
-        ({"kind": "videos"}, r"data\.kind is 'videos'; it is pictures or latents"),
+        ({"kind": "videos"}, r"data\.kind is 'videos'; it is pictures, picture_shards or latents"),
     ],
 )
 def test_latents_of_other_settings_are_refused(root, tmp_path, captions, vae_folder, encode_pictures, settings, said):
@@ -750,7 +750,7 @@ def test_options_of_pictures_are_refused_for_others(root, encode_pictures, capsy
     for option in (("--buckets", "8x8"), ("--picture-list", "list")):
         with pytest.raises(SystemExit):
             encode_pictures(root, *option, kind="frames")
-        assert "--buckets and --picture-list are of --data pictures, not of frames" in capsys.readouterr().err
+        assert "are of --data pictures and picture_shards, not of frames" in capsys.readouterr().err
 
 
 # ---------------------------------------------------------------------------------------------------------------------
