@@ -48,7 +48,6 @@ class PictureFolder(Dataset):
 
     def __init__(self, config: PictureData):
         self.root, self.sizes = Path(config.path), bucket_sizes(config.image_size, config.buckets)
-        self._check(config)
         found, self.uncaptioned = self._captioned(config)
         Image.init()  # here: threads that look for a format must not meet half of the formats
         with ThreadPoolExecutor() as threads:
@@ -60,18 +59,16 @@ class PictureFolder(Dataset):
         self.buckets, self.captions = [buckets[name] for name in self.names], [found[name] for name in self.names]
         self.labels, self.left_out = list(range(len(self.names))), self.uncaptioned + broken
 
-    def _check(self, config: PictureData) -> None:
-        if not config.captions:
-            raise UserError("data.captions is not set: a file of captions, or txt for text files beside the pictures")
-        if not self.root.is_dir():
-            raise FileNotFoundError(f"no folder of pictures {self.root}")
-
     def _file(self, name: str) -> Path | BinaryIO:
         """Where a picture is read from."""
         return self.root / name
 
     def _captioned(self, config: PictureData) -> tuple[dict[str, str], list[str]]:
         """Captions by picture, and messages about pictures without."""
+        if not config.captions:
+            raise UserError("data.captions is not set: a file of captions, or txt for text files beside the pictures")
+        if not self.root.is_dir():
+            raise FileNotFoundError(f"no folder of pictures {self.root}")
         listed = None
         if config.picture_list:
             listed = {Path(name).as_posix(): None for name in read_list(config.picture_list)}  # a set with an order

@@ -53,20 +53,17 @@ class ShardPictures(PictureFolder):
 
     def __init__(self, config: PictureData):
         self._rows, self._column = open_rows(config.path)
+        super().__init__(config)
+
+    def _captioned(self, config: PictureData) -> tuple[dict[str, str], list[str]]:
         if config.picture_list:
             raise UserError("data.picture_list is of data.kind=pictures: filter the rows of shards beforehand")
         caption = config.captions or _find(self._rows, CAPTION)
         if caption not in self._rows.column_names:
             raise UserError(f"{config.path} has no column of captions {caption or ''}: {_columns(self._rows)}")
-        self._texts = self._rows[caption]
-        super().__init__(config)
-
-    def _check(self, config: PictureData) -> None:
-        """Nothing: the rows are open."""
-
-    def _captioned(self, config: PictureData) -> tuple[dict[str, str], list[str]]:
-        texts = {f"row {i}": text for i, text in enumerate(self._texts)}
-        return match(((f"{config.path}, {name}", name, text) for name, text in texts.items()), config.path, "any rows")
+        texts = enumerate(self._rows[caption])
+        rows = ((f"{config.path}, row {i}", f"row {i}", text) for i, text in texts)
+        return match(rows, config.path, "any rows")
 
     def _file(self, name: str) -> "_Encoded":
         return _Encoded(self._rows, int(name.removeprefix("row ")), self._column)

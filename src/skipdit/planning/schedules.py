@@ -1,5 +1,6 @@
 """Schedules: which steps of a run are full, cached or forecasts, as a string of their letters."""
 
+from collections.abc import Sequence
 from itertools import pairwise
 
 import numpy as np
@@ -21,9 +22,14 @@ def full_steps(steps: int, count: int, warp: float = 1.0, head: int = 1, tail: i
         return [*full_steps(steps - tail, count - tail, warp, head), *range(steps - tail, steps)]
     start, rest = head - 1, count - head + 1
     places = [start + (steps - start) * (n / rest) ** warp for n in range(rest)]
-    chosen = list(range(head))
-    for n, place in enumerate(places[1:], start=1):  # all different, and with room for those to come
-        chosen.append(min(max(round(place), chosen[-1] + 1), steps - (rest - n)))
+    return _apart(places[1:], steps, list(range(head)))
+
+
+def _apart(places: Sequence[float], steps: int, chosen: list[int]) -> list[int]:
+    """The chosen steps and those nearest to some places: all different, and each with room for those to come."""
+    for n, place in enumerate(places):
+        first = chosen[-1] + 1 if chosen else 0
+        chosen.append(min(max(round(place), first), steps - (len(places) - n)))
     return chosen
 
 
@@ -55,10 +61,7 @@ def stretched(kinds: str, steps: int) -> str:
     count = min(steps, max(1, round(len(full) * steps / len(kinds))))
     scale = steps / len(kinds)
     places = scale * np.interp(np.arange(count) * len(full) / count, range(len(full) + 1), [*full, len(kinds)])
-    chosen: list[int] = []
-    for n, place in enumerate(places):  # all different, and with room for those to come
-        chosen.append(min(max(round(place), chosen[-1] + 1 if chosen else 0), steps - (count - n)))
-    taken = set(chosen)
+    taken = set(_apart(places, steps, []))
     return "".join(
         FULL if i in taken else kinds[min(others, key=lambda other: abs(other * scale - i))] for i in range(steps)
     )
