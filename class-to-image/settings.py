@@ -16,7 +16,7 @@ from skipdit.sampling.arguments import (
     require_config,
 )
 from skipdit.sampling.settings import RUN, SamplingConfig
-from skipdit.training.settings import TrainerConfig
+from skipdit.training.settings import JudgeConfig, TrainerConfig
 
 WINDOW = "N{}-1000-20-b4"  # the original code's caching window for this task
 SWITCHES = {  # of the original samplers -> settings
@@ -91,3 +91,4 @@ class TrainingConfig(TrainerConfig):
     grid_guidance: float = setting(4.0, "guidance scale of the sample grids", identity=False, least=0)
     model: ModelConfig = field(default_factory=ModelConfig)
     data: ImageData = field(default_factory=ImageData)
+    judge: JudgeConfig = field(default_factory=JudgeConfig)

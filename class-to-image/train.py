@@ -15,15 +15,19 @@ if __name__ == "__main__":
     say_start()
 
 
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
+from diffusers import AutoencoderKL
 from torchvision.utils import make_grid
+from tqdm import tqdm
 
 from skipdit.class_to_image.model import DiT
 from skipdit.class_to_image.sample import build_model
 from skipdit.data.latents import open_images
-from skipdit.encoders.autoencoder import decode, latent_size
+from skipdit.encoders.autoencoder import decode, latent_size, pixels
+from skipdit.metrics.progress import FrechetJudge
 from skipdit.sampling.class_conditional import generate
 from skipdit.training.latents import clean_latents
 from skipdit.training.loop import fit
@@ -35,6 +39,30 @@ from skipdit.utils.errors import UserError
 from skipdit.utils.files import write_png
 from skipdit.utils.pixels import to_uint8
 from skipdit.utils.seeding import generators
+
+
+def make_judge(config: Config, vae: AutoencoderKL) -> tuple[int, Callable[[DiT, int], dict[str, float]]]:
+    """Make what measures the Fréchet distance of samples every so many steps: see `fit`."""
+    count, classes = config.judge.samples, config.model.num_classes
+    with process_state().local_main_process_first():  # features of the real images are computed once
+        frechet = FrechetJudge(config.judge, (config.data.image_size,) * 2, Path(config.out) / "judge")
+
+    def images(model: DiT) -> Iterator[torch.Tensor]:
+        settings = {"sampler": config.train.preview, "guidance_scale": 1.0, "steps": config.judge.steps}
+        for indices in tqdm(torch.arange(count).split(64), desc="images to judge", unit="batch"):
+            noise = generators(config.train.seed, indices.tolist(), model.device)
+            yield pixels(vae.to(model.device), generate(model, (indices % classes).to(model.device), noise, **settings))
+
+    def measure(model: DiT, step: int) -> dict[str, float]:
+        try:
+            distance = frechet(images(model))
+        except FloatingPointError as error:  # of the average only; the training goes on
+            print(f"no Fréchet distance at step {step}: {error}")
+            return {}
+        print(f"step {step}: the Fréchet distance of {count} images is {distance:.4g}")
+        return {"frechet_distance": distance}
+
+    return config.judge.every, measure
 
 
 def train(config: Config, dry_run: bool = False) -> DiT:
@@ -73,7 +101,8 @@ def train(config: Config, dry_run: bool = False) -> DiT:
         folder.mkdir(exist_ok=True)
         write_png(grid.cpu(), str(folder / f"{step:07d}.png"))
 
-    return fit(model, loss, dataset, config.train, config.out, config, sample, dry_run)
+    judge = make_judge(config, vae) if config.judge.every and not dry_run else None
+    return fit(model, loss, dataset, config.train, config.out, config, sample, dry_run, judge)
 
 
 if __name__ == "__main__":

@@ -11,10 +11,11 @@ from torch import Tensor
 
 from skipdit.cli import friendly_errors
 from skipdit.metrics import frechet_distance, gaussian_frechet_distance, mean_psnr, moments, psnr, ssim
+from skipdit.metrics.features import features_of
 from skipdit.metrics.kept import kept_rows
-from skipdit.metrics.networks import Network, load_i3d, load_image_script, load_inception, sha256
+from skipdit.metrics.networks import load_i3d, load_image_script, load_inception, sha256
 from skipdit.metrics.perceptual import BACKBONES, ClipScore, load_lpips
-from skipdit.metrics.samples import EVALUATION, Arrays, Files, Samples, fitted, open_clips, open_samples
+from skipdit.metrics.samples import EVALUATION, Arrays, Files, Samples, open_clips, open_samples
 from skipdit.metrics.sets import inception_score, kid, precision_recall
 from skipdit.metrics.vbench import link_clips, missing_clips
 from skipdit.sampling.prompts import read_prompts
@@ -106,12 +107,12 @@ def fid(args: argparse.Namespace) -> dict:
             raise UserError(f"{samples.source} holds clips, not pictures: fvd judges them")
     if not len(ours):
         raise UserError(f"{ours.source} holds statistics only; what is judged are pictures")
-    mine = features_of(ours, network, args, ours.size)
+    mine = features_of(ours, network, args.features, args.batch_size, ours.size)
     reference = theirs.protocol() if len(theirs) else {"source": str(theirs.source), "num_samples": 0}
     name, results = "frechet_distance" if args.network else "fid", {}
     notes = [] if network.released else [f"{network.file} does not hold the network of published figures"]
     if len(theirs):
-        real = features_of(theirs, network, args, ours.size)
+        real = features_of(theirs, network, args.features, args.batch_size, ours.size)
         results["kid"], results["kid_std"] = kid(mine.to(device), real.to(device))
         results["precision"], results["recall"] = precision_recall(mine.to(device), real.to(device))
         reference["fitted_to"] = list(ours.size)  # centre crop of those of another size
@@ -152,7 +153,7 @@ def fvd(args: argparse.Namespace) -> dict:
         raise UserError("--interval is of data sets; the clips of a run are taken as they are")
     gaussians, notes = [], []
     for samples, whose in ((ours, "of the run"), (theirs, "of the reference")):
-        rows = features_of(samples, network, args, ours.size, args.frames, args.clips)
+        rows = features_of(samples, network, args.features, args.batch_size, ours.size, args.frames, args.clips)
         mean, covariance = moments(rows)
         gaussians += [mean, covariance * (len(rows) - 1) / len(rows)]
         if len(rows) < FVD_CLIPS:
@@ -160,33 +161,6 @@ def fvd(args: argparse.Namespace) -> dict:
     protocol = {"samples": ours.protocol(), "reference": theirs.protocol(), "network": network.protocol()}
     protocol |= {"frames": args.frames, "most_clips": args.clips, "fitted_to": list(ours.size)}
     return {"results": {"fvd": gaussian_frechet_distance(*gaussians)}, "notes": notes, "protocol": protocol}
-
-
-def features_of(
-    samples: Samples,
-    network: Network,
-    args: argparse.Namespace,
-    size: tuple[int, int],
-    frames: int = 1,
-    most: int | None = None,
-) -> Tensor:
-    """(N, D) on the CPU; of clips the first frames count, and at most so many clips."""
-
-    def compute(indices: list[int]) -> Tensor:
-        pixels = [samples[i] for i in indices]
-        for i, sample in zip(indices, pixels, strict=True):
-            if len(sample) < frames:
-                raise UserError(f"{samples.source / samples.names[i]} has {len(sample)} frames, fewer than {frames}")
-        batch = torch.stack([fitted(sample[:frames], size) for sample in pixels])
-        found = network.features(batch.to(process_state().device))
-        if found.ndim != 2 or len(found) != len(indices) or not found.isfinite().all():
-            raise UserError(f"{network.file} gave {tuple(found.shape)} for {len(batch)} samples, or not finite numbers")
-        return found
-
-    key = {"network": network.name, "sha256": network.sha256, "frames": frames, "size": list(size)}
-    key |= {"source": str(samples.source.resolve())}
-    count = min(len(samples), most or len(samples))
-    return kept_rows(args.features, key, count, samples.stamp, compute, args.batch_size, samples.source.name)
 
 
 def clip(args: argparse.Namespace) -> dict:

@@ -49,6 +49,7 @@ def fit(
     run_config: Any,
     sample: Callable[[nn.Module, int], None] | None = None,
     dry_run: bool = False,
+    judge: tuple[int, Callable[[nn.Module, int], dict[str, float]]] | None = None,
 ) -> nn.Module:
     """Train a model. Running it again with the same arguments continues where the last checkpoint ends.
 
@@ -64,6 +65,7 @@ def fit(
         sample: called with the averaged model and the step every `config.sample_every` steps, in the main process and
             in the precision of the training. It keeps no reference to the model.
         dry_run: take two steps on samples of the largest shape, print their peak memory, write nothing.
+        judge: every how many steps to call what is called as `sample`, whose numbers are logged to judge.jsonl.
 
     Returns:
         The averaged model.
@@ -86,7 +88,8 @@ def fit(
     accelerator = make_accelerator(config.precision)
     set_tf32(config.tf32)
     with nullcontext() if dry_run else _alone(out, accelerator), stop_signals(finish=not dry_run) as signals:
-        return _fit(model, loss, dataset, config, out, run_config, sample, dry_run, accelerator, limit, signals)
+        looks = [(config.sample_every, sample), *([judge] if judge else [])]
+        return _fit(model, loss, dataset, config, out, run_config, looks, dry_run, accelerator, limit, signals)
 
 
 def _fit(
@@ -96,7 +99,7 @@ def _fit(
     config: TrainConfig,
     out: Path,
     run_config: Any,
-    sample: Callable[[nn.Module, int], None] | None,
+    looks: list[tuple[int, Callable[[nn.Module, int], dict[str, float] | None] | None]],
     dry_run: bool,
     accelerator: Accelerator,
     limit: SpectralLimit | None,
@@ -192,14 +195,19 @@ def _fit(
                 if log:
                     log.close()
                 _end(accelerator, signals, f"stopped after step {done}, saved in {folder}")
-            if sample is not None and config.sample_every and (done % config.sample_every == 0 or last):
+            due = [look for every, look in looks if look and every and (done % every == 0 or last)]
+            if due:
+                paused = time.perf_counter()
                 averaged = ema.model if blueprint is None else _gather(ema.model, blueprint, device)
                 if accelerator.is_main_process:
                     with accelerator.autocast():
-                        sample(averaged, done)
+                        results = [look(averaged, done) for look in due]
                     log.samples(out / "samples" / f"{done:07d}.png", done)
+                    for values in filter(None, results):
+                        log.judged({"step": done} | values)
                 del averaged  # an unsharded copy would stay for the rest of the run
                 accelerator.wait_for_everyone()
+                began += time.perf_counter() - paused  # not part of the training's speed
     accelerator.wait_for_everyone()
     if dry_run:
         samples = f"{config.batch_size} samples" + (" of {}x{}".format(*shape) if shape else "")

@@ -16,8 +16,8 @@ TRACKERS = {"wandb": "dir", "trackio": None}  # and the argument that is their f
 
 
 class Log:
-    """stats.jsonl and tensorboard of a run, and a tracker. A resumed run drops the steps after `start`: it will write
-    them again.
+    """stats.jsonl, judge.jsonl and tensorboard of a run, and a tracker. A resumed run drops the steps after `start`: it
+    will write them again.
 
     Args:
         accelerator: of the main process; ends the tracker.
@@ -28,7 +28,7 @@ class Log:
     """
 
     def __init__(self, out: Path, start: int, accelerator: Accelerator, tracker: str | None, settings: dict):
-        self.path, self._accelerator = out / "stats.jsonl", accelerator
+        self.path, self.judge_path, self._accelerator = out / "stats.jsonl", out / "judge.jsonl", accelerator
         if tracker:
             if tracker not in TRACKERS:
                 raise UserError(f"train.tracker is {tracker!r}; known: {', '.join(TRACKERS)}")
@@ -37,23 +37,31 @@ class Log:
                 raise UserError(f"train.tracker={tracker} needs its package: pip install {tracker}")
             folder = {TRACKERS[tracker]: str(out)} if TRACKERS[tracker] else {}
             accelerator.init_trackers("skipdit", settings, {tracker: {"name": out.name} | folder})
-        if self.path.exists():
-            lines = self.path.read_text(encoding="utf-8").splitlines()
+        for path in filter(Path.exists, (self.path, self.judge_path)):
+            lines = path.read_text(encoding="utf-8").splitlines()
             lines = [line for line in lines if line.endswith("}")]  # a full disk may have cut one off
             kept = [line for line in lines if json.loads(line)["step"] <= start]
-            replace_text(self.path, "".join(f"{line}\n" for line in kept))
+            replace_text(path, "".join(f"{line}\n" for line in kept))
         with naming(out / "tensorboard"):
             self.board = SummaryWriter(out / "tensorboard", purge_step=start + 1)
 
     def write(self, stats: dict) -> None:
-        with naming(self.path), open(self.path, "a", encoding="utf-8") as file:
-            file.write(json.dumps(stats) + "\n")
+        self._append(self.path, "train", stats)
+
+    def judged(self, values: dict) -> None:
+        """Take what was measured of samples."""
+        self._append(self.judge_path, "samples", values)
+
+    def _append(self, path: Path, group: str, values: dict) -> None:
+        with naming(path), open(path, "a", encoding="utf-8") as file:
+            file.write(json.dumps(values) + "\n")
+        step = values["step"]
+        known = {f"{group}/{key}": value for key, value in values.items() if value is not None}
         with naming(self.board.log_dir):
-            for key, value in stats.items():
-                if value is not None:
-                    self.board.add_scalar(f"train/{key}", value, stats["step"])
-        known = {f"train/{key}": value for key, value in stats.items() if value is not None and key != "step"}
-        self._accelerator.log(known, stats["step"])
+            for key, value in known.items():
+                self.board.add_scalar(key, value, step)
+        del known[f"{group}/step"]
+        self._accelerator.log(known, step)
 
     def samples(self, file: Path, step: int) -> None:
         """Send a picture of samples to tensorboard and the tracker, if it was made."""

@@ -78,6 +78,21 @@ class TrainConfig(Settings):
 
 
 @dataclass(frozen=True)
+class JudgeConfig(Settings):
+    """Settings of the Fréchet distance that is measured during a training; see `metrics.progress`."""
+
+    every: int = setting(0, "steps between Fréchet distances of samples; 0: none", identity=False, least=0)
+    reference: str | None = setting(
+        None, "real images: a folder, or an .npz of images or of the statistics of FID", identity=False
+    )
+    samples: int = setting(1000, "images to sample", identity=False, least=2)
+    steps: int = setting(50, "of sampling, without guidance", identity=False, least=1)
+    network: str | None = setting(
+        None, "TorchScript file that gives features, in place of the network of FID", identity=False
+    )
+
+
+@dataclass(frozen=True)
 class TrainerConfig(Settings):
     """What the settings of all tasks' trainers have; a task adds its model, its data and its condition."""
 
