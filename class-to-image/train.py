@@ -48,7 +48,7 @@ def make_judge(config: Config, vae: AutoencoderKL) -> tuple[int, Callable[[DiT, 
         frechet = FrechetJudge(config.judge, (config.data.image_size,) * 2, Path(config.out) / "judge")
 
     def images(model: DiT) -> Iterator[torch.Tensor]:
-        settings = {"sampler": config.train.preview, "guidance_scale": 1.0, "steps": config.judge.steps}
+        settings = {"sampler": config.train.preview, "guidance_scale": 1.0, "steps": config.judge.sampling_steps}
         for indices in tqdm(torch.arange(count).split(64), desc="images to judge", unit="batch"):
             noise = generators(config.train.seed, indices.tolist(), model.device)
             yield pixels(vae.to(model.device), generate(model, (indices % classes).to(model.device), noise, **settings))

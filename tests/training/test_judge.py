@@ -35,7 +35,7 @@ def real(tmp_path) -> Path:
 
 @pytest.fixture
 def judged(training_config, network, real) -> Config:
-    asked = {"every": 2, "reference": str(real), "samples": 5, "steps": 3, "network": network}
+    asked = {"every": 2, "reference": str(real), "samples": 5, "sampling_steps": 3, "network": network}
     return changed(training_config("class-to-image"), {f"judge.{key}": value for key, value in asked.items()})
 
 

@@ -86,7 +86,7 @@ class JudgeConfig(Settings):
         None, "real images: a folder, or an .npz of images or of the statistics of FID", identity=False
     )
     samples: int = setting(1000, "images to sample", identity=False, least=2)
-    steps: int = setting(50, "of sampling, without guidance", identity=False, least=1)
+    sampling_steps: int = setting(50, "of each image, without guidance", identity=False, least=1)
     network: str | None = setting(
         None, "TorchScript file that gives features, in place of the network of FID", identity=False
     )
