@@ -215,6 +215,7 @@ def test_layer_norms_against_explicit_jacobians(model):
     assert (both > own * 1.001) == bool(model.n_skips)
 
 
+@pytest.mark.slow
 def test_jacobian_from_end_to_end_and_its_layers():
     model = tiny_dit().requires_grad_(False)
     call = call_of(model)
@@ -312,6 +313,7 @@ def test_prompts_of_pictures(released_t2i, tmp_path):
     assert np.shape(found["models"]["with skips"]["relative_l2"]) == (8, 2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("arguments", "complaint"),
     [

@@ -87,6 +87,7 @@ def test_form_shows_the_config():
     assert form(PROMPTS, None, [])["subject"] == "red apple"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("changes", "told"),
     [
@@ -111,6 +112,7 @@ def test_bad_input_is_told_in_words(studio, changes, told):
     assert told in str(error.value)
 
 
+@pytest.mark.slow
 def test_comparison_of_images(studio):
     comparison = studio.run(replace(SHORT, caches=("reuse", "extrapolate", "N3-1000-20-o1")))
     names = [result.row["name"] for result in comparison.results]

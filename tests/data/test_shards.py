@@ -137,6 +137,7 @@ def test_a_name_on_the_hub_needs_no_folder(tmp_path, monkeypatch):
         assert schema(kind=kind, path="shards").files() == {"data.path": "shards"}
 
 
+@pytest.mark.slow
 def test_training_on_shards_is_training_on_the_folder(training_config, folder, shards, tmp_path):
     """With a reading process, and on through a stop."""
     config = changed(training_config("class-to-image"), {"data.path": str(folder), "data.kind": "image_folder"})

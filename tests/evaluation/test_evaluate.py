@@ -357,6 +357,7 @@ def test_fid_equals_pytorch_fid(tmp_path, inception_file):
     assert results["inception_score"] > 1.01
 
 
+@pytest.mark.slow
 def test_fid_refuses(tmp_path, capsys, scripts, inception_file, monkeypatch):
     folder = make_run(tmp_path / "run", pictures(6))
     arguments = "fid", folder, "--reference", folder

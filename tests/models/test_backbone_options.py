@@ -63,6 +63,7 @@ def test_rotary_positions_want_heads_of_whole_quarters():
         tiny_dit(hidden_size=12, num_heads=2, rotary=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("task", ["class-to-image", "class-to-video"])
 def test_all_options_train_resume_and_sample(task, training_config, tmp_path):
     config = changed(training_config(task), {f"model.{name}": True for name in OPTIONS})

@@ -185,6 +185,7 @@ class Pipe:
         self.transformer, self.scheduler = transformer, DDIMScheduler()
 
 
+@pytest.mark.slow
 @torch.no_grad()
 @pytest.mark.parametrize("spec", ["N2-700-50", "N3-900-50-b2-o1"])
 def test_unmodified_diffusers_model_caches_like_ours(theirs, tmp_path, spec):

@@ -119,6 +119,7 @@ def test_forecast_steps_run_nothing(name, pipe, call, monkeypatch):
     assert result.isfinite().all() and not torch.equal(result, expected)
 
 
+@pytest.mark.slow
 def test_cached_steps_run_the_outer_blocks(pipe, call, monkeypatch):
     expected = run(pipe, call)
     if not cached_or_none(pipe, call):
@@ -278,6 +279,7 @@ class Interrupt:
         return {}
 
 
+@pytest.mark.slow
 def test_docs_say_what_works_where():
     page = (ROOT / "docs/pipelines.md").read_text(encoding="utf-8")
     rows = re.findall(r"^\| `(.*?)`(.*?) \| (yes|no) \| (yes|no) \|$", page, flags=re.M)

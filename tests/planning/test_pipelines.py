@@ -93,6 +93,7 @@ def test_schedulers_that_run_the_model_twice_per_step_are_refused():
         PipelineBench(pipe, {"class_labels": call["class_labels"]}, 5, 7).calibrate()
 
 
+@pytest.mark.slow
 def test_plan_in_python():
     pipe, call = build("DiTPipeline")
     plan = plan_pipeline(pipe, 2, num_inference_steps=10, class_labels=[1, 2])

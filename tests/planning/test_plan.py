@@ -156,6 +156,7 @@ def test_response_says_where_outputs_lead(sampler, is_flow, tmp_path, flow_weigh
         torch.testing.assert_close(run(j) - plain, moved, rtol=1e-4, atol=1e-6 * plain.abs().max().item())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("target", ["sampler", "converged"])
 @pytest.mark.parametrize("batch_size", [1, 2])
 def test_the_fit_foresees_the_run_of_its_plan(target, batch_size, tmp_path):
@@ -179,12 +180,14 @@ def test_the_fit_foresees_other_samplers(sampler, is_flow, tmp_path, flow_weight
     assert fitted.error < made.error(linear)
 
 
+@pytest.mark.slow
 def test_full_steps_alone_are_the_uncached_run(tmp_path):
     made = bench(tmp_path)
     plan = made.fit("F" * 8).plan
     assert not plan.caches and made.error(plan) < 1e-6
 
 
+@pytest.mark.slow
 def test_no_single_coefficient_is_better(tmp_path):
     """Each step's coefficients are the best for the latents after it, by brute force on the next step."""
     made = bench(tmp_path)
@@ -247,6 +250,7 @@ def test_stochastic_samplers_have_no_converged_run(tmp_path):
         bench(tmp_path, "converged", sampler="ddpm")
 
 
+@pytest.mark.slow
 def test_controls_cost_what_the_plan_does(tmp_path):
     made = bench(tmp_path, steps=10)
     rows = {row.name: row for row in controls(made, made.flops(CacheSpec(2)))}
@@ -322,6 +326,7 @@ def test_a_schedule_of_another_branch_is_refused(command, capsys, tmp_path):
     assert "its cached steps run the branch 1; this wants --branch 1" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("arguments", "complaint"),
     [

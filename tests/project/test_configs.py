@@ -310,6 +310,7 @@ def test_every_config_is_of_a_task_and_has_an_out_folder_of_its_own():
     assert sorted(set(folders)) == sorted(folders)
 
 
+@pytest.mark.slow
 @each([s for s in TRAINING if s.path.stem.endswith(("stage1", "stage2"))])
 def test_stages_follow_each_other(shipped):
     """Stage 1 trains skips onto a plain model; stage 2 trains everything, from what stage 1 made."""
@@ -327,6 +328,7 @@ def stage1(shipped: Shipped) -> Shipped:
     return shipped_at(shipped.path.with_stem(shipped.path.stem.replace("stage2", "stage1")))
 
 
+@pytest.mark.slow
 @each([s for s in SAMPLING if not isinstance(s, Prompted)])
 def test_sampling_settings_fit_the_model(shipped):
     config, known = shipped.config, shipped.model.null_class or 0
@@ -335,6 +337,7 @@ def test_sampling_settings_fit_the_model(shipped):
     assert config.sampler in SAMPLERS
 
 
+@pytest.mark.slow
 @each([s for s in ALL if isinstance(s, TextToVideo)])
 def test_text_to_video_settings_fit_the_model(shipped):
     model, sizes = shipped.model.config, shipped.sizes
@@ -344,6 +347,7 @@ def test_text_to_video_settings_fit_the_model(shipped):
         assert (sizes["height"], sizes["width"]) == shipped.latents[1:]
 
 
+@pytest.mark.slow
 @each([s for s in ALL if isinstance(s, TextToImage)])
 def test_text_to_image_settings_fit_the_model(shipped):
     """The released model is sampled in a shape that it was trained for, and trained further in all of them."""
@@ -507,6 +511,7 @@ def test_settings_quoted_in_the_comment(shipped):
         shipped.load([override])
 
 
+@pytest.mark.slow
 @each(ALL)
 def test_sizes_quoted_in_the_comment(shipped):
     """Parameters, blocks, bytes on disk, frames."""
@@ -962,6 +967,7 @@ def test_numbers_out_of_range_are_refused_before_anything_loads(override, compla
         load_config(sample.Config, ROOT / "configs/class-to-image/demo.yaml", [override])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("task", SCRIPTS)
 @pytest.mark.parametrize(
     "number", ["batch_size=0", "seed=-1", "steps=0", "guidance_scale=.nan", "guidance_scale=.inf", "guidance_scale=-1"]

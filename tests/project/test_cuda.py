@@ -85,6 +85,7 @@ def sample(model, cache="none", labels=(1, 2), seed=0, steps=12, **kwargs) -> Te
     return generate(model, labels, noise, steps=steps, sampler="ddim", cache=cache, **kwargs)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", GOLDEN)
 @torch.no_grad()
 def test_released_code(name, device):

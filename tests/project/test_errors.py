@@ -57,6 +57,7 @@ def test_the_variable_off_shows_a_line(monkeypatch, capsys):
     assert capsys.readouterr().err == "error: seed is -1\n"
 
 
+@pytest.mark.slow
 def test_a_command_tells_defects_from_its_users_errors(monkeypatch, capsys, tmp_path):
     sample = skipdit_command("sample")
     with pytest.raises(SystemExit):

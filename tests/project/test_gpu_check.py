@@ -65,6 +65,7 @@ def test_whole_runs_find_what_latency_compiled(tiny):
         assert results[f"end-to-end/{name}"]["compiled"]["graphs"] == 0
 
 
+@pytest.mark.slow
 def test_numbers_make_sense(tiny):
     results = {key: row["result"] for key, row in tiny.data["rows"].items()}
     step = results["latency/DiT-XL/2 256 | 8 | bf16 | compiled"]
@@ -79,6 +80,7 @@ def test_numbers_make_sense(tiny):
     assert 0 < frozen["flops"] < scratch["flops"] and scratch["images_per_second"] > 0
 
 
+@pytest.mark.slow
 def test_report_of_a_cpu_is_the_page_without_a_card(tiny, tmp_path):
     """That is what the repository has until there was a card; from then on, the page that docs/gpu.json makes."""
     assert program.main(["report", str(tiny.out), "--out", str(tmp_path / "gpu.md")]) == 0

@@ -128,12 +128,14 @@ def named(script: Path) -> str:
     return f"{script.parent.name}/{script.name}"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("script", SCRIPTS, ids=named)
 def test_script_runs_by_its_path(script, installed, tmp_path):
     wanted = "--only NAME" if script.name == "download.py" else "--config FILE"
     assert wanted in run([sys.executable, str(script), "--help"], tmp_path, PYTHONPATH=str(installed))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("script", [script for script in SCRIPTS if "sample" in script.stem], ids=named)
 def test_sampler_runs_as_a_module(script, installed, tmp_path):
     command = [sys.executable, "-m", f"{TASKS[script.parent]}.{script.stem}", "--help"]

@@ -242,6 +242,7 @@ def test_a_config_is_read_as_it_was_written(schema, data):
         assert load_config(schema, file) == config
 
 
+@pytest.mark.slow
 @given(st.text(max_size=40) | st.from_regex(r"(train\.|data\.|model\.)?[a-z_]{1,12}=.{0,12}", fullmatch=True))
 @example("=")
 @example("train=")

@@ -181,6 +181,7 @@ def test_commands_run(checkout):
     assert len(list(checkout.glob("samples/text-to-image/渔舟唱晚-*/000000-渔舟唱晚.png"))) == 2
 
 
+@pytest.mark.slow
 def test_commands_that_fail_are_seen(tmp_path):
     """By the test above."""
     (tmp_path / "fails.py").write_text("import sys\nprint(sys.argv, flush=True)\nraise OSError('as it should')\n")
@@ -189,6 +190,7 @@ def test_commands_that_fail_are_seen(tmp_path):
     assert forked("python -m skipdit plan --config no/such.yaml --budget 3", tmp_path)[0] == 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("step", [step for step in shell_steps() if step.kind == "missing"], ids=lambda step: step.code)
 def test_without_the_released_checkpoint_the_fix_is_named(step, tmp_path):
     task, missing = step.rest.split(maxsplit=1)
@@ -335,6 +337,7 @@ STAND_INS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("step", [step for step in python_steps() if step.kind == "run"], ids=lambda step: step.page)
 def test_python_runs(step, tmp_path, request, monkeypatch):
     monkeypatch.chdir(ROOT)

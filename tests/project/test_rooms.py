@@ -78,6 +78,7 @@ def test_every_module_lies_in_a_room():
     assert {name.split(".")[0] for name in modules()} <= LEVEL.keys()
 
 
+@pytest.mark.slow
 def test_imports_go_up():
     assert not wrong_directions(modules())
 
@@ -86,6 +87,7 @@ def test_imports_have_no_circle():
     assert not circle(modules())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("check", [wrong_directions, circle])
 def test_the_checks_see_what_is_wrong(check):
     trees = modules()

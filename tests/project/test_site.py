@@ -36,17 +36,20 @@ def test_every_page_of_the_navigation_is_built(site):
     assert inside <= set(pages)
 
 
+@pytest.mark.slow
 def test_pages_have_one_heading_of_the_first_level(site):
     counts = {path: path.read_text(encoding="utf-8").count("<h1") for path in site.rglob("index.html")}
     assert not {path: count for path, count in counts.items() if count != 1}
 
 
+@pytest.mark.slow
 def test_api_pages_are_made_from_docstrings(site):
     caching = (site / "api/caching/index.html").read_text(encoding="utf-8")
     assert 'id="skipdit.caching.parse_policy"' in caching
     assert 'id="class-to-image.model.DiT"' in (site / "api/models/index.html").read_text(encoding="utf-8")
 
 
+@pytest.mark.slow
 def test_links_to_files_outside_docs(site):
     """Images are in the site; a source file is not, so its link is text."""
     plans = (site / "plans/index.html").read_text(encoding="utf-8")

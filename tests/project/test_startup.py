@@ -83,12 +83,14 @@ WITH_CONFIG = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("program", WITH_CONFIG)
 def test_a_mistake_in_a_setting_imports_nothing_heavy(program):
     code, _, messages, modules = start(*WITH_CONFIG[program], "--config", example(program), "sedd=3")
     assert code == 2 and "unknown key 'sedd'" in messages and "seed" in messages and not modules
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("program", WITH_CONFIG)
 def test_a_missing_config_imports_nothing_heavy(program):
     code, _, messages, modules = start(*WITH_CONFIG[program], "--config", "configs/class-to-image/nope.yaml")

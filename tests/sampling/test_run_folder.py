@@ -43,6 +43,7 @@ def test_nothing_but_the_run_is_said(training, tmp_path, weights):
     assert (tmp_path / "out/000000.png").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["mine.safetensors", "mine.pt", "0000001.pt"])
 def test_a_file_without_its_folder_says_as_much(training, tmp_path, name):
     file = tmp_path / "elsewhere" / name

@@ -67,6 +67,7 @@ def test_outputs_and_report(config):
     assert {"seed", "config", "versions", "device"} <= report.keys()
 
 
+@pytest.mark.slow
 def test_report_of_fewer_samples_is_made_anew(config):
     """A run that was killed before its report, and was then asked for fewer."""
     sample(config)
@@ -81,6 +82,7 @@ def test_report_of_fewer_samples_is_made_anew(config):
     assert sample(config)["num_samples"] == many  # a look at the first ones
 
 
+@pytest.mark.slow
 def test_report_of_drift(config, capsys):
     """Batches decide each by itself; the report has their mean, and nothing if none of them ran now."""
     caches, config = [], changed(config, {"cache": "D0.3", "batch_size": 1})
@@ -104,6 +106,7 @@ def test_report_of_drift(config, capsys):
     assert "full and" not in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_more_images_of_the_same_run(config):
     sample(config)
     config = changed(config, {"num_samples": 7})
@@ -119,6 +122,7 @@ def test_noise_at_every_step_does_not_depend_on_batch_size(config, tmp_path):
     assert_same_images(first, config.out)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("key", "value"), [("guidance_scale", 2.0), ("cache", "N3-1000-20"), ("seed", 1)])
 def test_other_settings_in_the_same_folder_are_refused(config, key, value):
     sample(config)
@@ -127,6 +131,7 @@ def test_other_settings_in_the_same_folder_are_refused(config, key, value):
         sample(config)
 
 
+@pytest.mark.slow
 def test_other_weights_in_the_same_folder_are_refused(config):
     sample(config)
     torch.save({"ema": to_released(tiny_dit(seed=1).state_dict())}, config.weights)
@@ -134,6 +139,7 @@ def test_other_weights_in_the_same_folder_are_refused(config):
         sample(config)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("change", "complaint"),
     [
@@ -171,6 +177,7 @@ def test_errors_reach_the_user_without_a_traceback(config, tmp_path):
     assert result.stderr.strip().splitlines()[-1].startswith("error: override 'guidance=3': unknown key 'guidance'")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("arguments", "spec"),
     [
@@ -291,6 +298,7 @@ def test_compile_modes(config, tmp_path, monkeypatch, setting):
         sample(replace(config, compile="fast"))
 
 
+@pytest.mark.slow
 def test_tf32_is_what_the_setting_says(config, tmp_path):
     before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
     try:
@@ -364,6 +372,7 @@ def test_autoencoder_with_a_shift(tmp_path, vae_folder):
         load_vae(str(tmp_path / "per-channel"))
 
 
+@pytest.mark.slow
 def test_folders_of_older_versions_go_on(config):
     """Settings that are newer than a folder's samples are off in it."""
     sample(config)

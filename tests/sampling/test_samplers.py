@@ -46,6 +46,7 @@ def assert_same(made: dict[str, Tensor], expected: dict[str, Tensor], exactly: b
         assert (sample - expected[name]).abs().max() <= (0 if exactly else LEVELS[Path(name).suffix])
 
 
+@pytest.mark.slow
 def test_samples_do_not_depend_on_their_neighbours(config, sample, tmp_path):
     config = changed(config, {"batch_size": 1})
     sample(config)
@@ -54,6 +55,7 @@ def test_samples_do_not_depend_on_their_neighbours(config, sample, tmp_path):
     assert_same(samples(config), alone, exactly=False)
 
 
+@pytest.mark.slow
 def test_interrupted_run_continues(config, sample):
     """What is there stays, what is missing is made, and is what it would have been; other settings are refused."""
     config = changed(config, {"batch_size": 1})
@@ -81,6 +83,7 @@ def test_samples_do_not_depend_on_the_number_of_processes(config, sample, task, 
     assert json.loads((Path(config.out) / "report.json").read_text())["processes"] == 2
 
 
+@pytest.mark.slow
 def test_finished_run_keeps_its_report(config, sample):
     """The second time nothing is timed, and there is nothing to report."""
     first = sample(config)

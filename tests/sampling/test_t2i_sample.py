@@ -90,6 +90,7 @@ def test_pipeline_makes_its_own_size_without_being_told(pipe, released_t2i):
     assert HunyuanDiT.from_config(ours.config).config == ours.config
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_picture_is_what_diffusers_makes(config, pipe, monkeypatch):
     config = changed(config, {"prompts": [PROMPT], "negative_prompt": "the rain"})
@@ -101,6 +102,7 @@ def test_picture_is_what_diffusers_makes(config, pipe, monkeypatch):
     assert (made - (theirs * 255).round().int()).abs().max() <= 1
 
 
+@pytest.mark.slow
 def test_oblong_pictures_have_the_released_tables(config):
     """Those of the pipeline are for other places; see `rotary_tables`."""
     config = changed(config, {"width": 96, "steps": 2})
@@ -176,6 +178,7 @@ def test_compiled(config):
     assert (compiled - eager).abs().max() <= 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("change", "complaint"),
     [
@@ -227,6 +230,7 @@ def run(monkeypatch, *arguments: str) -> dict:
     sample_t2i.main()
 
 
+@pytest.mark.slow
 def test_original_command_line(config, tmp_path, monkeypatch):
     """The command of the released code, on a tiny model in ./ckpts."""
     monkeypatch.chdir(Path(config.pipeline).parent)
@@ -252,6 +256,7 @@ def test_a_process_may_have_no_prompt(config, tmp_path):
     assert all(torch.equal(picture, alone[name]) for name, picture in pictures(config).items())
 
 
+@pytest.mark.slow
 def test_other_original_switches(config, tmp_path, monkeypatch):
     out = tmp_path / "original"
     run(monkeypatch, "--prompt", "the cat", "--infer-steps", "6", "--image-size", "64", "--negative", "rain: a, b",

@@ -35,6 +35,7 @@ def contents(config: Config) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in files(config, "mp4")}
 
 
+@pytest.mark.slow
 def test_run_writes_clips_and_report(config):
     config = changed(config, {"gif": True, "cache": "N2-900-49"})
     report = sample(config)
@@ -50,6 +51,7 @@ def test_run_writes_clips_and_report(config):
     assert sample(config) == report  # nothing left to do
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_clip_is_what_diffusers_makes(config, released_t2v, monkeypatch):
     """The pipeline with everything in it, called with the prompt itself, gives the same frames."""
@@ -129,6 +131,7 @@ def test_ddim_steps_are_those_of_the_paper():
     assert set_timesteps("ddim", 50) == list(range(980, -1, -20))
 
 
+@pytest.mark.slow
 def test_pictures(config):
     config = changed(config, {"num_frames": 1, "temporal_attention": False})
     sample(config)
@@ -137,6 +140,7 @@ def test_pictures(config):
     assert again["num_samples"] == 2
 
 
+@pytest.mark.slow
 def test_temporal_decoder_and_half_precision(config):
     config = changed(
         config, {"temporal_decoder": True, "dtype": "bfloat16", "prompts": ["the cat"], "vae_slicing": False}
@@ -156,6 +160,7 @@ def test_compiled(config):
     torch._dynamo.reset()
 
 
+@pytest.mark.slow
 def test_prompts_from_files(config, tmp_path):
     """VBench: a file per dimension, five clips of every prompt, called by it."""
     folder = tmp_path / "dimensions"
@@ -268,6 +273,7 @@ def test_two_runs_do_not_mix_in_a_folder(config):
     sample(replace(again, height=16, width=16))
 
 
+@pytest.mark.slow
 def test_empty_and_long_prompts(config):
     config = changed(config, {"prompts": [""]})
     sample(config)
@@ -278,6 +284,7 @@ def test_empty_and_long_prompts(config):
     assert len(files(config, "mp4")) == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("change", "complaint"),
     [
@@ -313,6 +320,7 @@ def test_everything_missing_is_listed_at_once(config, released_t2v, tmp_path):
         assert name in str(caught.value)
 
 
+@pytest.mark.slow
 def test_command_line(config, tmp_path, monkeypatch, capsys):
     """`--prompt` takes the place of the config's prompts; `--cache` alone is the original's window."""
     (tmp_path / "run.yaml").write_text(to_yaml(config))

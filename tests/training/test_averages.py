@@ -67,6 +67,7 @@ def test_other_lengths_are_rebuilt(length):
     assert ((rebuilt - wanted).abs()[:2] < 0.2 * apart).all()
 
 
+@pytest.mark.slow
 def test_training_resumes_with_its_averages(training_config, tmp_path):
     config = changed(training_config("class-to-image"), {"train.average_every": 1})
     train = TASKS["class-to-image"].train

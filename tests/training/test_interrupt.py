@@ -153,6 +153,7 @@ with friendly_errors():
     assert not list(tmp_path.glob("out/checkpoints/*"))
 
 
+@pytest.mark.slow
 def test_two_trainings_in_one_folder(config, tmp_path, monkeypatch):
     """The second refuses and names the first; after SIGKILL the next one need not wait, though data is being loaded."""
     config = changed(config, {"train.workers": 1})
@@ -351,6 +352,7 @@ def error_of(capsys, call) -> str:
     return line
 
 
+@pytest.mark.slow
 def test_a_full_disk_keeps_the_last_good_checkpoint(config, disk, capsys):
     """The disk has room for one checkpoint and a half."""
     config = changed(config, {"out": str(disk(3072) / "run"), "train.steps": 40, "train.save_every": 10})
@@ -375,6 +377,7 @@ def test_a_training_that_cannot_even_begin_says_so(config, disk, capsys, room):
     assert not list(Path(config.out).rglob("*partial*"))
 
 
+@pytest.mark.slow
 def test_a_disk_that_cannot_be_written(config, sampling, disk, capsys):
     folder = disk(4096)
     config = changed(config, {"out": str(folder / "run"), "train.steps": 2})
@@ -400,6 +403,7 @@ def test_a_sampler_on_a_full_disk(sampling, disk, capsys):
         Image.open(path).load()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("suffix", ["mp4", "gif", "png"])
 def test_writers_that_keep_a_full_disk_to_themselves(disk, suffix):
     """ffmpeg and libpng end well with half a file."""

@@ -58,6 +58,7 @@ KINDS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("machine", [LAPTOP, LARGE], ids=str)
 @pytest.mark.parametrize(("folder", "task", "kind", "more"), [(k, *v) for k, v in KINDS.items()], indirect=["folder"])
 def test_configs_of_every_kind_of_folder(folder, task, kind, more, machine, tmp_path):
@@ -115,6 +116,7 @@ def test_folders_of_nothing(tmp_path, make, complaint):
         look_into(tmp_path / "own")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("folder", ["flat pictures"], indirect=True)
 def test_all_commands_run_in_an_empty_folder(folder, tmp_path, monkeypatch, capsys):
     """As they are printed, with few steps."""

@@ -69,6 +69,7 @@ def test_flow_matching_draws_times_and_its_loss_is_that_of_velocity(times, shift
     assert noised.losses(right).max() < 1e-4 < noised.losses(right + 1).min()
 
 
+@pytest.mark.slow
 def test_flow_matching_trains_resumes_samples_and_caches(config, tmp_path):
     weights, run = train_flow(config, train, tmp_path), config.out
     for source, method in ((weights, "heun"), (run, "dpm"), (weights, "euler")):
@@ -79,6 +80,7 @@ def test_flow_matching_trains_resumes_samples_and_caches(config, tmp_path):
         sampler.sample(sampling(config, weights, sampler="ddpm"))
 
 
+@pytest.mark.slow
 def test_weights_without_a_word_of_it_are_of_diffusion(config, tmp_path):
     train(config)
     with pytest.raises(

@@ -66,6 +66,7 @@ def test_a_torch_without_muon_is_told(monkeypatch):
         make_optimizers(tiny_dit(), "muon", lr=1e-3)
 
 
+@pytest.mark.slow
 @needs_muon
 @pytest.mark.parametrize("freeze", [False, True])
 def test_muon_resumes_bit_equal(config, tmp_path, freeze):

@@ -120,6 +120,7 @@ def beside(config, out: str):
     return changed(config, {"out": str(Path(config.out).parent / out)})
 
 
+@pytest.mark.slow
 def test_cap_holds_for_weights_and_average_after_training(config):
     free = run(config, "none", "free", steps=20)
     capped = run(config, "cap", "capped", steps=20)
@@ -132,6 +133,7 @@ def test_cap_holds_for_weights_and_average_after_training(config):
     assert all(sigma <= CAP * (1 + ROUNDING) for sigma in sigmas)
 
 
+@pytest.mark.slow
 def test_penalty_lowers_the_norms(config):
     free = run(config, "none", "free", steps=20)
     held = run(config, "penalty", "held", steps=20)
@@ -139,6 +141,7 @@ def test_penalty_lowers_the_norms(config):
     assert (norms(held["ema"]) < 0.95 * norms(free["ema"])).all()
 
 
+@pytest.mark.slow
 def test_without_a_constraint_nothing_is_computed(config, monkeypatch):
     """And one that never acts changes no bit."""
     idle = run(config, "cap", "idle", spectral_cap=1e6)
@@ -149,6 +152,7 @@ def test_without_a_constraint_nothing_is_computed(config, monkeypatch):
     assert "skip_sigma" not in stats(beside(config, "free"))[-1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["penalty", "cap"])
 def test_resume_is_bit_equal(config, kind):
     whole = run(config, kind, "whole")
@@ -157,6 +161,7 @@ def test_resume_is_bit_equal(config, kind):
     assert [line["step"] for line in stats(beside(config, "resumed"))] == [1, 2, 3, 4]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["penalty", "cap"])
 def test_accumulation_counts_the_constraint_once(config, kind):
     run(config, kind, "whole")

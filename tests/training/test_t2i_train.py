@@ -41,6 +41,7 @@ def sample(config: Config, hunyuan_folder: Path, weights: Path, out: Path, **mor
     return read_image(str(out / "000000-a-dog.png"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fuse", ["replace", "residual"])
 def test_both_stages_end_to_end(config, tmp_path, hunyuan_folder, fuse):
     """A backbone without skips; stage 1, only its skips; stage 2, everything. The result samples."""
@@ -71,6 +72,7 @@ def test_both_stages_end_to_end(config, tmp_path, hunyuan_folder, fuse):
     assert sample(config, hunyuan_folder, tmp_path / "stage2", tmp_path / "out").shape == (3, 16, 32)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scheduler", ["euler", "dpm"])
 def test_flow_matching_trains_resumes_and_samples(config, tmp_path, hunyuan_folder, scheduler):
     weights = train_flow(config, train, tmp_path)
@@ -80,6 +82,7 @@ def test_flow_matching_trains_resumes_and_samples(config, tmp_path, hunyuan_fold
         sample(config, hunyuan_folder, weights, tmp_path / "out")
 
 
+@pytest.mark.slow
 def test_encoded_files_train_the_same(config, captioned_pictures, tmp_path):
     """Latents and texts made once, against both on the fly; neither text encoder is there then."""
     lines = (captioned_pictures / "captions.jsonl").read_text().splitlines()[: len(CAPTIONS)]
@@ -202,6 +205,7 @@ def test_gradient_checkpointing_changes_no_gradient(config):
         torch.testing.assert_close(gradients[1][name], gradient)
 
 
+@pytest.mark.slow
 def test_lora_trains_adapters_and_merges_them(config, tmp_path, hunyuan_folder):
     train(config)
     base = state(config)["ema"]
@@ -227,6 +231,7 @@ def test_lora_trains_adapters_and_merges_them(config, tmp_path, hunyuan_folder):
     assert_equal(load_state(tmp_path / "lora/merged.pt"), merged)
 
 
+@pytest.mark.slow
 def test_another_autoencoder_is_refused(config, tmp_path):
     """By a run that goes on; but the same one may have moved."""
     train(config)
@@ -241,6 +246,7 @@ def test_another_autoencoder_is_refused(config, tmp_path):
         train(config)
 
 
+@pytest.mark.slow
 def test_another_text_encoder_is_refused(config, hunyuan_folder, tmp_path):
     """By a run that goes on; but the encoder, like the data, may have moved."""
     train(config)
@@ -280,6 +286,7 @@ def test_what_does_not_fit_is_named(config, section, settings, complaint):
         train(changed(config, settings))
 
 
+@pytest.mark.slow
 def test_a_run_samples_without_a_pipeline(config, tmp_path):
     train(changed(config, {"train.steps": 1}))
     sizes = ["steps=2", "prompts=[a dog]", f"out={tmp_path / 'out'}"]

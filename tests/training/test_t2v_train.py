@@ -66,6 +66,7 @@ def test_both_stages_end_to_end(config, tmp_path, released_t2v, fuse):
     assert read_mp4(tmp_path / "out/000000-a-dog.mp4").shape == (4, 3, 16, 16)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scheduler", ["euler", "heun"])
 def test_flow_matching_trains_resumes_and_samples(config, tmp_path, released_t2v, scheduler):
     shutil.copytree(released_t2v / "Latte-0", tmp_path / "pipeline")
@@ -81,6 +82,7 @@ def test_flow_matching_trains_resumes_and_samples(config, tmp_path, released_t2v
         sample_t2v.sample(sample_t2v.Config(**places, **sizes, scheduler="ddim"))
 
 
+@pytest.mark.slow
 def test_files_of_latents_and_texts_train_like_clips_and_captions(config, captioned_clips, tmp_path, monkeypatch):
     """What `encode` and `encode-text` wrote gives the losses of the clips and captions themselves."""
     config = changed(config, {"data.flip": False})
@@ -117,6 +119,7 @@ def test_files_of_latents_and_texts_train_like_clips_and_captions(config, captio
     assert [line["loss"] for line in stats(config)] == pytest.approx(live, rel=2e-3)
 
 
+@pytest.mark.slow
 def test_broken_and_uncaptioned_clips_are_listed(config):
     config = changed(config, {"train.steps": 12})
     train(config)
@@ -152,6 +155,7 @@ def test_captions_reach_their_pictures(config, captioned_clips):
     assert not torch.equal(dropped[:, 0], dropped[:, 1])
 
 
+@pytest.mark.slow
 def test_released_folder_gives_the_model(config, released_t2v, tmp_path):
     """Stage 1 as for the released model: config.json and weights of a transformer folder."""
     plain = LatteT2V.from_config(LatteT2V.load_config(released_t2v / "Latte-0/transformer"), skip=False)
@@ -167,6 +171,7 @@ def test_released_folder_gives_the_model(config, released_t2v, tmp_path):
         train(config)
 
 
+@pytest.mark.slow
 def test_another_text_encoder_is_refused(config, text_folder, tmp_path):
     """By a run that goes on; but the encoder, like the data, may have moved."""
     train(config)
@@ -208,6 +213,7 @@ def test_stage_1_weights_load_as_released(config, tmp_path):
     assert_equal(dict(again.state_dict()), dict(trained.state_dict()))
 
 
+@pytest.mark.slow
 def test_what_the_weights_do_not_tell_is_recorded(config, tmp_path):
     """Heads, side of the latents and frames of a run, which `convert` and `export` have to write down; of weights that
     say nothing `convert` warns.
@@ -227,6 +233,7 @@ def test_what_the_weights_do_not_tell_is_recorded(config, tmp_path):
         )
 
 
+@pytest.mark.slow
 def test_a_run_samples_without_a_pipeline(config, tmp_path):
     config = changed(config, {"model.fuse": "residual", "train.steps": 1})
     train(config)

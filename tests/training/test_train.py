@@ -239,6 +239,7 @@ def accelerate_variables() -> set[str]:
     return names | {prefix + end for prefix in prefixes for end in ends}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("value", ["4", "true", "fp16", "TE", "inductor"])
 def test_accelerates_variables_change_no_bit(config, tmp_path, launched, capsys, value):
     """Accumulation, precision, compilation, clipping and whatever else a launcher or accelerate's config file sets."""
@@ -265,6 +266,7 @@ FOREIGN = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", FOREIGN)
 def test_launches_that_cannot_be_honoured_are_refused(config, launched, name):
     launched(**{name: "DATA_PARALLEL" if "SAGEMAKER" in name else "true"})
@@ -302,6 +304,7 @@ def test_broken_images_are_skipped_counted_and_listed(config, capsys):
     assert all(math.isfinite(line["loss"]) for line in stats(config))
 
 
+@pytest.mark.slow
 def test_nan_aborts_naming_step_and_batch(config):
     """Story 13: bad steps change nothing; after a few in a row the run stops and the good checkpoint stays."""
     train(config)
@@ -460,6 +463,7 @@ def test_a_tracker_that_is_not_there_is_told(config, monkeypatch, name, complain
         train(changed(config, {"train.tracker": name}))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("objective", ["diffusion", "flow"])
 def test_the_end_says_what_to_type_next(config, tmp_path, objective):
     """And that is right."""

@@ -49,6 +49,7 @@ def sampling(sampling_config):
     return sampling_config("class-to-video")
 
 
+@pytest.mark.slow
 def test_flow_matching_trains_resumes_and_samples(training, tmp_path, vae_folder):
     """Clips with images beside them; the sampler knows by the weights alone."""
     weights = train_flow(training, train, tmp_path)
@@ -136,6 +137,7 @@ def test_stage_1_trains_the_skips_only(training, tmp_path):
     }
 
 
+@pytest.mark.slow
 def test_unconditional_training(training):
     training = changed(training, {"model.num_classes": None, "data.labelled": False})
     train(training)
@@ -152,6 +154,7 @@ def test_classes_that_do_not_fit_are_named(training, change):
         train(training)
 
 
+@pytest.mark.slow
 def test_outputs_and_report(sampling):
     report = sample(sampling)
     folder = Path(sampling.out)
@@ -170,6 +173,7 @@ def clips(folder) -> torch.Tensor:
     return torch.stack([read_mp4(path) for path in sorted(Path(folder).glob("0*.mp4"))]).float()
 
 
+@pytest.mark.slow
 def test_gifs_may_be_asked_for_later(sampling):
     sampling = changed(sampling, {"gif": False})
     sample(sampling)
@@ -178,6 +182,7 @@ def test_gifs_may_be_asked_for_later(sampling):
     assert len(list(Path(sampling.out).glob("0*.gif"))) == 5
 
 
+@pytest.mark.slow
 def test_gif_shows_its_clip(sampling):
     """Also if it was there before the clip: without its clips, a folder is free for other settings."""
     gif, sampling = Path(sampling.out) / "000000.gif", changed(sampling, {"num_samples": 1})
@@ -208,6 +213,7 @@ def test_bad_input_is_named(sampling, change, complaint):
         sample(changed(sampling, change))
 
 
+@pytest.mark.slow
 def test_unconditional_model(sampling, tmp_path):
     torch.save({"ema": to_released(tiny_latte(extras=1).state_dict())}, tmp_path / "tiny.pt")
     sampling = changed(sampling, {"model.num_classes": None})
