@@ -26,7 +26,6 @@ from compare import ROOT, TASKS, Store
 from tqdm import tqdm
 
 from skipdit.caching.plans import CachePlan
-from skipdit.caching.policies import CacheSpec
 from skipdit.cli import friendly_errors
 from skipdit.config import changed, load_config, to_dict
 from skipdit.evaluation.compare import check_plans
@@ -45,8 +44,8 @@ TITLES = {"converged": "dB to the converged images", "sampler": "dB to the uncac
 
 def measure(bench: Bench, plans: list[CachePlan], seeds: list[int], store: Store) -> list[dict[str, Any]]:
     """PSNR of every plan and what stands beside it: a dict per plan, with a dict per row, seeds in order."""
-    groups = [[Row(PLAN, plan, bench.steps), *controls(bench, bench.flops(plan))] for plan in plans]
-    sampler, uncached = bench.sampler, bench.flops(CacheSpec())
+    groups = [[Row(PLAN, plan, bench.steps), *controls(bench, bench.cost(plan))] for plan in plans]
+    sampler, uncached = bench.sampler, bench.steps * bench.sampler.flops["full"]
     table = [
         {row.name: {"speedup": uncached / row.flops(sampler), "psnr": {t: [] for t in TARGETS}} for row in group}
         for group in groups
@@ -152,7 +151,7 @@ def benchmark(args: argparse.Namespace) -> None:
         check_plans(plans, sampler, args.seeds)
     target = "converged" if sampler.refined(config.steps, 4) else "sampler"
     bench = Bench(sampler, config.steps, plans[0].branch, target)
-    plans.sort(key=bench.flops)
+    plans.sort(key=bench.cost)
     identity = {
         "config": to_dict(config) | {"out": None, "weights": None, "seed": None},
         "weights": fingerprint(sampler.model),
