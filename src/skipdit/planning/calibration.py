@@ -2,7 +2,7 @@
 
 import inspect
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import pairwise
@@ -251,9 +251,13 @@ class Bench(BaseBench):
         key = f"{policy} {steps} {method}"
         if key not in self._known:
             with self.sampler.using(method) if method else nullcontext():
-                images = list(self.sampler.images(steps or self.steps, policy))
-            self._known[key] = {target: self._error(images, target) for target in self.references}
+                self._known[key] = self.errors_of(self.sampler.images(steps or self.steps, policy))
         return self._known[key]
+
+    def errors_of(self, batches: Iterable[Tensor]) -> dict[str, float]:
+        """The errors, as of `errors`, of the images of every batch (N, ..., 3, H, W) in [-1, 1], on the CPU."""
+        images = list(batches)
+        return {target: self._error(images, target) for target in self.references}
 
     def _error(self, images: list[Tensor], target: str) -> float:
         changes = [(a - b).div(2) for a, b in zip(images, self.references[target], strict=True)]
