@@ -6,9 +6,10 @@
         --out results/plans weights=benchmarks/weights/class-to-image-plain.pt model.skip=false
 
 Every run is compared with the converged images of its noise, and with those of the uncached run. Beside each plan stand
-fewer steps of its sampler, as many steps of the multistep solvers, and Skip-Cache at a regular interval. Plans: the
-task's demo_plan.json and those in benchmarks/plans, or --plan. Writes plans.md and plans.png of all results in --out,
-and every figure as soon as it is measured: the same command again continues.
+fewer steps of its sampler, as many steps of the multistep solvers, Skip-Cache at a regular interval, TaylorSeer of
+order 2, and evenly spaced full steps with fitted forecasts between them. Plans: the task's demo_plan.json and those in
+benchmarks/plans, or --plan. Writes plans.md and plans.png of all results in --out, and every figure as soon as it is
+measured: the same command again continues.
 """
 
 import argparse
@@ -16,56 +17,144 @@ import json
 import math
 import warnings
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
 import matplotlib
 import torch
+from baselines import TaylorSeer
 from compare import ROOT, TASKS, Store
 from tqdm import tqdm
 
 from skipdit.caching.plans import CachePlan
 from skipdit.caching.policies import CacheSpec
 from skipdit.cli import friendly_errors
+from skipdit.commands.plan import SEED
 from skipdit.config import changed, load_config, to_dict
 from skipdit.evaluation.compare import check_plans
+from skipdit.layers.flops import flop_counter
+from skipdit.layers.skip import SkipTransformer
 from skipdit.planning.calibration import TARGETS, Bench
-from skipdit.planning.controls import controls
+from skipdit.planning.controls import INTERVALS, controls
+from skipdit.planning.schedules import schedule
 from skipdit.planning.tables import psnr_of
 from skipdit.sampling.rows import Row
 from skipdit.tasks import find_task
 from skipdit.utils.errors import UserError
-from skipdit.utils.files import replace_text
+from skipdit.utils.files import replace_text, whole_file
 from skipdit.utils.provenance import fingerprint, versions
 
-PLAN = "plan"
+PLAN, EVEN = "plan", "evenly spaced forecasts, fitted"
+STYLES = ("o-", "^-", "d:", "v-", "s-", "x-", "P-")
 TITLES = {"converged": "dB to the converged images", "sampler": "dB to the uncached images"}
+
+
+@dataclass(frozen=True)
+class Run:
+    """A row of the table.
+
+    Attributes:
+        speedup: in FLOPs.
+        baseline: that caches in place of the row's policy.
+    """
+
+    row: Row
+    speedup: float
+    baseline: TaylorSeer | None = None
+
+    def key(self, seed: int) -> str:
+        return f"seed {seed}, {self.row.steps} steps, {self.row.method}, {self.baseline or self.row.spec}"
+
+    def errors(self, bench: Bench) -> dict[str, float]:
+        """Per target, as `Bench.errors`."""
+        if self.baseline is None:
+            return bench.errors(*self.row[1:])
+        with self.baseline.on(bench.model, bench.timesteps):
+            return bench.errors_of(bench.sampler.images(self.row.steps, self.row.spec))
+
+
+def extrapolated_share(model: SkipTransformer) -> float:
+    """What a step that TaylorSeer extrapolates costs, in FLOPs of a full one; counted on the meta device."""
+    with torch.device("meta"):
+        model = type(model).from_config(model.config).to("meta").eval()
+    inputs, flops = model.random_inputs(2), []
+    with torch.no_grad(), TaylorSeer(2).on(model, range(2)):
+        for _ in range(2):
+            with flop_counter() as counter:
+                model(**inputs)
+            flops.append(counter.get_total_flops())
+    return flops[1] / flops[0]
+
+
+def taylor_seer(bench: Bench, cost: float) -> tuple[TaylorSeer, float]:
+    """TaylorSeer at the interval that comes nearest to a cost in full steps, and its speedup."""
+    share = extrapolated_share(bench.model)
+    costs = {}
+    for interval in INTERVALS:
+        full = math.ceil(bench.steps / interval)
+        costs[interval] = full + (bench.steps - full) * share
+    nearest = min(INTERVALS, key=lambda interval: abs(costs[interval] - cost))
+    return TaylorSeer(nearest, order=2), bench.steps / costs[nearest]
+
+
+def evenly_spaced(bench: Bench, plan: CachePlan, store: Store) -> CachePlan:
+    """Full steps at even distances, as many as come nearest to the cost of a plan, with fitted forecasts between them.
+
+    They are fitted once, towards the target of the plan, on the samples of the bench with the seed of the plan's
+    calibration.
+    """
+    kinds = schedule(bench.steps, max(1, round(bench.cost(plan))), 0)
+    seed = SEED if plan.calibration_seed is None else plan.calibration_seed
+    file = store.folder / f"{kinds}, seed {seed}, {plan.target}.json"
+    if not file.exists():
+        sampler, config = bench.sampler, bench.sampler.config
+        sampler.config = changed(config, {"seed": seed})
+        try:
+            own = Bench(sampler, bench.steps, bench.branch, plan.target)
+            own.calibrate()
+            with whole_file(file) as partial:
+                own.fit(kinds).plan.save(partial)
+        finally:
+            sampler.config = config
+    return CachePlan.load(file)
+
+
+def runs_for(bench: Bench, plan: CachePlan, store: Store) -> list[Run]:
+    """The plan, and what stands beside it."""
+    cost, uncached = bench.cost(plan), bench.steps * bench.sampler.flops["full"]
+    rows = [Row(PLAN, plan, bench.steps), *controls(bench, cost)]
+    rows.insert(-1, Row(EVEN, evenly_spaced(bench, plan, store), bench.steps))
+    runs = [Run(row, uncached / row.flops(bench.sampler)) for row in rows]
+    baseline, speedup = taylor_seer(bench, cost)
+    name = f"TaylorSeer N={baseline.interval}, {speedup:.2f}x"
+    runs.insert(-2, Run(Row(name, CacheSpec(), bench.steps), speedup, baseline))
+    return runs
 
 
 def measure(bench: Bench, plans: list[CachePlan], seeds: list[int], store: Store) -> list[dict[str, Any]]:
     """PSNR of every plan and what stands beside it: a dict per plan, with a dict per row, seeds in order."""
-    groups = [[Row(PLAN, plan, bench.steps), *controls(bench, bench.flops(plan))] for plan in plans]
-    sampler, uncached = bench.sampler, bench.flops(CacheSpec())
+    groups = [runs_for(bench, plan, store) for plan in plans]
+    sampler = bench.sampler
     table = [
-        {row.name: {"speedup": uncached / row.flops(sampler), "psnr": {t: [] for t in TARGETS}} for row in group}
-        for group in groups
+        {run.row.name: {"speedup": run.speedup, "psnr": {t: [] for t in TARGETS}} for run in runs} for runs in groups
     ]
     with tqdm(total=len(seeds) * sum(map(len, groups)), desc="measuring", unit="run") as progress:
         for seed in seeds:
             sampler.config = changed(sampler.config, {"seed": seed})
             calibrated = False
-            for rows, group in zip(table, groups, strict=True):
-                for row in group:
-                    key = f"seed {seed}, {row.steps} steps, {row.method}, {row.spec}".replace("/", " of ")
+            for rows, runs in zip(table, groups, strict=True):
+                for run in runs:
+                    key = run.key(seed).replace("/", " of ")
                     if (known := store.result(key)) is None:
                         if not calibrated:
                             bench.calibrate()
                             calibrated = True
-                        known = {k: psnr_of(e) for k, e in bench.errors(*row[1:]).items()}
+                        known = {k: psnr_of(e) for k, e in run.errors(bench).items()}
                         store.save(key, known)
                     for target, value in known.items():
-                        rows[row.name]["psnr"][target].append(value)
+                        rows[run.row.name]["psnr"][target].append(value)
                     progress.update()
     return table
 
@@ -88,13 +177,13 @@ def markdown(name: str, table: list[dict[str, Any]]) -> str:
 
 
 def curves(table: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
-    """Rows of one kind over the plans: the plan, the best solver, fewer steps, and the regular intervals."""
+    """Rows of one kind over the plans: the plan, the best solver, fewer steps, and whatever else is there."""
     found: dict[str, list[dict[str, Any]]] = {}
     for rows in table:
         fewer, *others = [name for name in rows if " steps, " in name and not name.endswith("uncached")]
         best = max(others, key=lambda name: mean(rows[name]["psnr"]["converged"] or rows[name]["psnr"]["sampler"]))
         chosen = {PLAN: PLAN, "the best solver": best, "fewer steps": fewer}
-        chosen |= {name.partition(" ")[0]: name for name in rows if name.startswith(("reuse", "extrapolate"))}
+        chosen |= {name.partition(" N=")[0]: name for name in rows if " N=" in name or name == EVEN}
         for label, name in chosen.items():
             found.setdefault(label, []).append(rows[name])
     return found
@@ -110,7 +199,7 @@ def plot(tables: dict[str, list[dict[str, Any]]], path: Path) -> None:
     )
     for line, (name, table) in zip(panels, tables.items(), strict=True):
         for panel, (target, title) in zip(line, TITLES.items(), strict=True):
-            for (label, rows), style in zip(curves(table).items(), ("o-", "^-", "d:", "v-", "s-"), strict=False):
+            for (label, rows), style in zip(curves(table).items(), STYLES, strict=False):
                 values = [row["psnr"][target] for row in rows]
                 if not values[0]:  # a stochastic sampler has no converged images
                     continue
@@ -119,7 +208,7 @@ def plot(tables: dict[str, list[dict[str, Any]]], path: Path) -> None:
                 panel.errorbar(speedups, list(map(mean, values)), bars, fmt=style, capsize=3, label=label)
             panel.set(title=name, xlabel="speedup in FLOPs", ylabel=title)
             panel.grid(alpha=0.3)
-    figure.legend(*panels[0, 1].get_legend_handles_labels(), loc="outside lower center", ncols=5)
+    figure.legend(*panels[0, 1].get_legend_handles_labels(), loc="outside lower center", ncols=4)
     figure.savefig(path, dpi=120)
     plt.close(figure)
 
@@ -152,7 +241,7 @@ def benchmark(args: argparse.Namespace) -> None:
         check_plans(plans, sampler, args.seeds)
     target = "converged" if sampler.refined(config.steps, 4) else "sampler"
     bench = Bench(sampler, config.steps, plans[0].branch, target)
-    plans.sort(key=bench.flops)
+    plans.sort(key=bench.cost)
     identity = {
         "config": to_dict(config) | {"out": None, "weights": None, "seed": None},
         "weights": fingerprint(sampler.model),

@@ -165,6 +165,28 @@ def test_latents_in_bfloat16_are_measured():
     assert 0 < errors["plan"] < errors["reuse N=3, 2.50x"]
 
 
+@pytest.mark.parametrize("name", ["DiTPipeline", "WanPipeline (2.2, two transformers)"])
+def test_costs_of_a_pipeline_are_measured(name):
+    bench = bench_of(name, "sampler")
+    bench.measure()
+    assert 0 < bench.costs["time"]["forecast"] < 1 and bench.costs["flops"]["forecast"] == 0
+    halved = CacheSpec(2, branch=0)
+    assert bench.speedup(halved) < bench.speedup(halved, "flops") == 2
+
+
+def test_plan_in_python_by_time(monkeypatch):
+    """On a clock that a call of the model moves by a second, and nothing else."""
+    pipe, _ = build("DiTPipeline")
+    now = [0.0]
+    pipe.transformer.transformer_blocks[0].register_forward_hook(lambda *_: now.__setitem__(0, now[0] + 1))
+    monkeypatch.setattr("skipdit.planning.pipelines.moment", lambda device: now[0])
+    plan = plan_pipeline(pipe, 2, num_inference_steps=6, target="sampler", cost="time", class_labels=[1])
+    assert plan.about["costs"] == {name: {"full": 1.0, "forecast": 0.0} for name in ("flops", "time")}
+    assert plan.about["speedup_in_time"] == plan.about["speedup"] == 2
+    with pytest.raises(ValueError, match="cost is 'money'; known: flops, time"):
+        plan_pipeline(pipe, 2, cost="money", class_labels=[1])
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> str:
     """A saved pipeline."""

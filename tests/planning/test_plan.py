@@ -1,6 +1,8 @@
 """Planning: schedules, the fit against a real run and against brute force, the command."""
 
-from itertools import pairwise
+import inspect
+from functools import wraps
+from itertools import accumulate, pairwise
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -11,18 +13,22 @@ from conftest import ROOT, skipdit_command, tiny_dit
 from skipdit import CacheSpec, SkipCache
 from skipdit.caching.plans import CachePlan
 from skipdit.caching.policies import parse_policy
+from skipdit.caching.policy import NAMES
 from skipdit.checkpoints.files import load_state
+from skipdit.class_to_image import DiT
 from skipdit.class_to_image.sample import Config, ImageSampler
 from skipdit.class_to_image.sample import main as sample_classes
+from skipdit.commands.plan import read_arguments
 from skipdit.config import changed, load_config, to_yaml
 from skipdit.diffusion.flow import FLOW_SOLVERS
 from skipdit.diffusion.gaussian import Diffusion
 from skipdit.diffusion.schedulers import SOLVERS
 from skipdit.evaluation.compare import check_plans, rows_for
-from skipdit.planning.calibration import Bench
+from skipdit.planning.calibration import BaseBench, Bench, Fitted
 from skipdit.planning.controls import controls
 from skipdit.planning.fitting import Fit, LeastSquares, extrapolated
-from skipdit.planning.schedules import affordable, full_steps, schedule, stretched
+from skipdit.planning.schedules import affordable, cost_of, full_steps, schedule, stretched
+from skipdit.planning.search import CACHED_ALONE, FORECASTS, make_plan, within
 from skipdit.sampling.class_conditional import generate
 from skipdit.tasks import find_task
 from skipdit.text_to_image import sample_t2i
@@ -79,13 +85,25 @@ def test_stretched_schedules_by_hand():
     assert stretched("FOOOOOOOOOFF", 24) == "FOOOOOOOOOFOOOOOOOOOFFFF"
 
 
+def costs(cached: float, forecast: float = 0.0) -> dict[str, float]:
+    return {"full": 1.0, "cached": cached, "forecast": forecast}
+
+
 def test_affordable_is_the_most_that_a_budget_buys():
-    assert affordable(50, 14, 0.1, 0.0) == (14, 0)
-    assert affordable(50, 14, 0.1, 1.0) == (10, 40)
-    assert affordable(50, 0.5, 0.1, 0.0) == affordable(50, 1, 0.1, 1.0) == (0, 0)
+    assert affordable(50, 14, costs(0.1), 0.0) == (14, 0)
+    assert affordable(50, 14, costs(0.1), 1.0) == (10, 40)
+    assert affordable(50, 14, costs(0.1, 0.05), 0.0) == (12, 0)
+    assert affordable(50, 0.5, costs(0.1), 0.0) == affordable(50, 1, costs(0.1), 1.0) == (0, 0)
+    assert affordable(50, 3, costs(0.1, 0.05), 0.0) == (0, 0)
     for share in (0.0, 0.3, 1.0):
-        full, cached = affordable(20, 7.3, 0.08, share)
-        assert full + 0.08 * cached <= 7.3 < full + 1 + 0.08 * round(share * (19 - full))
+        full, cached = affordable(20, 7.3, costs(0.08, 0.02), share)
+        rest = 20 - full - cached
+        assert full + 0.08 * cached + 0.02 * rest <= 7.3 < full + 1 + 0.08 * round(share * (19 - full))
+
+
+def test_the_cost_of_a_schedule():
+    assert cost_of("FSOOSF", costs(0.2, 0.05)) == pytest.approx(2 + 2 * 0.2 + 2 * 0.05)
+    assert cost_of("FOO", {"full": 1.0, "forecast": 0.0}) == 1
 
 
 # The fit
@@ -242,7 +260,7 @@ def test_flow_matching_has_a_converged_run(sampler, tmp_path, flow_weights):
     far = [(each.double() - many.double()).square().mean() for each in (own.latents[-1], goals[-1])]
     assert far[1] < 0.2 * far[0]
     assert made.fit("FFSOFF").error < 0.1
-    assert {each.method for each in controls(made, made.flops(CacheSpec(2)))} >= {"heun", "unipc"} - {sampler}
+    assert {each.method for each in controls(made, made.cost(CacheSpec(2)))} >= {"heun", "unipc"} - {sampler}
 
 
 def test_stochastic_samplers_have_no_converged_run(tmp_path):
@@ -253,13 +271,114 @@ def test_stochastic_samplers_have_no_converged_run(tmp_path):
 @pytest.mark.slow
 def test_controls_cost_what_the_plan_does(tmp_path):
     made = bench(tmp_path, steps=10)
-    rows = {row.name: row for row in controls(made, made.flops(CacheSpec(2)))}
-    fewer = round(made.flops(CacheSpec(2)) / made.sampler.flops["full"])
+    rows = {row.name: row for row in controls(made, made.cost(CacheSpec(2)))}
+    fewer = round(made.cost(CacheSpec(2)))
     assert {f"{fewer} steps, {method}" for method in ("ddim", "dpm", "unipc3", "deis")} < set(rows)
     assert rows["reuse N=2, 1.71x"].spec == CacheSpec(2) and rows["10 steps, ddim, uncached"].spec == CacheSpec()
     solved = rows[f"{fewer} steps, deis"]
     assert made.error(*solved[1:]) > 0
     assert made.sampler.method == "ddim"  # as before
+
+
+# Costs in time
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """A clock that stands still, but in calls of DiT: how many seconds those of each kind take is given."""
+    forward, now, each = DiT.forward, [0.0], {}
+
+    @wraps(forward)
+    def timed(*args, **kwargs):
+        step = inspect.signature(forward).bind(*args, **kwargs).arguments.get("cache")
+        kind = "full" if step is None or step.may_be_full else "cached" if step.forecast is None else "forecast"
+        now[0] += each.get(kind, 0.0)
+        return forward(*args, **kwargs)
+
+    monkeypatch.setattr(DiT, "forward", timed)
+    monkeypatch.setattr("skipdit.planning.calibration.moment", lambda device: now[0])
+    return each.update
+
+
+def test_costs_are_measured(tmp_path, clock):
+    made = bench(tmp_path, steps=10)
+    in_flops = made.cost(CacheSpec(2))
+    clock({"full": 2.0, "cached": 1.0, "forecast": 0.1})
+    made.measure()
+    assert made.seconds == pytest.approx({"full": 2.0, "cached": 1.0, "forecast": 0.1})
+    assert made.costs["time"] == pytest.approx(costs(0.5, 0.05))
+    assert made.cost(CacheSpec(2)) == pytest.approx(7.5) and made.speedup(CacheSpec(2)) == pytest.approx(10 / 7.5)
+    assert made.cost(CacheSpec(2), "flops") == in_flops == pytest.approx(5 + 5 * 0.168, rel=1e-2)
+    rows = {row.name: row for row in controls(made, made.cost(CacheSpec(2)))}  # they follow
+    assert "8 steps, ddim" in rows and rows["reuse N=2, 1.33x"].spec == CacheSpec(2)
+
+
+def test_without_a_branch_no_cached_step_is_measured(tmp_path, clock):
+    (tmp_path / "tiny.yaml").write_text(TINY)
+    made = Bench(ImageSampler(load_config(Config, tmp_path / "tiny.yaml"), 0), 10, 0)
+    clock({"full": 2.0, "forecast": 0.1})
+    made.measure()
+    assert made.costs == {"flops": {"full": 1.0, "forecast": 0.0}, "time": pytest.approx({"full": 1, "forecast": 0.05})}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["class-to-image", "class-to-video", "text-to-video", "text-to-image"])
+def test_costs_of_every_task(name):
+    """By the real clock. How much less a cached step takes depends on the machine."""
+    file = ROOT / f"configs/{name}/demo.yaml"
+    task = find_task(str(file))
+    config = load_config(task.schema, file)
+    config = changed(config, {"num_samples": 1} if name.startswith("class") else {"prompts": config.prompts[:1]})
+    made = Bench(task.open_sampler(config, 1), config.steps, 1)
+    made.measure()
+    assert 0 < made.costs["time"]["forecast"] < made.costs["time"]["cached"] < 1 == made.costs["time"]["full"]
+
+
+class Known(BaseBench):
+    """A bench whose steps take what is given, and whose error is 0.1 per cached step and 2 per forecast."""
+
+    def __init__(self, taken: dict[str, float]):
+        self.steps, self.branch, self._taken = 12, 1, taken
+        self.costs = {"flops": costs(0.1)}
+        self.timesteps = tuple(range(12, 0, -1))
+        self.sampler = SimpleNamespace(method="ddim", solvers=())
+        self.measure()
+
+    def calibrate(self) -> None:
+        pass
+
+    def step_ends(self, kinds: str) -> list[float]:
+        return list(accumulate(self._taken[NAMES[kind]] for kind in kinds))
+
+    def fit(self, kinds: str) -> Fitted:
+        plan = CachePlan(self.timesteps, tuple(() if kind == "S" else None for kind in kinds), 1, kinds)
+        return Fitted(plan, self.error(plan))
+
+    def error(self, policy, *run) -> float:
+        kinds = policy.step_kinds(self.timesteps)
+        return kinds.count("S") * 0.1 + kinds.count("O") * 2.0
+
+
+@pytest.mark.parametrize(("cached", "chosen"), [(0.1, True), (0.9, True), (1.0, False), (1.2, False)])
+def test_cached_steps_are_planned_if_they_cost_less_than_full_ones(cached, chosen):
+    plan, errors = make_plan(Known(costs(cached)), 11)
+    assert ("S" in plan.plan.kinds) == (CACHED_ALONE in errors) == (FORECASTS in errors) == chosen
+    assert cost_of(plan.plan.kinds, costs(cached)) <= 11
+
+
+def test_forecasts_have_their_cost():
+    plan, _ = make_plan(Known(costs(1.0, 0.2)), 6)
+    assert plan.plan.kinds.count("F") == 4  # 4 + 8 * 0.2 = 5.6
+    with pytest.raises(ValueError, match=r"3\.00 full steps buy no plan: a full step and 11 forecasts cost 3\.20"):
+        make_plan(Known(costs(1.0, 0.2)), 3)
+
+
+def test_plans_of_an_error_begin_at_the_least_cost():
+    """That of forecasts, which is above one full step here."""
+    plan, _ = within(Known(costs(0.5, 0.2)), 100)
+    assert 3.2 <= cost_of(plan.plan.kinds, costs(0.5, 0.2)) <= 4
+    plan, _ = within(Known(costs(0.5, 2.0)), 0.6)  # forecasts cost more than full steps
+    assert "O" not in plan.plan.kinds and plan.error <= 0.6
 
 
 # The command
@@ -324,6 +443,33 @@ def test_a_schedule_of_another_branch_is_refused(command, capsys, tmp_path):
     with pytest.raises(SystemExit):
         command("--like", str(plan), "--branch", "2")
     assert "its cached steps run the branch 1; this wants --branch 1" in capsys.readouterr().err
+
+
+def test_planning_by_time(command, capsys, tmp_path, clock):
+    """On a clock where a cached step takes 0.6 times as long as a full one, and a forecast a tenth."""
+    clock({"full": 2.0, "cached": 1.2, "forecast": 0.2})
+    timesteps, kinds = tuple(map(float, Diffusion(6).sampling_timesteps)), "FFSOSO"
+    CachePlan(timesteps, tuple(() if kind == "S" else None for kind in kinds), 1, kinds).save(tmp_path / "like.json")
+    given = ["--like", str(tmp_path / "like.json"), "--target", "sampler", "steps=6"]
+    timed = CachePlan.load(command(*given, "--cost", "time"))
+    told, about = capsys.readouterr().out, timed.about
+    assert about["costs"]["time"] == pytest.approx(costs(0.6, 0.1))
+    assert about["costs"]["flops"] == pytest.approx(costs(0.168), rel=1e-2)
+    assert about["seconds_per_step"] == pytest.approx({"full": 2.0, "cached": 1.2, "forecast": 0.2})
+    assert about["speedup_in_time"] == pytest.approx(6 / 3.4) and about["speedup"] == pytest.approx(6 / 2.336, rel=1e-2)
+    assert "6 steps, 2.57x fewer FLOPs, 1.76x faster by the measured steps" in told
+    assert "cached      1.2000  0.600  0.168" in told and "forecast    0.2000  0.100  0.000" in told
+    assert "3 steps, ddim" in about["errors"]  # as many as take that long
+    plain = CachePlan.load(command(*given))
+    assert not {"costs", "speedup_in_time"} & set(plain.about) and "measured" not in capsys.readouterr().out
+    assert "2 steps, ddim" in plain.about["errors"] and plain.about["speedup"] == about["speedup"]
+
+
+def test_what_a_speedup_counts_is_told(capsys):
+    with pytest.raises(SystemExit):
+        read_arguments(["--help"])
+    told = " ".join(capsys.readouterr().out.split())
+    assert "--cost {flops,time}" in told and "seconds of its steps on this device" in told
 
 
 @pytest.mark.slow
@@ -454,7 +600,5 @@ def test_shipped_plans_beat_even_extrapolation(name):
     bench.calibrate()
     assert plan.about["model"] == fingerprint(bench.model) and plan.timesteps == bench.timesteps
     assert (plan.about["sampler"], plan.about["guidance_scale"]) == (bench.sampler.method, config.guidance_scale)
-    even = min(
-        (CacheSpec(n, order=1) for n in range(2, 9)), key=lambda spec: abs(bench.flops(spec) - bench.flops(plan))
-    )
+    even = min((CacheSpec(n, order=1) for n in range(2, 9)), key=lambda spec: abs(bench.cost(spec) - bench.cost(plan)))
     assert bench.error(plan) < 10 ** (-1 / 20) * bench.error(even)

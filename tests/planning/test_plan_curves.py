@@ -9,12 +9,15 @@ from PIL import Image
 from test_plan import TINY
 
 from skipdit.caching.plans import CachePlan
+from skipdit.caching.policies import CacheSpec
 from skipdit.class_to_image.sample import Config, ImageSampler
 from skipdit.config import load_config
 from skipdit.metrics import mean_psnr, psnr
+from skipdit.planning.calibration import Bench
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 import plans
+from compare import Store
 
 
 @pytest.fixture
@@ -53,9 +56,13 @@ def test_every_row_is_measured_on_every_seed(benchmark, sampler, capsys):
     assert first["plan"]["speedup"] == pytest.approx(6 / cost)
     assert {f"{round(cost)} steps, {method}" for method in ("ddim", "dpm", "unipc", "deis3")} < set(first)
     assert all(len(set(row["psnr"][t])) == 2 for row in (first["plan"], second["plan"]) for t in plans.TARGETS)
-    made, uncached = sampler.make(4, plans.CacheSpec()), sampler.make(6, plans.CacheSpec())
+    made, uncached = sampler.make(4, CacheSpec()), sampler.make(6, CacheSpec())
     measured = second["4 steps, ddim"]["psnr"]["sampler"][0]
     assert measured == pytest.approx(mean_psnr(psnr(made, uncached)).item(), abs=0.1)  # that one is of 8 bits
+    assert first[plans.EVEN]["speedup"] == 6 / round(cost) and second[plans.EVEN]["speedup"] == 6 / 4
+    (seer,) = [name for name in first if name.startswith("TaylorSeer")]
+    assert 1.7 < first[seer]["speedup"] < 2 and seer == f"TaylorSeer N=2, {first[seer]['speedup']:.2f}x"
+    assert first[seer]["psnr"]["sampler"] != first["6 steps, ddim, uncached"]["psnr"]["sampler"]
     told = capsys.readouterr().out
     assert "| **plan** | " in told and "6 steps, ddim, uncached | 1.00 |" in told and "identical" in told
 
@@ -72,6 +79,28 @@ def test_what_is_known_is_not_measured_again(benchmark, monkeypatch, files):
     assert (files / "out/another.json").exists() and "another |" in (files / "out/plans.md").read_text()
     with Image.open(files / "out/plans.png") as picture:
         assert min(picture.size) > 300
+
+
+def test_evenly_spaced_forecasts_are_fitted_on_other_noise(sampler, files, tmp_path):
+    """Once, on samples of another seed than those to be judged, and better on these than outputs used again."""
+    bench, store = Bench(sampler, 6, 1, "sampler"), Store(tmp_path / "out", {"threads": 1})
+    plan = CachePlan.load(files / "plan-3.json")  # costs 3.5 full steps
+    even = plans.evenly_spaced(bench, plan, store)
+    assert even.kinds == "FOFFFO" and sampler.config.seed == 7
+    bench.calibrate()
+    assert 1e-3 < bench.error(even) < bench.error(CachePlan(bench.timesteps, (None,) * 6, 1, even.kinds))
+    of_seed_7 = bench.fit(even.kinds).plan
+    assert of_seed_7.outputs != even.outputs
+    bench.calibrate = None
+    assert plans.evenly_spaced(bench, plan, store) == even
+
+
+def test_what_taylor_seer_costs(sampler):
+    share = plans.extrapolated_share(sampler.model)
+    assert 0 < share < 0.1  # modulations, and what is before and after the blocks
+    baseline, speedup = plans.taylor_seer(Bench(sampler, 6, 1), 3.4)
+    assert baseline == plans.TaylorSeer(2, 2) and speedup == pytest.approx(6 / (3 + 3 * share))
+    assert plans.taylor_seer(Bench(sampler, 6, 1), 1.0)[0] == plans.TaylorSeer(6, 2)
 
 
 def test_branches_are_not_mixed(benchmark, capsys):

@@ -2,6 +2,7 @@
 
     skipdit plan --config configs/class-to-image/demo.yaml --speedup 3 --out plan.json
     skipdit plan --config configs/text-to-video/demo.yaml --budget 20 --out plan.json steps=50
+    skipdit plan --config configs/class-to-image/demo.yaml --speedup 3 --cost time --out plan.json
     skipdit plan --config configs/class-to-image/demo.yaml --max-error 0.01 --out plan.json
     skipdit plan --config configs/class-to-image/demo.yaml --like plan.json --out plan-30.json steps=30
     skipdit plan --pipeline black-forest-labs/FLUX.1-dev --prompts prompts.txt --speedup 2 guidance_scale=3.5
@@ -39,7 +40,7 @@ def read_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         help="bring the pipeline's models, or their layers, to the GPU when they run [%(default)s]",
     )
     wanted = parser.add_mutually_exclusive_group(required=True)
-    wanted.add_argument("--speedup", type=float, metavar="X", help="in FLOPs, against all steps full")
+    wanted.add_argument("--speedup", type=float, metavar="X", help="in --cost, against all steps full")
     wanted.add_argument("--budget", type=float, metavar="N", help="the same, as the number of full steps that it costs")
     wanted.add_argument(
         "--max-error",
@@ -52,6 +53,13 @@ def read_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         "--like",
         metavar="PLAN",
         help="the schedule of this plan, stretched to the number of steps and fitted anew: no search, so some dB less",
+    )
+    parser.add_argument(
+        "--cost",
+        choices=["flops", "time"],
+        default="flops",
+        help="what costs are: FLOPs of the model, or seconds of its steps on this device with this batch, which are "
+        "measured first [%(default)s]",
     )
     parser.add_argument(
         "--target",

@@ -1,9 +1,12 @@
 """Calibration: the runs of a sampler that plans are fitted on."""
 
 import inspect
-from collections.abc import Callable
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from itertools import pairwise
+from statistics import median
 from typing import Any
 
 import torch
@@ -12,21 +15,24 @@ from tqdm import tqdm
 
 from skipdit.caching.plans import CachePlan
 from skipdit.caching.policies import CacheSpec
-from skipdit.caching.policy import CachePolicy
-from skipdit.caching.runtime import SkipCache
+from skipdit.caching.policy import CACHED, FORECAST, FULL, NAMES, CachePolicy
 from skipdit.encoders.autoencoder import decode
-from skipdit.layers.flops import run_flops
 from skipdit.layers.inspect import replaced
 from skipdit.layers.skip import SkipTransformer, predicted_noise
 from skipdit.planning.fitting import TINY, Fit, Recording
+from skipdit.planning.schedules import cost_of
 from skipdit.sampling.sampler import Sampler
 from skipdit.utils.device import double
 from skipdit.utils.errors import UserError
+from skipdit.utils.timing import moment
 
 TARGETS = ("converged", "sampler")
 # The most coefficients of a step, of features and of outputs. Cached steps that may correct their output, too, are
 # better off with fewer features.
 MEMORY = {"sampler": (2, 3), "converged": (1, 3)}
+COSTS = ("flops", "time")
+TIMED = 5 * FULL + 4 * CACHED + 4 * FORECAST  # a run whose steps are timed; the first one is not
+ROUNDS = 5  # of such runs
 
 
 class Recorder:
@@ -68,30 +74,75 @@ class Fitted:
     error: float
 
 
-class BaseBench:
+class Schedule(CachePolicy):
+    """Steps of given kinds, at whatever timesteps. Those that are not full extrapolate."""
+
+    order = 1
+
+    def __init__(self, kinds: str, branch: int):
+        self.kinds, self.branch = kinds, branch
+
+    def full_mask(self, timesteps: Sequence[float]) -> list[bool]:
+        return [kind == FULL for kind in self.kinds]
+
+    def step_kinds(self, timesteps: Sequence[float]) -> str:
+        return self.kinds
+
+
+class BaseBench(ABC):
     """Runs that plans are fitted on: what policies cost in them. Subclasses make the runs, and measure errors.
 
     Attributes:
-        sampler: has FLOPs of steps, `solvers`, and the `method` of the runs.
+        sampler: has `solvers`, and the `method` of the runs.
         steps: of a run.
+        branch: b, of cached steps; 0: there are none.
         runs: about how many runs of a plan's cost it takes to find one, controls included.
+        by: what counts as cost, "flops" or, once `measure` was called, "time".
+        costs: by each of them, what a step of each kind costs, in full steps.
+        seconds: that a step of each kind takes, if they were measured.
     """
 
     sampler: Any
     steps: int
+    branch: int
     timesteps: tuple[float, ...]
     runs: int
+    by: str = "flops"
+    costs: dict[str, dict[str, float]]
+    seconds: dict[str, float]
 
     @property
-    def cached_cost(self) -> float:
-        """Cost of a cached step, over that of a full one."""
-        return self.sampler.flops["cached"] / self.sampler.flops["full"]
+    def step_costs(self) -> dict[str, float]:
+        """What a step of each kind costs by what counts, in full steps."""
+        return self.costs[self.by]
 
-    def flops(self, policy: CachePolicy) -> float:
-        return run_flops(SkipCache(policy, self.timesteps), self.sampler.flops)
+    def cost(self, policy: CachePolicy, by: str | None = None) -> float:
+        """Return what a run costs, in full steps, by `by` or what counts."""
+        return cost_of(policy.step_kinds(self.timesteps), self.costs[by or self.by])
 
-    def speedup(self, policy: CachePolicy) -> float:
-        return self.steps * self.sampler.flops["full"] / self.flops(policy)
+    def speedup(self, policy: CachePolicy, by: str | None = None) -> float:
+        """Return the cost of the uncached run over that of another."""
+        return self.steps / self.cost(policy, by)
+
+    def measure(self) -> None:
+        """Time the steps of every kind, on this device and with this batch, which is what they cost from now on.
+
+        A step is timed from the end of the one before to its own, the sampler's part of it included, and the device is
+        waited for in between. Medians of several runs, after one to warm up.
+        """
+        kinds = TIMED if self.branch else TIMED.replace(CACHED, "")
+        times: dict[str, list[float]] = {NAMES[kind]: [] for kind in kinds}
+        self.step_ends(kinds)
+        for _ in range(ROUNDS):
+            for kind, (before, after) in zip(kinds[1:], pairwise(self.step_ends(kinds)), strict=True):
+                times[NAMES[kind]].append(after - before)
+        self.seconds = {kind: median(each) for kind, each in times.items()}
+        self.costs = self.costs | {"time": {kind: each / self.seconds["full"] for kind, each in self.seconds.items()}}
+        self.by = "time"
+
+    @abstractmethod
+    def step_ends(self, kinds: str) -> list[float]:
+        """Make a run of a schedule. Returns the `moment` at which every step has ended."""
 
 
 class Bench(BaseBench):
@@ -111,6 +162,8 @@ class Bench(BaseBench):
     def __init__(self, sampler: Sampler, steps: int, branch: int, target: str = "sampler"):
         self.sampler, self.steps, self.branch, self.target = sampler, steps, branch, target
         self.model = sampler.model
+        cached = {"cached": sampler.flops["cached"] / sampler.flops["full"]} if branch else {}
+        self.costs = {"flops": {"full": 1.0} | cached | {"forecast": 0.0}}
         self.timesteps = tuple(float(t) for t in sampler.timesteps(steps))
         if len(self.timesteps) != steps:
             calls = f"{len(self.timesteps)} times in {steps} steps"
@@ -162,6 +215,12 @@ class Bench(BaseBench):
         recorder.recording.latents.append(double(self.sampler.to_model(latents)))
         return recorder.recording
 
+    def step_ends(self, kinds: str) -> list[float]:
+        ends: list[float] = []
+        schedule = Schedule(kinds, self.branch)
+        self.sampler.latents(self.batches[0], len(kinds), schedule, lambda *_: ends.append(moment(self.model.device)))
+        return ends
+
     def _images(self, latents: Tensor) -> Tensor:
         """Of latents as the model has them, (N, ..., 3, H, W) in [-1, 1]."""
         return decode(self.sampler.vae, self.sampler.to_model(latents).float()).clamp(-1, 1).cpu()
@@ -192,9 +251,13 @@ class Bench(BaseBench):
         key = f"{policy} {steps} {method}"
         if key not in self._known:
             with self.sampler.using(method) if method else nullcontext():
-                images = list(self.sampler.images(steps or self.steps, policy))
-            self._known[key] = {target: self._error(images, target) for target in self.references}
+                self._known[key] = self.errors_of(self.sampler.images(steps or self.steps, policy))
         return self._known[key]
+
+    def errors_of(self, batches: Iterable[Tensor]) -> dict[str, float]:
+        """The errors, as of `errors`, of the images of every batch (N, ..., 3, H, W) in [-1, 1], on the CPU."""
+        images = list(batches)
+        return {target: self._error(images, target) for target in self.references}
 
     def _error(self, images: list[Tensor], target: str) -> float:
         changes = [(a - b).div(2) for a, b in zip(images, self.references[target], strict=True)]

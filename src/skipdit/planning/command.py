@@ -39,7 +39,10 @@ def main(args: argparse.Namespace) -> None:
     if errors[best := min(same, key=same.get)] < 0.999 * errors["plan"]:  # a fit's own error differs by rounding
         print(f"\nOn these samples, {best} comes nearer than any plan of this cost.")
     counts = ", ".join(f"{plan.kinds.count(letter)} {name}" for letter, name in NAMES.items())
-    print(f"\n{args.out}: {counts} of {len(plan.kinds)} steps, {plan.about['speedup']:.2f}x fewer FLOPs")
+    faster = f"{plan.about['speedup']:.2f}x fewer FLOPs"
+    if args.cost == "time":
+        faster += f", {plan.about['speedup_in_time']:.2f}x faster by the measured steps"
+    print(f"\n{args.out}: {counts} of {len(plan.kinds)} steps, {faster}")
     print(f'use it with enable_cache(pipe, "{args.out}")' if args.pipeline else f"use it with --cache {args.out}")
 
 
@@ -55,7 +58,7 @@ def from_config(args: argparse.Namespace) -> CachePlan:
     made_for = {"model": fingerprint(bench.model), "guidance_scale": config.guidance_scale}
     calibration = {"config": args.config, "samples": sampler.total, **to_dict(config)}
     kinds = kinds_like(args.like, config.steps, args.branch)
-    return saved(find_plan(bench, budget, args.max_error, made_for, calibration, kinds), args.out)
+    return saved(find_plan(bench, budget, args.max_error, made_for, calibration, kinds, args.cost), args.out)
 
 
 def from_pipeline(args: argparse.Namespace) -> CachePlan:
@@ -66,7 +69,7 @@ def from_pipeline(args: argparse.Namespace) -> CachePlan:
     budget = budget_of(bench.steps, args.budget, args.speedup)
     about = {"pipeline": args.pipeline} | bench.about()
     kinds = kinds_like(args.like, bench.steps, 0)
-    plan = saved(find_plan(bench, budget, args.max_error, bench.made_for(), about, kinds), args.out)
+    plan = saved(find_plan(bench, budget, args.max_error, bench.made_for(), about, kinds, args.cost), args.out)
     held_out(bench, plan, args.out)
     return plan
 

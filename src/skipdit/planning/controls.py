@@ -1,27 +1,26 @@
 """Controls: what else the cost of a plan could be spent on."""
 
 from skipdit.caching.policies import CacheSpec
-from skipdit.layers.flops import uncached_steps
 from skipdit.planning.calibration import BaseBench
 from skipdit.sampling.rows import Row
 
 INTERVALS = range(2, 16)
 
 
-def controls(bench: BaseBench, flops: float) -> list[Row]:
-    """Return runs that cost about as much as these FLOPs, and the uncached one.
+def controls(bench: BaseBench, cost: float) -> list[Row]:
+    """Return runs that cost about as much as so many full steps, and the uncached one.
 
     They are: fewer steps of the same sampler; as many of the multistep solvers, without a cache; and Skip-Cache at a
     regular interval whose cost comes nearest, with features, or outputs if no step is cached, that are reused or
     extrapolated.
     """
-    sampler, steps = bench.sampler, uncached_steps(flops, bench.sampler.flops)
+    sampler, steps = bench.sampler, max(1, round(cost))
     rows = [Row(f"{steps} steps, {sampler.method}", CacheSpec(), steps)]
     others = [method for method in sampler.solvers if method != sampler.method]
     rows += [Row(f"{steps} steps, {method}", CacheSpec(), steps, method) for method in others]
     regular = [CacheSpec(interval, branch=bench.branch) for interval in INTERVALS]
-    nearest = min(regular, key=lambda spec: abs(bench.flops(spec) - flops))
-    cost = f"N={nearest.interval}, {bench.speedup(nearest):.2f}x"
-    rows.append(Row(f"reuse {cost}", nearest, bench.steps))
-    rows.append(Row(f"extrapolate {cost}", nearest.with_order(1), bench.steps))
+    nearest = min(regular, key=lambda spec: abs(bench.cost(spec) - cost))
+    told = f"N={nearest.interval}, {bench.speedup(nearest):.2f}x"
+    rows.append(Row(f"reuse {told}", nearest, bench.steps))
+    rows.append(Row(f"extrapolate {told}", nearest.with_order(1), bench.steps))
     return [*rows, Row(f"{bench.steps} steps, {sampler.method}, uncached", CacheSpec(), bench.steps)]

@@ -93,7 +93,7 @@ def held_out(bench: PipelineBench, plan: CachePlan, out: str) -> None:
     for name, (policy, steps) in runs.items():
         rows.append(bench.images(policy, steps))
         error = distance(rows[-1], rows[0])
-        print(f"{name:40s}  {error:.4f}  {psnr_of(error):5.1f}  {bench.seconds:8.1f}")
+        print(f"{name:40s}  {error:.4f}  {psnr_of(error):5.1f}  {bench.call_seconds:8.1f}")
     path = Path(out).with_suffix(".png")
     contact_sheet(rows).save(path)
     print(f"{path}: a row of images for each of these three")

@@ -27,13 +27,14 @@ from skipdit.caching.policy import FORECAST, FULL, CachePolicy
 from skipdit.layers.inspect import replaced
 from skipdit.pipelines.cache import disable_cache, enable_cache, without_cache
 from skipdit.pipelines.denoiser import denoisers
-from skipdit.planning.calibration import MEMORY, BaseBench, Fitted
+from skipdit.planning.calibration import MEMORY, BaseBench, Fitted, Schedule
 from skipdit.planning.fitting import TINY, LeastSquares, differences
 from skipdit.planning.search import budget_of, find_plan
 from skipdit.planning.tables import distance
 from skipdit.utils.device import double
 from skipdit.utils.errors import UserError
 from skipdit.utils.provenance import sketch
+from skipdit.utils.timing import moment
 
 FACTORS = (1, 2, 4)  # steps of the runs from which the converged one follows, over the bench's
 UNPLANNED = ("generator", "return_dict", "sigmas", "timesteps")  # of a call: noise and steps are the bench's own
@@ -57,18 +58,6 @@ class StepRecord:
     models: list[set[int]] = field(default_factory=lambda: [set()])
 
 
-class _Kinds(CachePolicy):
-    """Full steps and forecasts as given; what forecasts return does not matter, as the fit replaces it."""
-
-    branch = 0
-
-    def __init__(self, kinds: str):
-        self.kinds = kinds
-
-    def full_mask(self, timesteps: Any) -> list[bool]:
-        return [kind == FULL for kind in self.kinds]
-
-
 class _OtherTimesteps(Exception):
     """A longer run does not pass the timesteps of the bench's."""
 
@@ -85,7 +74,7 @@ class PipelineBench(BaseBench):
             timesteps of this one, and nothing is drawn at random on the way.
 
     Attributes:
-        seconds: that the newest call took.
+        call_seconds: that the newest call took.
         restarts: steps that begin with another model than the step before ended with. They are full.
 
     Raises ValueError for `UNPLANNED` arguments, and a scheduler that makes more or fewer steps than it is asked for.
@@ -101,8 +90,9 @@ class PipelineBench(BaseBench):
         self.pipe, self.arguments, self.steps, self.seed, self.target = pipe, arguments, steps, seed, target
         self.factors = (1,) if target == "sampler" else FACTORS
         method = type(pipe.scheduler).__name__
-        self.sampler = SimpleNamespace(method=method, flops={"full": 1.0, "cached": 0.0}, solvers=())
-        self.seconds = 0.0
+        self.sampler = SimpleNamespace(method=method, solvers=())
+        self.costs = {"flops": {"full": 1.0, "forecast": 0.0}}
+        self.call_seconds = 0.0
         self._known: dict[tuple[CachePolicy, int], float] = {}
 
     def made_for(self) -> dict[str, Any]:
@@ -183,6 +173,17 @@ class PipelineBench(BaseBench):
             self.images(CacheSpec(), steps, step)
         return run
 
+    def step_ends(self, kinds: str) -> list[float]:
+        ends: list[float] = []
+
+        def step(own: Callable, output: Tensor, *args: Any, **kwargs: Any) -> Any:
+            result = own(output, *args, **kwargs)
+            ends.append(moment(output.device))
+            return result
+
+        self.images(Schedule(kinds, 0), len(kinds), step)
+        return ends
+
     def _random_states(self) -> list[Tensor]:
         """Of all generators that a scheduler may draw from: the call's, or the global ones."""
         on_gpu = [torch.cuda.get_rng_state()] if torch.cuda.is_available() else []
@@ -219,7 +220,7 @@ class PipelineBench(BaseBench):
             used = stored[0] + sum(u * move for u, move in zip(coefficients[-1], moves, strict=True))
             return own(used.to(output.dtype), t, latents, *args, **kwargs)
 
-        images = self.images(_Kinds(kinds) if FORECAST in kinds else CacheSpec(), self.steps, step)
+        images = self.images(Schedule(kinds, 0) if FORECAST in kinds else CacheSpec(), self.steps, step)
         return Fitted(
             CachePlan(self.timesteps, (None,) * self.steps, 0, kinds, tuple(coefficients)),
             distance(images, self.reference),
@@ -268,7 +269,7 @@ class PipelineBench(BaseBench):
                 )[0]
         finally:
             disable_cache(self.pipe)
-        self.seconds = time.perf_counter() - begun
+        self.call_seconds = time.perf_counter() - begun
         images = images.float().cpu() if isinstance(images, Tensor) else images  # NumPy knows no bfloat16
         return np.asarray(images, dtype=np.float32)
 
@@ -318,6 +319,7 @@ def plan_pipeline(
     num_inference_steps: int = 50,
     seed: int = 10_000,
     target: str | None = None,
+    cost: str = "flops",
     **arguments: Any,
 ) -> CachePlan:
     """Plan the calls of a diffusers pipeline: which steps run the model, and what the others extrapolate from.
@@ -329,10 +331,11 @@ def plan_pipeline(
     steps. A cache that the pipeline has is back when this returns.
 
     Args:
-        speedup: in FLOPs of the transformer, against all steps full.
+        speedup: of what `cost` says, against all steps full.
         seed: of the noise. Take prompts and a seed that the plan is judged on nowhere else.
         target: what the images should be: "sampler", those of the uncached call, or "converged", those that ever more
             steps tend to; None for the latter if the scheduler is deterministic.
+        cost: what counts: "flops" of the transformer, or "time", the seconds of steps as measured on this device.
         arguments: of the pipeline's call, all samples in one batch.
 
     Returns:
@@ -342,4 +345,5 @@ def plan_pipeline(
     """
     bench = PipelineBench(pipe, arguments, num_inference_steps, seed, target)
     with without_cache(pipe):
-        return find_plan(bench, budget_of(num_inference_steps, None, speedup), 0.0, bench.made_for(), bench.about())
+        budget = budget_of(num_inference_steps, None, speedup)
+        return find_plan(bench, budget, 0.0, bench.made_for(), bench.about(), cost=cost)

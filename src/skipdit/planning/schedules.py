@@ -5,7 +5,7 @@ from itertools import pairwise
 
 import numpy as np
 
-from skipdit.caching.policy import CACHED, FORECAST, FULL
+from skipdit.caching.policy import CACHED, FORECAST, FULL, NAMES
 
 
 def full_steps(steps: int, count: int, warp: float = 1.0, head: int = 1, tail: int = 0) -> list[int]:
@@ -67,18 +67,28 @@ def stretched(kinds: str, steps: int) -> str:
     )
 
 
-def affordable(steps: int, budget: float, cached_cost: float, share: float) -> tuple[int, int]:
-    """How many full and cached steps a budget buys.
+def cost_of(kinds: str, costs: dict[str, float]) -> float:
+    """The cost of a schedule, in full steps.
+
+    Args:
+        costs: of a "full", a "cached" and a "forecast" step, in full steps; of kinds that it does not have, none.
+    """
+    return sum(kinds.count(kind) * costs[NAMES[kind]] for kind in set(kinds))
+
+
+def affordable(steps: int, budget: float, costs: dict[str, float], share: float) -> tuple[int, int]:
+    """How many full and cached steps a budget buys, if the others are forecasts.
 
     Args:
         budget: in full steps.
-        cached_cost: of a cached step, in full steps.
+        costs: as of `cost_of`.
         share: of the steps that are not full, the wanted part that is cached.
 
     Returns (0, 0) if the budget does not even buy one full step with it.
     """
     for full in range(min(steps, int(budget + 1e-9)), 0, -1):
         cached = round(share * (steps - full))
-        if full + cached * cached_cost <= budget + 1e-9:
+        kinds = full * FULL + cached * CACHED + (steps - full - cached) * FORECAST
+        if cost_of(kinds, costs) <= budget + 1e-9:
             return full, cached
     return 0, 0

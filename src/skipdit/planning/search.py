@@ -7,10 +7,11 @@ from typing import Any
 from tqdm import tqdm
 
 from skipdit.caching.plans import CachePlan
-from skipdit.caching.policy import CACHED, FULL
-from skipdit.planning.calibration import BaseBench, Fitted
+from skipdit.caching.policy import FORECAST, FULL
+from skipdit.planning.calibration import COSTS, BaseBench, Fitted
 from skipdit.planning.controls import controls
-from skipdit.planning.schedules import affordable, schedule
+from skipdit.planning.schedules import affordable, cost_of, schedule
+from skipdit.planning.tables import cost_table
 from skipdit.utils.errors import UserError
 from skipdit.utils.provenance import versions
 
@@ -38,7 +39,7 @@ class Search:
 
     def kinds(self, share: float, warp: float = 1.0, tail: int = 0, head: int = 2) -> str | None:
         """The schedule; None if the budget does not buy it."""
-        full, cached = affordable(self.bench.steps, self.budget, self.bench.cached_cost, share)
+        full, cached = affordable(self.bench.steps, self.budget, self.bench.step_costs, share)
         return schedule(self.bench.steps, full, cached, warp, head, tail) if full else None
 
     def error(self, *choices: float) -> float:
@@ -67,17 +68,23 @@ def make_plan(bench: BaseBench, budget: float) -> tuple[Fitted, dict[str, float]
 
     Raises ValueError if the budget buys no plan.
     """
-    shares = SHARES if bench.branch and bench.cached_cost < 1 else (0.0,)
+    shares = SHARES if bench.step_costs.get("cached", 1) < 1 else (0.0,)
     with tqdm(desc="schedules fitted", unit="run") as progress:
         search = Search(bench, budget, progress)
         if search.kinds(0.0) is None:
-            raise UserError(f"{budget:.2f} full steps buy no plan: the first step is full")
+            others = f"{bench.steps - 1} forecasts cost {_least(bench):.2f}"
+            raise UserError(f"{budget:.2f} full steps buy no plan: a full step and {others}")
         alone = {FORECASTS: search.descend((0.0,))} if len(shares) > 1 else {}
         if alone and search.kinds(1.0):
             alone[CACHED_ALONE] = search.descend((1.0,))
         search.descend(shares)
     best = min(search.tried.values(), key=lambda fitted: fitted.error)
     return best, _errors(bench, best, {name: fitted.error for name, fitted in alone.items()})
+
+
+def _least(bench: BaseBench) -> float:
+    """The cost of one full step and forecasts."""
+    return cost_of(FULL + FORECAST * (bench.steps - 1), bench.step_costs)
 
 
 def follow(bench: BaseBench, kinds: str) -> tuple[Fitted, dict[str, float]]:
@@ -87,7 +94,7 @@ def follow(bench: BaseBench, kinds: str) -> tuple[Fitted, dict[str, float]]:
 
 
 def _errors(bench: BaseBench, best: Fitted, others: dict[str, float]) -> dict[str, float]:
-    beside = tqdm(controls(bench, bench.flops(best.plan)), desc="controls", unit="run")
+    beside = tqdm(controls(bench, bench.cost(best.plan)), desc="controls", unit="run")
     return {"plan": bench.error(best.plan)} | others | {each.name: bench.error(*each[1:]) for each in beside}
 
 
@@ -95,7 +102,7 @@ def within(bench: BaseBench, most: float) -> tuple[Fitted, dict[str, float]]:
     """As `make_plan`, with the fewest full steps' worth whose plan has at most this error. Found by halving, as if a
     larger budget never gave a larger error; each try is a whole plan.
     """
-    low, high, found = 1, bench.steps, None
+    low, high, found = min(math.ceil(_least(bench)), bench.steps), bench.steps, None
     while low < high or found is None:
         middle = (low + high) // 2
         plan, errors = make_plan(bench, middle)
@@ -113,6 +120,7 @@ def find_plan(
     made_for: dict[str, Any],
     calibration: dict[str, Any],
     kinds: str | None = None,
+    cost: str = "flops",
 ) -> CachePlan:
     """Calibrate, and return the best plan of a cost; without a budget, the cheapest with at most this error; or the one
     of a given schedule, without a search. Prints first what that will cost.
@@ -120,25 +128,35 @@ def find_plan(
     Args:
         kinds: the schedule.
         made_for, calibration: entries of the plan's file.
+        cost: what counts as cost: "flops", or "time", which is measured first.
 
     Raises ValueError for a bench that cannot be planned for, or a budget that buys no plan.
     """
+    if cost not in COSTS:
+        raise UserError(f"cost is {cost!r}; known: {', '.join(COSTS)}")
     runs, unknown = bench.runs, "" if budget or kinds else ", or several times that"
     if kinds:  # that run, and those of the controls
-        runs, budget = 12, kinds.count(FULL) + kinds.count(CACHED) * bench.cached_cost
-    cost = sum(bench.factors) + runs * (budget or bench.steps / 2) / bench.steps
-    print(f"this costs about what {cost:.0f} uncached runs of the samples do{unknown}")
+        runs, budget = 12, cost_of(kinds, bench.costs["flops"])
+    whole = sum(bench.factors) + runs * (budget or bench.steps / 2) / bench.steps
+    print(f"this costs about what {whole:.0f} uncached runs of the samples do{unknown}")
     bench.calibrate()
+    if cost == "time":
+        bench.measure()
+        print("\n".join(cost_table(bench.seconds, bench.costs)))
     if kinds:
         fitted, errors = follow(bench, kinds)
     else:
         fitted, errors = make_plan(bench, budget) if budget else within(bench, max_error)
+    speedups: dict[str, Any] = {"speedup": bench.speedup(fitted.plan, "flops")}
+    if cost == "time":
+        speedups |= {"speedup_in_time": bench.speedup(fitted.plan, "time"), "costs": bench.costs}
+        speedups |= {"seconds_per_step": bench.seconds}
     about = {
         "format": "skipdit plan 2",
         **made_for,
         "sampler": bench.sampler.method,
         "target": bench.target,
-        "speedup": bench.speedup(fitted.plan),
+        **speedups,
         "errors": errors,
         "calibration": calibration,
         **versions(),
@@ -147,8 +165,8 @@ def find_plan(
 
 
 def budget_of(steps: int, budget: float | None, speedup: float | None) -> float | None:
-    """Full steps' worth of FLOPs; None if neither a budget nor a speedup is given. Raises ValueError for one that a run
-    of so many steps cannot have.
+    """The cost of a plan, in full steps; None if neither a budget nor a speedup is given. Raises ValueError for one
+    that a run of so many steps cannot have.
     """
     if budget is not None:
         if not 1 <= budget <= steps:

@@ -22,6 +22,13 @@ def table(errors: dict[str, float], target: str) -> Iterator[str]:
         yield f"{name:40s}  {error:.4f}  {psnr_of(error):5.1f}"
 
 
+def cost_table(seconds: dict[str, float], costs: dict[str, dict[str, float]]) -> Iterator[str]:
+    """Lines that show what a step of each kind costs: seconds, and the shares of a full step."""
+    yield "\nstep       seconds   time  FLOPs"
+    for kind, each in seconds.items():
+        yield f"{kind:8s}  {each:8.4f}  {costs['time'][kind]:.3f}  {costs['flops'][kind]:.3f}"
+
+
 def psnr_of(error: float) -> float:
     """PSNR in dB of an error as `Bench.error` gives it."""
     return math.inf if error < 2e-10 else -20 * math.log10(error)

@@ -1,9 +1,18 @@
-"""Timing functions against each other."""
+"""Timing what runs on a device, and functions against each other."""
 
 import time
 from collections.abc import Callable
 
 import torch
+
+
+def moment(device: torch.device) -> float:
+    """Seconds of a clock, once the device has done what it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    elif device.type == "mps":
+        torch.mps.synchronize()
+    return time.perf_counter()
 
 
 def interleaved_seconds(
@@ -12,13 +21,9 @@ def interleaved_seconds(
     """Seconds of each function, `repeats` times in turn: a machine that speeds up or slows down favours none."""
 
     def seconds(function: Callable[[], object]) -> float:
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        began = time.perf_counter()
+        began = moment(device)
         function()
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        return time.perf_counter() - began
+        return moment(device) - began
 
     for function in functions.values():  # warm up
         seconds(function)
