@@ -27,6 +27,7 @@ from skipdit.checkpoints.averages import LENGTHS
 from skipdit.config import to_dict
 from skipdit.data.stream import Stream, make_loader, rows_of
 from skipdit.training import checkpoints as checkpoint
+from skipdit.training.align import Alignment
 from skipdit.training.ema import EMA, PowerAverage
 from skipdit.training.optimizer import make_optimizers
 from skipdit.training.parallel import _gather, _shard, _synchronise, peak_memory
@@ -58,7 +59,7 @@ def fit(
     Args:
         model: on the CPU, initialised or loaded; updated in place.
         loss: called once per micro-batch; see `Loss`. The batch is what `data.stream.collate` made, on the device.
-        dataset: finite, indexable.
+        dataset: finite, indexable; with `config.align` one with `features`, such as `data.features.WithFeatures`.
         out: run folder: config.yaml, checkpoints/, stats.jsonl, tensorboard/, broken_files.txt.
         run_config: the task's whole config, saved with the run; another one in the same folder is refused.
         sample: called with the averaged model and the step every `config.sample_every` steps, in the main process and
@@ -78,6 +79,7 @@ def fit(
         raise UserError(f"precision {config.precision!r} or parallel {config.parallel!r}: see --help for the choices")
     if config.freeze:
         set_trainable(model, {"skips.*": True, "*": False})
+    alignment = Alignment(model, getattr(dataset, "features", None), config) if config.align else None
     limit = None
     if config.spectral != "none":
         limit = SpectralLimit(model, config.spectral, config.spectral_weight, config.spectral_cap)
@@ -86,7 +88,8 @@ def fit(
     accelerator = make_accelerator(config.precision)
     set_tf32(config.tf32)
     with nullcontext() if dry_run else _alone(out, accelerator), stop_signals(finish=not dry_run) as signals:
-        return _fit(model, loss, dataset, config, out, run_config, sample, dry_run, accelerator, limit, signals)
+        given = (config, out, run_config, sample, dry_run, accelerator, limit, alignment, signals)
+        return _fit(model, loss, dataset, *given)
 
 
 def _fit(
@@ -100,6 +103,7 @@ def _fit(
     dry_run: bool,
     accelerator: Accelerator,
     limit: SpectralLimit | None,
+    alignment: Alignment | None,
     signals: StopSignals,
 ) -> nn.Module:
     """What `fit` does, alone in its folder."""
@@ -110,8 +114,12 @@ def _fit(
     rows = rows_of(config.batch_size, micro, accelerator.process_index, world)
 
     trained, ema, averages, optimizers, blueprint = _prepare(model, config, accelerator)
-    peaks = [optimizer.param_groups[0]["lr"] for optimizer in optimizers]
-    start = 0 if dry_run else _resume(out, model, ema, averages, optimizers, accelerator)
+    stepped, watching = optimizers, nullcontext()
+    if alignment:
+        alignment.projection.to(device)
+        stepped, watching = [*optimizers, alignment.optimizer], alignment.watching(model)
+    peaks = [optimizer.param_groups[0]["lr"] for optimizer in stepped]
+    start = 0 if dry_run else _resume(out, model, ema, averages, optimizers, accelerator, alignment)
     stream = Stream(dataset, config.seed, config.batch_size)
     first, shape = stream.largest() if dry_run else (start, None)  # where that fits, all others do
     stop = first + 1 if dry_run else config.steps
@@ -130,16 +138,19 @@ def _fit(
     if accelerator.is_main_process and not dry_run:
         broken.add(getattr(dataset, "left_out", []))
 
-    with tqdm(initial=start, total=config.steps, desc="training", unit="step", dynamic_ncols=True) as progress:
-        totals, bad, skipped, began = torch.zeros(2, device=device), 0, 0, time.perf_counter()
+    with (
+        tqdm(initial=start, total=config.steps, desc="training", unit="step", dynamic_ncols=True) as progress,
+        watching,
+    ):
+        totals, bad, skipped, began = torch.zeros(3 if alignment else 2, device=device), 0, 0, time.perf_counter()
         for step in range(start, 2 if dry_run else config.steps):
-            for optimizer, peak in zip(optimizers, peaks, strict=True):
+            for optimizer, peak in zip(stepped, peaks, strict=True):
                 for group in optimizer.param_groups:
                     group["lr"] = learning_rate(config, step, peak)
-            gradients = _backward(trained, loss, loader, rows, step, config, accelerator, limit, signals)
+            gradients = _backward(trained, loss, loader, rows, step, config, accelerator, limit, alignment, signals)
             finite = math.isfinite(gradients.norm)  # gradients are summed over processes, so all of them agree
             if finite:
-                for optimizer in optimizers:
+                for optimizer in stepped:
                     optimizer.step()
                 if limit:
                     limit.project()
@@ -156,7 +167,7 @@ def _fit(
                         f"{gradients.indices}. The newest checkpoint in {out / 'checkpoints'} is good; "
                         "lower train.lr, or look at those samples."
                     )
-            for optimizer in optimizers:
+            for optimizer in stepped:
                 optimizer.zero_grad(set_to_none=True)
             progress.update()
             if dry_run:
@@ -166,7 +177,7 @@ def _fit(
             last = done == config.steps
             broken.add(gradients.broken)
             if last or (config.log_every and done % config.log_every == 0):
-                loss_sum, count = accelerator.reduce(totals).tolist()
+                loss_sum, count, *aligned = accelerator.reduce(totals).tolist()
                 stats = {
                     "step": done,
                     "loss": loss_sum / count if count else None,  # None: no step since the last line was finite
@@ -175,6 +186,8 @@ def _fit(
                     "samples_per_second": count / (time.perf_counter() - began),
                     "skipped_steps": skipped,
                 }
+                if alignment:
+                    stats["align_loss"] = aligned[0] / count if count else None
                 if limit:
                     stats["skip_sigma"] = limit.largest().sigma.max().item()
                 totals, began = torch.zeros_like(totals), time.perf_counter()
@@ -184,7 +197,8 @@ def _fit(
                     log.write(stats)
             if last or gradients.stop or (config.save_every and done % config.save_every == 0):
                 folder, args, writer = out / "checkpoints", to_dict(run_config), accelerator.is_main_process
-                checkpoint.save(folder, done, model, ema.model, optimizers, args, config.keep, writer, averages)
+                given = (args, config.keep, writer, averages, alignment)
+                checkpoint.save(folder, done, model, ema.model, optimizers, *given)
             if averages and (last or done % config.average_every == 0):
                 checkpoint.save_averages(out / "averages", done, averages, accelerator.is_main_process)
             if gradients.stop and not last:
@@ -262,6 +276,7 @@ def _resume(
     averages: list[PowerAverage],
     optimizers: list[Optimizer],
     accelerator: Accelerator,
+    alignment: Alignment | None,
 ) -> int:
     """Put the newest checkpoint back. Returns the step to go on from, 0 without one.
 
@@ -278,7 +293,7 @@ def _resume(
         return 0
     state = found[1] if found else checkpoint.load_chosen(folder / name)
     accelerator.print(f"resuming from {folder / name}")
-    return checkpoint.restore(state, model, ema.model, optimizers, averages)
+    return checkpoint.restore(state, model, ema.model, optimizers, averages, alignment)
 
 
 class Gradients(NamedTuple):
@@ -286,7 +301,7 @@ class Gradients(NamedTuple):
 
     norm: float  # over all processes, before clipping
     stop: bool  # whether some process was asked to stop
-    sums: Tensor  # (2,): sum of the losses and number of samples, of this process
+    sums: Tensor  # (2,): sum of the losses and number of samples, of this process; (3,): and of the aligned losses
     indices: list[int]  # dataset indices, of this process
     broken: list[str]
 
@@ -300,10 +315,11 @@ def _backward(
     config: TrainConfig,
     accelerator: Accelerator,
     limit: SpectralLimit | None,
+    alignment: Alignment | None,
     signals: StopSignals,
 ) -> Gradients:
     """Accumulate the gradients of one step and clip them. Waits for the device once, at the end."""
-    device, sums = accelerator.device, torch.zeros(2, device=accelerator.device)
+    device, sums = accelerator.device, 0
     indices, broken = [], []
     for number, row_range in enumerate(rows):
         batch = next(loader)
@@ -314,13 +330,19 @@ def _backward(
         with _synchronise(accelerator, model, number == len(rows) - 1):
             with accelerator.autocast():
                 losses = loss(model, batch, draw).float() * batch["weight"]
+                total, parts = losses.sum(), [losses.detach().sum(), batch["weight"].sum()]
+                if alignment:
+                    aligned = (alignment.losses(batch["features"]) * batch["weight"]).sum()
+                    total, parts = total + config.align * aligned, [*parts, aligned.detach()]
             # DDP and FSDP average over processes; times their number, it is the mean over the global batch
-            (losses.sum() * accelerator.num_processes / config.batch_size).backward()
-        sums += torch.stack([losses.detach().sum(), batch["weight"].sum()])
+            (total * accelerator.num_processes / config.batch_size).backward()
+        sums = sums + torch.stack(parts)
     if limit:
         limit.add_gradients()
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip or math.inf)
     norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+    if alignment:
+        norm = torch.hypot(norm, alignment.finish(accelerator, config.grad_clip or math.inf))
     asked = accelerator.reduce(torch.full_like(norm, signals.signum is not None))
     norm, asked = torch.stack([norm, asked]).tolist()
     return Gradients(norm, bool(asked), sums, indices, broken)
