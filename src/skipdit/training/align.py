@@ -4,9 +4,8 @@ A projection maps the tokens after one block to the encoder's; minus the mean co
 `train.align`, joins the loss. The projection belongs to the training, not to the model: it is in the trainer's
 checkpoints, and neither in the average nor in what is sampled or exported.
 
-With long skips the middle block is aligned, as in U-REPA (arXiv 2503.18414): the skips carry what the outer blocks have
-of the noisy input past the middle, which is left with what the image shows. Without skips it is, as in REPA, an early
-block, after two sevenths of them: 8 of 28.
+With long skips the block is by default the last before the middle: skips carry details of the noisy input past it, and
+U-REPA (arXiv 2503.18414) finds the middle best. Without skips it is that after two sevenths, as the 8th of 28 in REPA.
 """
 
 import math
@@ -56,7 +55,7 @@ class Alignment:
         if self.block > model.depth:
             raise UserError(f"train.align_block is {self.block}; the model has {model.depth} blocks")
         with torch.random.fork_rng(devices=[]):  # in all processes alike
-            torch.manual_seed(seed_of(config.seed, 0))
+            torch.manual_seed(seed_of(config.seed, 0, 1))  # no step's
             widths = (model.config.hidden_size, WIDTH, WIDTH, features.dim)
             first, *others = (nn.Linear(*pair) for pair in pairwise(widths))
             self.projection = nn.Sequential(first, *(layer for linear in others for layer in (nn.SiLU(), linear)))
