@@ -25,6 +25,7 @@ from tqdm import tqdm
 
 from skipdit.class_to_image.model import DiT
 from skipdit.class_to_image.sample import build_model
+from skipdit.data.features import WithFeatures
 from skipdit.data.latents import open_images
 from skipdit.encoders.autoencoder import decode, latent_size, pixels
 from skipdit.metrics.progress import FrechetJudge
@@ -75,6 +76,8 @@ def train(config: Config, dry_run: bool = False) -> DiT:
     )
     with process_state().local_main_process_first():  # a data set that downloads itself does so once
         dataset = open_images(config.data, vae)
+    if config.train.align:
+        dataset = WithFeatures(dataset)
     if dataset.num_classes > config.model.num_classes:
         raise UserError(f"{config.data.path} has {dataset.num_classes} classes; set model.num_classes to that")
     objective = make_objective(config.train)

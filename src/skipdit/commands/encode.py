@@ -11,9 +11,12 @@
     skipdit encode --data pictures --path data/pictures --captions data/pictures/captions.jsonl \\
         --image-size 1024 --buckets 1024x1024 1024x768 768x1024 --shard 1000 \\
         --vae ckpts/t2i/sdxl-vae-fp16-fix --out data/pictures-latents
+    skipdit encode --data image_folder --path data/imagenet/train --image-size 256 --out data/imagenet/latents \\
+        --features facebook/dinov2-base
 
 Training then does not decode, crop or encode any more. Of clips all frames are kept, so that training still draws its
-random stretches. An interrupted run continues with the shards it lacks.
+random stretches. An interrupted run continues with the shards it lacks. With --features it also keeps an image
+encoder's patch tokens, for train.align, beside latents that may be there already.
 """
 
 import argparse
@@ -60,8 +63,16 @@ def read_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--buckets", nargs="+", default=[], metavar="HxW", help="pictures: their shapes [a square of --image-size]"
     )
+    parser.add_argument(
+        "--features",
+        metavar="ENCODER",
+        help="images: keep this ViT's patch tokens, too; folder, Hub name or timm's name",
+    )
+    parser.add_argument(
+        "--features-size", type=int, metavar="N", help="pixels along a side that it sees [as it was trained]"
+    )
     parser.add_argument("--shard", type=int, default=10_000, help="images or clips per file [%(default)s]")
     parser.add_argument("--workers", type=int, default=READERS, help="reading processes [%(default)s]")
     args = with_home(parser.parse_args(argv))
-    args.vae = found(args.vae)
+    args.vae, args.features = found(args.vae), args.features and found(args.features)
     return args

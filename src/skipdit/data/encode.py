@@ -15,15 +15,18 @@ from tqdm import tqdm
 from skipdit.cli import friendly_errors
 from skipdit.data.clip_folder import ClipFolder
 from skipdit.data.clips import ClipDataset
+from skipdit.data.features import FeatureInfo, write_features
 from skipdit.data.kinds import IMAGES, PICTURES
 from skipdit.data.latents import LatentInfo, Part, expected_latents
 from skipdit.data.settings import ClipData, PictureData
 from skipdit.data.stream import Stream, collate
 from skipdit.encoders.autoencoder import encode, latent_size, load_vae
+from skipdit.encoders.image import load_image_encoder
 from skipdit.utils.device import process_state
 from skipdit.utils.errors import UserError
 from skipdit.utils.files import naming, replace_text, whole_file
 from skipdit.utils.pixels import to_float
+from skipdit.utils.provenance import fingerprint
 from skipdit.utils.signals import leave_signals_to_parent
 
 
@@ -91,9 +94,16 @@ def main(args: argparse.Namespace) -> None:
     vae = load_vae(args.vae)
     latent_size(args.image_size, vae)
     info = expected_latents(args.latents, args.image_size, vae, args.buckets)
+    if args.features and args.data not in IMAGES:
+        raise UserError(f"--features are of images with classes, and --data is {args.data}")
+    encoder = load_image_encoder(args.features, args.features_size) if args.features else None
     with state.local_main_process_first():  # a data set that downloads itself does so once
         dataset = open_dataset(args)
     vae.to(state.device)
+    if encoder is not None:
+        seen = (encoder.size, encoder.mean, encoder.std, encoder.grid, encoder.dim)
+        features = FeatureInfo(args.features, fingerprint(encoder.model), args.image_size, *seen)
+        encoder.model.to(state.device)
     with naming(args.out):
         args.out.mkdir(parents=True, exist_ok=True)
     parts = [args.data, args.path, *args.classes, "labelled" if args.labelled else "", args.clip_list or ""]
@@ -110,23 +120,28 @@ def main(args: argparse.Namespace) -> None:
         rows, target = shards[number], args.out / f"latents-{number:05d}.safetensors"
         bucket = buckets[rows[0]] if buckets else 0
         part = Part(source, starts[number], starts[number + 1], len(dataset), bucket=bucket)
-        if target.exists():
-            if LatentInfo.read(target) != info or replace(Part.read(target), broken=()) != part:
-                raise UserError(f"{args.out} holds other latents, or other shards; give these another folder (--out)")
-            continue
         samples = Subset(_InOrder(dataset, 0), rows)
         workers = {"num_workers": args.workers, "worker_init_fn": leave_signals_to_parent}
         loader = DataLoader(samples, batch_size, collate_fn=collate, **workers)
-        tensors, broken = encode_shard(vae, loader, args.latents)
-        metadata = info.metadata() | {"part": json.dumps(asdict(replace(part, broken=tuple(broken))))}
-        metadata |= {"captions": json.dumps({row: captions[row] for row in rows})} if captions else {}
-        with whole_file(target) as partial:
-            save_file(tensors, partial, metadata=metadata)
+        if target.exists():
+            if LatentInfo.read(target) != info or replace(Part.read(target), broken=()) != part:
+                raise UserError(f"{args.out} holds other latents, or other shards; give these another folder (--out)")
+        else:
+            tensors, broken = encode_shard(vae, loader, args.latents)
+            metadata = info.metadata() | {"part": json.dumps(asdict(replace(part, broken=tuple(broken))))}
+            metadata |= {"captions": json.dumps({row: captions[row] for row in rows})} if captions else {}
+            with whole_file(target) as partial:
+                save_file(tensors, partial, metadata=metadata)
+        if encoder is not None:
+            write_features(encoder, features, loader, target)
     state.wait_for_everyone()
     if state.is_main_process:
         broken = [message for shard in sorted(args.out.glob("*.safetensors")) for message in Part.read(shard).broken]
         unit = "clips" if isinstance(dataset, ClipDataset) else "pictures" if buckets else "images"
         print(f"{len(dataset) - len(broken)} of {len(dataset)} {unit}, latents in {args.out}")
+        if encoder is not None:
+            rows, columns = encoder.grid
+            print(f"features of {args.features}: {rows}x{columns} tokens of {encoder.dim} per image")
         left_out, listed = getattr(dataset, "left_out", []), args.out / "broken_files.txt"
         if broken or left_out:
             replace_text(listed, "".join(f"{message}\n" for message in broken + left_out))

@@ -79,7 +79,11 @@ class Part:
     def read(cls, path: Path) -> "Part":
         LatentInfo.read(path)  # its error for files of other origin
         with safe_open(path, framework="pt") as file:
-            part = json.loads(file.metadata()["part"])
+            return cls.parse(file.metadata()["part"])
+
+    @classmethod
+    def parse(cls, text: str) -> "Part":
+        part = json.loads(text)
         return cls(**part | {"broken": tuple(part["broken"])})
 
 
@@ -150,16 +154,20 @@ class Shards:
     def __len__(self) -> int:
         return self._ends[-1]
 
+    def place(self, row: int) -> tuple[int, int]:
+        """The number of the shard of a row, and the row's there."""
+        number = bisect.bisect_right(self._ends, row)
+        return number, row - (self._ends[number - 1] if number else 0)
+
     def read(self, rows: range) -> dict[str, Tensor]:
         """`mean` and, if kept, `std` (R, 2, C, h, w) of rows of one shard. Raises BrokenSample."""
-        number = bisect.bisect_right(self._ends, rows.start)
-        first = self._ends[number - 1] if number else 0
+        number, start = self.place(rows.start)
         try:
             tables = {key: self._shards[number].get_slice(key) for key in self._keys}
-            stretch = slice(rows.start - first, rows[-1] + 1 - first)
+            stretch = slice(start, start + rows[-1] + 1 - rows.start)
             return {key: table[stretch][:: rows.step] for key, table in tables.items()}
         except (SafetensorError, OSError) as error:
-            raise BrokenSample(f"{self.paths[number]}: row {rows.start - first}: {error}") from error
+            raise BrokenSample(f"{self.paths[number]}: row {start}: {error}") from error
 
 
 class Latents(Dataset):
@@ -168,18 +176,18 @@ class Latents(Dataset):
     contents = "pictures with classes"
 
     def __init__(self, folder: str | Path, expected: LatentInfo | None = None):
-        self._table = Shards(folder, expected, self.contents)
-        self.info, self.labels = self._table.info, self._table.column("label")
+        self.table = Shards(folder, expected, self.contents)
+        self.info, self.labels = self.table.info, self.table.column("label")
 
     @property
     def num_classes(self) -> int:
         return 1 + max(self.labels)
 
     def __len__(self) -> int:
-        return len(self._table)
+        return len(self.table)
 
     def __getitem__(self, index: int) -> dict:
-        rows = self._table.read(range(index, index + 1))
+        rows = self.table.read(range(index, index + 1))
         return {key: row[0] for key, row in rows.items()} | {"label": self.labels[index]}
 
 
@@ -194,7 +202,7 @@ class PictureLatents(Latents):
 
     def __init__(self, folder: str | Path, expected: LatentInfo | None = None):
         super().__init__(folder, expected)
-        self.captions, self.buckets = self._table.captions, self._table.buckets
+        self.captions, self.buckets = self.table.captions, self.table.buckets
         self.sizes = bucket_sizes(self.info.image_size, self.info.buckets)
         self.left_out: list[str] = []
 

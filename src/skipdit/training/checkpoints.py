@@ -24,6 +24,7 @@ from skipdit.checkpoints.errors import WeightsError
 from skipdit.checkpoints.files import is_finite, load_checkpoint, require_tensors, saved
 from skipdit.checkpoints.released import from_released, to_released
 from skipdit.checkpoints.sums import require_sound
+from skipdit.training.align import Alignment
 from skipdit.training.ema import PowerAverage
 from skipdit.utils.errors import UserError
 from skipdit.utils.files import whole_file
@@ -46,6 +47,7 @@ def save(
     keep: int,
     writer: bool,
     averages: Sequence[PowerAverage] = (),
+    alignment: Alignment | None = None,
 ) -> None:
     """Write `<folder>/<step>.pt`, then delete all but the newest `keep`, unless that is 0. Every process calls it, and
     `writer` writes.
@@ -62,6 +64,8 @@ def save(
     }
     if averages:
         state["averages"] = _states(averages)
+    if alignment is not None:
+        state["align"] = alignment.state_dict()
     if not writer:
         return
     both = [*state["model"].items(), *state["ema"].items()]
@@ -142,14 +146,19 @@ def restore(
     ema: nn.Module,
     optimizers: Sequence[Optimizer],
     averages: Sequence[PowerAverage] = (),
+    alignment: Alignment | None = None,
 ) -> int:
     """Put a checkpoint back, whatever the parallelism it was saved under. Returns its step.
 
-    Raises WeightsError for a checkpoint without optimizer and step, such as a released or exported one.
+    Raises WeightsError for a checkpoint without optimizer and step, such as a released or exported one; ValueError if
+    the alignment was to another encoder.
     """
-    if lacking := {"model", "ema", "opt", "step", *(["averages"] if averages else [])} - state.keys():
+    wanted = {"model", "ema", "opt", "step", *(["averages"] if averages else []), *(["align"] if alignment else [])}
+    if lacking := wanted - state.keys():
         lacks = ", ".join(sorted(lacking))
         raise WeightsError(f"a checkpoint of this run lacks {lacks}: only the trainer's own can be resumed; see `init`")
+    if alignment is not None:
+        alignment.load_state_dict(state["align"])
     trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     try:
         if other := trained ^ state["opt"]["state"].keys():  # torch would leave their moments at zero

@@ -13,16 +13,18 @@ from skipdit.utils.pixels import to_float
 
 
 def clean_latents(batch: dict, flipped: Tensor, kind: str, vae: AutoencoderKL, draw: Callable[..., Tensor]) -> Tensor:
-    """A batch of pictures or of latents -> clean latents (..., C, h, w), float32.
+    """A batch of pictures or of latents -> clean latents (..., C, h, w), float32. In place, it mirrors their features.
 
     Args:
-        batch: "image" uint8 (..., 3, H, W), or "mean" and "std" (..., 2, C, h, w).
+        batch: "image" uint8 (..., 3, H, W), or "mean" and "std" (..., 2, C, h, w); "features" (..., rows, columns, D).
         flipped: bool (...), which of them to flip horizontally.
         kind: "mean", or "sample" from the autoencoder's posterior.
         vae: encodes images, on their device.
         draw: `draw(*shape)` gives normal noise of shape (N, *shape).
     """
     flipped = flipped[..., None, None, None]
+    if "features" in batch:
+        batch["features"] = torch.where(flipped, batch["features"].flip(-2), batch["features"])
     if "mean" in batch:
         keys = ("mean", "std") if kind == "sample" else ("mean",)
         mean, *std = (torch.where(flipped, *batch[key].float().unbind(-4)[::-1]) for key in keys)

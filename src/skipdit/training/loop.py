@@ -10,16 +10,16 @@ import math
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import nullcontext
 from itertools import chain
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, tqdm
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import Optimizer
 from torch.utils.data import Dataset
 
@@ -27,14 +27,16 @@ from skipdit.checkpoints.averages import LENGTHS
 from skipdit.config import to_dict
 from skipdit.data.stream import Stream, make_loader, rows_of
 from skipdit.training import checkpoints as checkpoint
+from skipdit.training.align import Alignment
 from skipdit.training.ema import EMA, PowerAverage
+from skipdit.training.gradients import backward
 from skipdit.training.optimizer import make_optimizers
-from skipdit.training.parallel import _gather, _shard, _synchronise, peak_memory
+from skipdit.training.parallel import _gather, _shard, peak_memory
 from skipdit.training.run_folder import _alone, claim_folder
 from skipdit.training.runlog import BrokenFiles, Log
 from skipdit.training.settings import TrainConfig
 from skipdit.training.spectral import SpectralLimit
-from skipdit.training.steps import Draw, Loss, learning_rate, set_trainable
+from skipdit.training.steps import Loss, learning_rate, set_trainable
 from skipdit.utils.device import make_accelerator, own_settings, set_tf32
 from skipdit.utils.errors import UserError
 from skipdit.utils.signals import Stopped, StopSignals, stop_signals
@@ -59,7 +61,7 @@ def fit(
     Args:
         model: on the CPU, initialised or loaded; updated in place.
         loss: called once per micro-batch; see `Loss`. The batch is what `data.stream.collate` made, on the device.
-        dataset: finite, indexable.
+        dataset: finite, indexable; with `config.align` one with `features`, such as `data.features.WithFeatures`.
         out: run folder: config.yaml, checkpoints/, stats.jsonl, tensorboard/, broken_files.txt.
         run_config: the task's whole config, saved with the run; another one in the same folder is refused.
         sample: called with the averaged model and the step every `config.sample_every` steps, in the main process and
@@ -80,6 +82,7 @@ def fit(
         raise UserError(f"precision {config.precision!r} or parallel {config.parallel!r}: see --help for the choices")
     if config.freeze:
         set_trainable(model, {"skips.*": True, "*": False})
+    alignment = Alignment(model, getattr(dataset, "features", None), config) if config.align else None
     limit = None
     if config.spectral != "none":
         limit = SpectralLimit(model, config.spectral, config.spectral_weight, config.spectral_cap)
@@ -89,7 +92,8 @@ def fit(
     set_tf32(config.tf32)
     with nullcontext() if dry_run else _alone(out, accelerator), stop_signals(finish=not dry_run) as signals:
         looks = [(config.sample_every, sample), *([judge] if judge else [])]
-        return _fit(model, loss, dataset, config, out, run_config, looks, dry_run, accelerator, limit, signals)
+        given = (config, out, run_config, looks, dry_run, accelerator, limit, alignment, signals)
+        return _fit(model, loss, dataset, *given)
 
 
 def _fit(
@@ -103,6 +107,7 @@ def _fit(
     dry_run: bool,
     accelerator: Accelerator,
     limit: SpectralLimit | None,
+    alignment: Alignment | None,
     signals: StopSignals,
 ) -> nn.Module:
     """What `fit` does, alone in its folder."""
@@ -113,8 +118,12 @@ def _fit(
     rows = rows_of(config.batch_size, micro, accelerator.process_index, world)
 
     trained, ema, averages, optimizers, blueprint = _prepare(model, config, accelerator)
-    peaks = [optimizer.param_groups[0]["lr"] for optimizer in optimizers]
-    start = 0 if dry_run else _resume(out, model, ema, averages, optimizers, accelerator)
+    stepped, watching = optimizers, nullcontext()
+    if alignment:
+        alignment.projection.to(device)
+        stepped, watching = [*optimizers, alignment.optimizer], alignment.watching(model)
+    peaks = [optimizer.param_groups[0]["lr"] for optimizer in stepped]
+    start = 0 if dry_run else _resume(out, model, ema, averages, optimizers, accelerator, alignment)
     stream = Stream(dataset, config.seed, config.batch_size)
     first, shape = stream.largest() if dry_run else (start, None)  # where that fits, all others do
     stop = first + 1 if dry_run else config.steps
@@ -133,16 +142,19 @@ def _fit(
     if accelerator.is_main_process and not dry_run:
         broken.add(getattr(dataset, "left_out", []))
 
-    with tqdm(initial=start, total=config.steps, desc="training", unit="step", dynamic_ncols=True) as progress:
-        totals, bad, skipped, began = torch.zeros(2, device=device), 0, 0, time.perf_counter()
+    with (
+        tqdm(initial=start, total=config.steps, desc="training", unit="step", dynamic_ncols=True) as progress,
+        watching,
+    ):
+        totals, bad, skipped, began = torch.zeros(3 if alignment else 2, device=device), 0, 0, time.perf_counter()
         for step in range(start, 2 if dry_run else config.steps):
-            for optimizer, peak in zip(optimizers, peaks, strict=True):
+            for optimizer, peak in zip(stepped, peaks, strict=True):
                 for group in optimizer.param_groups:
                     group["lr"] = learning_rate(config, step, peak)
-            gradients = _backward(trained, loss, loader, rows, step, config, accelerator, limit, signals)
+            gradients = backward(trained, loss, loader, rows, step, config, accelerator, limit, alignment, signals)
             finite = math.isfinite(gradients.norm)  # gradients are summed over processes, so all of them agree
             if finite:
-                for optimizer in optimizers:
+                for optimizer in stepped:
                     optimizer.step()
                 if limit:
                     limit.project()
@@ -159,7 +171,7 @@ def _fit(
                         f"{gradients.indices}. The newest checkpoint in {out / 'checkpoints'} is good; "
                         "lower train.lr, or look at those samples."
                     )
-            for optimizer in optimizers:
+            for optimizer in stepped:
                 optimizer.zero_grad(set_to_none=True)
             progress.update()
             if dry_run:
@@ -169,7 +181,7 @@ def _fit(
             last = done == config.steps
             broken.add(gradients.broken)
             if last or (config.log_every and done % config.log_every == 0):
-                loss_sum, count = accelerator.reduce(totals).tolist()
+                loss_sum, count, *aligned = accelerator.reduce(totals).tolist()
                 stats = {
                     "step": done,
                     "loss": loss_sum / count if count else None,  # None: no step since the last line was finite
@@ -178,6 +190,8 @@ def _fit(
                     "samples_per_second": count / (time.perf_counter() - began),
                     "skipped_steps": skipped,
                 }
+                if alignment:
+                    stats["align_loss"] = aligned[0] / count if count else None
                 if limit:
                     stats["skip_sigma"] = limit.largest().sigma.max().item()
                 totals, began = torch.zeros_like(totals), time.perf_counter()
@@ -187,7 +201,8 @@ def _fit(
                     log.write(stats)
             if last or gradients.stop or (config.save_every and done % config.save_every == 0):
                 folder, args, writer = out / "checkpoints", to_dict(run_config), accelerator.is_main_process
-                checkpoint.save(folder, done, model, ema.model, optimizers, args, config.keep, writer, averages)
+                given = (args, config.keep, writer, averages, alignment)
+                checkpoint.save(folder, done, model, ema.model, optimizers, *given)
             if averages and (last or done % config.average_every == 0):
                 checkpoint.save_averages(out / "averages", done, averages, accelerator.is_main_process)
             if gradients.stop and not last:
@@ -270,6 +285,7 @@ def _resume(
     averages: list[PowerAverage],
     optimizers: list[Optimizer],
     accelerator: Accelerator,
+    alignment: Alignment | None,
 ) -> int:
     """Put the newest checkpoint back. Returns the step to go on from, 0 without one.
 
@@ -286,52 +302,7 @@ def _resume(
         return 0
     state = found[1] if found else checkpoint.load_chosen(folder / name)
     accelerator.print(f"resuming from {folder / name}")
-    return checkpoint.restore(state, model, ema.model, optimizers, averages)
-
-
-class Gradients(NamedTuple):
-    """What one step's backward passes leave besides the gradients themselves."""
-
-    norm: float  # over all processes, before clipping
-    stop: bool  # whether some process was asked to stop
-    sums: Tensor  # (2,): sum of the losses and number of samples, of this process
-    indices: list[int]  # dataset indices, of this process
-    broken: list[str]
-
-
-def _backward(
-    model: nn.Module,
-    loss: Loss,
-    loader: Iterator,
-    rows: list[range],
-    step: int,
-    config: TrainConfig,
-    accelerator: Accelerator,
-    limit: SpectralLimit | None,
-    signals: StopSignals,
-) -> Gradients:
-    """Accumulate the gradients of one step and clip them. Waits for the device once, at the end."""
-    device, sums = accelerator.device, torch.zeros(2, device=accelerator.device)
-    indices, broken = [], []
-    for number, row_range in enumerate(rows):
-        batch = next(loader)
-        indices += batch["index"].tolist()
-        broken += batch["broken"]
-        batch = {k: v.to(device, non_blocking=True) if isinstance(v, Tensor) else v for k, v in batch.items()}
-        draw = Draw(config.seed, step, row_range, config.batch_size, device)
-        with _synchronise(accelerator, model, number == len(rows) - 1):
-            with accelerator.autocast():
-                losses = loss(model, batch, draw).float() * batch["weight"]
-            # DDP and FSDP average over processes; times their number, it is the mean over the global batch
-            (losses.sum() * accelerator.num_processes / config.batch_size).backward()
-        sums += torch.stack([losses.detach().sum(), batch["weight"].sum()])
-    if limit:
-        limit.add_gradients()
-    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip or math.inf)
-    norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
-    asked = accelerator.reduce(torch.full_like(norm, signals.signum is not None))
-    norm, asked = torch.stack([norm, asked]).tolist()
-    return Gradients(norm, bool(asked), sums, indices, broken)
+    return checkpoint.restore(state, model, ema.model, optimizers, averages, alignment)
 
 
 def describe(model: nn.Module, config: TrainConfig, accumulation: int, micro: int, world: int, samples: int) -> str:

@@ -38,6 +38,12 @@ class TrainConfig(Settings):
         0, "steps between what `skipdit weights average` makes an average of any length from; 0: none", least=0
     )
     freeze: bool = setting(False, "stage 1: train the long skips only")
+    align: float = setting(
+        0.0, "weight of alignment to an image encoder's features (REPA), 0.5 in the paper; 0: none", least=0
+    )
+    align_block: int | None = setting(
+        None, "align the tokens after this many blocks; by default half of them with skips, else two sevenths", least=1
+    )
     spectral: str = setting("none", "bound the skips' largest singular values: none, penalty or cap")
     spectral_weight: float = setting(0.01, "of the penalty, half the sum of their squares", least=0)
     spectral_cap: float = setting(1.0, "the largest one that a cap leaves", least=0)
@@ -70,6 +76,11 @@ class TrainConfig(Settings):
                 raise ConfigError(f"{name} is {value!r}; known: {', '.join(known)}")
         if self.min_snr and self.objective == "flow":
             raise ConfigError(f"min_snr is {self.min_snr:g}, and objective=flow has no such weights: set min_snr=0")
+        if self.align and self.freeze:
+            raise ConfigError(
+                f"align is {self.align:g}, and freeze=true trains the skips alone, which lie behind the aligned block: "
+                "set align=0"
+            )
 
     @property
     def preview(self) -> str:
