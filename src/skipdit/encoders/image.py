@@ -108,7 +108,7 @@ def _load_timm(folder: Path, settings: dict[str, Any], size: int | None) -> Load
 
 
 def _load_transformers(folder: Path, size: int | None) -> Loaded:
-    model, report = AutoModel.from_pretrained(folder, output_loading_info=True)
+    model, report = AutoModel.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
     if absent := sorted(name for name in report["missing_keys"] if "pooler." not in name):  # which is not used here
         raise UserError(f"weights are missing, {', '.join(absent[:5])}")
     processor = AutoImageProcessor.from_pretrained(folder).to_dict()
