@@ -43,7 +43,8 @@ def main(argv: list[str] | None = None) -> None:
     if argv[0] not in COMMANDS:
         near = get_close_matches(argv[0], COMMANDS, n=1)
         hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(COMMANDS)}"
-        raise SystemExit(f"error: no command {argv[0]!r}; {hint}")
+        print(f"error: no command {argv[0]!r}; {hint}", file=sys.stderr)
+        raise SystemExit(2)
     args = import_module(f"skipdit.commands.{argv[0].replace('-', '_')}").read_arguments(argv[1:])
     if argv[0] not in QUICK:
         say_start(f"skipdit {argv[0]}")

@@ -12,24 +12,46 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import MISSING, fields, is_dataclass
 from difflib import get_close_matches
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from skipdit.utils.errors import UserError
 from skipdit.utils.files import FULL, explained
 from skipdit.utils.signals import stop_signals
 
 
-class _Parser(argparse.ArgumentParser):
-    """A parser whose mistakes are one line, as all errors are."""
+class Parser(argparse.ArgumentParser):
+    """A parser whose mistakes are one line, as all errors are, with what to type instead."""
 
     keys: tuple[str, ...] = ()  # of settings, which are written without dashes
 
     def error(self, message: str) -> NoReturn:
         if match := re.match("unrecognized arguments: (--[^ =]+)", message):
-            key, near = match[1][2:].replace("-", "_"), get_close_matches(match[1], self._option_string_actions, n=1)
+            key, near = match[1][2:].replace("-", "_"), get_close_matches(match[1], self._switches(), n=1)
             hint = f"did you mean {near[0]}?" if near else "--help lists what there is"
             message += f"; write {key}=VALUE" if key in self.keys else f"; {hint}"
+        elif message.endswith("required") or "are required: " in message:
+            message += "; --help tells more"
         self.exit(2, f"error: {message}\n")
+
+    def _check_value(self, action: argparse.Action, value: Any) -> None:
+        if action.choices is None or value in action.choices:
+            return
+        near = get_close_matches(str(value), map(str, action.choices), n=1)
+        hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(map(str, action.choices))}"
+        name = "/".join(action.option_strings) or action.metavar or action.dest
+        raise argparse.ArgumentError(None, f"no {name} {value!r}; {hint}")
+
+    def _switches(self) -> list[str]:
+        """Return its own, and those of its subcommands: what these do not know is a mistake of the whole."""
+        below = [
+            name
+            for action in self._actions
+            if isinstance(action.choices, dict)
+            for parser in action.choices.values()
+            if isinstance(parser, Parser)
+            for name in parser._switches()
+        ]
+        return [*self._option_string_actions, *below]
 
 
 def make_parser(
@@ -41,7 +63,7 @@ def make_parser(
         default: what runs without --config; None requires it.
         prog: the program's name, if it is not that of the script.
     """
-    parser = _Parser(
+    parser = Parser(
         prog or None,
         description=description,
         epilog="settings:\n" + describe(schema),
