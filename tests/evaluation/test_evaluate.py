@@ -430,11 +430,12 @@ def test_fvd_by_the_protocol_of_stylegan_v(tmp_path, scripts, capsys):
     assert "all 10 clips are too short" in message
     assert "has 18 frames, fewer than 40" in refused(capsys, *arguments, "--reference", folder, "--frames", "40")
     assert "--interval is of data sets" in refused(capsys, *arguments, "--reference", folder, "--interval", "2")
-    assert "no such file" in refused(capsys, "fvd", folder, "--reference", folder, "--i3d", tmp_path / "none.pt")
+    message = refused(capsys, "fvd", folder, "--reference", folder, "--i3d", tmp_path / "none.pt")
+    assert "none.pt: no such file; StyleGAN-V's is published at https://" in message
     message = refused(capsys, "fvd", folder, "--reference", folder, "--i3d", scripts / "pooled.pt")
     assert "pooled.pt did not take clips uint8 (N, 3, F, H, W)" in message
-    assert "holds clips, not pictures" in refused(
-        capsys, "fid", folder, "--reference", folder, "--network", scripts / "pooled.pt"
+    assert "holds clips, not pictures" in refused(  # before the network is asked for
+        capsys, "fid", folder, "--reference", folder, "--network", scripts / "none.pt"
     )
 
 
