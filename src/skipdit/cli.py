@@ -20,9 +20,29 @@ from skipdit.utils.signals import stop_signals
 
 
 class Parser(argparse.ArgumentParser):
-    """A parser whose mistakes are one line, as all errors are, with what to type instead."""
+    """A parser whose mistakes are one line, as all errors are, with what to type instead.
+
+    A shell that asks what can be typed next is answered by argcomplete.
+    """
 
     keys: tuple[str, ...] = ()  # of settings, which are written without dashes
+    answers = True  # a shell; False for a parser of the first words, after which another one comes
+    _answering = False  # of all parsers
+
+    def parse_known_args(self, args=None, namespace=None):
+        self._answer_shell()
+        return super().parse_known_args(args, namespace)
+
+    def parse_known_intermixed_args(self, args=None, namespace=None):
+        self._answer_shell()  # before positionals are put aside
+        return super().parse_known_intermixed_args(args, namespace)
+
+    def _answer_shell(self) -> None:
+        if self.answers and not Parser._answering and "_ARGCOMPLETE" in os.environ:
+            import argcomplete
+
+            Parser._answering = True  # it parses what is there
+            argcomplete.autocomplete(self, always_complete_options="long")
 
     def error(self, message: str) -> NoReturn:
         if match := re.match("unrecognized arguments: (--[^ =]+)", message):
@@ -76,8 +96,19 @@ def make_parser(
         metavar="FILE",
         help="YAML file with the run's settings" + (f"; without one: {default}" if default else ""),
     )
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings that override the file's")
+    overrides = parser.add_argument(
+        "overrides", nargs="*", metavar="key=value", help="settings that override the file's"
+    )
+    overrides.completer = lambda **_: [f"{name}=" for name in _setting_names(schema)]  # argcomplete's name
     return parser
+
+
+def _setting_names(schema: type, prefix: str = "") -> Iterator[str]:
+    for entry in fields(schema):
+        if is_dataclass(entry.type):
+            yield from _setting_names(entry.type, f"{prefix}{entry.name}.")
+        else:
+            yield prefix + entry.name
 
 
 def say_start(program: str | None = None) -> None:

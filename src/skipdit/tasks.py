@@ -108,8 +108,10 @@ def take_task(prog: str, description: str, argv: list[str] | None) -> tuple[Task
     parser.add_argument(
         "--task", choices=TASKS, help="unset: what the config names as `task`, or the name of its folder"
     )
+    parser.answers = False
     given, rest = parser.parse_known_args(argv)
     if given.config is None and given.task is None:
+        parser.answers = True
         parser.add_argument("-h", "--help", action="help", help="show this message")
         parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings that override the file's")
         parser.parse_known_args(rest)

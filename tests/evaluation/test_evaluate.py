@@ -23,7 +23,7 @@ from torch import Tensor
 from skipdit.data.video import read_mp4
 from skipdit.evaluation import command as evaluate
 from skipdit.metrics import frechet_distance, gaussian_frechet_distance, psnr
-from skipdit.metrics.networks import load_inception
+from skipdit.metrics.networks import load_image_script, load_inception
 from skipdit.metrics.samples import Stretches
 from skipdit.metrics.sets import kid, precision_recall
 from skipdit.utils.video import write_mp4
@@ -437,6 +437,12 @@ def test_fvd_by_the_protocol_of_stylegan_v(tmp_path, scripts, capsys):
     assert "holds clips, not pictures" in refused(  # before the network is asked for
         capsys, "fid", folder, "--reference", folder, "--network", scripts / "none.pt"
     )
+
+
+def test_torchscript_opens_without_what_torch_deprecates(scripts, recwarn):
+    warnings.simplefilter("always")
+    load_image_script(str(scripts / "pooled.pt"), torch.device("cpu"))
+    assert not recwarn.list
 
 
 def test_stretches_of_real_clips(tmp_path):

@@ -120,6 +120,7 @@ def complaint_of(capsys, *argv: str) -> str:
         ),
         (["weights", "verfy", "a.pt"], "error: no command 'verfy'; did you mean 'verify'?"),
         (["weights", "verify"], "error: the following arguments are required: IN; --help tells more"),
+        (["analyze"], "error: the following arguments are required: analysis; --help tells more"),
         (["analyze", "jacobean"], "error: no analysis 'jacobean'; did you mean 'jacobian'?"),
         (
             ["plan", "--config", DEMO, "--speedup", "2", "--target", "convergd"],

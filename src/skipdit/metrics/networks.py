@@ -136,7 +136,7 @@ def _script(file: str, option: str, device: torch.device, fix: str = "") -> nn.M
         raise FileNotFoundError(f"{option} {file}: no such file{fix and '; '}{fix}")
     try:
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message=".*torch.jit", category=DeprecationWarning)
+            warnings.filterwarnings("ignore", message=".*torch.jit")  # which PyTorch deprecates
             return torch.jit.load(file, map_location=device).eval()
     except RuntimeError as error:
         raise UserError(f"{option} {file} is no TorchScript file: {str(error).splitlines()[0]}") from error
