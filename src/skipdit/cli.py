@@ -12,24 +12,66 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import MISSING, fields, is_dataclass
 from difflib import get_close_matches
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from skipdit.utils.errors import UserError
 from skipdit.utils.files import FULL, explained
 from skipdit.utils.signals import stop_signals
 
 
-class _Parser(argparse.ArgumentParser):
-    """A parser whose mistakes are one line, as all errors are."""
+class Parser(argparse.ArgumentParser):
+    """A parser whose mistakes are one line, as all errors are, with what to type instead.
+
+    A shell that asks what can be typed next is answered by argcomplete.
+    """
 
     keys: tuple[str, ...] = ()  # of settings, which are written without dashes
+    answers = True  # a shell; False for a parser of the first words, after which another one comes
+    _answering = False  # of all parsers
+
+    def parse_known_args(self, args=None, namespace=None):
+        self._answer_shell()
+        return super().parse_known_args(args, namespace)
+
+    def parse_known_intermixed_args(self, args=None, namespace=None):
+        self._answer_shell()  # before positionals are put aside
+        return super().parse_known_intermixed_args(args, namespace)
+
+    def _answer_shell(self) -> None:
+        if self.answers and not Parser._answering and "_ARGCOMPLETE" in os.environ:
+            import argcomplete
+
+            Parser._answering = True  # it parses what is there
+            argcomplete.autocomplete(self, always_complete_options="long")
 
     def error(self, message: str) -> NoReturn:
         if match := re.match("unrecognized arguments: (--[^ =]+)", message):
-            key, near = match[1][2:].replace("-", "_"), get_close_matches(match[1], self._option_string_actions, n=1)
+            key, near = match[1][2:].replace("-", "_"), get_close_matches(match[1], self._switches(), n=1)
             hint = f"did you mean {near[0]}?" if near else "--help lists what there is"
             message += f"; write {key}=VALUE" if key in self.keys else f"; {hint}"
+        elif message.endswith("required") or "are required: " in message:
+            message += "; --help tells more"
         self.exit(2, f"error: {message}\n")
+
+    def _check_value(self, action: argparse.Action, value: Any) -> None:
+        if action.choices is None or value in action.choices:
+            return
+        near = get_close_matches(str(value), map(str, action.choices), n=1)
+        hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(map(str, action.choices))}"
+        name = "/".join(action.option_strings) or action.metavar or action.dest
+        raise argparse.ArgumentError(None, f"no {name} {value!r}; {hint}")
+
+    def _switches(self) -> list[str]:
+        """Return its own, and those of its subcommands: what these do not know is a mistake of the whole."""
+        below = [
+            name
+            for action in self._actions
+            if isinstance(action.choices, dict)
+            for parser in action.choices.values()
+            if isinstance(parser, Parser)
+            for name in parser._switches()
+        ]
+        return [*self._option_string_actions, *below]
 
 
 def make_parser(
@@ -41,7 +83,7 @@ def make_parser(
         default: what runs without --config; None requires it.
         prog: the program's name, if it is not that of the script.
     """
-    parser = _Parser(
+    parser = Parser(
         prog or None,
         description=description,
         epilog="settings:\n" + describe(schema),
@@ -54,8 +96,19 @@ def make_parser(
         metavar="FILE",
         help="YAML file with the run's settings" + (f"; without one: {default}" if default else ""),
     )
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings that override the file's")
+    overrides = parser.add_argument(
+        "overrides", nargs="*", metavar="key=value", help="settings that override the file's"
+    )
+    overrides.completer = lambda **_: [f"{name}=" for name in _setting_names(schema)]  # argcomplete's name
     return parser
+
+
+def _setting_names(schema: type, prefix: str = "") -> Iterator[str]:
+    for entry in fields(schema):
+        if is_dataclass(entry.type):
+            yield from _setting_names(entry.type, f"{prefix}{entry.name}.")
+        else:
+            yield prefix + entry.name
 
 
 def say_start(program: str | None = None) -> None:

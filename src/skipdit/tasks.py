@@ -9,7 +9,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from skipdit.caching.policies import CacheSpec, parse_policy
-from skipdit.cli import friendly_errors
+from skipdit.cli import Parser, friendly_errors
 from skipdit.config import load_config, named_task
 from skipdit.utils.errors import UserError
 from skipdit.utils.shipped import find_config
@@ -96,7 +96,7 @@ def take_task(prog: str, description: str, argv: list[str] | None) -> tuple[Task
 
     Ends the program for mistakes, and for --help if no task is said.
     """
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog,
         description=description,
         epilog="With --config or --task, --help lists the settings of that task.",
@@ -108,8 +108,10 @@ def take_task(prog: str, description: str, argv: list[str] | None) -> tuple[Task
     parser.add_argument(
         "--task", choices=TASKS, help="unset: what the config names as `task`, or the name of its folder"
     )
+    parser.answers = False
     given, rest = parser.parse_known_args(argv)
     if given.config is None and given.task is None:
+        parser.answers = True
         parser.add_argument("-h", "--help", action="help", help="show this message")
         parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings that override the file's")
         parser.parse_known_args(rest)

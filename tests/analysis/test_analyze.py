@@ -1,6 +1,8 @@
 """The paper's analyses: their numbers against closed forms, and their command line on tiny models."""
 
 import json
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -187,6 +189,14 @@ def test_power_iteration_of_a_linear_map():
     torch.testing.assert_close(found, torch.tensor([5.0, 15.0]), rtol=1e-3, atol=0)
     assert 1 < count < 50
     assert measure.largest_singular_values(lambda x: 0 * x, torch.randn(2, 6))[0].tolist() == [0, 0]
+
+
+@pytest.mark.slow
+def test_what_torch_deprecates_is_not_told(tmp_path):
+    program = "import torch; from skipdit.analysis.measure import largest_singular_values as norm\n"
+    program += "norm(lambda x: 2 * x, torch.ones(1, 2))"
+    ran = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=300)
+    assert (ran.returncode, ran.stderr) == (0, "")
 
 
 def jacobian_norms(function, x: torch.Tensor) -> torch.Tensor:

@@ -410,7 +410,7 @@ def test_check_describes_captions(films, captions, check):
 def test_check_describes_captions_of_latents(films, tmp_path, captions, encode_clips, check):
     encode_clips("videos", films / "videos", "--captions", captions)
     status, said = check(ClipData(kind="latents", path=str(tmp_path / "latents"), image_size=8))
-    assert re.fullmatch(r".*: latents of 74 frames of 4 clips, LatentInfo\(.*\)\n" + re.escape(DESCRIBED), said)
+    assert re.fullmatch(r".*: latents of 74 frames of 4 clips, 8 pixels a side, .*\n" + re.escape(DESCRIBED), said)
     assert status == 0
 
 

@@ -951,10 +951,11 @@ def test_check_of_latents(layouts, image_folder, tmp_path, encode_clips, check):
     encode_clips("image_folder", image_folder, pictures)
     text = f"data: {{kind: latents, path: {clips}, num_frames: 4, image_size: 8}}"
     status, said, _ = check(text)
-    assert said.startswith(f"{clips}: latents of 74 frames of 4 clips, LatentInfo(vae_id=")
+    made = r"8 pixels a side, by the autoencoder [0-9a-f]{16}; kind sample, float\d\d"
+    assert re.match(rf"{re.escape(str(clips))}: latents of 74 frames of 4 clips, {made}\n", said)
     assert status == 0
     status, said, _ = check(f"data: {{kind: latents, path: {pictures}}}")
-    assert said.startswith(f"{pictures}: latents of 22 images, LatentInfo(vae_id=")
+    assert re.match(rf"{re.escape(str(pictures))}: latents of 22 images, {made}\n", said)
     assert status == 0
     assert "4 readable video files" in check(text, "kind=videos", f"path={layouts / 'classes'}")[1]
 

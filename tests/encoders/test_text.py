@@ -484,8 +484,10 @@ def test_no_network_is_told_in_seconds(away, monkeypatch):
             load_text_encoder(name)
     with pytest.raises(FileNotFoundError, match=r"fetched from the Hub \(which does not answer\); `python -m skipdit"):
         load_vae("stabilityai/sd-vae-ft-ema")
-    with pytest.raises(FileNotFoundError, match=r"openai/clip-vit-base-patch32 is neither a folder nor fetched"):
-        ClipScore("openai/clip-vit-base-patch32", torch.device("cpu"))
+    name = "openai/clip-vit-base-patch32"
+    fix = rf"fetched from the Hub \(which does not answer\); `hf download {name} --local-dir FOLDER` fetches it"
+    with pytest.raises(FileNotFoundError, match=f"no CLIP {name}: neither a folder here nor {fix}"):
+        ClipScore(name, torch.device("cpu"))
     assert len(away) == 4 and all(0 < asked["timeout"] <= 5 for asked in away)
 
 

@@ -23,7 +23,7 @@ from torch import Tensor
 from skipdit.data.video import read_mp4
 from skipdit.evaluation import command as evaluate
 from skipdit.metrics import frechet_distance, gaussian_frechet_distance, psnr
-from skipdit.metrics.networks import load_inception
+from skipdit.metrics.networks import load_image_script, load_inception
 from skipdit.metrics.samples import Stretches
 from skipdit.metrics.sets import kid, precision_recall
 from skipdit.utils.video import write_mp4
@@ -431,12 +431,19 @@ def test_fvd_by_the_protocol_of_stylegan_v(tmp_path, scripts, capsys):
     assert "all 10 clips are too short" in message
     assert "has 18 frames, fewer than 40" in refused(capsys, *arguments, "--reference", folder, "--frames", "40")
     assert "--interval is of data sets" in refused(capsys, *arguments, "--reference", folder, "--interval", "2")
-    assert "no such file" in refused(capsys, "fvd", folder, "--reference", folder, "--i3d", tmp_path / "none.pt")
+    message = refused(capsys, "fvd", folder, "--reference", folder, "--i3d", tmp_path / "none.pt")
+    assert "none.pt: no such file; StyleGAN-V's is published at https://" in message
     message = refused(capsys, "fvd", folder, "--reference", folder, "--i3d", scripts / "pooled.pt")
     assert "pooled.pt did not take clips uint8 (N, 3, F, H, W)" in message
-    assert "holds clips, not pictures" in refused(
-        capsys, "fid", folder, "--reference", folder, "--network", scripts / "pooled.pt"
+    assert "holds clips, not pictures" in refused(  # before the network is asked for
+        capsys, "fid", folder, "--reference", folder, "--network", scripts / "none.pt"
     )
+
+
+def test_torchscript_opens_without_what_torch_deprecates(scripts, recwarn):
+    warnings.simplefilter("always")
+    load_image_script(str(scripts / "pooled.pt"), torch.device("cpu"))
+    assert not recwarn.list
 
 
 def test_stretches_of_real_clips(tmp_path):

@@ -4,7 +4,7 @@ import pytest
 from conftest import ROOT, skipdit_command
 
 from skipdit import __version__
-from skipdit.__main__ import main
+from skipdit.__main__ import COMMANDS, main
 from skipdit.checkpoints.errors import WeightsError
 from skipdit.cli import friendly_errors
 from skipdit.config import ConfigError
@@ -86,8 +86,8 @@ def complaint_of(capsys, *argv: str) -> str:
     """The last line of a command that fails before it loads anything."""
     with pytest.raises(SystemExit) as caught:
         main(list(argv))
-    told = capsys.readouterr().err.splitlines()
-    return told[-1] if told else str(caught.value)
+    assert caught.value.code == 2
+    return capsys.readouterr().err.splitlines()[-1]
 
 
 @pytest.mark.parametrize(
@@ -104,12 +104,46 @@ def complaint_of(capsys, *argv: str) -> str:
             "no config file dmeo.yaml; did you mean configs/class-to-image/demo.yaml",
         ),
         (["sample", "--config", "configs/imagenet256_sampel.yaml"], "configs/class-to-image/imagenet256_sample.yaml?"),
+        (["download", "class-to-imag"], "error: no task 'class-to-imag'; did you mean 'class-to-image'?"),
+        (
+            ["download", "nonsense"],
+            "error: no task 'nonsense'; known: class-to-image, class-to-video, text-to-video, text-to-image",
+        ),
+        (["download"], "error: the following arguments are required: task; --help tells more"),
+        (["evaluate", "fvdd", "samples"], "error: no METRIC 'fvdd'; did you mean 'fvd'?"),
+        (
+            ["evaluate", "clip", "samples", "--model", "clip", "--batchsize", "3"],
+            "error: unrecognized arguments: --batchsize 3; did you mean --batch-size?",
+        ),
+        (
+            ["evaluate", "fvd", "samples", "--reference", "clips"],
+            "error: the following arguments are required: --i3d; --help tells more",
+        ),
+        (["weights", "verfy", "a.pt"], "error: no command 'verfy'; did you mean 'verify'?"),
+        (["weights", "verify"], "error: the following arguments are required: IN; --help tells more"),
+        (["analyze"], "error: the following arguments are required: analysis; --help tells more"),
+        (["analyze", "jacobean"], "error: no analysis 'jacobean'; did you mean 'jacobian'?"),
+        (
+            ["plan", "--config", DEMO, "--speedup", "2", "--target", "convergd"],
+            "error: no --target 'convergd'; did you mean 'converged'?",
+        ),
+        (["plan", "--config", DEMO, "--speedup", "two"], "error: argument --speedup: invalid float value: 'two'"),
+        (["sample", "--task", "class"], "error: no --task 'class'; known: class-to-image, class-to-video"),
+        (["train", "new"], "error: the following arguments are required: --data; --help tells more"),
         (["train", "--config", DEMO], "demo.yaml has the settings of sampling: skipdit sample --config FILE"),
         (["sample", "--config", FASHION], "plain.yaml has the settings of training: skipdit train --config FILE"),
     ],
 )
 def test_a_mistake_is_answered_with_what_to_type(argv, complaint, capsys):
     assert complaint in complaint_of(capsys, *argv)
+
+
+@pytest.mark.parametrize("argv", [[name, "--nonsense"] for name in COMMANDS] + [["nonsense"]], ids=" ".join)
+def test_a_mistake_ends_every_command_with_one_line_and_status_2(argv, capsys):
+    with pytest.raises(SystemExit) as caught:
+        main(argv)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert caught.value.code == 2 and line.startswith("error: ")
 
 
 def test_tabs_in_a_config_are_named(tmp_path, capsys):

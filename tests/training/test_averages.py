@@ -68,7 +68,7 @@ def test_other_lengths_are_rebuilt(length):
 
 
 @pytest.mark.slow
-def test_training_resumes_with_its_averages(training_config, tmp_path):
+def test_training_resumes_with_its_averages(training_config, tmp_path, capsys):
     config = changed(training_config("class-to-image"), {"train.average_every": 1})
     train = TASKS["class-to-image"].train
     train(config)
@@ -85,6 +85,9 @@ def test_training_resumes_with_its_averages(training_config, tmp_path):
     # an average as long as one that was kept is that one
     length, out = LENGTHS[1], tmp_path / "average.pt"
     main(read_arguments(["average", stopped.out, str(out), "--length", str(length)]))
+    assert capsys.readouterr().out.endswith(
+        f"the weights are in {out}; to sample from them:\n  skipdit sample --task class-to-image weights={out}\n"
+    )
     for name, tensor in load_state({"ema": whole["averages"][f"{length:g}"]}).items():
         torch.testing.assert_close(load_state(out)[name], tensor, atol=2e-3, rtol=2e-3)
     assert recorded_settings(out)["hidden_size"] == config.model.hidden_size
@@ -95,6 +98,8 @@ def test_training_resumes_with_its_averages(training_config, tmp_path):
 def test_what_is_missing_is_said(tmp_path, training_config):
     with pytest.raises(FileNotFoundError, match=r"set train\.average_every"):
         combine(tmp_path, 0.1)
+    with pytest.raises(FileNotFoundError, match=r"no folder .*nowhere: name that of a training"):
+        combine(tmp_path / "nowhere", 0.1)
     config = changed(training_config("class-to-image"), {"train.average_every": 2})
     TASKS["class-to-image"].train(config)
     with pytest.raises(UserError, match="no averages of step 3; the last before it are of step 2"):

@@ -214,7 +214,7 @@ def test_stage_1_weights_load_as_released(config, tmp_path):
 
 
 @pytest.mark.slow
-def test_what_the_weights_do_not_tell_is_recorded(config, tmp_path):
+def test_what_the_weights_do_not_tell_is_recorded(config, tmp_path, capsys):
     """Heads, side of the latents and frames of a run, which `convert` and `export` have to write down; of weights that
     say nothing `convert` warns.
     """
@@ -223,10 +223,17 @@ def test_what_the_weights_do_not_tell_is_recorded(config, tmp_path):
     again = LatteT2V.from_pretrained(tmp_path / "folder")
     names = ("num_attention_heads", "sample_size", "video_length")
     assert [again.config[name] for name in names] == [2, 4, 4] == [trained.config[name] for name in names]
+    capsys.readouterr()
     skipdit_command("weights")(["export", config.out, str(tmp_path / "told.pt")])
+    told, command = capsys.readouterr().out.splitlines()
+    assert told == f"the weights are in {tmp_path / 'told.pt'}; to sample from them:"
+    assert command == f'  skipdit sample --task text-to-video weights={tmp_path / "told.pt"} --prompt "WHAT TO SHOW"'
     skipdit_command("weights")(["convert", str(tmp_path / "told.pt"), str(tmp_path / "again"), *latte])
     assert LatteT2V.load_config(tmp_path / "again") == LatteT2V.load_config(tmp_path / "folder")
     torch.save({"ema": torch.load(tmp_path / "told.pt")["ema"]}, tmp_path / "bare.pt")
+    capsys.readouterr()
+    skipdit_command("weights")(["export", str(tmp_path / "bare.pt"), str(tmp_path / "bare.safetensors")])
+    assert capsys.readouterr().out == f"{tmp_path / 'bare.safetensors'}\n"  # their sampler wants a config
     with pytest.warns(UserWarning, match=r"nothing in .*bare\.pt tells sample_size 64, video_length 16, as released"):
         skipdit_command("weights")(
             ["convert", str(tmp_path / "bare.pt"), str(tmp_path / "guess"), "--num-heads", "2", *latte]

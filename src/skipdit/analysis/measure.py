@@ -1,5 +1,6 @@
 """The numbers of the analyses. Shapes: N rows of latents, T tokens, D width; everything is float32 but the cosines."""
 
+import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -255,7 +256,8 @@ def largest_singular_values(
 
     v = torch.randn(x.shape, generator=torch.Generator().manual_seed(seed), dtype=x.dtype).to(x.device)
     values = torch.zeros(len(x), dtype=x.dtype, device=x.device)
-    with sdpa_kernel(SDPBackend.MATH):  # the only one with a forward mode
+    with sdpa_kernel(SDPBackend.MATH), warnings.catch_warnings():  # the only kernel with a forward mode
+        warnings.filterwarnings("ignore", message=".*torch.jit")  # PyTorch's own, in its forward mode
         pull = torch.func.vjp(function, x)[1]
         for count in range(1, iterations + 1):  # noqa: B007
             v = unit(v)

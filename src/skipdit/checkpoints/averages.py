@@ -66,10 +66,12 @@ def combine(run: Path, length: float, step: int | None = None) -> dict[str, torc
         step: where the average ends, one that was saved; None is the last.
 
     Raises:
-        FileNotFoundError: nothing was saved there.
+        FileNotFoundError: there is no such folder, or nothing was saved there.
         UserError: such a step or length is not there.
         WeightsError: a file is damaged.
     """
+    if not run.exists():
+        raise FileNotFoundError(f"no folder {run}: name that of a training")
     files = [path for path in saved(run / "averages") if step is None or int(path.stem) <= step]
     if not files:
         before = "" if step is None else f" of step {step} or before"

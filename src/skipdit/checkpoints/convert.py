@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import shlex
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,9 +15,9 @@ from skipdit.checkpoints.averages import combine
 from skipdit.checkpoints.errors import WeightsError
 from skipdit.checkpoints.files import is_finite, is_partial, load_checkpoint, load_state, record_of
 from skipdit.checkpoints.hub import CardSettings, upload, write_folder
-from skipdit.checkpoints.records import METADATA, read_run, to_ship
+from skipdit.checkpoints.records import METADATA, SECTIONS, read_run, to_ship
 from skipdit.checkpoints.released import State, to_released
-from skipdit.checkpoints.single_file import find_class, open_model
+from skipdit.checkpoints.single_file import find_class, open_model, task_of
 from skipdit.checkpoints.sums import require_sound, verify
 from skipdit.cli import friendly_errors
 from skipdit.utils.errors import UserError
@@ -52,9 +53,11 @@ def convert(
     _write(out, lambda folder: write_folder(folder, model, record, repo or out.name, card or CardSettings()))
 
 
-def export(source: Path, out: Path, dtype: torch.dtype, skips: str | None = None) -> None:
+def export(source: Path, out: Path, dtype: torch.dtype, skips: str | None = None) -> str | None:
     """Write the weights of a checkpoint as a file, safetensors by the suffix of that name, else the released layout
     {"ema": ...}; with the settings of the model and the training, if the checkpoint has them.
+
+    Returns the command that samples from the file; None if that takes a config, too.
 
     Skips between some pairs only keep our names, which say how they are numbered; see `load_state` for `skips`.
 
@@ -62,11 +65,12 @@ def export(source: Path, out: Path, dtype: torch.dtype, skips: str | None = None
     """
     state = load_state(source, skips)
     require_sound(source, state)
-    write_weights(state, out, dtype, _record(source))
+    return write_weights(state, out, dtype, _record(source))
 
 
-def write_weights(state: State, out: Path, dtype: torch.dtype, record: dict[str, Any]) -> None:
-    """Write weights, under our names, as `export` does, with a record as `records.to_ship` makes it."""
+def write_weights(state: State, out: Path, dtype: torch.dtype, record: dict[str, Any]) -> str | None:
+    """Write weights, under our names, with a record as `records.to_ship` makes it; the rest is as of `export`."""
+    task = task_of(state)
     state = {name: tensor.to(dtype, copy=True).contiguous() for name, tensor in state.items()}
     _require_finite(state, dtype)
     state = state if is_partial(state) else to_released(state)
@@ -79,6 +83,10 @@ def write_weights(state: State, out: Path, dtype: torch.dtype, record: dict[str,
             require_sound(path, load_checkpoint(path))
 
     _write(out, save)
+    if task is None or not record.get("args", {}).keys() >= SECTIONS:
+        return None
+    prompt = ' --prompt "WHAT TO SHOW"' if task.startswith("text-") else ""
+    return f"skipdit sample --task {task} weights={shlex.quote(str(out))}{prompt}"
 
 
 def _record(source: Path) -> dict[str, Any]:
@@ -110,17 +118,20 @@ def main(args: argparse.Namespace) -> None:
         print(verify(args.source))
         return
     dtype = getattr(torch, args.dtype)
-    if args.command == "average":
-        write_weights(combine(args.source, args.length, args.step), args.out, dtype, _record(args.source))
-    elif args.command == "export":
-        export(args.source, args.out, dtype, args.skips)
-    else:
+    if args.command == "convert":
         model_class = find_class(args.model_class) if args.model_class else None
         card = CardSettings(args.license, args.data, args.plan, args.samples)
         convert(args.source, args.out, model_class, dtype, args.num_heads, args.skips, args.push_to, card)
-    print(args.out)
-    if args.command == "convert" and args.push_to:
-        push(args.out, args.push_to, args.private)
+        print(args.out)
+        if args.push_to:
+            push(args.out, args.push_to, args.private)
+        return
+    if args.command == "average":
+        state, record = combine(args.source, args.length, args.step), _record(args.source)
+        command = write_weights(state, args.out, dtype, record)
+    else:
+        command = export(args.source, args.out, dtype, args.skips)
+    print(f"the weights are in {args.out}; to sample from them:\n  {command}" if command else args.out)
 
 
 def push(folder: Path, repo: str, private: bool) -> None:

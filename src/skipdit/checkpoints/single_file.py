@@ -68,6 +68,12 @@ def open_model(
     return model
 
 
+def task_of(state: State) -> str | None:
+    """Return the name of the task whose model weights are of, under our names; None if no model here is."""
+    backbone = next((name for name, mark in _MARKS.items() if mark in state), None)
+    return backbone.partition(" ")[0] if backbone in _CLASSES else None
+
+
 def _class_of(source: str | Path, state: State) -> str:
     """The name of that of our classes which weights are of."""
     backbone = next((name for name, mark in _MARKS.items() if mark in state), None)

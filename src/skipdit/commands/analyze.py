@@ -17,7 +17,7 @@ unless the config names another dtype.
 import argparse
 from pathlib import Path
 
-from skipdit.cli import friendly_errors
+from skipdit.cli import Parser, friendly_errors
 from skipdit.tasks import read_settings
 
 ANALYSES = ("perturb", "similarity", "dynamics", "jacobian")
@@ -26,13 +26,15 @@ SPECS = ["N2-1000-20", "N2-1000-20-o1", "N4-1000-20", "N4-1000-20-o1"]
 
 def read_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     """Return the parsed command line, `argv` or the program's own; ends the program for --help and mistakes."""
-    head = argparse.ArgumentParser(
-        "skipdit analyze", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    head = Parser("skipdit analyze", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     head.add_argument("analysis", choices=ANALYSES)
-    head.add_argument("rest", nargs=argparse.REMAINDER, help="its settings: ask it for --help")
+    rest = head.add_argument("rest", nargs=argparse.REMAINDER, metavar="...", help="see skipdit analyze NAME --help")
+    rest.required = False
+    head.answers = not argv
     first = head.parse_args(argv)
-    parser = argparse.ArgumentParser(f"{head.prog} {first.analysis}")
+    parser = Parser(
+        f"{head.prog} {first.analysis}", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--config", required=True, metavar="FILE", help="YAML file of the task's sampler")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings that override the file's")
     parser.add_argument("--plain", metavar="WEIGHTS", help="of a backbone without skips, to put beside it")

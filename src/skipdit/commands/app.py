@@ -11,7 +11,7 @@ import argparse
 from contextlib import nullcontext
 from importlib.util import find_spec
 
-from skipdit.cli import friendly_errors
+from skipdit.cli import Parser, friendly_errors
 from skipdit.config import load_config
 from skipdit.tasks import TASKS, find_task
 from skipdit.utils.errors import UserError
@@ -20,9 +20,7 @@ from skipdit.utils.shipped import PROJECT, locate, untold
 
 def read_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     """Return the parsed command line, `argv` or the program's own; ends the program for --help and mistakes."""
-    parser = argparse.ArgumentParser(
-        "skipdit app", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser("skipdit app", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "--config",
         action="append",

@@ -13,16 +13,14 @@ compare.json into its `out`, and of clips compare.gif: a line per row, all in mo
 
 import argparse
 
-from skipdit.cli import friendly_errors
+from skipdit.cli import Parser, friendly_errors
 from skipdit.tasks import read_settings
 from skipdit.utils.shipped import found
 
 
 def read_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     """Return the parsed command line, `argv` or the program's own; ends the program for --help and mistakes."""
-    parser = argparse.ArgumentParser(
-        "skipdit compare", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser("skipdit compare", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", required=True, metavar="FILE", help="YAML file of a sampler's settings")
     parser.add_argument("--task", help="class-to-image ... [the name of the config's folder]")
     parser.add_argument("--intervals", type=int, nargs="+", default=[2, 3, 4], help="cache intervals [2 3 4]")

@@ -9,6 +9,7 @@ Short for `skipdit compare --config configs/TASK/demo.yaml` with the plan beside
 
 import argparse
 
+from skipdit.cli import Parser
 from skipdit.commands import compare
 from skipdit.tasks import TASKS
 from skipdit.utils.shipped import untold
@@ -23,10 +24,11 @@ SIZES = {  # for about two minutes on two cores
 
 def read_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     """Return the arguments of `compare`; ends the program for --help and mistakes."""
-    parser = argparse.ArgumentParser(
-        "skipdit demo", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    parser = Parser("skipdit demo", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    words = parser.add_argument(
+        "words", nargs="*", metavar="TASK | key=value", help=f"{', '.join(TASKS)} [class-to-image]"
     )
-    parser.add_argument("words", nargs="*", metavar="TASK | key=value", help=f"{', '.join(TASKS)} [class-to-image]")
+    words.completer = lambda **_: TASKS  # argcomplete's name
     words = parser.parse_args(argv).words
     tasks = [word for word in words if "=" not in word] or ["class-to-image"]
     if len(tasks) > 1 or tasks[0] not in TASKS:

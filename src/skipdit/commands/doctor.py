@@ -7,10 +7,10 @@ Looks for downloaded checkpoints in this folder. Ends with status 1 if a package
 
 import argparse
 
+from skipdit.cli import Parser
+
 
 def read_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     """Return the parsed command line, `argv` or the program's own; ends the program for --help and mistakes."""
-    parser = argparse.ArgumentParser(
-        "skipdit doctor", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser("skipdit doctor", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     return parser.parse_args(argv)

@@ -12,12 +12,13 @@ import argparse
 from pathlib import Path
 
 from skipdit.checkpoints.catalogue import TASKS
+from skipdit.cli import Parser
 from skipdit.utils.text import with_home
 
 
 def read_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     """Return the parsed command line, `argv` or the program's own; ends the program for --help and mistakes."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         "skipdit download",
         description=__doc__,
         epilog="\n".join(

@@ -22,6 +22,7 @@ encoder's patch tokens, for train.align, beside latents that may be there alread
 import argparse
 from pathlib import Path
 
+from skipdit.cli import Parser
 from skipdit.data.settings import CLIPS, IMAGES, PICTURES, READERS
 from skipdit.utils.shipped import found
 from skipdit.utils.text import with_home
@@ -29,9 +30,7 @@ from skipdit.utils.text import with_home
 
 def read_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     """Return the parsed command line, `argv` or the program's own; ends the program for --help and mistakes."""
-    parser = argparse.ArgumentParser(
-        "skipdit encode", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser("skipdit encode", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", choices=[*IMAGES, *CLIPS, *PICTURES], required=True, help="kind of dataset")
     parser.add_argument("--path", required=True, help="its folder; of shards also a Hub name")
     parser.add_argument("--image-size", type=int, default=256, help="pixels along a side [%(default)s]")

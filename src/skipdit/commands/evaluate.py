@@ -13,6 +13,7 @@ make of the samples is kept there too: the same command again continues an inter
 
 import argparse
 
+from skipdit.cli import Parser
 from skipdit.utils.text import with_home
 
 FVD_CLIPS = 2_048  # that published figures are of
@@ -29,9 +30,7 @@ DETAILS = {
 
 def read_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     """Return the parsed command line, `argv` or the program's own; ends the program for --help and mistakes."""
-    parser = argparse.ArgumentParser(
-        prog="skipdit evaluate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(prog="skipdit evaluate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(required=True, metavar="METRIC")
 
     def add(metric: str, title: str, batch_size: int | None = None) -> argparse.ArgumentParser:

@@ -13,7 +13,7 @@ The plan is for this model, sampler, number of steps and guidance, and is refuse
 
 import argparse
 
-from skipdit.cli import friendly_errors
+from skipdit.cli import Parser, friendly_errors
 from skipdit.tasks import read_settings
 from skipdit.utils.errors import UserError
 
@@ -22,9 +22,7 @@ SEED = 10_000  # of calibration samples; no config has it
 
 def read_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     """Return the parsed command line, `argv` or the program's own; ends the program for --help and mistakes."""
-    parser = argparse.ArgumentParser(
-        "skipdit plan", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser("skipdit plan", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     planned = parser.add_mutually_exclusive_group(required=True)
     planned.add_argument("--config", metavar="FILE", help="a sampler's config")
     planned.add_argument("--pipeline", metavar="NAME", help="any diffusers pipeline, a folder or Hub name")

@@ -11,6 +11,7 @@ text file beside every picture or clip. Sizes fit the files and this machine; al
 import argparse
 from pathlib import Path
 
+from skipdit.cli import Parser
 from skipdit.utils.text import with_home
 
 
@@ -20,9 +21,7 @@ class Arguments(argparse.Namespace):
 
 def read_arguments(argv: list[str]) -> Arguments:
     """Return the parsed command line; ends the program for --help and mistakes."""
-    parser = argparse.ArgumentParser(
-        "skipdit train new", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser("skipdit train new", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, metavar="FOLDER", help="pictures or clips")
     parser.add_argument("--name", help="of the runs: results/NAME-plain, ... [that of the folder]")
     parser.add_argument("--out", type=Path, metavar="FOLDER", help="for the configs [configs/NAME]")

@@ -14,12 +14,12 @@ not exist yet. Settings of the model and its training go along, and samplers rea
 import argparse
 from pathlib import Path
 
+from skipdit.cli import Parser
+
 
 def read_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     """Return the parsed command line, `argv` or the program's own; ends the program for --help and mistakes."""
-    parser = argparse.ArgumentParser(
-        "skipdit weights", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser("skipdit weights", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
     titles = {"convert": "make a folder for from_pretrained", "export": "make a file to ship"}
     titles["average"] = "of a run with train.average_every: an average of any length"

@@ -46,6 +46,10 @@ class LatentInfo:
     buckets: tuple[str, ...] = ()
     shift_factor: float = 0.0
 
+    def __str__(self) -> str:
+        size = "" if self.buckets else f"{self.image_size} pixels a side, "
+        return f"{size}by the autoencoder {self.vae_id}; kind {self.kind}, {self.dtype}"
+
     def metadata(self) -> dict[str, str]:
         return {"latents": json.dumps(asdict(self))}
 

@@ -101,12 +101,12 @@ def fid(args: argparse.Namespace) -> dict:
     """FID, KID, precision and recall against a set of pictures, and the inception score."""
     device = process_state().device
     ours, theirs = open_samples(args.run), open_samples(args.reference)
-    network = load_image_script(args.network, device) if args.network else load_inception(args.inception, device)
     for samples in (ours, theirs):
         if isinstance(samples, Files) and len(samples[0]) > 1:
             raise UserError(f"{samples.source} holds clips, not pictures: fvd judges them")
     if not len(ours):
         raise UserError(f"{ours.source} holds statistics only; what is judged are pictures")
+    network = load_image_script(args.network, device) if args.network else load_inception(args.inception, device)
     mine = features_of(ours, network, args.features, args.batch_size, ours.size)
     reference = theirs.protocol() if len(theirs) else {"source": str(theirs.source), "num_samples": 0}
     name, results = "frechet_distance" if args.network else "fid", {}
@@ -165,10 +165,11 @@ def fvd(args: argparse.Namespace) -> dict:
 
 def clip(args: argparse.Namespace) -> dict:
     """How well pictures, or the frames of clips, fit their prompts."""
-    samples, score = open_samples(args.run), ClipScore(args.model, process_state().device)
+    samples = open_samples(args.run)
     if not isinstance(samples, Files):
         raise UserError(f"{samples.source} has no prompts: the CLIP score is of a folder with a prompts.json")
     prompts = [samples.prompts[name] for name in samples.names]
+    score = ClipScore(args.model, process_state().device)
     rows = kept_rows(
         args.features,
         {"metric": "clip", "source": str(samples.source.resolve()), **score.protocol()},

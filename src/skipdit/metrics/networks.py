@@ -18,6 +18,7 @@ from skipdit.checkpoints.sums import require_sound, sha256
 from skipdit.utils.errors import UserError
 from skipdit.utils.pixels import to_float
 
+I3D_URL = "https://www.dropbox.com/s/ge9e5ujwgetktms/i3d_torchscript.pt"
 I3D_SHAPE = "clips uint8 (N, 3, F, H, W), rescale=True, resize=True, return_features=True"
 
 
@@ -120,7 +121,7 @@ def load_i3d(file: str, device: torch.device) -> Network:
 
     Raises FileNotFoundError or ValueError if there is none, or it does not take clips as that one does.
     """
-    network = _script(file, "--i3d", device)
+    network = _script(file, "--i3d", device, f"StyleGAN-V's is published at {I3D_URL}")
 
     def features(pixels: Tensor) -> Tensor:
         with _complaint(file, I3D_SHAPE):
@@ -130,12 +131,12 @@ def load_i3d(file: str, device: torch.device) -> Network:
     return Network("TorchScript I3D", Path(file), sha256(file), None, features)
 
 
-def _script(file: str, option: str, device: torch.device) -> nn.Module:
+def _script(file: str, option: str, device: torch.device, fix: str = "") -> nn.Module:
     if not Path(file).is_file():
-        raise FileNotFoundError(f"{option} {file}: no such file")
+        raise FileNotFoundError(f"{option} {file}: no such file{fix and '; '}{fix}")
     try:
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message=".*torch.jit", category=DeprecationWarning)
+            warnings.filterwarnings("ignore", message=".*torch.jit")  # which PyTorch deprecates
             return torch.jit.load(file, map_location=device).eval()
     except RuntimeError as error:
         raise UserError(f"{option} {file} is no TorchScript file: {str(error).splitlines()[0]}") from error

@@ -85,12 +85,13 @@ class ClipScore:
             self._model, report = CLIPModel.from_pretrained(source, output_loading_info=True, **cached)
             self._processor = CLIPProcessor.from_pretrained(source, **cached)
         except (OSError, ValueError) as error:
-            where = (
-                f"{source} holds"
-                if Path(source).exists()
-                else f"{source} is neither a folder nor fetched from the Hub as"
-            )
-            raise FileNotFoundError(f"{where} no CLIP of transformers ({str(error).splitlines()[0]})") from error
+            reason = "which does not answer" if cached["local_files_only"] else str(error).splitlines()[0]
+            if Path(source).exists():
+                raise FileNotFoundError(f"{source} holds no CLIP of transformers ({reason})") from error
+            raise FileNotFoundError(
+                f"no CLIP {source}: neither a folder here nor fetched from the Hub ({reason}); "
+                f"`hf download {source} --local-dir FOLDER` fetches it, and --model FOLDER takes it from there"
+            ) from error
         if missing := sorted(report["missing_keys"]):
             raise WeightsError(f"{source} lacks weights, which would be random: {', '.join(map(str, missing[:5]))}")
         self._model.to(device).eval().requires_grad_(False)
