@@ -1,6 +1,6 @@
 """How fast long skips let a model learn: a plain DiT against Skip-DiT, from scratch, on FashionMNIST.
 
-    python -m skipdit encode --data fashion_mnist --path data --image-size 32 \\
+    skipdit encode --data fashion_mnist --path data --image-size 32 \\
         --vae class-to-image/weights/vae --out data/fashion-latents
     python benchmarks/efficiency.py --data data --seeds 0 1 2
     python benchmarks/efficiency.py --data data --seeds 0 1 2 --spectral

@@ -1,6 +1,6 @@
 """Which part of a training recipe lets a model learn sooner: long skips, the objective or the optimizer.
 
-    python -m skipdit encode --data fashion_mnist --path data --image-size 32 \\
+    skipdit encode --data fashion_mnist --path data --image-size 32 \\
         --vae class-to-image/weights/vae --out data/fashion-latents
     python benchmarks/training_recipes.py --data data --seeds 0 1 2
 

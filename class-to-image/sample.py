@@ -44,7 +44,7 @@ class ImageSampler(ClassSampler):
     """All images of a config; see `ClassSampler`."""
 
     overview = "grid.png"
-    fetch = "python -m skipdit download class-to-image"
+    fetch = "skipdit download class-to-image"
 
     def build(self) -> DiT:
         side = latent_size(self.config.image_size, self.vae)

@@ -72,7 +72,7 @@ def train(config: Config, dry_run: bool = False) -> DiT:
         config,
         config.data.files(),
         lambda vae: build_model(config.model, latent_size(config.data.image_size, vae), vae.config.latent_channels),
-        "python -m skipdit download class-to-image",
+        "skipdit download class-to-image",
     )
     with process_state().local_main_process_first():  # a data set that downloads itself does so once
         dataset = open_images(config.data, vae)

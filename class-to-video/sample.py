@@ -44,7 +44,7 @@ def build_model(config: ModelConfig, input_size: int, num_frames: int, in_channe
 class ClipSampler(ClassSampler):
     """All clips of a config; see `ClassSampler`. Raises ValueError, too, for a frame rate that no file has."""
 
-    fetch = "python -m skipdit download class-to-video"
+    fetch = "skipdit download class-to-video"
     unit, suffix = "clip", "mp4"
 
     def __init__(self, config: Config, branch: int | None):

@@ -63,7 +63,7 @@ def train(config: Config, dry_run: bool = False) -> Latte:
         config,
         config.data.files(),
         build,
-        "python -m skipdit download class-to-video",
+        "skipdit download class-to-video",
     )
     dataset, classes = open_clips(config.data, vae), config.model.num_classes
     if classes is not None and not 0 < dataset.num_classes <= classes:

@@ -3,7 +3,7 @@
     python text-to-image/download.py                       # into ckpts/, where the sampler and the trainer look
     python text-to-image/download.py --only diffusers      # as diffusers has it, into ckpts/HunyuanDiT-v1.2-Diffusers
 
-Short for `python -m skipdit download text-to-image`; see its --help.
+Short for `skipdit download text-to-image`; see its --help.
 """
 
 import sys

@@ -48,7 +48,7 @@ from skipdit.utils.errors import UserError
 from skipdit.utils.files import write_png
 from skipdit.utils.seeding import generators
 
-FETCH = "python -m skipdit download text-to-image"
+FETCH = "skipdit download text-to-image"
 SHOWN = 16  # pictures on the contact sheet
 UNIT = 16  # pixels; diffusers' pipeline rounds heights and widths down to multiples of it
 RELEASED_WIDTH = 1408

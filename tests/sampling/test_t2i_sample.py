@@ -203,7 +203,7 @@ def test_everything_missing_is_listed_at_once(config, released_t2i, tmp_path):
     with pytest.raises(FileNotFoundError) as caught:
         sample(config)
     for name in ("pytorch_model_ema.pt", "sdxl-vae-fp16-fix", "clip_text_encoder", "t2i/tokenizer", "mt5/model",
-                 "python -m skipdit download text-to-image"):  # fmt: skip
+                 "skipdit download text-to-image"):  # fmt: skip
         assert name in str(caught.value)
 
 

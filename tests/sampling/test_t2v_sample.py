@@ -316,7 +316,7 @@ def test_everything_missing_is_listed_at_once(config, released_t2v, tmp_path):
     with pytest.raises(FileNotFoundError) as caught:
         sample(config)
     for name in ("nowhere.pt", "half/vae", "transformer/config.json", "scheduler_config.json", "model.safetensors",
-                 "half/tokenizer", "python -m skipdit download text-to-video"):  # fmt: skip
+                 "half/tokenizer", "skipdit download text-to-video"):  # fmt: skip
         assert name in str(caught.value)
 
 

@@ -205,7 +205,7 @@ def test_gif_shows_its_clip(sampling):
         ({"fps": 0.0}, "fps is 0; it should be 0.01 to 1000"),
         ({"fps": -8.0}, "fps is -8"),
         ({"fps": float("nan")}, "fps is nan"),
-        ({"weights": "nowhere/a.pt"}, r"missing: weights=nowhere/a\.pt; `python -m skipdit download class-to-video`"),
+        ({"weights": "nowhere/a.pt"}, r"missing: weights=nowhere/a\.pt; `skipdit download class-to-video`"),
     ],
 )
 def test_bad_input_is_named(sampling, change, complaint):

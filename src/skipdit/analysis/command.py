@@ -1,4 +1,4 @@
-"""The paper's analyses of a model: `python -m skipdit analyze`."""
+"""The paper's analyses of a model: `skipdit analyze`."""
 
 import argparse
 import json

@@ -17,7 +17,7 @@ from skipdit.utils.errors import UserError
 
 @dataclass(frozen=True)
 class CachePlan(CachePolicy):
-    """A policy for the timesteps of one kind of run, made by `python -m skipdit plan`.
+    """A policy for the timesteps of one kind of run, made by `skipdit plan`.
 
     With the coefficients u, v, ... a step uses f0 + u (f0 - f1) + v (f1 - f2) + ... in place of f0, where f0, f1, ...
     are what is stored, newest first. None reuse f0; one that is the number of steps since f0 over the distance of f0
@@ -80,7 +80,7 @@ class CachePlan(CachePolicy):
     def load(cls, file: str | Path) -> CachePlan:
         """Read a plan. Raises FileNotFoundError, or ValueError for a file that is none; both name it."""
         if not Path(file).is_file():
-            raise FileNotFoundError(f"no plan {file}; `python -m skipdit plan --help` tells how to make one")
+            raise FileNotFoundError(f"no plan {file}; `skipdit plan --help` tells how to make one")
         try:
             about = json.loads(Path(file).read_text(encoding="utf-8"))
             if "weights" in about:  # of version 0.1, without forecast steps
@@ -91,7 +91,7 @@ class CachePlan(CachePolicy):
             about.get("calibration", {}).get("seed")
             read = _numbers(timesteps), per_step, _whole(branch), _text(kinds), tuple(map(_numbers, _listed(outputs)))
         except (AttributeError, KeyError, TypeError, ValueError, OverflowError, RecursionError) as error:
-            raise UserError(f"{file} is not a plan of `python -m skipdit plan`: {error!r}") from error
+            raise UserError(f"{file} is not a plan of `skipdit plan`: {error!r}") from error
         return cls(*read, about, str(file))
 
     def save(self, file: str | Path) -> None:
@@ -124,7 +124,7 @@ class CachePlan(CachePolicy):
         if differ:
             warnings.warn(
                 f"{self.source} was made for {'; '.join(differ)} (a model in float16 counts as another one); "
-                "python -m skipdit plan makes a plan for this run",
+                "skipdit plan makes a plan for this run",
                 stacklevel=3,
             )
 
@@ -166,7 +166,7 @@ class CachePlan(CachePolicy):
         if list(timesteps) != list(self.timesteps):
             told = (f"{len(ts)} steps from {ts[0]:g} to {ts[-1]:g}" for ts in (self.timesteps, list(timesteps)))
             raise UserError(
-                "{} is for {}; this run has {}: make one for it with python -m skipdit plan".format(self.source, *told)
+                "{} is for {}; this run has {}: make one for it with skipdit plan".format(self.source, *told)
             )
         return self.kinds
 

@@ -1,7 +1,7 @@
 """Caching policies: which sampling steps run every layer.
 
 The policy is a `CacheSpec`, an interval between two timesteps that the user writes; a `DriftSpec`, which decides at run
-time; or a `CachePlan`, a file that `python -m skipdit plan` made.
+time; or a `CachePlan`, a file that `skipdit plan` made.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Checkpoints from one layout to another: `python -m skipdit weights`."""
+"""Checkpoints from one layout to another: `skipdit weights`."""
 
 import argparse
 import json

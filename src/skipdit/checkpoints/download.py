@@ -1,4 +1,4 @@
-"""Released checkpoints from the Hugging Face Hub: `python -m skipdit download`."""
+"""Released checkpoints from the Hugging Face Hub: `skipdit download`."""
 
 import argparse
 import os

@@ -89,7 +89,7 @@ def load_state(source: str | Path | State, skips: str | None = None) -> dict[str
 _UNTOLD = (
     "{0} has long skips between some of its pairs only, and nothing in it tells how they are numbered: from the "
     "outermost on, as the original LatteIMG-skip-partial does, or from the innermost on, as exports of skipdit 0.1 do. "
-    "Say it once: `python -m skipdit weights export {0} OUT.pt --skips outside-in` (or inside-out), and take OUT.pt"
+    "Say it once: `skipdit weights export {0} OUT.pt --skips outside-in` (or inside-out), and take OUT.pt"
 )
 
 
@@ -178,7 +178,7 @@ def read(path: Path) -> dict:
     files = _weights_files(path)
     if missing := [str(file) for file in files if not file.exists()]:
         raise FileNotFoundError(
-            f"no checkpoint at {', '.join(missing)}; `python -m skipdit download` fetches the released ones"
+            f"no checkpoint at {', '.join(missing)}; `skipdit download` fetches the released ones"
             + "".join(map(in_the_project, missing))
         )
     if files[0].suffix != ".safetensors":

@@ -1,4 +1,4 @@
-"""What a data set holds, and what of it cannot be read: `python -m skipdit data check`."""
+"""What a data set holds, and what of it cannot be read: `skipdit data check`."""
 
 import argparse
 from collections import Counter

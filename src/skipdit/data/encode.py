@@ -1,4 +1,4 @@
-"""Images and clips to latents: `python -m skipdit encode`."""
+"""Images and clips to latents: `skipdit encode`."""
 
 import argparse
 import hashlib

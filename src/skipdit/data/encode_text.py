@@ -1,4 +1,4 @@
-"""Captions to embeddings: `python -m skipdit encode-text`."""
+"""Captions to embeddings: `skipdit encode-text`."""
 
 import argparse
 from pathlib import Path
@@ -46,7 +46,7 @@ def captions_to_train(config: ClipData | ImageData | PictureData) -> list[str]:
     if captions is None:
         raise UserError(
             f"{config.path} ({config.kind}) has no captions: for clips set data.captions=FILE or txt, for latents run "
-            "`python -m skipdit encode --captions`"
+            "`skipdit encode --captions`"
         )
     return captions
 

@@ -60,7 +60,7 @@ class LatentInfo:
                 info = json.loads(file.metadata()["latents"])
                 return cls(**info | {"buckets": tuple(info.get("buckets", ()))})
         except (SafetensorError, KeyError, TypeError) as error:
-            raise UserError(f"{path} is not a latent file of `python -m skipdit encode`: {error}") from error
+            raise UserError(f"{path} is not a latent file of `skipdit encode`: {error}") from error
 
 
 @dataclass(frozen=True)
@@ -95,7 +95,7 @@ class Shards:
     """The shards of one encoded dataset, memory-mapped, as one table of rows.
 
     Args:
-        folder: what `python -m skipdit encode` wrote.
+        folder: what `skipdit encode` wrote.
         expected: how the trainer would have made them; a difference is refused.
         wanted: the `contents` that it takes.
 
@@ -110,7 +110,7 @@ class Shards:
     def __init__(self, folder: str | Path, expected: LatentInfo | None = None, wanted: str | None = None):
         self.paths, self._opened = sorted(Path(folder).glob("*.safetensors")), None
         if not self.paths:
-            raise FileNotFoundError(f"no latents in {folder}; `python -m skipdit encode --help` tells how to make them")
+            raise FileNotFoundError(f"no latents in {folder}; `skipdit encode --help` tells how to make them")
         self.info = LatentInfo.read(self.paths[0])
         for path in self.paths:
             _refuse_difference(path, LatentInfo.read(path), self.info)
@@ -119,7 +119,7 @@ class Shards:
         if encoded != total or len({(part.source, part.total) for part in parts}) > 1:
             raise UserError(
                 f"{folder} holds latents of {encoded} of {total} samples: encoding was interrupted, or mixed with "
-                "another one; run the same `python -m skipdit encode` command again, or encode into a new folder"
+                "another one; run the same `skipdit encode` command again, or encode into a new folder"
             )
         captions = dict(pair for path, part in zip(self.paths, parts, strict=True) for pair in _captions(path, part))
         self.captions = [captions[number] for number in range(total)] if captions else None
@@ -323,6 +323,4 @@ def _refuse_difference(path: Path, found: LatentInfo, expected: LatentInfo) -> N
         if value != getattr(expected, key)
     ]
     if differ:
-        raise UserError(
-            f"latents {path} do not fit: {'; '.join(differ)}. Encode them again with `python -m skipdit encode`."
-        )
+        raise UserError(f"latents {path} do not fit: {'; '.join(differ)}. Encode them again with `skipdit encode`.")

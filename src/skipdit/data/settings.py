@@ -24,7 +24,7 @@ class ImageData(Settings):
 
     kind: str = setting(
         "image_folder",
-        "image_folder, fashion_mnist, image_shards (Parquet or WebDataset), or latents (of `python -m skipdit encode`)",
+        "image_folder, fashion_mnist, image_shards (Parquet or WebDataset), or latents (of `skipdit encode`)",
     )
     path: str = setting(
         "data/imagenet/train", "folder of the images, shards or latents; of shards also a Hub name", identity=False
@@ -43,7 +43,7 @@ class ImageData(Settings):
 class ClipData(Settings):
     """Where training clips come from."""
 
-    kind: str = setting("videos", "videos (files), frames (in folders), or latents (of `python -m skipdit encode`)")
+    kind: str = setting("videos", "videos (files), frames (in folders), or latents (of `skipdit encode`)")
     path: str = setting("data/clips", "folder of the clips, nested as it may be, or of the latents", identity=False)
     clip_list: str | None = setting(None, "text file with one clip per line, relative to path; unset: all clips there")
     labelled: bool = setting(False, "a clip's class is the folder right below path that it lies in")
@@ -74,7 +74,7 @@ class PictureData(Settings):
     """Where captioned pictures come from."""
 
     kind: str = setting(
-        "pictures", "pictures, picture_shards (Parquet or WebDataset), or latents (of `python -m skipdit encode`)"
+        "pictures", "pictures, picture_shards (Parquet or WebDataset), or latents (of `skipdit encode`)"
     )
     path: str = setting(
         "data/pictures",

@@ -163,7 +163,7 @@ class LiveTexts(Texts):
 
 
 class TextTable(Texts):
-    """Captions that `python -m skipdit encode-text` encoded, memory-mapped.
+    """Captions that `skipdit encode-text` encoded, memory-mapped.
 
     Args:
         folder: what it wrote.
@@ -177,7 +177,7 @@ class TextTable(Texts):
         paths = sorted(Path(folder).glob("*.safetensors"))
         if not paths:
             raise FileNotFoundError(
-                f"no text embeddings in {folder}; `python -m skipdit encode-text --help` tells how to make them"
+                f"no text embeddings in {folder}; `skipdit encode-text --help` tells how to make them"
             )
         parts = [TextPart.read(path) for path in paths]
         self.captions = [caption for part in parts for caption in part.captions]
@@ -241,7 +241,7 @@ class TextPart:
             with safe_open(path, framework="pt") as file:
                 return cls(**json.loads(file.metadata()["texts"]))
         except (SafetensorError, KeyError, TypeError) as error:
-            made = "a file of `python -m skipdit encode-text`"
+            made = "a file of `skipdit encode-text`"
             raise UserError(f"{path} is damaged, or not {made} ({error}); remove it and encode again") from error
 
 
@@ -249,7 +249,7 @@ def _refuse_reading(folder: str | Path, part: TextPart, expected: Reading) -> No
     if (part.role, part.max_tokens) != (expected.role, expected.max_tokens):
         raise UserError(
             f"{folder} was encoded for {part.role} with {part.max_tokens} tokens at most, what is needed is "
-            f"{expected.role} with {expected.max_tokens}. Encode the captions with `python -m skipdit encode-text "
+            f"{expected.role} with {expected.max_tokens}. Encode the captions with `skipdit encode-text "
             f"--role {expected.role} --max-tokens {expected.max_tokens}` into a new folder."
         )
 
@@ -261,5 +261,5 @@ def _refuse_difference(folder: str | Path, found: list[str], expected: list[str]
             raise UserError(
                 f"{folder} holds the embeddings of {len(found)} captions, the dataset has {len(expected)}; caption "
                 f"{number} is {there} there and {wanted} in the dataset. Encode the dataset's captions with "
-                "`python -m skipdit encode-text` into a new folder."
+                "`skipdit encode-text` into a new folder."
             )

@@ -36,7 +36,7 @@ def load_vae(source: str, dtype: torch.dtype = torch.float32) -> AutoencoderKL:
         what = "that folder cannot be loaded" if path.exists() else "neither a folder here nor fetched from the Hub"
         raise FileNotFoundError(
             f"no autoencoder {source}: {what} ({reason}); "
-            "`python -m skipdit download class-to-image` or class-to-video fetches the one of the released models"
+            "`skipdit download class-to-image` or class-to-video fetches the one of the released models"
         ) from error
     if any(vae.config.get(name) is not None for name in ("latents_mean", "latents_std")):
         raise UserError(

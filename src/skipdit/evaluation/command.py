@@ -1,4 +1,4 @@
-"""Judge samples: `python -m skipdit evaluate`."""
+"""Judge samples: `skipdit evaluate`."""
 
 import argparse
 import json

@@ -1,4 +1,4 @@
-"""The same samples with several caches: `python -m skipdit compare`."""
+"""The same samples with several caches: `skipdit compare`."""
 
 import argparse
 import json

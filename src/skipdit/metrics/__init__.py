@@ -1,6 +1,6 @@
 """How close images are to each other, sets of them to sets of real ones, and both to their prompts.
 
-`python -m skipdit evaluate` computes all of it from a sampler's output folder.
+`skipdit evaluate` computes all of it from a sampler's output folder.
 """
 
 from skipdit.metrics.fidelity import (

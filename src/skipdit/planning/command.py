@@ -1,4 +1,4 @@
-"""Plan a run: which steps are full, which cached, which forecasts, and what they combine: `python -m skipdit plan`.
+"""Plan a run: which steps are full, which cached, which forecasts, and what they combine: `skipdit plan`.
 
 1. The sampler runs uncached on calibration samples, and, for the target "converged", with two and four times as many
    steps, from which the converged latents at every timestep follow by extrapolation.

@@ -1,4 +1,4 @@
-"""`python -m skipdit plan --pipeline NAME`: a plan for a diffusers pipeline, from a command line."""
+"""`skipdit plan --pipeline NAME`: a plan for a diffusers pipeline, from a command line."""
 
 import argparse
 import inspect
