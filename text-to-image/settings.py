@@ -28,6 +28,8 @@ from skipdit.utils.errors import UserError
 
 NEGATIVE = "错误的眼睛，糟糕的人脸，毁容，糟糕的艺术，变形，多余的肢体，模糊的颜色，模糊，重复，病态，残缺，"
 
+RELEASED = ("clip_text_encoder", "text_encoder")  # folders of the released CLIP, and of diffusers' pipelines
+
 
 @dataclass(frozen=True)
 class SampleConfig(PromptConfig):
@@ -63,7 +65,10 @@ class SampleConfig(PromptConfig):
         settings = {"vae": "vae", "height": "data.image_size", "width": "data.image_size"}
         settings |= {"text_encoder": "clip.encoder", "tokenizer": "clip.tokenizer"}
         settings |= {"text_encoder_2": "t5.encoder", "tokenizer_2": "t5.tokenizer"}
-        return inherit(given, settings, "scheduler")
+        found = inherit(given, settings, "scheduler")
+        if Path(found.get("text_encoder", RELEASED[0])).name not in RELEASED:
+            found["negative_prompt"] = ""  # the default one is for those that read Chinese
+        return found
 
     def places(self) -> dict[str, str]:
         """Where models come from that are not set directly: the released layout, or that of diffusers."""

@@ -446,6 +446,13 @@ def test_torchscript_opens_without_what_torch_deprecates(scripts, recwarn):
     assert not recwarn.list
 
 
+def test_the_folder_around_a_run_from_a_prompt_names_it(tmp_path, capsys):
+    """`--prompt` gives every prompt a folder of its own in `out`."""
+    folder = make_run(tmp_path / "samples/a-cat", pictures(2))
+    (folder / "prompts.json").write_text("{}")
+    assert refused(capsys, "clip", tmp_path / "samples", "--model", "m").rstrip().endswith(f"{folder} has one")
+
+
 def test_stretches_of_real_clips(tmp_path):
     """One of every clip if there are enough, else further ones, none twice; the same ones every time."""
     films = save_frames(tmp_path / "real", clips(6, 20))

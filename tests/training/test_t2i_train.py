@@ -21,6 +21,7 @@ from skipdit.diffusion.gaussian import Diffusion
 from skipdit.encoders.reading import CLIP, T5
 from skipdit.encoders.text import load_text_encoder
 from skipdit.text_to_image import HunyuanDiT, sample_t2i
+from skipdit.text_to_image.settings import NEGATIVE
 from skipdit.text_to_image.train import Config, make_loss, train
 from skipdit.training.steps import Draw
 
@@ -284,6 +285,21 @@ def test_what_does_not_fit_is_named(config, section, settings, complaint):
     settings = {f"{section}.{name}" if section else name: value for name, value in settings.items()}
     with pytest.raises((ValueError, FileNotFoundError), match=complaint):
         train(changed(config, settings))
+
+
+@pytest.mark.slow
+def test_the_chinese_negative_prompt_is_for_encoders_that_read_it(config):
+    train(changed(config, {"train.steps": 1}))
+
+    def negative(*overrides: str) -> str:
+        return load_config(sample_t2i.Config, None, [f"weights={config.out}", *overrides]).negative_prompt
+
+    assert negative() == NEGATIVE  # in a folder as a pipeline has it
+    file = Path(config.out, "config.yaml")
+    settings = file.read_text()
+    assert config.clip.encoder in settings
+    file.write_text(settings.replace(config.clip.encoder, "sentence-transformers/all-MiniLM-L6-v2"))
+    assert (negative(), negative("negative_prompt=a cat")) == ("", "a cat")
 
 
 @pytest.mark.slow

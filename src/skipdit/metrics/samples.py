@@ -135,9 +135,10 @@ class Files(Samples):
         """The prompt of every sample of a run from prompts, by its file's name. Raises FileNotFoundError."""
         file = self.source / "prompts.json"
         if not (prompts := _json(file)):
+            below = sorted(path.parent for path in self.source.glob("*/prompts.json"))
+            hint = f"{', '.join(map(str, below[:3]))} has one" if below else "a sampler with prompts writes it"
             raise FileNotFoundError(
-                f"{file} is missing: it says which prompt made which file, as {{file: prompt}}; "
-                "a sampler with prompts writes it"
+                f"{file} is missing: it says which prompt made which file, as {{file: prompt}}; {hint}"
             )
         if strays := [name for name in self.names if name not in prompts]:
             raise UserError(f"{file} has no prompt of {', '.join(strays[:5])}")
