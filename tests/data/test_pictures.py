@@ -828,7 +828,7 @@ def test_check_of_latents(root, tmp_path, captions, encode_pictures, check):
     encode_pictures(root, "--captions", captions, "--buckets", *BUCKETS)
     status, said = check(latents_at(tmp_path))
     assert re.fullmatch(
-        r".*: latents of 5 images, by the autoencoder \w+; kind mean, float16\n" + re.escape(DESCRIBED), said
+        r".*: latents of 5 images, by the autoencoder \w+; kind sample, float16\n" + re.escape(DESCRIBED), said
     )
     assert status == 0
 
