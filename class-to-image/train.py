@@ -29,7 +29,7 @@ from skipdit.data.features import WithFeatures
 from skipdit.data.latents import open_images
 from skipdit.encoders.autoencoder import decode, latent_size, pixels
 from skipdit.metrics.progress import FrechetJudge
-from skipdit.sampling.class_conditional import generate
+from skipdit.sampling.class_conditional import generate, sampling_timesteps
 from skipdit.training.latents import clean_latents
 from skipdit.training.loop import fit
 from skipdit.training.objective import make_objective
@@ -45,6 +45,8 @@ from skipdit.utils.seeding import generators
 def make_judge(config: Config, vae: AutoencoderKL) -> tuple[int, Callable[[DiT, int], dict[str, float]]]:
     """Make what measures the Fréchet distance of samples every so many steps: see `fit`."""
     count, classes = config.judge.samples, config.model.num_classes
+    shift = config.train.flow_shift if config.train.objective == "flow" else None
+    sampling_timesteps(config.train.preview, config.judge.sampling_steps, shift)  # refused now, or in hours
     with process_state().local_main_process_first():  # features of the real images are computed once
         frechet = FrechetJudge(config.judge, (config.data.image_size,) * 2, Path(config.out) / "judge")
 

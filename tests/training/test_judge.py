@@ -13,6 +13,8 @@ from skipdit.class_to_image.train import Config, train
 from skipdit.config import changed
 from skipdit.encoders.autoencoder import load_vae, pixels
 from skipdit.metrics import frechet_distance
+from skipdit.metrics.features import checked
+from skipdit.metrics.networks import load_image_script
 from skipdit.sampling.class_conditional import generate
 from skipdit.utils.seeding import generators
 
@@ -92,3 +94,35 @@ def test_statistics_are_of_the_network_of_fid(judged, tmp_path):
 def test_real_images_are_needed(judged, reference, said):
     with pytest.raises((ValueError, FileNotFoundError), match=said):
         train(changed(judged, {"judge.reference": reference}))
+
+
+def test_statistics_of_another_network_are_refused_before_the_training(judged, tmp_path, network, monkeypatch):
+    monkeypatch.setattr("skipdit.metrics.progress.load_inception", lambda *_: load_image_script(network, "cpu"))
+    asked = changed(judged, {"judge.reference": str(tmp_path / "statistics.npz"), "judge.network": None})
+    np.savez(tmp_path / "statistics.npz", mu=np.zeros(4), sigma=np.eye(4))
+    with pytest.raises(ValueError, match="do not fit each other"):
+        train(asked)
+    assert not Path(judged.out, "config.yaml").exists()
+    np.savez(tmp_path / "statistics.npz", mu=np.zeros(12), sigma=np.eye(12))
+    train(asked)
+    assert [line["step"] for line in lines(judged)] == [2, 4]
+
+
+@pytest.mark.parametrize("objective", ["diffusion", "flow"])
+def test_too_many_sampling_steps_are_refused_before_the_training(judged, objective):
+    with pytest.raises(ValueError, match="1001"):
+        train(changed(judged, {"judge.sampling_steps": 1001, "train.objective": objective}))
+    assert not Path(judged.out, "config.yaml").exists()
+
+
+def test_precision_of_samples_is_that_of_the_training_and_of_features_float32(judged, monkeypatch):
+    """As of the sample grids; what is measured by the network is measured as `skipdit evaluate` does."""
+    seen = []
+
+    def noting(name, function):
+        return lambda *args, **given: seen.append((name, torch.is_autocast_enabled("cpu"))) or function(*args, **given)
+
+    monkeypatch.setattr("skipdit.class_to_image.train.generate", noting("samples", generate))
+    monkeypatch.setattr("skipdit.metrics.progress.checked", noting("features", checked))
+    train(changed(judged, {"train.precision": "bf16", "train.sample_every": 0}))
+    assert set(seen) == {("samples", True), ("features", False)}

@@ -34,6 +34,7 @@ class FrechetJudge:
         self.network = load_image_script(config.network, device) if config.network else load_inception(None, device)
         if isinstance(real, Arrays) and real.statistics is not None and not config.network:
             self.real = real.statistics
+            self([torch.zeros(2, 3, *size, dtype=torch.uint8)])  # what does not fit is told before the training
         elif len(real):
             self.real = moments(features_of(real, self.network, folder, BATCH, size))
         else:
@@ -41,6 +42,8 @@ class FrechetJudge:
 
     def __call__(self, batches: Iterable[Tensor]) -> float:
         """Return the Fréchet distance of images, in batches uint8 (N, 3, H, W)."""
-        with torch.autocast(process_state().device.type, enabled=False):
-            rows = [checked(self.network, part[:, None]).cpu() for images in batches for part in images.split(BATCH)]
+        rows = []
+        for images in batches:  # sampled on the way, in whatever precision
+            with torch.autocast(process_state().device.type, enabled=False):
+                rows += [checked(self.network, part[:, None]).cpu() for part in images.split(BATCH)]
         return gaussian_frechet_distance(*moments(torch.cat(rows)), *self.real)
