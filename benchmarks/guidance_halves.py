@@ -21,6 +21,7 @@ from skipdit.layers.skip import predicted_noise
 from skipdit.planning.calibration import MEMORY, TARGETS, Bench
 from skipdit.planning.fitting import Fit, LeastSquares, State, differences
 from skipdit.planning.schedules import schedule
+from skipdit.planning.search import budget_of
 from skipdit.tasks import find_task
 from skipdit.utils.device import double
 from skipdit.utils.errors import UserError
@@ -126,6 +127,7 @@ def main() -> None:
     args = parser.parse_intermixed_args()
     task = find_task(args.config, "class-to-image")
     config = changed(load_config(task.schema, args.config, args.overrides), {"seed": 10000})
+    budget_of(config.steps, args.budget, None)
     if config.guidance_scale == 1 or config.guidance_channels:
         raise UserError("this is about guidance of all channels: set guidance_scale above 1, guidance_channels=null")
     bench = Bench(task.open_sampler(config, 1), config.steps, 1, args.target)

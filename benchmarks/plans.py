@@ -105,9 +105,9 @@ def evenly_spaced(bench: Bench, plan: CachePlan, store: Store) -> CachePlan:
     They are fitted once, towards the target of the plan, on the samples of the bench with the seed of the plan's
     calibration.
     """
-    kinds = schedule(bench.steps, max(1, round(bench.cost(plan))), 0)
+    full = max(1, round(bench.cost(plan)))
     seed = SEED if plan.calibration_seed is None else plan.calibration_seed
-    file = store.folder / f"{kinds}, seed {seed}, {plan.target}.json"
+    file = store.folder / f"{full} of {bench.steps} steps even, seed {seed}, {plan.target}.json"
     if not file.exists():
         sampler, config = bench.sampler, bench.sampler.config
         sampler.config = changed(config, {"seed": seed})
@@ -115,7 +115,7 @@ def evenly_spaced(bench: Bench, plan: CachePlan, store: Store) -> CachePlan:
             own = Bench(sampler, bench.steps, bench.branch, plan.target)
             own.calibrate()
             with whole_file(file) as partial:
-                own.fit(kinds).plan.save(partial)
+                own.fit(schedule(bench.steps, full, 0)).plan.save(partial)
         finally:
             sampler.config = config
     return CachePlan.load(file)

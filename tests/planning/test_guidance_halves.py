@@ -60,3 +60,12 @@ def test_the_table(tmp_path, monkeypatch, capsys):
     with pytest.raises(SystemExit, match="2"):
         guidance_halves.main()
     assert "set batch_size to half of it" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("budget", [0, 9])
+def test_a_budget_that_no_run_has_is_refused(budget, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["halves", "--budget", str(budget), "steps=8"])
+    monkeypatch.chdir(ROOT)
+    with pytest.raises(SystemExit, match="2"):
+        guidance_halves.main()
+    assert f"--budget is {budget} full steps; a run of 8 has 1 to 8" in capsys.readouterr().err

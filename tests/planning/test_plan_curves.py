@@ -13,7 +13,7 @@ from skipdit.caching.policies import CacheSpec
 from skipdit.class_to_image.sample import Config, ImageSampler
 from skipdit.config import load_config
 from skipdit.metrics import mean_psnr, psnr
-from skipdit.planning.calibration import Bench
+from skipdit.planning.calibration import Bench, Fitted
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 import plans
@@ -93,6 +93,14 @@ def test_evenly_spaced_forecasts_are_fitted_on_other_noise(sampler, files, tmp_p
     assert of_seed_7.outputs != even.outputs
     bench.calibrate = None
     assert plans.evenly_spaced(bench, plan, store) == even
+
+
+def test_evenly_spaced_forecasts_of_many_steps_have_a_short_name(sampler, tmp_path, monkeypatch):
+    monkeypatch.setattr(Bench, "calibrate", lambda _: None)
+    monkeypatch.setattr(Bench, "fit", lambda own, kinds: Fitted(CachePlan(own.timesteps, nothing, 0, kinds, empty), 0))
+    bench, nothing, empty = Bench(sampler, 250, 0, "sampler"), (None,) * 250, ((),) * 250
+    plan = CachePlan(bench.timesteps, nothing, 0, "F" * 50 + "O" * 200, empty)
+    assert plans.evenly_spaced(bench, plan, Store(tmp_path / "out", {"threads": 1})).kinds.count("F") == 50
 
 
 def test_what_taylor_seer_costs(sampler):
