@@ -32,6 +32,7 @@ SETTINGS = {
     "model": {"hidden_size": 32, "depth": 4},
     "data": {"kind": "image_folder", "path": "/home/somebody/shoes", "image_size": 32},
     "train": {"batch_size": 64, "objective": "diffusion"},
+    "judge": {"reference": "/home/somebody/real", "network": "/home/somebody/network.pt"},
 }
 
 

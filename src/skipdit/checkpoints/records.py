@@ -15,6 +15,7 @@ METADATA = "skipdit"  # key of safetensors' metadata, whose value is the record 
 _ENTRIES = {"config": Mapping, "args": Mapping, "step": int}
 _PLACES = {"out", "init", "texts", "files", "folder", "path", "captions"}  # settings of a training that name files ...
 _PLACES |= {"clip_list", "image_path", "image_list", "picture_list"}  # ... which a sampler has no use for
+_PLACES |= {"reference", "network"}  # of the Fréchet distance
 
 
 def known_entries(content: Any) -> dict[str, Any]:
