@@ -79,6 +79,9 @@ def test_configs_of_every_kind_of_folder(folder, task, kind, more, machine, tmp_
     sampling = load_config(settings.SampleConfig, plan.out / "sample.yaml")
     assert sampling.weights == stages["stage2"].out
     text = (plan.out / "plain.yaml").read_text()
+    assert f"# Of `skipdit train new --data {folder}`. " in text  # whose name the runs have
+    plan._replace(name="other", out=tmp_path / "other").write()
+    assert f"--data {folder} --name other`" in (tmp_path / "other/plain.yaml").read_text()
     assert yaml.safe_load(text)["task"] == task and all(f"#   {command}\n" in text for command in commands)
     with pytest.raises(FileExistsError, match=r"plain.yaml, .* exist and are kept; say another --out"):
         plan.write()

@@ -46,8 +46,8 @@ class StepTimer:
 
 
 def steps_in_words(steps: dict[str, float]) -> str:
-    """Numbers of steps by kind, as "14 full and 36 cached steps"; forecasts are told if there are some."""
-    told = f"{steps['full']:g} full and {steps['cached']:g} cached steps"
+    """Numbers of steps by kind, as "14 full and 36 cached steps"; kinds that there are none of are left out."""
+    told = f"{steps['full']:g} full" + (f" and {steps['cached']:g} cached steps" if steps["cached"] else " steps")
     return told + (f" and {steps['forecast']:g} forecasts" if steps["forecast"] else "")
 
 

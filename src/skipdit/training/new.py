@@ -224,13 +224,13 @@ class Plan(NamedTuple):
         if there := [str(file) for file in files if file.exists()]:
             raise FileExistsError(f"{', '.join(there)} exist and are kept; say another --out, or remove them first")
         head = "".join(f"#   {command}\n" for command in self.commands())
+        given = str(self.folder.path)
+        given += f" --name {self.name}" if self.name != self.folder.path.resolve().name else ""
         with naming(self.out):
             self.out.mkdir(parents=True, exist_ok=True)
         for file, settings in files.items():
             text = yaml.safe_dump(settings, sort_keys=False, allow_unicode=True, width=110, default_flow_style=None)
-            replace_text(
-                file, f"# Of `skipdit train new --data {self.folder.path}`. All commands, in their order:\n{head}{text}"
-            )
+            replace_text(file, f"# Of `skipdit train new --data {given}`. All commands, in their order:\n{head}{text}")
 
     def in_words(self) -> list[str]:
         """What was decided, and why."""
