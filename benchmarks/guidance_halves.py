@@ -15,6 +15,7 @@ from torch import Tensor
 
 from skipdit.caching.policy import FORECAST, FULL
 from skipdit.cli import friendly_errors
+from skipdit.commands.plan import SEED
 from skipdit.config import changed, load_config
 from skipdit.layers.adaln import Conditioning
 from skipdit.layers.skip import predicted_noise
@@ -22,6 +23,7 @@ from skipdit.planning.calibration import MEMORY, TARGETS, Bench
 from skipdit.planning.fitting import Fit, LeastSquares, State, differences
 from skipdit.planning.schedules import schedule
 from skipdit.planning.search import budget_of
+from skipdit.planning.tables import distance, psnr_of
 from skipdit.tasks import find_task
 from skipdit.utils.device import double
 from skipdit.utils.errors import UserError
@@ -112,8 +114,8 @@ def measure(bench: Bench, kinds: str, scale: float, apart: bool) -> list[float]:
     fit = Halves(*arguments, scale=scale, apart=apart)
     found = []
     for batch, state in enumerate(fit.run()):
-        change = (bench._images(fit.final(batch, state)) - bench.references[bench.target][batch]) / 2
-        found.append(-10 * change.square().flatten(1).mean(1).log10().mean().item())
+        images = bench._images(fit.final(batch, state)), bench.references[bench.target][batch]
+        found.append(psnr_of(distance(*(each.numpy() / 2 for each in images))))
     return found
 
 
@@ -126,7 +128,7 @@ def main() -> None:
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings that override the config's")
     args = parser.parse_intermixed_args()
     task = find_task(args.config, "class-to-image")
-    config = changed(load_config(task.schema, args.config, args.overrides), {"seed": 10000})
+    config = changed(load_config(task.schema, args.config, args.overrides), {"seed": SEED})
     budget_of(config.steps, args.budget, None)
     if config.guidance_scale == 1 or config.guidance_channels:
         raise UserError("this is about guidance of all channels: set guidance_scale above 1, guidance_channels=null")

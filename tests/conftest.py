@@ -359,6 +359,20 @@ def assert_equal(a, b, path="") -> None:
         assert a == b, path
 
 
+def assert_resumes(config, train, folder: Path, changes: dict[str, Any] | None = None) -> Any:
+    """A run of two steps, then two more, leaves what one of four does. Returns the config of the interrupted run.
+
+    Args:
+        changes: of settings, in that one.
+    """
+    train(config)
+    resumed = changed(config, {"out": str(folder / "resumed"), **(changes or {})})
+    for steps in (2, 4):
+        train(changed(resumed, {"train.steps": steps}))
+    assert_equal(state(config) | {"args": None}, state(resumed) | {"args": None})
+    return resumed
+
+
 def run_script(config, *overrides, processes=1, task="class-to-image", **kwargs) -> subprocess.CompletedProcess:
     """The trainer as a user starts it."""
     file = Path(config.out).parent / f"{Path(config.out).name}.yaml"
@@ -535,12 +549,8 @@ def run_sampler(config, task: str, processes: int) -> None:
 def train_flow(config, train, tmp_path: Path) -> Path:
     """Train by flow matching, resume bit-equal, and export. Returns the exported weights."""
     config = changed(config, {"train.objective": "flow", "train.flow_shift": 2.0, "train.sample_every": 4})
-    train(config)
-    whole, out, exported = state(config), config.out, tmp_path / "flow.pt"
-    resumed = {"out": str(tmp_path / "resumed"), "train.sample_every": 0}
-    train(changed(config, resumed | {"train.steps": 2}))
-    train(changed(config, resumed | {"train.steps": 4}))
-    assert_equal(whole | {"args": None}, state(changed(config, resumed)) | {"args": None})
+    out, exported = config.out, tmp_path / "flow.pt"
+    assert_resumes(config, train, tmp_path, {"train.sample_every": 0})
     assert list((Path(out) / "samples").iterdir())
     export(Path(out), exported, torch.float32)
     assert recorded_flow_shift(out) == recorded_flow_shift(exported) == 2.0

@@ -29,6 +29,9 @@ class Parser(argparse.ArgumentParser):
     answers = True  # a shell; False for a parser of the first words, after which another one comes
     _answering = False  # of all parsers
 
+    def __init__(self, *args, formatter_class=argparse.RawDescriptionHelpFormatter, **kwargs):
+        super().__init__(*args, formatter_class=formatter_class, **kwargs)  # descriptions are docstrings
+
     def parse_known_args(self, args=None, namespace=None):
         self._answer_shell()
         return super().parse_known_args(args, namespace)
@@ -87,7 +90,6 @@ def make_parser(
         prog or None,
         description=description,
         epilog="settings:\n" + describe(schema),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.keys = tuple(entry.name for entry in fields(schema))
     parser.add_argument(

@@ -100,7 +100,6 @@ def take_task(prog: str, description: str, argv: list[str] | None) -> tuple[Task
         prog,
         description=description,
         epilog="With --config or --task, --help lists the settings of that task.",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
         add_help=False,
         allow_abbrev=False,
     )

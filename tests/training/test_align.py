@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import timm
 import torch
-from conftest import FSDP, assert_equal, run_script, skipdit_command, state, stats, tiny_dit
+from conftest import FSDP, assert_equal, assert_resumes, run_script, skipdit_command, state, stats, tiny_dit
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from timm.models import save_for_hf
@@ -255,13 +255,7 @@ def test_the_aligned_loss_falls(config):
 
 
 def test_resume_is_bit_equal(config, tmp_path):
-    train(config)
-    whole = state(config)
-    config = changed(config, {"out": str(tmp_path / "resumed"), "train.steps": 2})
-    train(config)
-    config = changed(config, {"train.steps": 4})
-    train(config)
-    assert_equal(whole | {"args": None}, state(config) | {"args": None})
+    assert_resumes(config, train, tmp_path)
 
 
 @pytest.mark.slow

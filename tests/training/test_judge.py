@@ -97,7 +97,7 @@ def test_real_images_are_needed(judged, reference, said):
 
 
 def test_statistics_of_another_network_are_refused_before_the_training(judged, tmp_path, network, monkeypatch):
-    monkeypatch.setattr("skipdit.metrics.progress.load_inception", lambda *_: load_image_script(network, "cpu"))
+    monkeypatch.setattr("skipdit.metrics.networks.load_inception", lambda *_: load_image_script(network, "cpu"))
     asked = changed(judged, {"judge.reference": str(tmp_path / "statistics.npz"), "judge.network": None})
     np.savez(tmp_path / "statistics.npz", mu=np.zeros(4), sigma=np.eye(4))
     with pytest.raises(ValueError, match="do not fit each other"):

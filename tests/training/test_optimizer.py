@@ -4,7 +4,7 @@ import pytest
 import torch
 from conftest import (
     FSDP,
-    assert_equal,
+    assert_resumes,
     run_script,
     short_training,
     state,
@@ -71,13 +71,7 @@ def test_a_torch_without_muon_is_told(monkeypatch):
 @pytest.mark.parametrize("freeze", [False, True])
 def test_muon_resumes_bit_equal(config, tmp_path, freeze):
     config = changed(config, {"train.freeze": freeze, "train.warmup": 3})
-    train(config)
-    whole = state(config)
-    config = changed(config, {"out": str(tmp_path / "resumed"), "train.steps": 2})
-    train(config)
-    config = changed(config, {"train.steps": 4})
-    train(config)
-    assert_equal(whole | {"args": None}, state(config) | {"args": None})
+    assert_resumes(config, train, tmp_path)
 
 
 @needs_muon

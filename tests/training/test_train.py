@@ -12,7 +12,7 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState, GradientState
 from accelerate.utils import LoggerType
-from conftest import FSDP, assert_equal, run_script, state, stats, tiny_dit
+from conftest import FSDP, assert_equal, assert_resumes, run_script, state, stats, tiny_dit
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from skipdit.checkpoints.errors import WeightsError
@@ -56,13 +56,7 @@ def test_two_precisions_in_one_process(config, tmp_path):
 
 def test_resume_is_bit_equal(config, tmp_path):
     """Story 7: two steps, then two more, equal four at once: weights, average, optimizer, data, noise."""
-    train(config)
-    whole = state(config)
-    config = changed(config, {"out": str(tmp_path / "resumed"), "train.steps": 2})
-    train(config)
-    config = changed(config, {"train.steps": 4})
-    train(config)
-    assert_equal(whole | {"args": None}, state(config) | {"args": None})
+    config = assert_resumes(config, train, tmp_path)
     assert [line["step"] for line in stats(config)] == [1, 2, 3, 4]
 
 

@@ -2,7 +2,6 @@
 
 import argparse
 import json
-import shlex
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ from skipdit.checkpoints.averages import combine
 from skipdit.checkpoints.errors import WeightsError
 from skipdit.checkpoints.files import is_finite, is_partial, load_checkpoint, load_state, record_of
 from skipdit.checkpoints.hub import CardSettings, upload, write_folder
-from skipdit.checkpoints.records import METADATA, SECTIONS, read_run, to_ship
+from skipdit.checkpoints.records import METADATA, SECTIONS, read_run, sampling_command, to_ship
 from skipdit.checkpoints.released import State, to_released
 from skipdit.checkpoints.single_file import find_class, open_model, task_of
 from skipdit.checkpoints.sums import require_sound, verify
@@ -85,8 +84,7 @@ def write_weights(state: State, out: Path, dtype: torch.dtype, record: dict[str,
     _write(out, save)
     if task is None or not record.get("args", {}).keys() >= SECTIONS:
         return None
-    prompt = ' --prompt "WHAT TO SHOW"' if task.startswith("text-") else ""
-    return f"skipdit sample --task {task} weights={shlex.quote(str(out))}{prompt}"
+    return sampling_command(task, out)
 
 
 def _record(source: Path) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """What weights say of themselves: the settings of their model and of its training. Needs no torch."""
 
 import json
+import shlex
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -45,6 +46,12 @@ def read_run(path: Path) -> tuple[Path, dict[str, Any]] | None:
     file = (folder.parent if folder.name == "checkpoints" else folder) / "config.yaml"
     values = read_values(file) if file.is_file() else {}
     return (file, values) if values.keys() >= SECTIONS else None
+
+
+def sampling_command(task: str, weights: str | Path) -> str:
+    """Return the command that samples from weights which say all else themselves."""
+    prompt = ' --prompt "WHAT TO SHOW"' if task.startswith("text-") else ""
+    return f"skipdit sample --task {task} weights={shlex.quote(str(weights))}{prompt}"
 
 
 def to_ship(record: Mapping[str, Any]) -> dict[str, Any]:

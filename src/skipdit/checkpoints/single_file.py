@@ -70,14 +70,19 @@ def open_model(
 
 def task_of(state: State) -> str | None:
     """Return the name of the task whose model weights are of, under our names; None if no model here is."""
+    backbone = _backbone_of(state)
+    return backbone.partition(" ")[0] if backbone else None
+
+
+def _backbone_of(state: State) -> str | None:
+    """The name of the backbone here that weights are of."""
     backbone = next((name for name, mark in _MARKS.items() if mark in state), None)
-    return backbone.partition(" ")[0] if backbone in _CLASSES else None
+    return backbone if backbone in _CLASSES else None
 
 
 def _class_of(source: str | Path, state: State) -> str:
     """The name of that of our classes which weights are of."""
-    backbone = next((name for name, mark in _MARKS.items() if mark in state), None)
-    if backbone not in _CLASSES:
+    if (backbone := _backbone_of(state)) is None:
         raise WeightsError(f"{source} holds {identify(state)}, which no model here is")
     return _CLASSES[backbone]
 

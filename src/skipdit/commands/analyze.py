@@ -26,15 +26,13 @@ SPECS = ["N2-1000-20", "N2-1000-20-o1", "N4-1000-20", "N4-1000-20-o1"]
 
 def read_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     """Return the parsed command line, `argv` or the program's own; ends the program for --help and mistakes."""
-    head = Parser("skipdit analyze", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    head = Parser("skipdit analyze", description=__doc__)
     head.add_argument("analysis", choices=ANALYSES)
     rest = head.add_argument("rest", nargs=argparse.REMAINDER, metavar="...", help="see skipdit analyze NAME --help")
     rest.required = False
     head.answers = not argv
     first = head.parse_args(argv)
-    parser = Parser(
-        f"{head.prog} {first.analysis}", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(f"{head.prog} {first.analysis}", description=__doc__)
     parser.add_argument("--config", required=True, metavar="FILE", help="YAML file of the task's sampler")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings that override the file's")
     parser.add_argument("--plain", metavar="WEIGHTS", help="of a backbone without skips, to put beside it")

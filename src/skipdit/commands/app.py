@@ -20,7 +20,7 @@ from skipdit.utils.shipped import PROJECT, locate, untold
 
 def read_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     """Return the parsed command line, `argv` or the program's own; ends the program for --help and mistakes."""
-    parser = Parser("skipdit app", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser("skipdit app", description=__doc__)
     parser.add_argument(
         "--config",
         action="append",

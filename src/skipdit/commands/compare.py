@@ -20,7 +20,7 @@ from skipdit.utils.shipped import found
 
 def read_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     """Return the parsed command line, `argv` or the program's own; ends the program for --help and mistakes."""
-    parser = Parser("skipdit compare", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser("skipdit compare", description=__doc__)
     parser.add_argument("--config", required=True, metavar="FILE", help="YAML file of a sampler's settings")
     parser.add_argument("--task", help="class-to-image ... [the name of the config's folder]")
     parser.add_argument("--intervals", type=int, nargs="+", default=[2, 3, 4], help="cache intervals [2 3 4]")

@@ -17,7 +17,7 @@ from skipdit.utils.text import with_home
 
 def read_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     """Return the parsed command line, `argv` or the program's own; ends the program for --help and mistakes."""
-    parser = Parser(prog="skipdit data", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(prog="skipdit data", description=__doc__)
     parser.add_argument("action", choices=["check"])
     parser.add_argument("config", metavar="CONFIG", help="YAML file of a training run; its section `data` counts")
     parser.add_argument("overrides", nargs="*", metavar="data.key=value", help="settings of that section to replace")

@@ -24,7 +24,7 @@ SIZES = {  # for about two minutes on two cores
 
 def read_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     """Return the arguments of `compare`; ends the program for --help and mistakes."""
-    parser = Parser("skipdit demo", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser("skipdit demo", description=__doc__)
     words = parser.add_argument(
         "words", nargs="*", metavar="TASK | key=value", help=f"{', '.join(TASKS)} [class-to-image]"
     )

@@ -12,5 +12,5 @@ from skipdit.cli import Parser
 
 def read_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     """Return the parsed command line, `argv` or the program's own; ends the program for --help and mistakes."""
-    parser = Parser("skipdit doctor", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser("skipdit doctor", description=__doc__)
     return parser.parse_args(argv)

@@ -26,7 +26,6 @@ def read_arguments(argv: list[str] | None = None) -> argparse.Namespace:
             for task, items in TASKS.items()
         )
         + "\n\n* only where --only names it",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("task", choices=TASKS)
     parser.add_argument("--dir", type=Path, help="folder for the files [checkpoints; of text-to-image: ckpts]")

@@ -30,7 +30,7 @@ from skipdit.utils.text import with_home
 
 def read_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     """Return the parsed command line, `argv` or the program's own; ends the program for --help and mistakes."""
-    parser = Parser("skipdit encode", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser("skipdit encode", description=__doc__)
     parser.add_argument("--data", choices=[*IMAGES, *CLIPS, *PICTURES], required=True, help="kind of dataset")
     parser.add_argument("--path", required=True, help="its folder; of shards also a Hub name")
     parser.add_argument("--image-size", type=int, default=256, help="pixels along a side [%(default)s]")

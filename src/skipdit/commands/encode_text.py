@@ -27,7 +27,7 @@ DTYPES = ("float16", "bfloat16", "float32")
 
 def read_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     """Return the parsed command line, `argv` or the program's own; ends the program for --help and mistakes."""
-    parser = Parser("skipdit encode-text", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser("skipdit encode-text", description=__doc__)
     parser.add_argument("config", metavar="CONFIG", help="YAML file of a training run; its section `data` counts")
     parser.add_argument("overrides", nargs="*", metavar="data.key=value", help="settings of that section to replace")
     parser.add_argument("--text-encoder", required=True, metavar="NAME", help="folder or Hub name")

@@ -30,11 +30,13 @@ DETAILS = {
 
 def read_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     """Return the parsed command line, `argv` or the program's own; ends the program for --help and mistakes."""
-    parser = Parser(prog="skipdit evaluate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(prog="skipdit evaluate", description=__doc__)
     commands = parser.add_subparsers(required=True, metavar="METRIC")
 
     def add(metric: str, title: str, batch_size: int | None = None) -> argparse.ArgumentParser:
-        command = commands.add_parser(metric, help=title, description=f"{title}. {DETAILS[metric]}")
+        command = commands.add_parser(
+            metric, help=title, description=f"{title}. {DETAILS[metric]}", formatter_class=argparse.HelpFormatter
+        )
         command.set_defaults(metric=metric)
         command.add_argument("run", metavar="RUN", help="output folder of a sampler, plain folder, or .npz of pictures")
         command.add_argument("--out", metavar="FOLDER", help="for the result [RUN/evaluation]")

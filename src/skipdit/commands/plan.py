@@ -22,7 +22,7 @@ SEED = 10_000  # of calibration samples; no config has it
 
 def read_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     """Return the parsed command line, `argv` or the program's own; ends the program for --help and mistakes."""
-    parser = Parser("skipdit plan", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser("skipdit plan", description=__doc__)
     planned = parser.add_mutually_exclusive_group(required=True)
     planned.add_argument("--config", metavar="FILE", help="a sampler's config")
     planned.add_argument("--pipeline", metavar="NAME", help="any diffusers pipeline, a folder or Hub name")

@@ -21,7 +21,7 @@ class Arguments(argparse.Namespace):
 
 def read_arguments(argv: list[str]) -> Arguments:
     """Return the parsed command line; ends the program for --help and mistakes."""
-    parser = Parser("skipdit train new", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser("skipdit train new", description=__doc__)
     parser.add_argument("--data", type=Path, required=True, metavar="FOLDER", help="pictures or clips")
     parser.add_argument("--name", help="of the runs: results/NAME-plain, ... [that of the folder]")
     parser.add_argument("--out", type=Path, metavar="FOLDER", help="for the configs [configs/NAME]")

@@ -19,12 +19,14 @@ from skipdit.cli import Parser
 
 def read_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     """Return the parsed command line, `argv` or the program's own; ends the program for --help and mistakes."""
-    parser = Parser("skipdit weights", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser("skipdit weights", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     titles = {"convert": "make a folder for from_pretrained", "export": "make a file to ship"}
     titles["average"] = "of a run with train.average_every: an average of any length"
     for name, help in {"verify": "read all of it, compare with its checksums", **titles}.items():
-        command = commands.add_parser(name, help=help, description=help[0].upper() + help[1:] + ".")
+        command = commands.add_parser(
+            name, help=help, description=help[0].upper() + help[1:] + ".", formatter_class=argparse.HelpFormatter
+        )
         command.add_argument("source", type=Path, metavar="IN", help="a .pt or .safetensors file, or a folder")
         if name == "verify":
             continue

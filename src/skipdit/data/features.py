@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from skipdit.data.latents import LatentInfo, Latents, Part
+from skipdit.data.latents import LatentInfo, Latents, OpenFiles, Part, differences
 from skipdit.encoders.image import ImageEncoder
 from skipdit.utils.errors import BrokenSample, UserError
 from skipdit.utils.files import naming, whole_file
@@ -59,10 +59,9 @@ class FeatureInfo:
 
     def require(self, latents: Path) -> None:
         """Raise ValueError, naming file and difference, unless the features beside a shard were made like this."""
-        found, wanted, path = self.read(latents), asdict(self), beside(latents)
+        found, path = self.read(latents), beside(latents)
         if found != self:
-            pairs = [(key, value) for key, value in asdict(found).items() if value != wanted[key]]
-            differ = "; ".join(f"{key} is {value} there, {wanted[key]} wanted" for key, value in pairs)
+            differ = differences(found, self)
             raise UserError(f"{path} has other features ({differ}): remove {path.parent}, and {AGAIN}")
 
 
@@ -116,6 +115,7 @@ class WithFeatures(Dataset):
             raise UserError(f"train.align needs data.kind=latents with features: {AGAIN}")
         self.images, self.num_classes = images, images.num_classes
         first, *others = images.table.paths
+        self._files = OpenFiles([beside(path) for path in images.table.paths])
         self.features = FeatureInfo.read(first)
         for path in others:
             self.features.require(path)
@@ -125,10 +125,9 @@ class WithFeatures(Dataset):
 
     def __getitem__(self, index: int) -> dict:
         number, row = self.images.table.place(index)
-        path = beside(self.images.table.paths[number])
         try:
-            with safe_open(path, framework="pt") as file:
-                features = file.get_slice("features")[row].unflatten(0, self.features.grid)
+            features = self._files[number].get_slice("features")[row].unflatten(0, self.features.grid)
         except (SafetensorError, OSError) as error:
+            path = beside(self.images.table.paths[number])
             raise BrokenSample(f"{path}: row {row}: {error}") from error
         return self.images[index] | {"features": features}

@@ -10,11 +10,11 @@ and these are the labels. Captioned pictures are sorted by bucket, and a shard i
 
 import bisect
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from itertools import accumulate
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
 from diffusers import AutoencoderKL
 from safetensors import SafetensorError, safe_open
@@ -29,9 +29,6 @@ from skipdit.data.settings import CLIPS, ClipData, ImageData, PictureData
 from skipdit.encoders.autoencoder import latent_size, shift_factor
 from skipdit.utils.errors import BrokenSample, UserError
 from skipdit.utils.provenance import fingerprint
-
-if TYPE_CHECKING:
-    pass
 
 
 @dataclass(frozen=True)
@@ -91,6 +88,24 @@ class Part:
         return cls(**part | {"broken": tuple(part["broken"])})
 
 
+class OpenFiles:
+    """Files of tensors, memory-mapped, each opened when it is first read. Indexed by number."""
+
+    def __init__(self, paths: Sequence[Path]):
+        self._paths, self._opened = paths, {}
+
+    def __getitem__(self, number: int):
+        if number not in self._opened:
+            self._opened[number] = safe_open(self._paths[number], framework="pt")
+        return self._opened[number]
+
+    def __iter__(self) -> Iterator:
+        return map(self.__getitem__, range(len(self._paths)))
+
+    def __getstate__(self) -> dict:  # for data loading processes that are spawned: open files do not travel
+        return self.__dict__ | {"_opened": {}}
+
+
 class Shards:
     """The shards of one encoded dataset, memory-mapped, as one table of rows.
 
@@ -108,7 +123,7 @@ class Shards:
     """
 
     def __init__(self, folder: str | Path, expected: LatentInfo | None = None, wanted: str | None = None):
-        self.paths, self._opened = sorted(Path(folder).glob("*.safetensors")), None
+        self.paths = sorted(Path(folder).glob("*.safetensors"))
         if not self.paths:
             raise FileNotFoundError(f"no latents in {folder}; `skipdit encode --help` tells how to make them")
         self.info = LatentInfo.read(self.paths[0])
@@ -127,6 +142,7 @@ class Shards:
         self.paths = [p for p, part in zip(self.paths, parts, strict=True) if part.readable]
         if not self.paths:
             raise UserError(f"{folder} holds no latents: none of the {total} samples could be read")
+        self._shards = OpenFiles(self.paths)
         self._keys = ["mean", "std"] if self.info.kind == "sample" else ["mean"]
         self._ends = list(accumulate(shard.get_slice("mean").get_shape()[0] for shard in self._shards))
         self.clips = "length" in self._shards[0].keys()  # noqa: SIM118 (not a mapping)
@@ -139,15 +155,6 @@ class Shards:
     def contents(self) -> str:
         """What was encoded."""
         return "clips" if self.clips else "pictures with classes" if self.captions is None else "captioned pictures"
-
-    @property
-    def _shards(self) -> list:
-        if self._opened is None:
-            self._opened = [safe_open(path, framework="pt") for path in self.paths]
-        return self._opened
-
-    def __getstate__(self) -> dict:  # for data loading processes that are spawned: open files do not travel
-        return self.__dict__ | {"_opened": None}
 
     def column(self, name: str) -> list[int] | None:
         """The integers `name` of all shards, one after the other; None if they have none."""
@@ -316,11 +323,15 @@ def _captions(path: Path, part: Part) -> Iterable[tuple[int, str]]:
     return ((int(number), caption) for number, caption in captions.items())
 
 
-def _refuse_difference(path: Path, found: LatentInfo, expected: LatentInfo) -> None:
-    differ = [
+def differences(found: Any, expected: Any) -> str:
+    """What two of one dataclass differ in, in words; empty if in nothing."""
+    return "; ".join(
         f"{key} is {value!r} there, {getattr(expected, key)!r} wanted"
         for key, value in asdict(found).items()
         if value != getattr(expected, key)
-    ]
-    if differ:
-        raise UserError(f"latents {path} do not fit: {'; '.join(differ)}. Encode them again with `skipdit encode`.")
+    )
+
+
+def _refuse_difference(path: Path, found: LatentInfo, expected: LatentInfo) -> None:
+    if differ := differences(found, expected):
+        raise UserError(f"latents {path} do not fit: {differ}. Encode them again with `skipdit encode`.")

@@ -11,11 +11,11 @@ from torch import Tensor
 
 from skipdit.cli import friendly_errors
 from skipdit.metrics import frechet_distance, gaussian_frechet_distance, mean_psnr, moments, psnr, ssim
-from skipdit.metrics.features import features_of
+from skipdit.metrics.features import features_of, shipped_statistics
 from skipdit.metrics.kept import kept_rows
-from skipdit.metrics.networks import load_i3d, load_image_script, load_inception, sha256
+from skipdit.metrics.networks import load_i3d, load_image_network, sha256
 from skipdit.metrics.perceptual import BACKBONES, ClipScore, load_lpips
-from skipdit.metrics.samples import EVALUATION, Arrays, Files, Samples, open_clips, open_samples
+from skipdit.metrics.samples import EVALUATION, Files, Samples, open_clips, open_samples
 from skipdit.metrics.sets import inception_score, kid, precision_recall
 from skipdit.metrics.vbench import link_clips, missing_clips
 from skipdit.sampling.prompts import read_prompts
@@ -106,7 +106,8 @@ def fid(args: argparse.Namespace) -> dict:
             raise UserError(f"{samples.source} holds clips, not pictures: fvd judges them")
     if not len(ours):
         raise UserError(f"{ours.source} holds statistics only; what is judged are pictures")
-    network = load_image_script(args.network, device) if args.network else load_inception(args.inception, device)
+    network = load_image_network(args.network, args.inception, device)
+    statistics = shipped_statistics(theirs, args.network, "--network")
     mine = features_of(ours, network, args.features, args.batch_size, ours.size)
     reference = theirs.protocol() if len(theirs) else {"source": str(theirs.source), "num_samples": 0}
     name, results = "frechet_distance" if args.network else "fid", {}
@@ -116,13 +117,9 @@ def fid(args: argparse.Namespace) -> dict:
         results["kid"], results["kid_std"] = kid(mine.to(device), real.to(device))
         results["precision"], results["recall"] = precision_recall(mine.to(device), real.to(device))
         reference["fitted_to"] = list(ours.size)  # centre crop of those of another size
-    if (
-        isinstance(theirs, Arrays) and theirs.statistics is not None and not args.network
-    ):  # ADM's suite prefers them too
+    if statistics is not None:
         reference |= {"statistics": "mu and sigma of the file", "file_sha256": sha256(theirs.source)}
-        distance = gaussian_frechet_distance(*moments(mine), *theirs.statistics)
-    elif not len(theirs):
-        raise UserError(f"{theirs.source} holds only statistics by the network of FID: leave out --network")
+        distance = gaussian_frechet_distance(*moments(mine), *statistics)
     else:
         distance = frechet_distance(mine, real)
         if len(theirs) < min(len(ours), FID_SAMPLES):

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -44,6 +45,22 @@ def features_of(
     key |= {"source": str(samples.source.resolve())}
     count = min(len(samples), most or len(samples))
     return kept_rows(folder, key, count, samples.stamp, compute, batch_size, samples.source.name)
+
+
+def shipped_statistics(samples: Samples, network: str | None, option: str) -> tuple[np.ndarray, np.ndarray] | None:
+    """Return mean and covariance of features that a file brings along, which ADM's suite prefers, too; None if they are
+    to be made of its images.
+
+    Args:
+        network: the option's value, for one that is not the network of FID.
+
+    Raises ValueError if the file holds nothing but statistics of another network.
+    """
+    if samples.statistics is not None and not network:
+        return samples.statistics
+    if not len(samples):
+        raise UserError(f"{samples.source} holds only statistics by the network of FID: leave out {option}")
+    return None
 
 
 def checked(network: Network, pixels: Tensor) -> Tensor:

@@ -100,6 +100,11 @@ def load_inception(given: str | None, device: torch.device) -> Network:
     return Network("Inception v3 of FID (pytorch-fid)", path, digest, released, features, state["fc.weight"].to(device))
 
 
+def load_image_network(script: str | None, inception: str | None, device: torch.device) -> Network:
+    """The TorchScript file that is given, or the network of FID. Arguments and errors as of the next two."""
+    return load_image_script(script, device) if script else load_inception(inception, device)
+
+
 def load_image_script(file: str, device: torch.device) -> Network:
     """A TorchScript file that gives features (N, D) of pictures, float32 (N, 3, H, W) in [-1, 1].
 

@@ -6,10 +6,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from skipdit.metrics.features import checked, features_of
+from skipdit.metrics.features import checked, features_of, shipped_statistics
 from skipdit.metrics.frechet import gaussian_frechet_distance, moments
-from skipdit.metrics.networks import load_image_script, load_inception
-from skipdit.metrics.samples import Arrays, open_samples
+from skipdit.metrics.networks import load_image_network
+from skipdit.metrics.samples import open_samples
 from skipdit.training.settings import JudgeConfig
 from skipdit.utils.device import process_state
 from skipdit.utils.errors import UserError
@@ -31,14 +31,12 @@ class FrechetJudge:
         if config.reference is None:
             raise UserError(f"judge.every={config.every} needs judge.reference: a folder of real images, or an .npz")
         device, real = process_state().device, open_samples(config.reference)
-        self.network = load_image_script(config.network, device) if config.network else load_inception(None, device)
-        if isinstance(real, Arrays) and real.statistics is not None and not config.network:
-            self.real = real.statistics
+        self.network = load_image_network(config.network, None, device)
+        self.real = shipped_statistics(real, config.network, "judge.network")
+        if self.real is not None:
             self([torch.zeros(2, 3, *size, dtype=torch.uint8)])  # what does not fit is told before the training
-        elif len(real):
-            self.real = moments(features_of(real, self.network, folder, BATCH, size))
         else:
-            raise UserError(f"{real.source} holds only statistics by the network of FID: leave out judge.network")
+            self.real = moments(features_of(real, self.network, folder, BATCH, size))
 
     def __call__(self, batches: Iterable[Tensor]) -> float:
         """Return the Fréchet distance of images, in batches uint8 (N, 3, H, W)."""

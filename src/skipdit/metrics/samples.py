@@ -40,9 +40,11 @@ class Samples(ABC):
         names: theirs.
         report, job: of the run that made them; empty where that is unknown.
         about: what to report of them besides.
+        statistics: mean and covariance of their features that the file brings along, by the network of FID, or None.
     """
 
     names: Sequence[str]
+    statistics: tuple[np.ndarray, np.ndarray] | None = None
 
     def __init__(self, source: Path, run: Path | None = None):
         self.source = source
@@ -147,9 +149,6 @@ class Files(Samples):
 
 class Arrays(Samples):
     """Pictures in an .npz as ADM's evaluation suite has them, `arr_0` uint8 (N, H, W, 3); read into memory whole.
-
-    Attributes:
-        statistics: mean and covariance of their features that the file brings along, by the network of FID, or None.
 
     Raises ValueError if it holds neither pictures nor statistics.
     """

@@ -1,6 +1,5 @@
 """How a training run begins: its command line; all files are there, the model is made, its weights are loaded."""
 
-import shlex
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -11,6 +10,7 @@ from diffusers import AutoencoderKL
 
 from skipdit.checkpoints.files import saved
 from skipdit.checkpoints.loading import load_weights
+from skipdit.checkpoints.records import sampling_command
 from skipdit.cli import friendly_errors
 from skipdit.config import changed
 from skipdit.data.texts import LiveTexts, Texts, TextTable
@@ -49,9 +49,7 @@ def tell_next_step(config: TrainerConfig) -> None:
     if not files or not process_state().is_main_process:
         return
     task = type(config).__module__.split(".")[1].replace("_", "-")
-    prompt = ' --prompt "WHAT TO SHOW"' if task.startswith("text-") else ""
-    print(f"the trained model is in {files[-1]}; to sample from it:")
-    print(f"  skipdit sample --task {task} weights={shlex.quote(config.out)}{prompt}")
+    print(f"the trained model is in {files[-1]}; to sample from it:\n  {sampling_command(task, config.out)}")
 
 
 def open_training(
