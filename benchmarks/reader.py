@@ -65,6 +65,8 @@ def main() -> None:
     args = parser.parse_args()
     if args.kind != "latents" and args.path is None:
         parser.error(f"--kind {args.kind} needs --path")
+    if min(args.samples, args.batch, args.batches) < 1 or min(args.workers) < 0:
+        parser.error("--samples, --batch and --batches must be 1 or more, --workers 0 or more")
     with TemporaryDirectory() as made:
         if args.path is None:
             make_latents(Path(made), args.samples)

@@ -47,6 +47,8 @@ def make_judge(config: Config, vae: AutoencoderKL) -> tuple[int, Callable[[DiT, 
     count, classes = config.judge.samples, config.model.num_classes
     shift = config.train.flow_shift if config.train.objective == "flow" else None
     sampling_timesteps(config.train.preview, config.judge.sampling_steps, shift)  # refused now, or in hours
+    if count < classes:
+        raise UserError(f"judge.samples={count} leaves out classes: set it to model.num_classes={classes} or more")
     with process_state().local_main_process_first():  # features of the real images are computed once
         frechet = FrechetJudge(config.judge, (config.data.image_size,) * 2, Path(config.out) / "judge")
 

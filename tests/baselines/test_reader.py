@@ -40,6 +40,7 @@ def test_images_are_read(monkeypatch, capsys, tmp_path):
     arguments = ["--kind", "image_folder", "--image-size", "16", "--batch", "2", "--batches", "2", "--workers", "0"]
     call(monkeypatch, *arguments, "--path", str(tmp_path))
     assert re.search(r"2 samples of .*\n0 workers: [\d,]+ samples/s", capsys.readouterr().out)
-    with pytest.raises(SystemExit, match="2"):
-        call(monkeypatch, *arguments)
-    assert "needs --path" in capsys.readouterr().err
+    for mistake, said in ((arguments, "needs --path"), (["--batch", "0"], "--batch and --batches must be 1 or more")):
+        with pytest.raises(SystemExit, match="2"):
+            call(monkeypatch, *mistake)
+        assert said in capsys.readouterr().err

@@ -118,6 +118,12 @@ def test_the_encoder_sees_images_of_another_size(tmp_path, encode):
         load_image_encoder(str(tmp_path / "vit"), 9)
 
 
+def test_a_size_needs_an_encoder(encode, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        encode("--features-size", "8", features=None)
+    assert "--features-size needs --features" in capsys.readouterr().err
+
+
 def test_features_join_latents_and_an_interrupted_run_goes_on(tmp_path, encode):
     encode(features=None)
     folder = tmp_path / "latents"

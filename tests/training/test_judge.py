@@ -96,6 +96,11 @@ def test_real_images_are_needed(judged, reference, said):
         train(changed(judged, {"judge.reference": reference}))
 
 
+def test_samples_of_all_classes_are_needed(judged):
+    with pytest.raises(ValueError, match="judge.samples=2 leaves out classes: set it to model.num_classes=3 or more"):
+        train(changed(judged, {"judge.samples": 2}))
+
+
 def test_statistics_of_another_network_are_refused_before_the_training(judged, tmp_path, network, monkeypatch):
     monkeypatch.setattr("skipdit.metrics.networks.load_inception", lambda *_: load_image_script(network, "cpu"))
     asked = changed(judged, {"judge.reference": str(tmp_path / "statistics.npz"), "judge.network": None})

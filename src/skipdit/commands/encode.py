@@ -73,5 +73,7 @@ def read_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--shard", type=int, default=10_000, help="images or clips per file [%(default)s]")
     parser.add_argument("--workers", type=int, default=READERS, help="reading processes [%(default)s]")
     args = with_home(parser.parse_args(argv))
+    if args.features_size is not None and not args.features:
+        parser.error("--features-size needs --features")
     args.vae, args.features = found(args.vae), args.features and found(args.features)
     return args
