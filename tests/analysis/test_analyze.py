@@ -73,6 +73,7 @@ def test_trace_is_the_forward_pass(model):
         assert torch.equal(seen.feature(2), step.kept_feature)
 
 
+@pytest.mark.slow
 def test_record_sees_every_call_of_the_sampler(sampler):
     noises = []
     runs = record(sampler, 6, see=lambda call, cache, noise: noises.append(noise))

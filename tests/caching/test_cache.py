@@ -143,6 +143,7 @@ def test_a_plain_backbone_stores_what_its_middle_adds():
 
 
 @pytest.mark.parametrize("interval", [(0, 1000), (300, 700)])
+@pytest.mark.slow
 def test_no_tensor_survives_a_run(interval):
     model, steps = tiny_dit(), 12
     cache = SkipCache("N3-1000-20-o1", Diffusion(steps).sampling_timesteps)

@@ -217,6 +217,7 @@ def test_exports_are_single_files(name, suffix, tmp_path):
 
 @pytest.mark.parametrize("suffix", ["pt", "safetensors"])
 @pytest.mark.parametrize("name", MODELS)
+@pytest.mark.slow
 def test_released_files_are_single_files(name, suffix, tmp_path):
     model, path = MODELS[name](), tmp_path / f"released.{suffix}"
     export_released(model, path)

@@ -762,6 +762,7 @@ def test_latents_of_pictures_are_none_of_clips(layouts, tmp_path, image_folder, 
 
 
 @pytest.mark.parametrize("kind", ["videos", "frames", "latents"])
+@pytest.mark.slow
 def test_loading_processes(config, layouts, tmp_path, encode_clips, kind):
     """Two of them give what one process gives, and a dataset that was in use can be sent to one."""
     if kind == "latents":

@@ -102,6 +102,7 @@ def test_a_scheduler_keeps_its_kind_and_shift():
 
 
 @pytest.mark.parametrize("cache", ["none", "N2-1000-0", "N3-1000-0-o1", "D0.5"])
+@pytest.mark.slow
 def test_flow_models_sample_under_every_cache(cache):
     model = tiny_dit(flow_shift=2.0)
     noise = {"labels": torch.tensor([1, 2]), "generators": generators(0, range(2), "cpu")}

@@ -178,6 +178,7 @@ def test_fidelity_refuses(tmp_path, capsys):
     assert "neither a folder nor" in refused(capsys, "fidelity", tmp_path / "none", "--reference", reference)
 
 
+@pytest.mark.slow
 def test_fidelity_with_lpips(tmp_path, capsys, monkeypatch):
     pytest.importorskip("lpips")
     import torchvision
@@ -404,6 +405,7 @@ def save_frames(folder: Path, films: Tensor) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_fvd_by_the_protocol_of_stylegan_v(tmp_path, scripts, capsys):
     """The clips of a run against stretches of real ones, covariances divided by N."""
     mine, real = clips(8, 18), clips(9, 31, seed=1)
@@ -529,6 +531,7 @@ def test_vbench_layout(tmp_path, capsys):
         assert record["results"]["folder"] == str(place) and record["results"]["missing"] == []
 
 
+@pytest.mark.slow
 def test_inception_from_the_download_cache(tmp_path, inception_file, monkeypatch):
     """The cached file counts if its hash is the one in its name."""
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))

@@ -351,6 +351,7 @@ def test_lpips_equals_its_definition(name, taps, tmp_path):
         distance(a[..., : least - 1], b[..., : least - 1])
 
 
+@pytest.mark.slow
 def test_lpips_refuses_other_weights(tmp_path):
     pytest.importorskip("lpips")
     state = {f"features.{key}": value for key, value in backbone("alex").state_dict().items()}

@@ -87,6 +87,7 @@ def test_weights_of_diffusers_load_and_give_its_numbers(theirs, tmp_path):
     assert all(torch.equal(back[name], tensor) for name, tensor in theirs.state_dict().items())
 
 
+@pytest.mark.slow
 def test_command_converts_to_diffusers_and_back(theirs, tmp_path):
     """diffusers' folder to the released file, to ours, and to diffusers' again: the same bits."""
     theirs.save_pretrained(tmp_path / "theirs")

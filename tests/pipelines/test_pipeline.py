@@ -170,6 +170,7 @@ def test_prompt_may_change_within_a_call(pipe):
     assert not torch.equal(run(pipe), expected)
 
 
+@pytest.mark.slow
 def test_nothing_is_left_after_a_call(pipe):
     cache, alive = enable_cache(pipe, "N2-900-50-o1"), []
     text = torch.randn(1, 6, 12)

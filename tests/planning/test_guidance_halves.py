@@ -29,6 +29,7 @@ def test_halves_alike_are_the_planners_fit(tmp_path, target):
     assert (apart.final(0, apart.run()[0]) - ends[0]).abs().max() > 2e-3
 
 
+@pytest.mark.slow
 def test_half_steps_run_the_conditional_half(tmp_path, monkeypatch):
     made, rows = bench(tmp_path, guidance_channels="null"), []
     forward = made.model.forward

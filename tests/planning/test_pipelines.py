@@ -166,6 +166,7 @@ def test_latents_in_bfloat16_are_measured():
 
 
 @pytest.mark.parametrize("name", ["DiTPipeline", "WanPipeline (2.2, two transformers)"])
+@pytest.mark.slow
 def test_costs_of_a_pipeline_are_measured(name):
     bench = bench_of(name, "sampler")
     bench.measure()
@@ -215,6 +216,7 @@ def timesteps(scheduler, steps: int) -> list[float]:
     return scheduler.timesteps.tolist()
 
 
+@pytest.mark.slow
 def test_plan_command(folder, tmp_path, capsys):
     out = tmp_path / "plan.json"
     plan(folder, out, "class_labels=[0, 1, 2]", "num_inference_steps=8", "guidance_scale=2")

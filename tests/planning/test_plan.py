@@ -300,6 +300,7 @@ def clock(monkeypatch):
     return each.update
 
 
+@pytest.mark.slow
 def test_costs_are_measured(tmp_path, clock):
     made = bench(tmp_path, steps=10)
     in_flops = made.cost(CacheSpec(2))
@@ -313,6 +314,7 @@ def test_costs_are_measured(tmp_path, clock):
     assert "8 steps, ddim" in rows and rows["reuse N=2, 1.33x"].spec == CacheSpec(2)
 
 
+@pytest.mark.slow
 def test_without_a_branch_no_cached_step_is_measured(tmp_path, clock):
     (tmp_path / "tiny.yaml").write_text(TINY)
     made = Bench(ImageSampler(load_config(Config, tmp_path / "tiny.yaml"), 0), 10, 0)
@@ -445,6 +447,7 @@ def test_a_schedule_of_another_branch_is_refused(command, capsys, tmp_path):
     assert "its cached steps run the branch 1; this wants --branch 1" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_planning_by_time(command, capsys, tmp_path, clock):
     """On a clock where a cached step takes 0.6 times as long as a full one, and a forecast a tenth."""
     clock({"full": 2.0, "cached": 1.2, "forecast": 0.2})
@@ -573,6 +576,7 @@ def test_comparisons_check_their_plans():
         check_plans([plan], sampler)
 
 
+@pytest.mark.slow
 def test_a_plan_for_other_runs_is_told(tmp_path, monkeypatch):
     (tmp_path / "tiny.yaml").write_text(TINY + f"out: {tmp_path}/out\n")
     timesteps = tuple(map(float, Diffusion(10).sampling_timesteps))

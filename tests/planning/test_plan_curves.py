@@ -81,6 +81,7 @@ def test_what_is_known_is_not_measured_again(benchmark, monkeypatch, files):
         assert min(picture.size) > 300
 
 
+@pytest.mark.slow
 def test_evenly_spaced_forecasts_are_fitted_on_other_noise(sampler, files, tmp_path):
     """Once, on samples of another seed than those to be judged, and better on these than outputs used again."""
     bench, store = Bench(sampler, 6, 1, "sampler"), Store(tmp_path / "out", {"threads": 1})
@@ -103,6 +104,7 @@ def test_evenly_spaced_forecasts_of_many_steps_have_a_short_name(sampler, tmp_pa
     assert plans.evenly_spaced(bench, plan, Store(tmp_path / "out", {"threads": 1})).kinds.count("F") == 50
 
 
+@pytest.mark.slow
 def test_what_taylor_seer_costs(sampler):
     share = plans.extrapolated_share(sampler.model)
     assert 0 < share < 0.1  # modulations, and what is before and after the blocks

@@ -404,6 +404,7 @@ def test_commands_bring_the_released_files(shipped):
 
 
 @each([s for s in SAMPLING + [s for s in TRAINING if "lora" in s.path.stem] if is_released(s.weights)])
+@pytest.mark.slow
 def test_released_weights_are_of_the_model_that_the_config_builds(shipped):
     checkpoints = [item for item in TASKS[shipped.task].values() if item.holds]
     found = [(item.holds, place) for item in checkpoints for place in places(item, FOLDERS[shipped.task])]
@@ -937,6 +938,7 @@ def test_a_config_can_name_its_task(tmp_path):
         find_task(str(file))
 
 
+@pytest.mark.slow
 def test_what_commands_write_is_ignored_by_git():
     if not (ROOT / ".git").exists() or not shutil.which("git"):
         pytest.skip("no checkout")

@@ -244,6 +244,7 @@ def test_loops_by_hand_may_begin_in_the_middle(scheduler, device):
     assert cache.run.ran == [True, False] * 5 + [True]
 
 
+@pytest.mark.slow
 def test_nothing_of_a_cache_stays(device):
     model = tiny_dit().to(device)
     cache = SkipCache("N3-1000-20-o1", Diffusion(12).sampling_timesteps)

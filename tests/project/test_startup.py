@@ -41,12 +41,14 @@ def start(*argv: str) -> tuple[int, str, str, set[str]]:
 
 
 @pytest.mark.parametrize("program", [*SCRIPTS, *(f"skipdit {name}" for name in COMMANDS)])
+@pytest.mark.slow
 def test_help_imports_nothing_heavy(program):
     code, out, messages, modules = start(*program.split(), "--help")
     assert code == 0 and "usage:" in out and not modules
     assert int(messages.partition("count:")[2].split()[0]) < MOST_MODULES
 
 
+@pytest.mark.slow
 def test_help_of_a_task_lists_its_settings():
     for command, setting in {"sample": "guidance_channels=3", "train": "train.freeze=False"}.items():
         code, out, _, modules = start("skipdit", command, "--task", "class-to-image", "--help")

@@ -36,6 +36,7 @@ def training(tmp_path, vae_folder, image_folder) -> TrainingConfig:
 
 
 @pytest.mark.parametrize("weights", ["run", "run/checkpoints", "run/checkpoints/0000001.pt"])
+@pytest.mark.slow
 def test_nothing_but_the_run_is_said(training, tmp_path, weights):
     config = load_config(Config, None, [f"weights={tmp_path / weights}", "num_samples=1", "steps=2"])
     assert (config.model, config.image_size, config.vae) == (training.model, 8, training.vae)

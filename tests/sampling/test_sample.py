@@ -114,6 +114,7 @@ def test_more_images_of_the_same_run(config):
     assert len(images(config.out)) == 7
 
 
+@pytest.mark.slow
 def test_noise_at_every_step_does_not_depend_on_batch_size(config, tmp_path):
     config = changed(config, {"sampler": "ddpm"})
     sample(config)

@@ -226,6 +226,7 @@ def test_tokens_are_those_after_the_block(config, tmp_path):
     assert widths == [(32, 2048), (2048, 2048), (2048, DIM)]
 
 
+@pytest.mark.slow
 def test_training_logs_both_losses_and_saves_the_projection(config, tmp_path):
     train(config)
     for line in stats(config):
@@ -253,6 +254,7 @@ def test_without_a_weight_features_change_nothing(config, tmp_path, encode):
     assert_equal(state(config) | {"args": None}, state(bare) | {"args": None})
 
 
+@pytest.mark.slow
 def test_the_aligned_loss_falls(config):
     config = changed(config, {"train.steps": 16, "train.lr": 3e-3, "train.save_every": 0})
     train(config)
@@ -260,6 +262,7 @@ def test_the_aligned_loss_falls(config):
     assert sum(losses[-4:]) / 4 < losses[0] - 0.4
 
 
+@pytest.mark.slow
 def test_resume_is_bit_equal(config, tmp_path):
     assert_resumes(config, train, tmp_path)
 
@@ -319,6 +322,7 @@ def test_a_broken_row_has_no_weight_in_either_loss(config, tmp_path):
     assert losses[1] == 0 and losses[0] != 0
 
 
+@pytest.mark.slow
 def test_exported_weights_are_those_of_any_model(config, tmp_path):
     """They hold no projection, sample, and cache."""
     train(config)
@@ -354,6 +358,7 @@ def test_other_tasks_refuse(task, training_config):
     assert not Path(config.out).exists()
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_with_the_same_features(config, tmp_path, encode):
     config = changed(config, {"train.steps": 2})
     train(config)

@@ -122,6 +122,7 @@ def test_processes_stop_after_the_same_step(config, tmp_path):
     assert_equal(resumed, whole)
 
 
+@pytest.mark.slow
 def test_a_second_signal_ends_at_once(config, tmp_path):
     """The step takes a minute."""
     script = f"""

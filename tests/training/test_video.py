@@ -298,6 +298,7 @@ def test_media_round_trip(tmp_path):
     assert side_by_side([film, film, film], columns=2).shape == (5, 3, 2 * 18 + 2, 2 * 26 + 2)
 
 
+@pytest.mark.slow
 def test_a_run_says_what_its_samples_are(training, tmp_path):
     train(changed(training, {"train.steps": 1}))
     config = load_config(sampler.Config, None, [f"weights={training.out}", "steps=2", "num_samples=1"])
