@@ -95,7 +95,7 @@ def test_form_shows_the_config():
         ({"steps": 0}, "steps is 0; it should be 1 or more"),
         ({"caches": ["N2-70"]}, "cache spec 'N2-70' does not parse"),
         ({"caches": ["D0.2"]}, "D0.2 decides while it runs"),
-        ({"caches": ["N2-1000-20", "N2-1000-20-b2"]}, "branches 1 and 2"),
+        ({"caches": ["N2-1000-20", "N2-1000-20-b2", "N2-1000-0-b0"]}, "branches 1 and 2"),
         ({"caches": []}, "0 caches are chosen"),
         ({"caches": ["plan"]}, "No plan: none beside this config is for this model and these 6 steps"),
         ({"method": "dddm"}, "sampler is 'dddm'; known: ddpm, ddim"),
@@ -114,9 +114,10 @@ def test_bad_input_is_told_in_words(studio, changes, told):
 
 @pytest.mark.slow
 def test_comparison_of_images(studio):
-    comparison = studio.run(replace(SHORT, caches=("reuse", "extrapolate", "N3-1000-20-o1")))
+    comparison = studio.run(replace(SHORT, caches=("reuse", "N3-1000-0-b0-o1", "N3-1000-20-b2-o1")))
     names = [result.row["name"] for result in comparison.results]
-    assert names == ["uncached", "reuse N=2", "extrapolate N=2", "N3-1000-20-o1"]
+    assert names == ["uncached", "reuse N=2", "N3-1000-0-b0-o1", "N3-1000-20-b2-o1"]
+    assert comparison.results[2].row["kinds"] == ["full", "forecast", "forecast"] * 2
     reuse = comparison.results[1]
     assert reuse.row["kinds"] == ["full", "cached"] * 3 and reuse.row["psnr"] < 100
     assert reuse.command.startswith(f"skipdit sample --config {IMAGES} --cache N2-1000-20")

@@ -557,6 +557,10 @@ def test_comparison_with_a_plan():
     assert rows[-1].flops(model) == 22.0
     with pytest.raises(ValueError, match=r"--also D0\.2-o1: what it costs is not known"):
         rows_for(4, [2], CacheSpec(2), model, [parse_policy("D0.2-o1")])
+    with pytest.raises(ValueError, match=r"--also N2-1000-0-b2: its branch is 2, of the others 1: see --branch"):
+        rows_for(4, [2], CacheSpec(2), model, [parse_policy("N2-1000-0-b2")])
+    forecasts = rows_for(4, [2], CacheSpec(2, branch=2), model, [parse_policy("N2-1000-0-b0-o1")])[-1]
+    assert forecasts.flops(model) == 20.0  # two of the four steps run nothing
 
 
 def test_comparisons_check_their_plans():

@@ -162,7 +162,7 @@ def own_policies(caches: Sequence[str]) -> dict[str, CachePolicy]:
     policies = {text: parse_policy(found(text)) for text in caches if text not in CHOICES}
     if adaptive := [text for text, policy in policies.items() if policy.adaptive]:
         raise UserError(f"{adaptive[0]} decides while it runs, so that its cost is not known before: choose another")
-    if len(branches := {policy.branch for policy in policies.values() if policy.caches}) > 1:
+    if len(branches := {policy.branch for policy in policies.values() if policy.caches and policy.branch}) > 1:
         raise UserError(f"caches have the branches {' and '.join(map(str, sorted(branches)))}: compare one of them")
     return policies
 
@@ -186,8 +186,8 @@ def rows_of(request: Request, task: Task, sampler: Sampler, policies: dict[str, 
 
 
 def branch_of(policies: dict[str, CachePolicy]) -> int | None:
-    """Return the branch that policies share; None without any."""
-    return next((policy.branch for policy in policies.values() if policy.caches), None)
+    """Return the branch that policies share; None if no step of theirs is cached."""
+    return next((policy.branch for policy in policies.values() if policy.caches and policy.branch), None)
 
 
 def command_line(request: Request, task: Task, overrides: Sequence[str], row: Row) -> str:

@@ -48,7 +48,7 @@ def rows_for(
     if drifts := [str(policy) for policy in also if policy.adaptive]:
         raise UserError(f"--also {drifts[0]}: what it costs is not known before; benchmarks/compare.py counts it")
     for policy in also:
-        if policy.caches and policy.branch != window.branch:
+        if policy.caches and policy.branch not in (0, window.branch):  # with 0, all its steps are full or forecasts
             raise UserError(
                 f"--also {policy}: its branch is {policy.branch}, of the others {window.branch}: see --branch"
             )
