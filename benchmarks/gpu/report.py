@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from gpu.record import ROOT
 from skipdit.sampling.report import steps_column
 
-NO_CARD = "# On a GPU: no card has been at hand yet"
+NO_CARD = "# On a GPU: not measured yet"
 DIT = "DiT-XL/2 256"
 GIB = 2**30
 Data = dict[str, Any]
@@ -55,7 +55,7 @@ def page(data: Data) -> str:
     """docs/gpu.md. Without results of a GPU it says so, and how to get some."""
     guide = Path(__file__).with_name("guide.md").read_text(encoding="utf-8")
     if data["machine"]["device"] != "cuda":
-        told = "Nothing here has been timed on a GPU. `bash scripts/gpu_check.sh` does it, and this page is made of it."
+        told = "Nothing here has been timed on a GPU. `bash scripts/gpu_check.sh` does it and makes this page."
         return f"{NO_CARD}\n\n{told}\n\n{guide}"
     parts = [
         f"# On a GPU: {data['machine']['card']}",
