@@ -206,6 +206,7 @@ def test_output_moves_with_the_weights(examiner, monkeypatch):
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
 
 
+@pytest.mark.slow
 def test_poor_judge_is_refused_and_a_kept_one_is_used(tmp_path):
     images, labels = torch.randint(0, 256, (256, 3, 32, 32), dtype=torch.uint8), torch.arange(256) % 10
     path = tmp_path / "classifier.pt"
@@ -262,6 +263,7 @@ def test_evaluate_fashion(data, tmp_path, monkeypatch, capsys):
     assert "give an interval, a plan, or a number of uncached steps" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_evaluate_fashion_of_a_plain_model(data, tmp_path, monkeypatch, capsys):
     """It has no cache, but fewer steps; by default the config's own weights are judged."""
     (tmp_path / "results").mkdir()

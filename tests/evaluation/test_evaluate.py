@@ -132,6 +132,7 @@ def test_fidelity_of_a_cached_run(tmp_path, capsys):
     assert whole["results"]["psnr"] is None and whole["results"]["identical_pairs"] == 5
 
 
+@pytest.mark.slow
 def test_fidelity_of_clips_with_identical_frames(tmp_path):
     """They count, as in the benchmarks, and do not take their clip out of the mean."""
     films = torch.full((3, 4, 3, 32, 32), 128, dtype=torch.uint8)
@@ -206,6 +207,7 @@ def features(pixels: np.ndarray) -> Tensor:
     return Pooled()(torch.from_numpy(pixels).permute(0, 3, 1, 2) / 127.5 - 1)
 
 
+@pytest.mark.slow
 def test_frechet_distance_by_a_script(tmp_path, scripts):
     """Independently computed features; a run, its folder without report, and its .npz give one figure."""
     mine, real = pictures(70), pictures(50, seed=1)

@@ -350,6 +350,7 @@ def test_compiled_calls_may_differ_in_everything(pipe):
     torch._dynamo.reset()
 
 
+@pytest.mark.slow
 def test_pipelines_die(vae_folder):
     model, alive = tiny_latte_t2v(), []
     for _ in range(3):

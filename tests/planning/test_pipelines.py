@@ -175,6 +175,7 @@ def test_costs_of_a_pipeline_are_measured(name):
     assert bench.speedup(halved) < bench.speedup(halved, "flops") == 2
 
 
+@pytest.mark.slow
 def test_plan_in_python_by_time(monkeypatch):
     """On a clock that a call of the model moves by a second, and nothing else."""
     pipe, _ = build("DiTPipeline")

@@ -439,6 +439,7 @@ def test_like_another_plan(command, capsys, tmp_path):
     )
 
 
+@pytest.mark.slow
 def test_a_schedule_of_another_branch_is_refused(command, capsys, tmp_path):
     plan = tmp_path / "other.json"
     plan.write_bytes((ROOT / "benchmarks/plans/deep-skip-4.json").read_bytes())

@@ -96,6 +96,7 @@ def test_evenly_spaced_forecasts_are_fitted_on_other_noise(sampler, files, tmp_p
     assert plans.evenly_spaced(bench, plan, store) == even
 
 
+@pytest.mark.slow
 def test_evenly_spaced_forecasts_of_many_steps_have_a_short_name(sampler, tmp_path, monkeypatch):
     monkeypatch.setattr(Bench, "calibrate", lambda _: None)
     monkeypatch.setattr(Bench, "fit", lambda own, kinds: Fitted(CachePlan(own.timesteps, nothing, 0, kinds, empty), 0))

@@ -194,6 +194,7 @@ def test_a_process_that_does_not_end_is_ended(monkeypatch):
         assert ended.wait(10) and told == ["table"]
 
 
+@pytest.mark.slow
 def test_a_process_whose_check_ended_by_an_error_lives_on(monkeypatch):
     ended = threading.Event()
     monkeypatch.setattr(plan, "GRACE", -1000)

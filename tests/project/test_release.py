@@ -19,6 +19,7 @@ SCHEMAS |= {f".github/workflows/{name}.yml": "vendor.github-workflows" for name 
 
 
 @pytest.mark.parametrize("file", SCHEMAS)
+@pytest.mark.slow
 def test_files_are_as_their_schemas_want_them(file):
     command = [sys.executable, "-m", "check_jsonschema", "--builtin-schema", SCHEMAS[file], str(ROOT / file)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)

@@ -87,6 +87,7 @@ def test_times_far_from_flops_are_marked():
     assert "far from" not in markdown([row("uncached", 1, 1)], "image")
 
 
+@pytest.mark.slow
 def test_a_finished_run_says_where_to_look(sampling, capsys):
     sample(sampling)
     capsys.readouterr()
@@ -122,6 +123,7 @@ def test_what_is_missing_comes_with_what_makes_it(missing, advice, monkeypatch):
     assert advice in str(caught.value) and str(caught.value).count(";") == 1
 
 
+@pytest.mark.slow
 def test_sample_grids_have_a_bar_and_courses_longer_than_the_run_are_told(tmp_path, vae_folder, image_folder, capsys):
     model = ModelConfig(patch_size=2, hidden_size=32, depth=4, num_heads=2, num_classes=3)
     config = training.Config(

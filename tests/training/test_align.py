@@ -245,6 +245,7 @@ def test_training_logs_both_losses_and_saves_the_projection(config, tmp_path):
     assert "align_loss" not in stats(config)[0]
 
 
+@pytest.mark.slow
 def test_without_a_weight_features_change_nothing(config, tmp_path, encode):
     config = changed(config, {"train.align": 0.0})
     train(config)
@@ -370,6 +371,7 @@ def test_a_run_goes_on_with_the_same_features(config, tmp_path, encode):
         train(changed(config, {"train.steps": 4}))
 
 
+@pytest.mark.slow
 def test_the_weight_is_part_of_the_run(config):
     assert TrainConfig().align == 0
     train(config)

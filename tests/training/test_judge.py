@@ -64,6 +64,7 @@ def to_tensor(images: np.ndarray) -> torch.Tensor:
     return torch.from_numpy(images).permute(0, 3, 1, 2)
 
 
+@pytest.mark.slow
 def test_weights_are_the_same_without_it(judged, tmp_path):
     train(judged)
     alone = changed(judged, {"judge.every": 0, "out": str(tmp_path / "alone")})
