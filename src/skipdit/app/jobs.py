@@ -162,8 +162,7 @@ def own_policies(caches: Sequence[str]) -> dict[str, CachePolicy]:
     policies = {text: parse_policy(found(text)) for text in caches if text not in CHOICES}
     if adaptive := [text for text, policy in policies.items() if policy.adaptive]:
         raise UserError(f"{adaptive[0]} decides while it runs, so that its cost is not known before: choose another")
-    if len(branches := {policy.branch for policy in policies.values() if policy.caches and policy.branch}) > 1:
-        raise UserError(f"caches have the branches {' and '.join(map(str, sorted(branches)))}: compare one of them")
+    branch_of(policies)
     return policies
 
 
@@ -171,7 +170,7 @@ def rows_of(request: Request, task: Task, sampler: Sampler, policies: dict[str, 
     """Return the uncached row and those of the request, and what there is to say of the choice."""
     steps, notes, plan = sampler.config.steps, [], None
     timesteps = sampler.timesteps(steps)
-    window = replace(task.window, branch=branch_of(policies) or 1)
+    window = replace(task.window, branch=branch_of(policies))
     interval, share = interval_within(request.budget, window, timesteps)
     if share > request.budget and set(request.caches) - {"plan", *policies}:
         notes.append(f"No interval stays within {request.budget:.0%} full steps: N={interval} has {share:.0%}.")
@@ -185,9 +184,12 @@ def rows_of(request: Request, task: Task, sampler: Sampler, policies: dict[str, 
     return [uncached, *(named[name] for name in request.caches if name in named)], notes
 
 
-def branch_of(policies: dict[str, CachePolicy]) -> int | None:
-    """Return the branch that policies share; None if no step of theirs is cached."""
-    return next((policy.branch for policy in policies.values() if policy.caches and policy.branch), None)
+def branch_of(policies: dict[str, CachePolicy]) -> int:
+    """Return the branch that policies share; 1 if no step of theirs is cached. Raises UserError if they share none."""
+    branches = {policy.branch for policy in policies.values() if policy.caches and policy.branch}
+    if len(branches) > 1:
+        raise UserError(f"caches have the branches {' and '.join(map(str, sorted(branches)))}: compare one of them")
+    return next(iter(branches), 1)
 
 
 def command_line(request: Request, task: Task, overrides: Sequence[str], row: Row) -> str:
@@ -235,7 +237,7 @@ class Studio:
         policies = own_policies(request.caches)
         with self._lock, warnings.catch_warnings(record=True) as told:
             warnings.simplefilter("always")
-            sampler = self._open(request.config, task, config, branch_of(policies) or 1)
+            sampler = self._open(request.config, task, config, branch_of(policies))
             rows, notes = rows_of(request, task, sampler, policies)
             check_plans([row.spec for row in rows if isinstance(row.spec, CachePlan)], sampler)
             if len(rows) == 1:

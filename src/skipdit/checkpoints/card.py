@@ -10,6 +10,7 @@ from torch import nn
 
 from skipdit.caching.plans import CachePlan
 from skipdit.caching.policy import NAMES
+from skipdit.checkpoints.records import sampling_command
 
 TEMPLATE = Path(__file__).with_name("model_card.md")
 _TASKS = {  # class -> task, and the nearest to it that the Hub knows
@@ -130,10 +131,8 @@ def _command(name: str, task: str, settings: Mapping[str, Any], plan: CachePlan 
     method = "scheduler" if task.startswith("text") else "sampler"
     keys = (method, "steps", "guidance_scale")
     about = plan.about | {method: plan.about.get("sampler"), "steps": len(plan.kinds)} if plan else settings
-    overrides = [f"{key}={about[key]}" for key in keys if about.get(key) is not None]
-    words = ["skipdit sample --task", task, f"weights={name}", *overrides]
-    words += ["--cache", f"{name}/plan.json"] if plan else []
-    return " ".join(words + ['--prompt "WHAT TO SHOW"'] * task.startswith("text"))
+    words = [f"{key}={about[key]}" for key in keys if about.get(key) is not None]
+    return sampling_command(task, name, *words, *([f"--cache {name}/plan.json"] if plan else []))
 
 
 def _in_words(plan: CachePlan) -> str:

@@ -48,10 +48,10 @@ def read_run(path: Path) -> tuple[Path, dict[str, Any]] | None:
     return (file, values) if values.keys() >= SECTIONS else None
 
 
-def sampling_command(task: str, weights: str | Path) -> str:
-    """Return the command that samples from weights which say all else themselves."""
-    prompt = ' --prompt "WHAT TO SHOW"' if task.startswith("text-") else ""
-    return f"skipdit sample --task {task} weights={shlex.quote(str(weights))}{prompt}"
+def sampling_command(task: str, weights: str | Path, *words: str) -> str:
+    """Return the command that samples from weights which say all else themselves, but for what further words say."""
+    prompt = ['--prompt "WHAT TO SHOW"'] if task.startswith("text-") else []
+    return " ".join([f"skipdit sample --task {task} weights={shlex.quote(str(weights))}", *words, *prompt])
 
 
 def to_ship(record: Mapping[str, Any]) -> dict[str, Any]:

@@ -59,9 +59,8 @@ class FeatureInfo:
 
     def require(self, latents: Path) -> None:
         """Raise ValueError, naming file and difference, unless the features beside a shard were made like this."""
-        found, path = self.read(latents), beside(latents)
-        if found != self:
-            differ = differences(found, self)
+        if differ := differences(self.read(latents), self):
+            path = beside(latents)
             raise UserError(f"{path} has other features ({differ}): remove {path.parent}, and {AGAIN}")
 
 
