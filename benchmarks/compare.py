@@ -36,7 +36,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from skipdit.caching.policies import CacheSpec, parse_policy
-from skipdit.cli import friendly_errors
+from skipdit.cli import Parser, friendly_errors
 from skipdit.config import changed, load_config, to_dict
 from skipdit.evaluation.compare import check_plans
 from skipdit.layers.flops import flop_counter
@@ -386,7 +386,7 @@ class Frechet:
 
 @friendly_errors()
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     parser.add_argument("--task", choices=TASKS, required=True)
     parser.add_argument("--out", required=True, metavar="FOLDER")
     parser.add_argument("--config", metavar="FILE", help="of the task's sampler [its demo.yaml]")

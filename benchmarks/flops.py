@@ -18,7 +18,7 @@ from diffusers import SchedulerMixin
 from torch.utils.flop_counter import FlopCounterMode
 
 from skipdit.caching.runtime import SkipCache
-from skipdit.cli import friendly_errors
+from skipdit.cli import Parser, friendly_errors
 from skipdit.layers.flops import run_flops, step_flops
 from skipdit.text_to_image import HunyuanDiT, sample_t2i
 from skipdit.text_to_video import LatteT2V, sample_t2v
@@ -124,7 +124,7 @@ def _hunyuan_text(model: HunyuanDiT, blocks: int) -> float:
 
 @friendly_errors()
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     parser.add_argument("--model", choices=TABLES, default="LatteT2V", help="[%(default)s]")
     parser.add_argument("--specs", nargs="+", metavar="SPEC", help="cache specs [those of the paper's table]")
     parser.add_argument("--steps", type=int, default=50, help="sampling steps [%(default)s]")

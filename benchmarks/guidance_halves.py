@@ -8,13 +8,11 @@ half with coefficients of their own. In the further rows some steps run the cond
 other: two of these cost as much as one full step, so that all rows have one cost.
 """
 
-import argparse
-
 import torch
 from torch import Tensor
 
 from skipdit.caching.policy import FORECAST, FULL
-from skipdit.cli import friendly_errors
+from skipdit.cli import Parser, friendly_errors
 from skipdit.commands.plan import SEED
 from skipdit.config import changed, load_config
 from skipdit.layers.adaln import Conditioning
@@ -121,7 +119,7 @@ def measure(bench: Bench, kinds: str, scale: float, apart: bool) -> list[float]:
 
 @friendly_errors("starts anew")
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     parser.add_argument("--config", default=CONFIG, help="of class-to-image [%(default)s]")
     parser.add_argument("--target", choices=TARGETS, default="sampler", help="[%(default)s]")
     parser.add_argument("--budget", type=int, default=16, help="full steps' worth of each plan [%(default)s]")

@@ -22,7 +22,7 @@ from skipdit.caching.runtime import SkipCache
 from skipdit.caching.steps import CacheStep
 from skipdit.class_to_image import DiT
 from skipdit.class_to_video import Latte
-from skipdit.cli import friendly_errors
+from skipdit.cli import Parser, friendly_errors
 from skipdit.diffusion.gaussian import Diffusion
 from skipdit.layers.adaln import AdaLNTransformer
 from skipdit.layers.flops import run_flops, step_flops
@@ -146,7 +146,7 @@ def end_to_end(model: AdaLNTransformer, args: argparse.Namespace, flops: dict[st
 
 @friendly_errors()
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     parser.add_argument(
         "--model",
         default="DiT-S/2-skip",

@@ -12,7 +12,6 @@ cache-dit is installed, it takes part. Where a method fails on a model, its erro
 pipeline_caches.md and .json.
 """
 
-import argparse
 import contextlib
 import copy
 import functools
@@ -33,7 +32,7 @@ from pipeline_models import MODELS, TrainedModel
 from tqdm import tqdm
 
 from skipdit import enable_cache, plan_pipeline
-from skipdit.cli import friendly_errors
+from skipdit.cli import Parser, friendly_errors
 from skipdit.layers.flops import flop_counter
 
 OURS = [f"N{n}-1000-0-b0-o1" for n in (2, 3, 4)] + [f"N{n}-1000-0-o1" for n in (2, 3, 4)]
@@ -203,7 +202,7 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 @friendly_errors()
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     parser.add_argument("--out", type=Path, required=True, metavar="FOLDER")
     parser.add_argument("--model", choices=MODELS, default="class-to-image", help="[%(default)s]")
     parser.add_argument("--config", metavar="FILE", help="of the sampler from prompts [the embedded model's]")

@@ -8,7 +8,6 @@ of copying and extrapolating what is stored, and of reading the clock. That of t
 is not in it, nor is the call of one more Python function per block of a model with cached steps.
 """
 
-import argparse
 import functools
 import time
 from collections.abc import Callable, Iterator
@@ -21,7 +20,7 @@ import torch
 from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
 
 from skipdit import disable_cache, enable_cache
-from skipdit.cli import friendly_errors
+from skipdit.cli import Parser, friendly_errors
 from skipdit.pipelines.cache import PipelineCache
 from skipdit.pipelines.costs import Costs
 
@@ -103,7 +102,7 @@ def measure(pipe: DiffusionPipeline, call: dict[str, Any], spec: str, repeats: i
 
 @friendly_errors()
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     parser.add_argument("--steps", type=int, default=28)
     parser.add_argument("--spec", nargs="+", default=["N3-1000-0-b0-o1", "N2-1000-0"], help="cache specs")
     parser.add_argument("--repeats", type=int, default=5)

@@ -30,7 +30,7 @@ from tqdm import tqdm
 
 from skipdit.caching.plans import CachePlan
 from skipdit.caching.policies import CacheSpec
-from skipdit.cli import friendly_errors
+from skipdit.cli import Parser, friendly_errors
 from skipdit.commands.plan import SEED
 from skipdit.config import changed, load_config, to_dict
 from skipdit.evaluation.compare import check_plans
@@ -215,7 +215,7 @@ def plot(tables: dict[str, list[dict[str, Any]]], path: Path) -> None:
 
 @friendly_errors()
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     parser.add_argument("--task", choices=TASKS, required=True)
     parser.add_argument("--name", help="of the result, beside others in --out [the task]")
     parser.add_argument("--config", metavar="FILE", help="of the task's sampler [its demo.yaml]")

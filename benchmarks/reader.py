@@ -8,7 +8,6 @@ A training does not wait for its data as long as every process reads faster than
 before may come from the system's memory: for the speed of a disk, let the data be larger than that.
 """
 
-import argparse
 import json
 import time
 from dataclasses import asdict
@@ -19,7 +18,7 @@ import torch
 from safetensors.torch import save_file
 from torch.utils.data import Dataset
 
-from skipdit.cli import friendly_errors
+from skipdit.cli import Parser, friendly_errors
 from skipdit.data.kinds import IMAGES
 from skipdit.data.latents import LatentInfo, Latents, Part
 from skipdit.data.stream import Stream, make_loader
@@ -54,7 +53,7 @@ def measure(data: Dataset, batch: int, batches: int, workers: int) -> tuple[floa
 
 @friendly_errors("starts anew")
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     parser.add_argument("--kind", choices=["latents", *IMAGES], default="latents", help="[%(default)s]")
     parser.add_argument("--path", help="of the data [latents of noise, in a temporary folder]")
     parser.add_argument("--image-size", type=int, default=256, help="of images [%(default)s]")

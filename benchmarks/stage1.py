@@ -6,14 +6,13 @@ In stage 1 nothing before the first skip is trained, and autograd keeps a graph 
 half runs without one by itself. The middle row forces one all the same, by asking for the gradient of the latents.
 """
 
-import argparse
 from statistics import median
 
 import torch
 from torch import nn
 
 from skipdit.class_to_image.model import DiT
-from skipdit.cli import friendly_errors
+from skipdit.cli import Parser, friendly_errors
 from skipdit.training.steps import set_trainable
 from skipdit.utils.timing import interleaved_seconds
 
@@ -41,7 +40,7 @@ def saved_bytes(model: nn.Module, inputs: tuple[torch.Tensor, ...]) -> int:
 
 @friendly_errors("starts anew")
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     parser.add_argument("--model", default="DiT-S/2-skip", help="a published name with skips [%(default)s]")
     parser.add_argument("--batch", type=int, default=4, help="samples [%(default)s]")
     parser.add_argument("--repeats", type=int, default=5, help="timed steps of each kind [%(default)s]")

@@ -7,7 +7,6 @@ computes the loss and its gradients, and updates the weights and their average. 
 repeatable, checks that it is finite, counts, logs and saves. Both read the same encoded samples from memory, in turn.
 """
 
-import argparse
 import json
 from pathlib import Path
 from statistics import median
@@ -19,7 +18,7 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
 from skipdit.class_to_image.model import DiT
-from skipdit.cli import friendly_errors
+from skipdit.cli import Parser, friendly_errors
 from skipdit.training.ema import EMA
 from skipdit.training.latents import clean_latents
 from skipdit.training.loop import fit
@@ -85,7 +84,7 @@ def by_plain_loop(model: nn.Module, data: Dataset, config: TrainConfig) -> float
 
 @friendly_errors("starts anew")
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     parser.add_argument("--model", default="DiT-S/2-skip", help="a published name [%(default)s]")
     parser.add_argument("--latents", type=int, default=32, help="side of the latents [%(default)s]")
     parser.add_argument("--batch", type=int, default=8, help="samples per step [%(default)s]")

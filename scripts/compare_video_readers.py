@@ -8,7 +8,6 @@ does. A frame is right if no other frame of the file is nearer to it. Times are 
 else the machine does.
 """
 
-import argparse
 import importlib.util
 import multiprocessing
 import random
@@ -24,7 +23,7 @@ from pathlib import Path
 import imageio_ffmpeg
 import numpy as np
 
-from skipdit.cli import friendly_errors
+from skipdit.cli import Parser, friendly_errors
 from skipdit.data.video import Video
 
 HEIGHT, WIDTH, FRAMES, INTERVAL = 240, 320, 16, 3
@@ -41,7 +40,7 @@ CUT, COUNT = "cut.mp4", "count.avi"
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     parser.add_argument("--reads", type=int, default=20, metavar="N", help="reads of every file [%(default)s]")
     parser.add_argument("--files", nargs="+", choices=[*FILES, CUT, COUNT], metavar="NAME", help="only these")
     args = parser.parse_args()

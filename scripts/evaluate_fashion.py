@@ -31,7 +31,7 @@ from skipdit.caching.policies import CacheSpec, parse_policy
 from skipdit.caching.policy import CachePolicy
 from skipdit.caching.runtime import SkipCache
 from skipdit.class_to_image.sample import Config, ImageSampler
-from skipdit.cli import friendly_errors
+from skipdit.cli import Parser, friendly_errors
 from skipdit.config import load_config
 from skipdit.encoders.autoencoder import encode, pixels
 from skipdit.evaluation.fashion import CLASSES, EPOCHS, IMAGE_SIZE, load_images, load_judge
@@ -177,7 +177,7 @@ def table(rows: list[dict]) -> str:
 
 @friendly_errors()
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     parser.add_argument("--data", type=Path, default=Path("data"), help="folder of FashionMNIST/ [%(default)s]")
     parser.add_argument("--out", type=Path, default=Path("results/fashion-eval"), help="[%(default)s]")
     parser.add_argument(

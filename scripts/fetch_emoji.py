@@ -14,7 +14,6 @@ in RGB on white. Skin tones are left out, and so are animations too short for a 
 continues an interrupted run.
 """
 
-import argparse
 import gzip
 import io
 import json
@@ -31,6 +30,9 @@ import imageio.v2 as imageio
 import numpy as np
 from PIL import Image, ImageSequence
 from tqdm import tqdm
+
+from skipdit.cli import Parser, friendly_errors
+from skipdit.utils.errors import UserError
 
 ANIMATED = tuple(f"@lobehub/fluent-emoji-anim-{part}@1.0.0" for part in (1, 2, 3, 4))
 STILL = ("@lobehub/fluent-emoji-3d@1.1.0",)
@@ -202,13 +204,14 @@ def claim(out: Path, source: dict) -> None:
     """Note in source.json what a folder is made of. Raises ValueError if it was made of something else."""
     path, text = out / "source.json", json.dumps(source, indent=2) + "\n"
     if path.exists() and path.read_text(encoding="utf-8") != text:
-        raise ValueError(f"{out} was made of other packages or in another size, see {path}: choose another folder")
+        raise UserError(f"{out} was made of other packages or in another size, see {path}: choose another folder")
     out.mkdir(parents=True, exist_ok=True)
     path.write_text(text, encoding="utf-8")
 
 
+@friendly_errors()
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     parser.add_argument("--out", required=True, type=Path, help="folder for the data set")
     parser.add_argument("--kind", choices=("anim", "3d"), default="anim", help="videos or still pictures [%(default)s]")
     parser.add_argument("--still", dest="kind", action="store_const", const="3d", help="the same as --kind 3d")
@@ -220,18 +223,15 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     still = args.kind == "3d"
     packages = STILL if still else ANIMATED
-    try:
-        if args.size < 1 or (args.size % 2 and not still):
-            raise ValueError(f"--size {args.size}: must be positive, and for this video format even")
-        claim(args.out, {"packages": [*packages, NAMES], "size": args.size})
-        *tarballs, named = fetch([*packages, NAMES], args.cache or args.out / "npm")
-        names = read_names(named)
-        labels = {entry["label"] for entry in names.values()}
-        if unknown := set(args.only or ()) - labels:
-            raise ValueError(f"no subgroup {', '.join(sorted(unknown))}; known: {', '.join(sorted(labels))}")
-        count = convert(tarballs, names, args.out, args.size, still, set(args.only or labels))
-    except (ValueError, OSError) as error:
-        parser.exit(2, f"error: {error}\n")
+    if args.size < 1 or (args.size % 2 and not still):
+        raise UserError(f"--size {args.size}: must be positive, and for this video format even")
+    claim(args.out, {"packages": [*packages, NAMES], "size": args.size})
+    *tarballs, named = fetch([*packages, NAMES], args.cache or args.out / "npm")
+    names = read_names(named)
+    labels = {entry["label"] for entry in names.values()}
+    if unknown := set(args.only or ()) - labels:
+        raise UserError(f"no subgroup {', '.join(sorted(unknown))}; known: {', '.join(sorted(labels))}")
+    count = convert(tarballs, names, args.out, args.size, still, set(args.only or labels))
     print(f"{args.out}: {count} {'pictures' if still else 'videos'} and captions.jsonl")
 
 

@@ -26,7 +26,7 @@ from torch import Tensor
 from torchvision.io import ImageReadMode, read_image, write_png
 from tqdm import tqdm
 
-from skipdit.cli import friendly_errors
+from skipdit.cli import Parser, friendly_errors
 from skipdit.data.captions import read_rows
 from skipdit.data.clip_folder import ClipFolder
 from skipdit.data.pictures import PictureFolder
@@ -104,7 +104,7 @@ def nearest(sample: Tensor, clips: list[Tensor], interval: int) -> tuple[float, 
 
 @friendly_errors()
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     parser.add_argument("samples", type=Path, help="folder of a sampling run")
     parser.add_argument("--data", default="data/emoji-anim/videos", help="folder of what was trained on [%(default)s]")
     parser.add_argument(

@@ -17,12 +17,12 @@ import matplotlib
 matplotlib.use("agg")
 import matplotlib.pyplot as plt
 
-from skipdit.cli import friendly_errors
+from skipdit.cli import Parser, friendly_errors
 
 
 @friendly_errors()
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     parser.add_argument("runs", nargs="+", metavar="[NAME=]RUN[,RUN...]", help="run folders, in order, and their name")
     parser.add_argument("--out", type=Path, required=True, help="picture to write")
     parser.add_argument("--smooth", type=int, default=5, metavar="N", help="points to average over [%(default)s]")

@@ -7,7 +7,6 @@ Needs gradio, Playwright and a Chromium: pip install -e ".[app]" playwright, and
 or apt-get install chromium.
 """
 
-import argparse
 import shutil
 from pathlib import Path
 
@@ -16,10 +15,13 @@ from playwright.sync_api import sync_playwright
 
 from skipdit.app.jobs import Studio
 from skipdit.app.page import build, launch
+from skipdit.cli import Parser, friendly_errors
+from skipdit.utils.errors import UserError
 
 
+@friendly_errors()
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     parser.add_argument("--config", default="configs/class-to-video/demo.yaml", metavar="FILE", help="[%(default)s]")
     parser.add_argument("--width", type=int, default=1280, help="of the window, in pixels [%(default)s]")
     parser.add_argument("--out", type=Path, default=Path("visuals/app.png"), metavar="FILE", help="[%(default)s]")
@@ -36,7 +38,7 @@ def main() -> None:
         tab.get_by_role("button", name="Compare").click()
         shown = tab.wait_for_selector("#results .card, #results [role=alert]", timeout=600_000)
         if shown.get_attribute("role") == "alert":
-            raise SystemExit(f"error: {shown.inner_text()}")
+            raise UserError(shown.inner_text())
         tab.wait_for_timeout(1000)  # the bar of progress fades
         tab.screenshot(path=args.out, full_page=True)
         browser.close()

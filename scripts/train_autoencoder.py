@@ -10,7 +10,6 @@ channels, or as many as --latent-channels says, scaled to unit standard deviatio
 in config.json. About twenty minutes on two cores.
 """
 
-import argparse
 import json
 import time
 from pathlib import Path
@@ -23,7 +22,7 @@ from torch import Tensor
 from torchvision.datasets import FashionMNIST
 from tqdm import tqdm
 
-from skipdit.cli import friendly_errors
+from skipdit.cli import Parser, friendly_errors
 from skipdit.data.files import is_a, read_picture, walk
 from skipdit.data.video import read_mp4
 from skipdit.utils.pixels import to_float
@@ -101,7 +100,7 @@ def load_matching(vae: AutoencoderKL, state: dict[str, Tensor]) -> None:
 
 @friendly_errors("starts anew")
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--fashion", metavar="FOLDER", help="folder that holds (or receives) FashionMNIST/")
     source.add_argument("--folders", nargs="+", type=Path, help="folders with .png and .mp4 of one square size")

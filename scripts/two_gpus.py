@@ -5,7 +5,6 @@
 Every GPU holds the model and computes its share of each frame's tokens; they meet in the attention of spatial blocks.
 """
 
-import argparse
 import os
 
 import torch
@@ -13,13 +12,13 @@ from diffusers import ContextParallelConfig, LattePipeline
 from diffusers.utils import export_to_gif
 
 from skipdit import enable_cache, load_weights
-from skipdit.cli import friendly_errors
+from skipdit.cli import Parser, friendly_errors
 from skipdit.text_to_video import LatteT2V
 from skipdit.utils.errors import UserError
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     parser.add_argument("--weights", default="checkpoints/Latte-skip.pt")
     parser.add_argument("--pipeline", default="maxin-cn/Latte-1", help="folder or name of the other parts")
     parser.add_argument("--prompt", default="a red fox trots through snow")

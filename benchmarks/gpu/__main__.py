@@ -35,6 +35,7 @@ from gpu.bench import Bench
 from gpu.plan import Clock, Plan, Row, end_if_stuck
 from gpu.record import ROOT, Record, describe_machine
 from gpu.rows import SECTIONS, all_rows
+from skipdit.cli import Parser
 
 WANTED = {  # packages, and what fails without them
     "timm": "DiT, Latte and Hunyuan-DiT",
@@ -62,9 +63,7 @@ def main(arguments: list[str]) -> int:
 
 
 def make_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="gpu_check.sh", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser("gpu_check.sh", description=__doc__)
     parser.add_argument("--only", nargs="+", choices=SECTIONS, metavar="SECTION", help=", ".join(SECTIONS))
     parser.add_argument("--missing", action="store_true", help="only rows that have no result yet")
     parser.add_argument("--out", type=Path, default=ROOT / "results/gpu", help="folder for gpu.json [results/gpu]")
@@ -133,7 +132,7 @@ def compile_ahead_and_test(args: argparse.Namespace, plan: Plan, chosen: list[Ro
 
 def compile_one(arguments: list[str]) -> int:
     """A child of `Ahead`: compile what one row needs."""
-    parser = argparse.ArgumentParser()
+    parser = Parser()
     parser.add_argument("row")
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--tiny", action="store_true")

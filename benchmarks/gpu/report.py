@@ -1,6 +1,5 @@
 """The table at the end, and docs/gpu.md."""
 
-import argparse
 import json
 import sys
 from collections.abc import Iterable
@@ -8,6 +7,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from gpu.record import ROOT
+from skipdit.cli import Parser
 from skipdit.sampling.report import steps_column
 
 NO_CARD = "# On a GPU: not measured yet"
@@ -34,7 +34,7 @@ class Aim(NamedTuple):
 
 def main(arguments: list[str]) -> int:
     """The command `report`. Returns the exit code."""
-    parser = argparse.ArgumentParser(prog="python benchmarks/gpu report", description="make docs/gpu.md of results")
+    parser = Parser("python benchmarks/gpu report", description="make docs/gpu.md of results")
     parser.add_argument("folder", type=Path, help="folder with gpu.json, as bash scripts/gpu_check.sh made it")
     parser.add_argument("--out", type=Path, default=ROOT / "docs/gpu.md", help="Markdown file [docs/gpu.md]")
     args = parser.parse_args(arguments)
