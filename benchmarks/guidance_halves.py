@@ -19,7 +19,7 @@ from skipdit.layers.adaln import Conditioning
 from skipdit.layers.skip import predicted_noise
 from skipdit.planning.calibration import MEMORY, TARGETS, Bench
 from skipdit.planning.fitting import Fit, LeastSquares, State, differences
-from skipdit.planning.schedules import schedule
+from skipdit.planning.schedules import even_full_steps, schedule
 from skipdit.planning.search import budget_of
 from skipdit.planning.tables import distance, psnr_of
 from skipdit.tasks import find_task
@@ -98,7 +98,8 @@ def _first(value, count: int):
 
 def kinds_of(steps: int, full: int, half: int) -> str:
     """An even schedule, its half steps spread evenly over the steps that run, but the first two."""
-    kinds = list(schedule(steps, full + half, 0, 1.0, 2, 0))
+    even = even_full_steps(steps - 1, full + half - 1)
+    kinds = list(schedule(steps, [0, *(1 + k for k in even)], 0))
     ran = [i for i, kind in enumerate(kinds) if kind == FULL][2:]
     for j in range(half):
         kinds[ran[round(j * (len(ran) - 1) / max(half - 1, 1))]] = HALF

@@ -38,7 +38,7 @@ from skipdit.layers.flops import flop_counter
 from skipdit.layers.skip import SkipTransformer
 from skipdit.planning.calibration import TARGETS, Bench
 from skipdit.planning.controls import INTERVALS, controls
-from skipdit.planning.schedules import schedule
+from skipdit.planning.schedules import even_full_steps, schedule
 from skipdit.planning.tables import psnr_of
 from skipdit.sampling.rows import Row
 from skipdit.tasks import find_task
@@ -115,7 +115,7 @@ def evenly_spaced(bench: Bench, plan: CachePlan, store: Store) -> CachePlan:
             own = Bench(sampler, bench.steps, bench.branch, plan.target)
             own.calibrate()
             with whole_file(file) as partial:
-                own.fit(schedule(bench.steps, full, 0)).plan.save(partial)
+                own.fit(schedule(bench.steps, even_full_steps(bench.steps, full), 0)).plan.save(partial)
         finally:
             sampler.config = config
     return CachePlan.load(file)

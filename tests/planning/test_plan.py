@@ -1,11 +1,13 @@
 """Planning: schedules, the fit against a real run and against brute force, the command."""
 
 import inspect
+from collections.abc import Sequence
 from functools import wraps
-from itertools import accumulate, pairwise
+from itertools import accumulate, combinations, pairwise
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from conftest import ROOT, skipdit_command, tiny_dit
@@ -27,7 +29,7 @@ from skipdit.evaluation.compare import check_plans, rows_for
 from skipdit.planning.calibration import BaseBench, Bench, Fitted
 from skipdit.planning.controls import controls
 from skipdit.planning.fitting import Fit, LeastSquares, extrapolated
-from skipdit.planning.schedules import affordable, cost_of, full_steps, schedule, stretched
+from skipdit.planning.schedules import affordable, best_full_steps, cost_of, even_full_steps, schedule, stretched
 from skipdit.planning.search import CACHED_ALONE, FORECASTS, make_plan, within
 from skipdit.sampling.class_conditional import generate
 from skipdit.tasks import find_task
@@ -47,27 +49,55 @@ def sample(model, cache="none", steps=12, labels=(1, 2), seed=0, **kwargs):
 
 
 @pytest.mark.parametrize("steps", [2, 7, 20])
-@pytest.mark.parametrize("warp", [0.5, 1.0, 2.0])
-@pytest.mark.parametrize("head", [1, 2, 5])
-@pytest.mark.parametrize("tail", [0, 3])
-def test_schedules_have_the_steps_that_they_are_asked_for(steps, warp, head, tail):
+def test_schedules_have_the_steps_that_they_are_asked_for(steps):
     for full in range(1, steps + 1):
-        chosen = full_steps(steps, full, warp, head, tail)
+        chosen = even_full_steps(steps, full)
         assert len(chosen) == full and chosen[0] == 0 and chosen[-1] < steps
-        assert all(a < b for a, b in pairwise(chosen)) and chosen[: min(head, full)] == list(range(min(head, full)))
+        gaps = [after - before for before, after in pairwise([*chosen, steps])]
+        assert min(gaps) > 0 and max(gaps) - min(gaps) <= 1
         for cached in range(steps - full + 1):
-            kinds = schedule(steps, full, cached, warp, head, tail)
+            kinds = schedule(steps, chosen, cached)
             assert [k for k, kind in enumerate(kinds) if kind == "F"] == chosen
             assert (len(kinds), kinds.count("S")) == (steps, cached)
 
 
 def test_cached_steps_lie_in_the_middle_of_gaps_or_later():
-    assert schedule(9, 3, 3) == "FOSFOSFOS"
-    assert schedule(9, 3, 0) == "FOOFOOFOO"
-    assert schedule(10, 2, 2) == "FOOSOFOOSO"
-    assert schedule(8, 2, 4) == "FSOSFSOS"
-    assert full_steps(12, 4, warp=2) == [0, 1, 3, 7]  # closer together at the beginning
-    assert full_steps(12, 5, head=2, tail=2) == [0, 1, 6, 10, 11] and full_steps(12, 2, head=1, tail=5) == [0, 11]
+    assert schedule(9, [0, 3, 6], 3) == "FOSFOSFOS"
+    assert schedule(9, [0, 3, 6], 0) == "FOOFOOFOO"
+    assert schedule(10, [0, 5], 2) == "FOOSOFOOSO"
+    assert schedule(8, [0, 4], 4) == "FSOSFSOS"
+    assert schedule(8, [0, 1, 7], 3) == "FFOSSOSF"
+
+
+def forecasts_lose(outputs: np.ndarray, gains: np.ndarray, full: Sequence[int], fitted: bool) -> float:
+    """The squared error of the latents right after every forecast, in all."""
+    lost = 0.0
+    for k in range(len(outputs)):
+        before = [j for j in full if j <= k][-2:]
+        here = outputs[before[-1]]
+        ahead, move = 0.0, here - outputs[before[0]]
+        if len(before) == 2 and before[1] < k:
+            asked = (k - before[1]) / (before[1] - before[0])
+            ahead = (outputs[k] - here) @ move / (move @ move) if fitted else asked
+        lost += gains[k] ** 2 * np.square(outputs[k] - here - ahead * move).sum()
+    return lost
+
+
+@pytest.mark.parametrize("fitted", [False, True])
+@pytest.mark.parametrize("steps", [1, 2, 5, 9])
+def test_full_steps_are_those_between_which_forecasts_lose_least(steps, fitted):
+    random = np.random.default_rng(steps)
+    outputs, gains = random.normal(size=(steps, 4)).cumsum(0), random.uniform(0.5, 2, steps)
+    for count in range(1, steps + 1):
+        chosen = best_full_steps(outputs @ outputs.T, gains, count, fitted)
+        every = [[0, *rest] for rest in combinations(range(1, steps), count - 1)]
+        assert chosen == min(every, key=lambda full: forecasts_lose(outputs, gains, full, fitted))
+
+
+def test_full_steps_of_long_runs_are_found_in_time():
+    outputs = np.random.default_rng(0).normal(size=(1000, 8)).cumsum(0)
+    chosen = best_full_steps(outputs @ outputs.T, np.ones(1000), 400, True)
+    assert len(set(chosen)) == 400 and chosen == sorted(chosen) and chosen[0] == 0
 
 
 @pytest.mark.parametrize("kinds", ["F", "FF", "FSOFSOOF", "FOOOOOOFOOOOFOOFOOOFOOFOOFOOF", "FFFFSSSS", "FOOOOOOO"])
@@ -344,6 +374,7 @@ class Known(BaseBench):
         self.costs = {"flops": costs(0.1)}
         self.timesteps = tuple(range(12, 0, -1))
         self.sampler = SimpleNamespace(method="ddim", solvers=())
+        self.products, self.gains, self.tries = np.eye(12), np.ones(12), 4
         self.measure()
 
     def calibrate(self) -> None:

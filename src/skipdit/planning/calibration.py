@@ -9,6 +9,7 @@ from itertools import pairwise
 from statistics import median
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
@@ -33,6 +34,12 @@ MEMORY = {"sampler": (2, 3), "converged": (1, 3)}
 COSTS = ("flops", "time")
 TIMED = 5 * FULL + 4 * CACHED + 4 * FORECAST  # a run whose steps are timed; the first one is not
 ROUNDS = 5  # of such runs
+
+
+def products(outputs: list[Tensor]) -> np.ndarray:
+    """The inner products (steps, steps) of the outputs of any two steps."""
+    rows = torch.stack([output.flatten() for output in outputs])
+    return (rows @ rows.T).cpu().numpy()
 
 
 class Recorder:
@@ -97,6 +104,10 @@ class BaseBench(ABC):
         steps: of a run.
         branch: b, of cached steps; 0: there are none.
         runs: about how many runs of a plan's cost it takes to find one, controls included.
+        tries: how many exchanges of neighbouring steps a search may try from one schedule.
+        products: (steps, steps), inner products of the guided outputs of any two steps of the uncached run, once
+            calibrated.
+        gains: (steps,), how far a step's output moves the latents after it.
         by: what counts as cost, "flops" or, once `measure` was called, "time".
         costs: by each of them, what a step of each kind costs, in full steps.
         seconds: that a step of each kind takes, if they were measured.
@@ -107,6 +118,9 @@ class BaseBench(ABC):
     branch: int
     timesteps: tuple[float, ...]
     runs: int
+    tries: int
+    products: np.ndarray
+    gains: np.ndarray
     by: str = "flops"
     costs: dict[str, dict[str, float]]
     seconds: dict[str, float]
@@ -157,7 +171,7 @@ class Bench(BaseBench):
     Raises ValueError for a sampler that cannot be planned, or has no converged run.
     """
 
-    runs = 45
+    runs, tries = 80, 20
 
     def __init__(self, sampler: Sampler, steps: int, branch: int, target: str = "sampler"):
         self.sampler, self.steps, self.branch, self.target = sampler, steps, branch, target
@@ -198,6 +212,8 @@ class Bench(BaseBench):
                 self.references["sampler"].append(self._images(runs[0].latents[-1]))
                 if self.target == "converged":
                     self.references["converged"].append(self._images(goal[-1]))
+        self.products = sum(products(run.outputs) for run in self.own)
+        self.gains = self.response.diagonal().numpy()
         self._known.clear()
 
     def _record(self, indices: list[int], steps: Any, progress: tqdm) -> Recording:

@@ -27,7 +27,7 @@ from skipdit.caching.policy import FORECAST, FULL, CachePolicy
 from skipdit.layers.inspect import replaced
 from skipdit.pipelines.cache import disable_cache, enable_cache, without_cache
 from skipdit.pipelines.denoiser import denoisers
-from skipdit.planning.calibration import MEMORY, BaseBench, Fitted, Schedule
+from skipdit.planning.calibration import MEMORY, BaseBench, Fitted, Schedule, products
 from skipdit.planning.fitting import TINY, LeastSquares, differences
 from skipdit.planning.search import budget_of, find_plan
 from skipdit.planning.tables import distance
@@ -47,12 +47,16 @@ class StepRecord:
 
     Attributes:
         latents: after every step, float64.
+        outputs: guided ones of every step, float64, of a run of the bench's steps.
+        gains: how far the output of a step, if it grows by 1, moves the latents after it; of the same runs.
         timesteps: before every step.
         random: whether a step drew noise.
         models: the places, among the pipeline's models, of those that ran in every step.
     """
 
     latents: list[Tensor] = field(default_factory=list)
+    outputs: list[Tensor] = field(default_factory=list)
+    gains: list[float] = field(default_factory=list)
     timesteps: list[float] = field(default_factory=list)
     random: bool = False
     models: list[set[int]] = field(default_factory=lambda: [set()])
@@ -80,7 +84,7 @@ class PipelineBench(BaseBench):
     Raises ValueError for `UNPLANNED` arguments, and a scheduler that makes more or fewer steps than it is asked for.
     """
 
-    branch, runs = 0, 20
+    branch, runs, tries = 0, 30, 20
 
     def __init__(
         self, pipe: DiffusionPipeline, arguments: dict[str, Any], steps: int, seed: int, target: str | None = None
@@ -116,6 +120,7 @@ class PipelineBench(BaseBench):
                     f"{self.sampler.method} makes {len(self.timesteps)} steps of {self.steps}; such runs cannot be "
                     "planned"
                 )
+            self.products, self.gains = products(own.outputs), np.array(own.gains)
             self.restarts = [k for k in range(1, self.steps) if own.models[k] != own.models[k - 1]]
             finer = [] if own.random else [self._refined(factor) for factor in self.factors[1:]]
         possible = bool(finer) and None not in finer
@@ -157,6 +162,9 @@ class PipelineBench(BaseBench):
         def step(own: Callable, output: Tensor, t: Any, latents: Tensor, *args: Any, **kwargs: Any) -> Any:
             if steps != self.steps and not run.latents:
                 self._places([float(each) for each in self.pipe.scheduler.timesteps])
+            if steps == self.steps:
+                run.outputs.append(double(output))
+                run.gains.append(self._trials(output, t, latents, args, kwargs)[1])
             before = self._random_states()
             result = own(output, t, latents, *args, **kwargs)
             run.random = run.random or not all(map(torch.equal, before, self._random_states()))
@@ -172,6 +180,14 @@ class PipelineBench(BaseBench):
                 hooks.callback(hook.remove)
             self.images(CacheSpec(), steps, step)
         return run
+
+    def _trials(self, output: Tensor, t: Any, latents: Tensor, args: tuple, kwargs: dict) -> tuple[Tensor, float]:
+        """The latents (float64) that a step would end with, and how far they move if its output grows by 1."""
+        nudge = output.std().clamp_min(TINY)
+        ends = [
+            double(_trial(self.pipe.scheduler, each, t, latents, args, kwargs)) for each in (output, output + nudge)
+        ]
+        return ends[0], ((ends[1] - ends[0]).mean() / nudge).item()
 
     def step_ends(self, kinds: str) -> list[float]:
         ends: list[float] = []
@@ -207,14 +223,9 @@ class PipelineBench(BaseBench):
             moves = differences(stored, memory) if kinds[k] == FORECAST or correct else []
             solution = torch.zeros(0)
             if moves:
-                nudge = moves[0].std().clamp_min(TINY)
-                ends = [
-                    double(_trial(self.pipe.scheduler, each.to(output.dtype), t, latents, args, kwargs))
-                    for each in (stored[0], stored[0] + nudge)
-                ]
-                gain = ((ends[1] - ends[0]).mean() / nudge).item()
+                end, gain = self._trials(stored[0].to(output.dtype), t, latents, args, kwargs)
                 problem = LeastSquares()
-                problem.add(_flat(ends[0] - self.goals[k]), [_flat(gain * move) for move in moves])
+                problem.add(_flat(end - self.goals[k]), [_flat(gain * move) for move in moves])
                 solution = problem.solve()
             coefficients.append(tuple(solution.tolist()))
             used = stored[0] + sum(u * move for u, move in zip(coefficients[-1], moves, strict=True))
@@ -327,7 +338,7 @@ def plan_pipeline(
         plan = plan_pipeline(pipe, speedup=2, prompt=prompts, guidance_scale=3.5)
         enable_cache(pipe, plan)
 
-    Costs about as much as twenty calls, fewer for larger speedups. The plan is for this model, scheduler and number of
+    Costs about as much as 22 calls, fewer for larger speedups. The plan is for this model, scheduler and number of
     steps. A cache that the pipeline has is back when this returns.
 
     Args:

@@ -7,44 +7,90 @@ import numpy as np
 
 from skipdit.caching.policy import CACHED, FORECAST, FULL, NAMES
 
+REACH = 4  # the longest gap between full steps that is looked at, over the mean one
+TINY = 1e-300
 
-def full_steps(steps: int, count: int, warp: float = 1.0, head: int = 1, tail: int = 0) -> list[int]:
-    """`count` full steps, the first one among them.
+
+def forecast_losses(products: np.ndarray, gains: np.ndarray, reach: int, fitted: bool) -> np.ndarray:
+    """What forecasts cost between full steps at most `reach` steps apart, along a run whose outputs are known.
+
+    A forecast extrapolates linearly from the two full steps before it, or reuses the first one. Its error is that of
+    the latents right after it: later steps see where the run is, and make up for what they can.
 
     Args:
-        warp: 1 puts them at even distances; more than that, closer together at the beginning of the run; less, at its
-            end.
-        head: how many of them follow each other at the beginning.
-        tail: how many follow each other at the end, if there are some left.
+        products: (steps, steps), inner products of the outputs of any two steps.
+        gains: (steps,), how far a step's output moves the latents after it.
+        fitted: forecasts go as far ahead as is best, and not as the distance of the steps says.
+
+    Returns:
+        Entry (j, a, g - 1) of (steps, reach + 1, reach): the squared errors, in all, of the forecasts between full
+        steps j and j + g, where the full step before j was j - a; a = 0: there was none.
     """
-    head = min(head, count)
-    if tail := min(tail, count - head):
-        return [*full_steps(steps - tail, count - tail, warp, head), *range(steps - tail, steps)]
-    start, rest = head - 1, count - head + 1
-    places = [start + (steps - start) * (n / rest) ** warp for n in range(rest)]
-    return _apart(places[1:], steps, list(range(head)))
+    steps = len(products)
+    j, a, s = np.ogrid[:steps, : reach + 1, 1 : reach + 1]
+    i, t = np.maximum(j - a, 0), np.minimum(j + s, steps - 1)
+    squares = np.diag(products)
+    moved = squares[j] + squares[i] - 2 * products[j, i]
+    along = products[t, j] - products[t, i] - squares[j] + products[j, i]
+    ahead = along / np.maximum(moved, TINY) if fitted else s / np.maximum(a, 1)
+    ahead = np.where(a > 0, ahead, 0)
+    errors = squares[t] + squares[j] - 2 * products[t, j] - 2 * ahead * along + ahead**2 * moved
+    errors = np.where(j + s < steps, errors.clip(0) * gains[t] ** 2, 0)
+    losses = np.cumsum(errors, 2) - errors  # of the steps before t
+    return np.where(a <= j, losses, np.inf)
 
 
-def _apart(places: Sequence[float], steps: int, chosen: list[int]) -> list[int]:
-    """The chosen steps and those nearest to some places: all different, and each with room for those to come."""
+def best_full_steps(products: np.ndarray, gains: np.ndarray, count: int, fitted: bool) -> list[int]:
+    """The `count` full steps, the first one among them, between which forecasts lose least in all. Found by dynamic
+    programming over the last two of them. Arguments as of `forecast_losses`.
+    """
+    steps = len(products)
+    reach = min(steps, REACH * -(-steps // count))
+    losses = forecast_losses(products, gains, reach, fitted)
+    best = np.full((steps, reach + 1), np.inf)  # of full steps so far, the last one j, the one before j - a
+    best[0, 0] = 0
+    k, g = np.ogrid[:steps, 1 : reach + 1]
+    ways = []
+    for _ in range(count - 1):
+        options = best[:, :, None] + losses
+        ways.append(options.argmin(1))
+        best = np.full_like(best, np.inf)
+        best[:, 1:] = np.where(g <= k, options.min(1)[np.maximum(k - g, 0), g - 1], np.inf)
+    left = np.arange(steps, 0, -1)  # steps from j to the end
+    ends = np.where(left <= reach, losses[np.arange(steps), :, np.minimum(left, reach) - 1].T, np.inf).T
+    j, a = np.unravel_index(np.argmin(best + ends), best.shape)
+    chosen = [int(j)]
+    for way in reversed(ways):
+        j, a = j - a, way[j - a, a - 1]
+        chosen.append(int(j))
+    return chosen[::-1]
+
+
+def even_full_steps(steps: int, count: int) -> list[int]:
+    """`count` full steps at even distances, the first one among them."""
+    return _apart([steps * (n / count) for n in range(count)], steps)
+
+
+def _apart(places: Sequence[float], steps: int) -> list[int]:
+    """The steps nearest to some places: all different, and each with room for those to come."""
+    chosen: list[int] = []
     for n, place in enumerate(places):
         first = chosen[-1] + 1 if chosen else 0
         chosen.append(min(max(round(place), first), steps - (len(places) - n)))
     return chosen
 
 
-def schedule(steps: int, full: int, cached: int, warp: float = 1.0, head: int = 1, tail: int = 0) -> str:
-    """The kinds of all steps: so many full and cached ones, the others are forecasts.
+def schedule(steps: int, full: Sequence[int], cached: int) -> str:
+    """The kinds of all steps: the full ones, so many cached ones, and the others forecasts.
 
     The cached steps are spread over the gaps between full ones, and in a gap over its length, later rather than sooner:
-    F O S, F O S O, F O O S O. Arguments as of `full_steps`.
+    F O S, F O S O, F O O S O.
     """
-    chosen = full_steps(steps, full, warp, head, tail)
-    kinds, free, used = [FORECAST] * steps, steps - full, 0
-    for before, after in pairwise([*chosen, steps]):
+    kinds, free, used = [FORECAST] * steps, steps - len(full), 0
+    for before, after in pairwise([*full, steps]):
         kinds[before] = FULL
         gap = after - before - 1
-        passed = sum(1 for k in range(after) if k not in chosen)
+        passed = sum(1 for k in range(after) if k not in full)
         some = min(gap, (2 * cached * passed + free) // (2 * free) - used) if free else 0  # of all so far, rounded
         used += some
         for n in range(1, some + 1):
@@ -61,7 +107,7 @@ def stretched(kinds: str, steps: int) -> str:
     count = min(steps, max(1, round(len(full) * steps / len(kinds))))
     scale = steps / len(kinds)
     places = scale * np.interp(np.arange(count) * len(full) / count, range(len(full) + 1), [*full, len(kinds)])
-    taken = set(_apart(places, steps, []))
+    taken = set(_apart(places, steps))
     return "".join(
         FULL if i in taken else kinds[min(others, key=lambda other: abs(other * scale - i))] for i in range(steps)
     )

@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import replace
+from itertools import cycle
 from typing import Any
 
 from tqdm import tqdm
@@ -10,16 +11,12 @@ from skipdit.caching.plans import CachePlan
 from skipdit.caching.policy import FORECAST, FULL
 from skipdit.planning.calibration import COSTS, BaseBench, Fitted
 from skipdit.planning.controls import controls
-from skipdit.planning.schedules import affordable, cost_of, schedule
+from skipdit.planning.schedules import affordable, best_full_steps, cost_of, schedule
 from skipdit.planning.tables import cost_table
 from skipdit.utils.errors import UserError
 from skipdit.utils.provenance import versions
 
-SHARES = (0.0, 1 / 3, 2 / 3, 1.0)  # of the steps that are not full: cached ones, the others are forecasts
-WARPS = (0.5, 0.7, 0.85, 1.0, 1.25, 1.5)  # this and the next two: see `schedules.full_steps`
-TAILS = (0, 1, 3)
-HEADS = (1, 2, 3)
-FORECASTS, CACHED_ALONE = "forecasts alone, fitted", "cached steps alone, fitted"
+FORECASTS, CACHED_ALONE, MIXED = "forecasts alone, fitted", "cached steps alone, fitted", "both, fitted"
 
 
 class Search:
@@ -37,27 +34,40 @@ class Search:
         self.bench, self.budget, self.progress = bench, budget, progress
         self.tried: dict[str, Fitted] = {}
 
-    def kinds(self, share: float, warp: float = 1.0, tail: int = 0, head: int = 2) -> str | None:
-        """The schedule; None if the budget does not buy it."""
-        full, cached = affordable(self.bench.steps, self.budget, self.bench.step_costs, share)
-        return schedule(self.bench.steps, full, cached, warp, head, tail) if full else None
-
-    def error(self, *choices: float) -> float:
-        """The error of a schedule; infinite if the budget does not buy it. Arguments as of `kinds`."""
-        kinds = self.kinds(*choices)
-        if kinds is None:
-            return math.inf
+    def error(self, kinds: str) -> float:
+        """The error of a schedule, fitted."""
         if kinds not in self.tried:
             self.tried[kinds] = self.bench.fit(kinds)
             self.progress.update()
         return self.tried[kinds].error
 
-    def descend(self, shares: tuple[float, ...]) -> Fitted:
-        """The best plan among these shares: one choice at a time, the others held."""
-        chosen: list[float] = []
-        for choices in (shares, WARPS, TAILS, HEADS):
-            chosen.append(min(choices, key=lambda each: self.error(*chosen, each)))
-        return self.tried[self.kinds(*chosen)]
+    def starts(self, share: float) -> list[str]:
+        """Schedules with the full steps that dynamic programming finds; none if the budget does not buy them.
+
+        Args:
+            share: of the steps that are not full, the part that is cached.
+        """
+        bench = self.bench
+        full, cached = affordable(bench.steps, self.budget, bench.step_costs, share)
+        chosen = [best_full_steps(bench.products, bench.gains, full, fitted) for fitted in (False, True) if full]
+        return [schedule(bench.steps, each, cached) for each in chosen]
+
+    def improved(self, kinds: str) -> Fitted:
+        """The best plan that is found from a schedule by exchanging steps with their neighbours, one pair at a time."""
+        tries = iter(range(self.bench.tries))
+        places, rest = range(len(kinds) - 2, 0, -1), 0  # the first step stays full; the last ones first
+        for i in cycle(places):
+            if rest == len(places):
+                break
+            rest += 1
+            if kinds[i] == kinds[i + 1]:
+                continue
+            if next(tries, None) is None:
+                break
+            other = kinds[:i] + kinds[i + 1] + kinds[i] + kinds[i + 2 :]
+            if self.error(other) < self.error(kinds):
+                kinds, rest = other, 0
+        return self.tried[kinds]
 
 
 def make_plan(bench: BaseBench, budget: float) -> tuple[Fitted, dict[str, float]]:
@@ -68,18 +78,19 @@ def make_plan(bench: BaseBench, budget: float) -> tuple[Fitted, dict[str, float]
 
     Raises ValueError if the budget buys no plan.
     """
-    shares = SHARES if bench.step_costs.get("cached", 1) < 1 else (0.0,)
+    caches = bench.step_costs.get("cached", 1) < 1
+    groups = {FORECASTS: (0.0,), CACHED_ALONE: (1.0,), MIXED: (1 / 3, 2 / 3)} if caches else {FORECASTS: (0.0,)}
     with tqdm(desc="schedules fitted", unit="run") as progress:
         search = Search(bench, budget, progress)
-        if search.kinds(0.0) is None:
+        if not search.starts(0.0):
             others = f"{bench.steps - 1} forecasts cost {_least(bench):.2f}"
             raise UserError(f"{budget:.2f} full steps buy no plan: a full step and {others}")
-        alone = {FORECASTS: search.descend((0.0,))} if len(shares) > 1 else {}
-        if alone and search.kinds(1.0):
-            alone[CACHED_ALONE] = search.descend((1.0,))
-        search.descend(shares)
-    best = min(search.tried.values(), key=lambda fitted: fitted.error)
-    return best, _errors(bench, best, {name: fitted.error for name, fitted in alone.items()})
+        starts = {
+            name: [kinds for share in shares for kinds in search.starts(share)] for name, shares in groups.items()
+        }
+        found = {name: search.improved(min(some, key=search.error)) for name, some in starts.items() if some}
+    best = min(found.values(), key=lambda fitted: fitted.error)
+    return best, _errors(bench, best, {name: fitted.error for name, fitted in found.items() if len(found) > 1})
 
 
 def _least(bench: BaseBench) -> float:
