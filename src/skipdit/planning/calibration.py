@@ -171,7 +171,7 @@ class Bench(BaseBench):
     Raises ValueError for a sampler that cannot be planned, or has no converged run.
     """
 
-    runs, tries = 80, 20
+    runs, tries = 60, 20
 
     def __init__(self, sampler: Sampler, steps: int, branch: int, target: str = "sampler"):
         self.sampler, self.steps, self.branch, self.target = sampler, steps, branch, target

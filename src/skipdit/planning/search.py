@@ -17,6 +17,7 @@ from skipdit.utils.errors import UserError
 from skipdit.utils.provenance import versions
 
 FORECASTS, CACHED_ALONE, MIXED = "forecasts alone, fitted", "cached steps alone, fitted", "both, fitted"
+HOPELESS = 1.5  # times the least error: exchanges of steps gain less than that
 
 
 class Search:
@@ -88,7 +89,12 @@ def make_plan(bench: BaseBench, budget: float) -> tuple[Fitted, dict[str, float]
         starts = {
             name: [kinds for share in shares for kinds in search.starts(share)] for name, shares in groups.items()
         }
-        found = {name: search.improved(min(some, key=search.error)) for name, some in starts.items() if some}
+        chosen = {name: min(some, key=search.error) for name, some in starts.items() if some}
+        least = min(map(search.error, chosen.values()))
+        found = {
+            name: search.improved(kinds) if search.error(kinds) <= HOPELESS * least else search.tried[kinds]
+            for name, kinds in chosen.items()
+        }
     best = min(found.values(), key=lambda fitted: fitted.error)
     return best, _errors(bench, best, {name: fitted.error for name, fitted in found.items() if len(found) > 1})
 
