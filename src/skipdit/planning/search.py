@@ -11,7 +11,7 @@ from skipdit.caching.plans import CachePlan
 from skipdit.caching.policy import FORECAST, FULL
 from skipdit.planning.calibration import COSTS, BaseBench, Fitted
 from skipdit.planning.controls import controls
-from skipdit.planning.schedules import affordable, best_full_steps, cost_of, schedule
+from skipdit.planning.schedules import affordable, best_full_steps, cost_of, even_full_steps, schedule
 from skipdit.planning.tables import cost_table
 from skipdit.utils.errors import UserError
 from skipdit.utils.provenance import versions
@@ -43,15 +43,18 @@ class Search:
         return self.tried[kinds].error
 
     def starts(self, share: float) -> list[str]:
-        """Schedules with the full steps that dynamic programming finds; none if the budget does not buy them.
+        """Schedules with full steps at even distances, and with those that dynamic programming finds; none if the budget
+        does not buy them.
 
         Args:
             share: of the steps that are not full, the part that is cached.
         """
         bench = self.bench
         full, cached = affordable(bench.steps, self.budget, bench.step_costs, share)
-        chosen = [best_full_steps(bench.products, bench.gains, full, fitted) for fitted in (False, True) if full]
-        return [schedule(bench.steps, each, cached) for each in chosen]
+        if not full:
+            return []
+        planned = [best_full_steps(bench.products, bench.gains, full, fitted) for fitted in (False, True)]
+        return [schedule(bench.steps, each, cached) for each in (even_full_steps(bench.steps, full), *planned)]
 
     def improved(self, kinds: str) -> Fitted:
         """The best plan that is found from a schedule by exchanging steps with their neighbours, one pair at a time."""
