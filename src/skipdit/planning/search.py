@@ -43,8 +43,8 @@ class Search:
         return self.tried[kinds].error
 
     def starts(self, share: float) -> list[str]:
-        """Schedules with full steps at even distances, and with those that dynamic programming finds; none if the budget
-        does not buy them.
+        """Schedules with full steps at even distances, and with those that dynamic programming finds; none if the
+        budget does not buy them.
 
         Args:
             share: of the steps that are not full, the part that is cached.
