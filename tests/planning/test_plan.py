@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT, skipdit_command, tiny_dit
+from tqdm import tqdm
 
 from skipdit import CacheSpec, SkipCache
 from skipdit.caching.plans import CachePlan
@@ -30,7 +31,7 @@ from skipdit.planning.calibration import BaseBench, Bench, Fitted
 from skipdit.planning.controls import controls
 from skipdit.planning.fitting import Fit, LeastSquares, extrapolated
 from skipdit.planning.schedules import affordable, best_full_steps, cost_of, even_full_steps, schedule, stretched
-from skipdit.planning.search import CACHED_ALONE, FORECASTS, make_plan, within
+from skipdit.planning.search import CACHED_ALONE, FORECASTS, Search, make_plan, within
 from skipdit.sampling.class_conditional import generate
 from skipdit.tasks import find_task
 from skipdit.text_to_image import sample_t2i
@@ -397,6 +398,50 @@ def test_cached_steps_are_planned_if_they_cost_less_than_full_ones(cached, chose
     plan, errors = make_plan(Known(costs(cached)), 11)
     assert ("S" in plan.plan.kinds) == (CACHED_ALONE in errors) == (FORECASTS in errors) == chosen
     assert cost_of(plan.plan.kinds, costs(cached)) <= 11
+
+
+class Placed(Known):
+    """A bench whose error grows with the distance of the full steps from where they should be."""
+
+    wanted = (0, 4, 9, 11)
+
+    def __init__(self, tries: int):
+        super().__init__(costs(1.0))
+        self.tries, self.fits = tries, 0
+
+    def fit(self, kinds: str) -> Fitted:
+        self.fits += 1
+        return super().fit(kinds)
+
+    def error(self, policy, *run) -> float:
+        full = [k for k, kind in enumerate(policy.step_kinds(self.timesteps)) if kind == "F"]
+        return 1.0 + sum(abs(k - place) for k, place in zip(full, self.wanted, strict=False))
+
+
+def test_exchanges_of_neighbours_end_where_none_of_them_helps():
+    bench = Placed(tries=100)
+    plan, errors = make_plan(bench, 4)
+    assert plan.plan.kinds == "FOOOFOOOOFOF" and plan.error == errors["plan"] == 1.0
+    assert bench.fits < 50
+
+
+@pytest.mark.parametrize("tries", [0, 3])
+def test_exchanges_of_neighbours_are_limited(tries):
+    started = Placed(tries)
+    search = Search(started, 4, tqdm(disable=True))
+    starts = search.starts(0.0)
+    assert starts[0] == "FOOFOOFOOFOO" and len(starts) == 3  # the even one
+    least = min(map(search.error, starts))
+    fits = started.fits
+    found = search.improved(min(starts, key=search.error))
+    assert started.fits == fits + tries and found.error <= least - (tries > 0)
+
+
+def test_schedules_that_are_far_behind_are_not_improved(monkeypatch):
+    improved = []
+    monkeypatch.setattr(Search, "improved", lambda self, kinds: improved.append(kinds) or self.tried[kinds])
+    make_plan(Known(costs(0.1)), 6)  # a forecast costs twenty times the error of a cached step
+    assert improved and all("O" not in kinds for kinds in improved)
 
 
 def test_forecasts_have_their_cost():
