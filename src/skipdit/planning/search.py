@@ -17,6 +17,7 @@ from skipdit.utils.errors import UserError
 from skipdit.utils.provenance import versions
 
 FORECASTS, CACHED_ALONE, MIXED = "forecasts alone, fitted", "cached steps alone, fitted", "both, fitted"
+STARTED = "before exchanges of steps, fitted"
 HOPELESS = 1.5  # times the least error: exchanges of steps gain less than that
 
 
@@ -98,8 +99,9 @@ def make_plan(bench: BaseBench, budget: float) -> tuple[Fitted, dict[str, float]
             name: search.improved(kinds) if search.error(kinds) <= HOPELESS * least else search.tried[kinds]
             for name, kinds in chosen.items()
         }
+    errors = {name: fitted.error for name, fitted in found.items()} if len(found) > 1 else {}
     best = min(found.values(), key=lambda fitted: fitted.error)
-    return best, _errors(bench, best, {name: fitted.error for name, fitted in found.items() if len(found) > 1})
+    return best, _errors(bench, best, {STARTED: least} | errors)
 
 
 def _least(bench: BaseBench) -> float:
