@@ -36,6 +36,7 @@ from skipdit.utils.errors import UserError
 from skipdit.utils.video import contact_sheet
 
 EMOJI = ["face-smiling", "face-affection", "face-tongue", "face-negative", "face-costume", "cat-face", "heart", "hands"]
+EMOJI += ["face-concerned", "face-neutral-skeptical", "face-unwell", "sky-weather"]  # the model of eight pairs has 8
 CONFIGS = Path(__file__).parents[1] / "configs"
 
 
@@ -66,8 +67,12 @@ def read_training(data: str, config: dict, size: int, pictures: str) -> Training
         )
         clips, labels = [sample["image"][None] for sample in bar(dataset, "reading", "picture")], dataset.labels
         return Training("image", clips, labels, 1, *named(dataset))
-    listed = {"captions": f"{data}/captions.jsonl", "clip_list": str(CONFIGS / "text-to-video/emoji_clips.txt")}
-    chosen = listed if "prompts" in config else {"classes": EMOJI}
+    if "prompts" in config:
+        chosen = {"captions": f"{data}/captions.jsonl", "clip_list": str(CONFIGS / "text-to-video/emoji_clips.txt")}
+    else:
+        chosen = {"classes": EMOJI[: config["model"]["num_classes"]]}
+        if chosen["classes"] == EMOJI:  # the model of eight pairs saw all clips of its eight classes
+            chosen["clip_list"] = str(CONFIGS / "class-to-video/emoji_deep_clips.txt")
     dataset = ClipFolder(ClipData(path=data, **chosen, num_frames=config["num_frames"], image_size=size))
     samples = [sample for sample in bar(dataset, "reading", "clip") if len(sample["image"]) >= dataset.span]
     clips, labels = [sample["image"] for sample in samples], [sample["label"] for sample in samples]
@@ -125,7 +130,11 @@ def main() -> None:
     if not files:
         raise FileNotFoundError(f"no samples in {args.samples}")
     training = read_training(args.data, config, size=read_sample(files[0]).shape[-1], pictures=args.pictures)
-    asked = wanted(args, training) if "prompts" in config else config.get("classes") or list(range(len(EMOJI)))
+    asked = (
+        wanted(args, training)
+        if "prompts" in config
+        else config.get("classes") or list(range(config["model"]["num_classes"]))
+    )
     shown, values, met, right = [], [], set(), 0
     for i, file in enumerate(tqdm(files, desc="comparing", unit="sample")):
         sample = read_sample(file)

@@ -73,7 +73,7 @@ def test_the_sdist_has_what_the_wheel_is_built_from(tmp_path):
     with tarfile.open(file) as archive:
         inside = {str(Path(*Path(name).parts[1:])) for name in archive.getnames()}
     wanted = ["README.md", "LICENSE", "configs/class-to-image/demo.yaml", "class-to-image/weights/vae/config.json"]
-    wanted += ["class-to-image/model.py", "src/skipdit/training/new.py", "class-to-video/weights/emoji-skip.pt"]
+    wanted += ["class-to-image/model.py", "src/skipdit/training/new.py", "class-to-video/weights/emoji-deep-skip.pt"]
     assert not set(wanted) - inside
 
 
