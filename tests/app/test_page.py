@@ -143,7 +143,7 @@ def test_a_plan_is_found_from_any_folder(tmp_path, monkeypatch):
 
 @pytest.mark.slow
 def test_clips_loop_and_their_command_makes_the_same_file(tmp_path):
-    request = Request(CLIPS, 2, 3, "ddim", 2.0, 0, ["reuse"], 0.7)
+    request = Request(CLIPS, 2, 3, "euler", 2.0, 0, ["reuse"], 0.7)
     comparison = Studio().run(request)
     cached = comparison.results[1]
     assert cached.suffix == "mp4" and cached.shown[:3] == cached.difference[:3] == b"GIF"
