@@ -183,10 +183,9 @@ class PipelineBench(BaseBench):
 
     def _trials(self, output: Tensor, t: Any, latents: Tensor, args: tuple, kwargs: dict) -> tuple[Tensor, float]:
         """The latents (float64) that a step would end with, and how far they move if its output grows by 1."""
-        nudge = output.std().clamp_min(TINY)
-        ends = [
-            double(_trial(self.pipe.scheduler, each, t, latents, args, kwargs)) for each in (output, output + nudge)
-        ]
+        nudge = double(output).std().clamp_min(TINY)  # which half precision could not hold
+        tried = output, output + nudge
+        ends = [double(_trial(self.pipe.scheduler, each, t, latents, args, kwargs)) for each in tried]
         return ends[0], ((ends[1] - ends[0]).mean() / nudge).item()
 
     def step_ends(self, kinds: str) -> list[float]:

@@ -8,7 +8,6 @@ import numpy as np
 from skipdit.caching.policy import CACHED, FORECAST, FULL, NAMES
 
 REACH = 4  # the longest gap between full steps that is looked at, over the mean one
-TINY = 1e-300
 
 
 def forecast_losses(products: np.ndarray, gains: np.ndarray, reach: int, fitted: bool) -> np.ndarray:
@@ -32,8 +31,7 @@ def forecast_losses(products: np.ndarray, gains: np.ndarray, reach: int, fitted:
     squares = np.diag(products)
     moved = squares[j] + squares[i] - 2 * products[j, i]
     along = products[t, j] - products[t, i] - squares[j] + products[j, i]
-    ahead = along / np.maximum(moved, TINY) if fitted else s / np.maximum(a, 1)
-    ahead = np.where(a > 0, ahead, 0)
+    ahead = along / np.where(moved > 0, moved, np.inf) if fitted else s / np.maximum(a, 1)
     errors = squares[t] + squares[j] - 2 * products[t, j] - 2 * ahead * along + ahead**2 * moved
     errors = np.where(j + s < steps, errors.clip(0) * gains[t] ** 2, 0)
     losses = np.cumsum(errors, 2) - errors  # of the steps before t
@@ -57,7 +55,8 @@ def best_full_steps(products: np.ndarray, gains: np.ndarray, count: int, fitted:
         best = np.full_like(best, np.inf)
         best[:, 1:] = np.where(g <= k, options.min(1)[np.maximum(k - g, 0), g - 1], np.inf)
     left = np.arange(steps, 0, -1)  # steps from j to the end
-    ends = np.where(left <= reach, losses[np.arange(steps), :, np.minimum(left, reach) - 1].T, np.inf).T
+    ends = losses[np.arange(steps), :, np.minimum(left, reach) - 1]
+    ends[left > reach] = np.inf
     j, a = np.unravel_index(np.argmin(best + ends), best.shape)
     chosen = [int(j)]
     for way in reversed(ways):

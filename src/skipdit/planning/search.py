@@ -87,12 +87,12 @@ def make_plan(bench: BaseBench, budget: float) -> tuple[Fitted, dict[str, float]
     groups = {FORECASTS: (0.0,), CACHED_ALONE: (1.0,), MIXED: (1 / 3, 2 / 3)} if caches else {FORECASTS: (0.0,)}
     with tqdm(desc="schedules fitted", unit="run") as progress:
         search = Search(bench, budget, progress)
-        if not search.starts(0.0):
-            others = f"{bench.steps - 1} forecasts cost {_least(bench):.2f}"
-            raise UserError(f"{budget:.2f} full steps buy no plan: a full step and {others}")
         starts = {
             name: [kinds for share in shares for kinds in search.starts(share)] for name, shares in groups.items()
         }
+        if not starts[FORECASTS]:
+            others = f"{bench.steps - 1} forecasts cost {_least(bench):.2f}"
+            raise UserError(f"{budget:.2f} full steps buy no plan: a full step and {others}")
         chosen = {name: min(some, key=search.error) for name, some in starts.items() if some}
         least = min(map(search.error, chosen.values()))
         found = {
