@@ -45,6 +45,24 @@ def test_the_fit_runs_what_the_plan_runs(name):
     assert 0 < bench.error(fitted.plan) < bench.error(CacheSpec(10, branch=0))  # one full step, whose output is reused
 
 
+@pytest.mark.parametrize(
+    "name", ["DiTPipeline", "FluxPipeline", "WanPipeline (2.2, two transformers)", "StableDiffusion3Pipeline"]
+)
+@pytest.mark.parametrize("target", ["sampler", None])
+def test_a_fit_that_begins_with_the_steps_of_another_is_the_same(name, target, monkeypatch):
+    bench = bench_of(name, target)
+    like = bench.fit(KINDS)
+    runs = []
+    monkeypatch.setattr(bench, "images", lambda *args: runs.append(args) or PipelineBench.images(bench, *args))
+    for kinds in ("FOFOOFOFOO", "FOFOFOOOFO", "FOFOOFOOOF", KINDS):
+        alone, begun = bench.fit(kinds), bench.fit(kinds, like)
+        assert begun.plan == alone.plan and begun.error == alone.error
+        assert bench.fit(kinds, begun).plan == alone.plan  # which began with another fit's steps itself
+        whole, rest, least = [schedule.kinds.count("F") for schedule, *_ in runs]
+        assert whole > rest >= least == 1 + len(bench.restarts)
+        runs.clear()
+
+
 def test_the_second_transformer_begins_with_a_full_step():
     bench = bench_of("WanPipeline (2.2, two transformers)", "sampler")
     (restart,) = bench.restarts

@@ -133,6 +133,28 @@ def test_the_fit_foresees_other_samplers(sampler, is_flow, tmp_path, flow_weight
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("target", ["sampler", "converged"])
+def test_a_fit_that_begins_with_the_steps_of_another_is_the_same(target, tmp_path, monkeypatch):
+    made = bench(tmp_path, target, batch_size=1)
+    others = {kinds: made.fit(kinds) for kinds in ("FFSOFSOO", "FFOSFSOO", "FOOOFOOO")}
+    computed = []
+    compute = Fit._compute
+    monkeypatch.setattr(
+        Fit, "_compute", lambda self, batch, *args: computed.append(batch) or compute(self, batch, *args)
+    )
+    for kinds, shared in (("FFSOSFOO", 4), ("FFSOFSOO", 7), ("FFSOFSOF", 7), ("FOSFOSOO", 1), ("FOOFOOOO", 0)):
+        alone, runs = made.fit(kinds), len(computed)
+        computed.clear()
+        begun = made.fit(kinds, others["FFSOFSOO"])
+        assert begun.plan == alone.plan and begun.error == alone.error
+        saved = len([kind for kind in kinds[:shared] if kind != "O"])
+        assert len(computed) == runs - saved * len(made.own)
+        computed.clear()
+        assert made.fit(kinds, begun).plan == alone.plan  # which began with another fit's steps itself
+        computed.clear()
+
+
+@pytest.mark.slow
 def test_full_steps_alone_are_the_uncached_run(tmp_path):
     made = bench(tmp_path)
     plan = made.fit("F" * 8).plan

@@ -75,10 +75,15 @@ class Recorder:
 
 @dataclass
 class Fitted:
-    """A plan, and its error on the calibration samples."""
+    """A plan, and its error on the calibration samples.
+
+    Attributes:
+        fit: what other fits may take their first steps from.
+    """
 
     plan: CachePlan
     error: float
+    fit: Any = None
 
 
 class Schedule(CachePolicy):
@@ -103,8 +108,7 @@ class BaseBench(ABC):
         sampler: has `solvers`, and the `method` of the runs.
         steps: of a run.
         branch: b, of cached steps; 0: there are none.
-        runs: about how many runs of a plan's cost it takes to find one, controls included.
-        tries: how many exchanges of neighbouring steps a search may try from one schedule.
+        exchanges: how many exchanges of neighbouring steps a search may try from one schedule.
         products: (steps, steps), inner products of the guided outputs of any two steps of the uncached run, once
             calibrated.
         gains: (steps,), how far a step's output moves the latents after it.
@@ -117,8 +121,7 @@ class BaseBench(ABC):
     steps: int
     branch: int
     timesteps: tuple[float, ...]
-    runs: int
-    tries: int
+    exchanges: int = 40
     products: np.ndarray
     gains: np.ndarray
     by: str = "flops"
@@ -170,8 +173,6 @@ class Bench(BaseBench):
 
     Raises ValueError for a sampler that cannot be planned, or has no converged run.
     """
-
-    runs, tries = 60, 20
 
     def __init__(self, sampler: Sampler, steps: int, branch: int, target: str = "sampler"):
         self.sampler, self.steps, self.branch, self.target = sampler, steps, branch, target
@@ -241,16 +242,16 @@ class Bench(BaseBench):
         """Of latents as the model has them, (N, ..., 3, H, W) in [-1, 1]."""
         return decode(self.sampler.vae, self.sampler.to_model(latents).float()).clamp(-1, 1).cpu()
 
-    def fit(self, kinds: str) -> Fitted:
-        """Fit a schedule."""
+    def fit(self, kinds: str, like: Fitted | None = None) -> Fitted:
+        """Fit a schedule. What it shares with that of another fit, from the start on, is not run again."""
         memory, correct = MEMORY[self.target], self.target == "converged"
         fit = Fit(self.sampler, self.own, self.goals, kinds, self.branch, self.response, memory, correct)
-        states = fit.run()
+        states = fit.run(like and like.fit)
         features = tuple(None if ws is None else tuple(ws.tolist()) for ws in fit.features)
         outputs = tuple(tuple(ws.tolist()) for ws in fit.outputs)
         plan = CachePlan(self.timesteps, features, self.branch, kinds, outputs)
         images = [self._images(fit.final(batch, state)) for batch, state in enumerate(states)]
-        return Fitted(plan, self._error(images, self.target))
+        return Fitted(plan, self._error(images, self.target), fit)
 
     def error(self, policy: CachePolicy, steps: int | None = None, method: str | None = None) -> float:
         """The error of a policy, by the bench's target; see `errors`."""

@@ -17,6 +17,7 @@ from skipdit.caching.policy import CACHED, FORECAST, FULL
 from skipdit.caching.runtime import combined
 from skipdit.caching.steps import CacheStep
 from skipdit.layers.skip import SkipTransformer, predicted_noise
+from skipdit.planning.schedules import alike
 from skipdit.sampling.sampler import Sampler
 from skipdit.utils.device import double
 
@@ -103,6 +104,9 @@ class State:
     outputs: list[Tensor] = field(default_factory=list)
     used: list[Tensor] = field(default_factory=list)
 
+    def copy(self) -> "State":
+        return State(list(self.features), list(self.outputs), list(self.used))
+
 
 class Fit:
     """Fits a schedule.
@@ -118,6 +122,7 @@ class Fit:
     Attributes:
         features: coefficients (M,) per step, None where there are none.
         outputs: coefficients (M,) per step.
+        begun: the states of all batches before every step, once it has run.
     """
 
     def __init__(
@@ -136,16 +141,26 @@ class Fit:
         self.kinds, self.branch, self.memory, self.correct = kinds, branch, memory, correct
         self.features: list[Tensor | None] = [torch.zeros(0) if kind == CACHED else None for kind in kinds]
         self.outputs: list[Tensor] = [torch.zeros(0) for _ in kinds]
+        self.begun: list[list[State]] = []
 
     def final(self, batch: int, state: State) -> Tensor:
         """Latents after the last step."""
         return self._latents(batch, state, len(self.kinds))
 
     @torch.no_grad()
-    def run(self) -> list[State]:
-        """Find the coefficients of each step in turn. Returns the ends of the runs."""
+    def run(self, like: "Fit | None" = None) -> list[State]:
+        """Find the coefficients of each step in turn. Returns the ends of the runs.
+
+        Args:
+            like: another fit that has run. The steps until its kinds are others are taken over from it.
+        """
         states = [State() for _ in self.own]
-        for k, kind in enumerate(self.kinds):
+        same = alike(self.kinds[:-1], like.kinds) if like and self._stores == like._stores else 0
+        if same:
+            self.features[:same], self.outputs[:same] = like.features[:same], like.outputs[:same]
+            self.begun, states = like.begun[:same], [state.copy() for state in like.begun[same]]
+        for k, kind in list(enumerate(self.kinds))[same:]:
+            self.begun.append([state.copy() for state in states])
             problem, guess = LeastSquares(), self._guess(k, states[0])
             for batch, state in enumerate(states):
                 if kind == FULL:
@@ -169,6 +184,11 @@ class Fit:
                 output = extrapolated(state.outputs, self.outputs[k])
                 state.used.append(self._guided(output, batch, k) - self.own[batch].outputs[k])
         return states
+
+    @property
+    def _stores(self) -> bool:
+        """Whether features are stored: some step needs them."""
+        return CACHED in self.kinds
 
     def _latents(self, batch: int, state: State, k: int) -> Tensor:
         """Before step k: those of the uncached run, moved by what the steps before did otherwise."""
@@ -224,7 +244,7 @@ class Fit:
         if self.kinds[k] == FULL:
             step = CacheStep(self.branch, None)
             state.outputs.insert(0, self._call(batch, state, k, step))
-            if CACHED in self.kinds:
+            if self._stores:
                 state.features.insert(0, step.kept_feature)
         else:
             feature = extrapolated(state.features, self.features[k])

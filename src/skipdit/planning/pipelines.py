@@ -29,6 +29,7 @@ from skipdit.pipelines.cache import disable_cache, enable_cache, without_cache
 from skipdit.pipelines.denoiser import denoisers
 from skipdit.planning.calibration import MEMORY, BaseBench, Fitted, Schedule, products
 from skipdit.planning.fitting import TINY, LeastSquares, differences
+from skipdit.planning.schedules import alike
 from skipdit.planning.search import budget_of, find_plan
 from skipdit.planning.tables import distance
 from skipdit.utils.device import double
@@ -62,6 +63,21 @@ class StepRecord:
     models: list[set[int]] = field(default_factory=lambda: [set()])
 
 
+@dataclass
+class FittedStep:
+    """A step of a fit.
+
+    Attributes:
+        coefficients: of differences of outputs.
+        used: the guided output that the step goes on with.
+        stored: guided outputs of full steps, newest first, after it.
+    """
+
+    coefficients: tuple[float, ...]
+    used: Tensor
+    stored: list[Tensor]
+
+
 class _OtherTimesteps(Exception):
     """A longer run does not pass the timesteps of the bench's."""
 
@@ -84,7 +100,7 @@ class PipelineBench(BaseBench):
     Raises ValueError for `UNPLANNED` arguments, and a scheduler that makes more or fewer steps than it is asked for.
     """
 
-    branch, runs, tries = 0, 30, 20
+    branch = 0
 
     def __init__(
         self, pipe: DiffusionPipeline, arguments: dict[str, Any], steps: int, seed: int, target: str | None = None
@@ -205,15 +221,25 @@ class PipelineBench(BaseBench):
         return [self._generator.get_state(), torch.get_rng_state(), *on_gpu]
 
     @torch.no_grad()
-    def fit(self, kinds: str) -> Fitted:
-        """Fit a schedule of full steps and forecasts."""
+    def fit(self, kinds: str, like: Fitted | None = None) -> Fitted:
+        """Fit a schedule of full steps and forecasts. In steps that it shares with another fit, from the start on, the
+        model does not run again."""
         kinds = "".join(FULL if k in self.restarts else kind for k, kind in enumerate(kinds))
-        coefficients: list[tuple[float, ...]] = []
         stored: list[Tensor] = []  # guided outputs of full steps, newest first
         memory, correct = MEMORY[self.target][1], self.target == "converged"
+        steps: list[FittedStep] = []
+        known: list[FittedStep] = like.fit[: alike(kinds, like.plan.kinds)] if like else []
+        runs = "".join(
+            kind if k >= len(known) else FULL if k == 0 or k in self.restarts else FORECAST
+            for k, kind in enumerate(kinds)
+        )
 
         def step(own: Callable, output: Tensor, t: Any, latents: Tensor, *args: Any, **kwargs: Any) -> Any:
-            k = len(coefficients)
+            k = len(steps)
+            if k < len(known):
+                steps.append(known[k])
+                stored[:] = known[k].stored
+                return own(known[k].used, t, latents, *args, **kwargs)
             if k in self.restarts:
                 stored.clear()
             if kinds[k] == FULL:
@@ -226,15 +252,14 @@ class PipelineBench(BaseBench):
                 problem = LeastSquares()
                 problem.add(_flat(end - self.goals[k]), [_flat(gain * move) for move in moves])
                 solution = problem.solve()
-            coefficients.append(tuple(solution.tolist()))
-            used = stored[0] + sum(u * move for u, move in zip(coefficients[-1], moves, strict=True))
-            return own(used.to(output.dtype), t, latents, *args, **kwargs)
+            coefficients = tuple(solution.tolist())
+            used = stored[0] + sum(u * move for u, move in zip(coefficients, moves, strict=True))
+            steps.append(FittedStep(coefficients, used.to(output.dtype), list(stored)))
+            return own(steps[k].used, t, latents, *args, **kwargs)
 
-        images = self.images(Schedule(kinds, 0) if FORECAST in kinds else CacheSpec(), self.steps, step)
-        return Fitted(
-            CachePlan(self.timesteps, (None,) * self.steps, 0, kinds, tuple(coefficients)),
-            distance(images, self.reference),
-        )
+        images = self.images(Schedule(runs, 0) if FORECAST in runs else CacheSpec(), self.steps, step)
+        plan = CachePlan(self.timesteps, (None,) * self.steps, 0, kinds, tuple(each.coefficients for each in steps))
+        return Fitted(plan, distance(images, self.reference), steps)
 
     def error(self, policy: CachePolicy, steps: int | None = None, method: str | None = None) -> float:
         """The error of a policy; see `distance`. Of `steps` steps, if not the bench's."""

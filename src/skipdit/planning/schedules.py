@@ -97,6 +97,12 @@ def schedule(steps: int, full: Sequence[int], cached: int) -> str:
     return "".join(kinds)
 
 
+def alike(kinds: str, others: str) -> int:
+    """With how many equal steps two schedules begin."""
+    pairs = zip(kinds, others, strict=False)
+    return next((k for k, (one, other) in enumerate(pairs) if one != other), min(len(kinds), len(others)))
+
+
 def stretched(kinds: str, steps: int) -> str:
     """A schedule for another number of steps: as large a share of full ones, and as close together in every part of the
     run. Every other step is of the kind of the nearest one that is not full.

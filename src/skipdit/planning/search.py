@@ -18,6 +18,7 @@ from skipdit.utils.provenance import versions
 
 FORECASTS, CACHED_ALONE, MIXED = "forecasts alone, fitted", "cached steps alone, fitted", "both, fitted"
 STARTED = "before exchanges of steps, fitted"
+SHARES = {FORECASTS: (0.0,), CACHED_ALONE: (1.0,), MIXED: (1 / 3, 2 / 3)}  # of other steps, those that are cached
 HOPELESS = 1.5  # times the least error: exchanges of steps gain less than that
 
 
@@ -29,7 +30,7 @@ class Search:
         progress: of fits.
 
     Attributes:
-        tried: kinds of steps -> the fitted plan.
+        tried: kinds of steps -> the fitted plan, without its `Fitted.fit`, which is large.
     """
 
     def __init__(self, bench: BaseBench, budget: float, progress: tqdm):
@@ -39,9 +40,14 @@ class Search:
     def error(self, kinds: str) -> float:
         """The error of a schedule, fitted."""
         if kinds not in self.tried:
-            self.tried[kinds] = self.bench.fit(kinds)
-            self.progress.update()
+            self._fit(kinds)
         return self.tried[kinds].error
+
+    def _fit(self, kinds: str, like: Fitted | None = None) -> Fitted:
+        fitted = self.bench.fit(kinds, like)
+        self.tried[kinds] = replace(fitted, fit=None)
+        self.progress.update()
+        return fitted
 
     def starts(self, share: float) -> list[str]:
         """Schedules with full steps at even distances, and with those that dynamic programming finds; none if the
@@ -59,19 +65,21 @@ class Search:
 
     def improved(self, kinds: str) -> Fitted:
         """The best plan that is found from a schedule by exchanging steps with their neighbours, one pair at a time."""
-        tries = iter(range(self.bench.tries))
+        best = self._fit(kinds)  # again, for the steps that exchanges begin with
+        left = iter(range(self.bench.exchanges))
         places, rest = range(len(kinds) - 2, 0, -1), 0  # the first step stays full; the last ones first
         for i in cycle(places):
             if rest == len(places):
                 break
             rest += 1
-            if kinds[i] == kinds[i + 1]:
-                continue
-            if next(tries, None) is None:
-                break
             other = kinds[:i] + kinds[i + 1] + kinds[i] + kinds[i + 2 :]
-            if self.error(other) < self.error(kinds):
-                kinds, rest = other, 0
+            if other in self.tried:
+                continue
+            if next(left, None) is None:
+                break
+            fitted = self._fit(other, best)
+            if fitted.error < best.error:
+                best, kinds, rest = fitted, other, 0
         return self.tried[kinds]
 
 
@@ -83,12 +91,11 @@ def make_plan(bench: BaseBench, budget: float) -> tuple[Fitted, dict[str, float]
 
     Raises ValueError if the budget buys no plan.
     """
-    caches = bench.step_costs.get("cached", 1) < 1
-    groups = {FORECASTS: (0.0,), CACHED_ALONE: (1.0,), MIXED: (1 / 3, 2 / 3)} if caches else {FORECASTS: (0.0,)}
     with tqdm(desc="schedules fitted", unit="run") as progress:
         search = Search(bench, budget, progress)
         starts = {
-            name: [kinds for share in shares for kinds in search.starts(share)] for name, shares in groups.items()
+            name: [kinds for share in shares for kinds in search.starts(share)]
+            for name, shares in _groups(bench).items()
         }
         if not starts[FORECASTS]:
             others = f"{bench.steps - 1} forecasts cost {_least(bench):.2f}"
@@ -102,6 +109,19 @@ def make_plan(bench: BaseBench, budget: float) -> tuple[Fitted, dict[str, float]
     errors = {name: fitted.error for name, fitted in found.items()} if len(found) > 1 else {}
     best = min(found.values(), key=lambda fitted: fitted.error)
     return best, _errors(bench, best, {STARTED: least} | errors)
+
+
+def _groups(bench: BaseBench) -> dict[str, tuple[float, ...]]:
+    """The names and `SHARES` of schedules that a search tries: cached steps must cost less than full ones."""
+    return SHARES if bench.step_costs.get("cached", 1) < 1 else {FORECASTS: SHARES[FORECASTS]}
+
+
+def _runs(bench: BaseBench) -> float:
+    """About how many runs of a plan's cost a search makes with the controls, which are some ten. An exchange costs half
+    a run, and there are hardly more than two groups of schedules to improve.
+    """
+    groups = _groups(bench)
+    return 10 + 3 * sum(map(len, groups.values())) + min(len(groups), 2) * bench.exchanges / 2
 
 
 def _least(bench: BaseBench) -> float:
@@ -156,9 +176,9 @@ def find_plan(
     """
     if cost not in COSTS:
         raise UserError(f"cost is {cost!r}; known: {', '.join(COSTS)}")
-    runs, unknown = bench.runs, "" if budget or kinds else ", or several times that"
+    runs, unknown = _runs(bench), "" if budget or kinds else ", or several times that"
     if kinds:  # that run, and those of the controls
-        runs, budget = 12, cost_of(kinds, bench.costs["flops"])
+        runs, budget = 11, cost_of(kinds, bench.costs["flops"])
     whole = sum(bench.factors) + runs * (budget or bench.steps / 2) / bench.steps
     print(f"this costs about what {whole:.0f} uncached runs of the samples do{unknown}")
     bench.calibrate()
