@@ -332,6 +332,18 @@ def test_speedup_and_error(command, capsys):
 
 
 @pytest.mark.slow
+def test_a_search_is_as_long_as_it_is_asked_to_be(command, monkeypatch):
+    fits, fit = [], Bench.fit
+    monkeypatch.setattr(Bench, "fit", lambda *args: fits.append(args) or fit(*args))
+    counts = []
+    for exchanges in (1, 3):
+        fits.clear()
+        command("--budget", "4", "--branch", "0", "--target", "sampler", "--exchanges", str(exchanges))
+        counts.append(len(fits))
+    assert counts[1] == counts[0] + 2
+
+
+@pytest.mark.slow
 def test_like_another_plan(command, capsys, tmp_path):
     """Its schedule, fitted to other steps in one run; and to its own steps the plan itself."""
     first = command("--budget", "5")

@@ -65,6 +65,14 @@ def read_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         help="what the images should be: those that ever more steps tend to, or those of the uncached run [converged, "
         "where the sampler is deterministic]",
     )
+    parser.add_argument(
+        "--exchanges",
+        type=positive,
+        default=40,
+        metavar="N",
+        help="how long to search: the exchanges of neighbouring steps that are tried, each of about half a run "
+        "[%(default)s]",
+    )
     parser.add_argument("--steps", type=positive, metavar="T", help="of a run [the config's]")
     parser.add_argument(
         "--branch",

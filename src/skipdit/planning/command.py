@@ -55,6 +55,7 @@ def from_config(args: argparse.Namespace) -> CachePlan:
     sampler = task.open_sampler(config, args.branch)
     target = args.target or ("converged" if sampler.refined(config.steps, 4) else "sampler")
     bench = Bench(sampler, config.steps, args.branch, target)
+    bench.exchanges = args.exchanges
     made_for = {"model": fingerprint(bench.model), "guidance_scale": config.guidance_scale}
     calibration = {"config": args.config, "samples": sampler.total, **to_dict(config)}
     kinds = kinds_like(args.like, config.steps, args.branch)
@@ -66,6 +67,7 @@ def from_pipeline(args: argparse.Namespace) -> CachePlan:
     from skipdit.planning.pipeline_command import held_out, open_bench
 
     bench = open_bench(args)
+    bench.exchanges = args.exchanges
     budget = budget_of(bench.steps, args.budget, args.speedup)
     about = {"pipeline": args.pipeline} | bench.about()
     kinds = kinds_like(args.like, bench.steps, 0)

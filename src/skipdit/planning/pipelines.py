@@ -355,6 +355,7 @@ def plan_pipeline(
     seed: int = 10_000,
     target: str | None = None,
     cost: str = "flops",
+    exchanges: int = BaseBench.exchanges,
     **arguments: Any,
 ) -> CachePlan:
     """Plan the calls of a diffusers pipeline: which steps run the model, and what the others extrapolate from.
@@ -362,7 +363,7 @@ def plan_pipeline(
         plan = plan_pipeline(pipe, speedup=2, prompt=prompts, guidance_scale=3.5)
         enable_cache(pipe, plan)
 
-    Costs about as much as 22 calls, fewer for larger speedups. The plan is for this model, scheduler and number of
+    Costs about as much as 24 calls, fewer for larger speedups. The plan is for this model, scheduler and number of
     steps. A cache that the pipeline has is back when this returns.
 
     Args:
@@ -371,6 +372,7 @@ def plan_pipeline(
         target: what the images should be: "sampler", those of the uncached call, or "converged", those that ever more
             steps tend to; None for the latter if the scheduler is deterministic.
         cost: what counts: "flops" of the transformer, or "time", the seconds of steps as measured on this device.
+        exchanges: how long to search: the exchanges of neighbouring steps that are tried, each of about half a run.
         arguments: of the pipeline's call, all samples in one batch.
 
     Returns:
@@ -379,6 +381,7 @@ def plan_pipeline(
     Raises ValueError for a scheduler whose steps cannot be planned, or a speedup that so many steps cannot have.
     """
     bench = PipelineBench(pipe, arguments, num_inference_steps, seed, target)
+    bench.exchanges = exchanges
     with without_cache(pipe):
         budget = budget_of(num_inference_steps, None, speedup)
         return find_plan(bench, budget, 0.0, bench.made_for(), bench.about(), cost=cost)
