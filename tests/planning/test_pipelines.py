@@ -8,7 +8,13 @@ import numpy as np
 import pytest
 import torch
 from accelerate import cpu_offload
-from diffusers import DDPMScheduler, DiffusionPipeline, HeunDiscreteScheduler, UniPCMultistepScheduler
+from diffusers import (
+    CogVideoXDPMScheduler,
+    DDPMScheduler,
+    DiffusionPipeline,
+    HeunDiscreteScheduler,
+    UniPCMultistepScheduler,
+)
 from PIL import Image
 from tests.pipelines.tiny import BUILDERS, build
 
@@ -18,6 +24,7 @@ from skipdit.caching.policies import CacheSpec
 from skipdit.commands.plan import read_arguments
 from skipdit.planning.command import main
 from skipdit.planning.pipelines import PipelineBench
+from skipdit.planning.search import make_plan
 
 KINDS = "FOFOOFOOFO"
 BEGIN_LATER = {name for name in BUILDERS if "Img2Img" in name or "Inpaint" in name}
@@ -51,11 +58,11 @@ def test_the_fit_runs_what_the_plan_runs(name):
 @pytest.mark.parametrize("target", ["sampler", None])
 def test_a_fit_that_begins_with_the_steps_of_another_is_the_same(name, target, monkeypatch):
     bench = bench_of(name, target)
-    like = bench.fit(KINDS)
+    base = bench.fit(KINDS, keep=True)
     runs = []
     monkeypatch.setattr(bench, "images", lambda *args: runs.append(args) or PipelineBench.images(bench, *args))
     for kinds in ("FOFOOFOFOO", "FOFOFOOOFO", "FOFOOFOOOF", KINDS):
-        alone, begun = bench.fit(kinds), bench.fit(kinds, like)
+        alone, begun = bench.fit(kinds), bench.fit(kinds, base, keep=True)
         assert begun.plan == alone.plan and begun.error == alone.error
         assert bench.fit(kinds, begun).plan == alone.plan  # which began with another fit's steps itself
         whole, rest, least = [schedule.kinds.count("F") for schedule, *_ in runs]
@@ -102,6 +109,22 @@ def test_noisy_schedulers_are_planned_towards_their_own_run():
     assert bench.error(fitted.plan) == pytest.approx(fitted.error, rel=1e-3)
     with pytest.raises(ValueError, match="--target sampler"):
         PipelineBench(pipe, {"class_labels": [1]}, 6, 7, "converged").calibrate()
+
+
+def test_schedulers_with_other_steps_are_refused():
+    pipe, _ = build("CogVideoXPipeline")
+    pipe.scheduler = CogVideoXDPMScheduler.from_config(pipe.scheduler.config)
+    with pytest.raises(
+        ValueError, match="CogVideoXDPMScheduler cannot be planned for: its steps take model_output, old"
+    ):
+        PipelineBench(pipe, {}, 5, 7)
+
+
+@pytest.mark.slow
+def test_plans_of_two_transformers_cost_what_is_asked_for():
+    bench = bench_of("WanPipeline (2.2, two transformers)", "sampler")
+    plan, _ = make_plan(bench, 4)
+    assert plan.plan.kinds.count("F") == 4 and plan.plan.kinds[bench.restarts[0]] == "F"
 
 
 def test_schedulers_that_run_the_model_twice_per_step_are_refused():

@@ -133,7 +133,7 @@ class Known(BaseBench):
     def step_ends(self, kinds: str) -> list[float]:
         return list(accumulate(self._taken[NAMES[kind]] for kind in kinds))
 
-    def fit(self, kinds: str, like: Fitted | None = None) -> Fitted:
+    def fit(self, kinds: str, base: Fitted | None = None, keep: bool = False) -> Fitted:
         plan = CachePlan(self.timesteps, tuple(() if kind == "S" else None for kind in kinds), 1, kinds)
         return Fitted(plan, self.error(plan))
 
@@ -156,11 +156,14 @@ class Placed(Known):
 
     def __init__(self, exchanges: int):
         super().__init__(costs(1.0))
-        self.exchanges, self.fits = exchanges, 0
+        self.exchanges, self.fits, self.bases = exchanges, 0, []
 
-    def fit(self, kinds: str, like: Fitted | None = None) -> Fitted:
+    def fit(self, kinds: str, base: Fitted | None = None, keep: bool = False) -> Fitted:
         self.fits += 1
-        return super().fit(kinds, like)
+        if base:
+            assert keep
+            self.bases.append((base.plan.kinds, kinds))
+        return super().fit(kinds, base, keep)
 
     def error(self, policy, *run) -> float:
         full = [k for k, kind in enumerate(policy.step_kinds(self.timesteps)) if kind == "F"]
@@ -171,7 +174,29 @@ def test_exchanges_of_neighbours_end_where_none_of_them_helps():
     bench = Placed(exchanges=100)
     plan, errors = make_plan(bench, 4)
     assert plan.plan.kinds == "FOOOFOOOOFOF" and plan.error == errors["plan"] == 1.0
-    assert bench.fits < 50
+    assert bench.fits < 60
+    assert len(bench.bases) > 5  # fits begin with the steps of the best schedule so far, which is an exchange away
+    for base, kinds in bench.bases:
+        first, second = (k for k in range(12) if base[k] != kinds[k])
+        assert second == first + 1
+
+
+def test_steps_that_have_to_be_full_are_paid_for():
+    bench = Placed(exchanges=100)
+    bench.restarts = (6,)
+    plan, _ = make_plan(bench, 4)
+    assert (plan.plan.kinds.count("F"), plan.plan.kinds[6]) == (4, "F")
+    plan, _ = make_plan(bench, 2)
+    assert plan.plan.kinds == "FOOOOOFOOOOO"
+    with pytest.raises(ValueError, match=r"1\.50 full steps buy no plan: 12 steps cost at least 2\.00"):
+        make_plan(bench, 1.5)
+
+
+@pytest.mark.parametrize("budget", [1, 12])
+def test_schedules_without_exchanges_are_fitted_once(budget):
+    bench = Placed(exchanges=100)
+    plan, _ = make_plan(bench, budget)
+    assert bench.fits == 1 and plan.plan.kinds.count("F") == budget
 
 
 @pytest.mark.parametrize("exchanges", [0, 3])
@@ -183,7 +208,7 @@ def test_exchanges_of_neighbours_are_limited(exchanges):
     least = min(map(search.error, starts))
     fits = started.fits
     found = search.improved(min(starts, key=search.error))
-    assert started.fits == fits + 1 + exchanges and found.error <= least - (exchanges > 0)
+    assert started.fits == fits + exchanges + (exchanges > 0) and found.error <= least - (exchanges > 0)
 
 
 def test_schedules_that_are_far_behind_are_not_improved(monkeypatch):
@@ -196,7 +221,7 @@ def test_schedules_that_are_far_behind_are_not_improved(monkeypatch):
 def test_forecasts_have_their_cost():
     plan, _ = make_plan(Known(costs(1.0, 0.2)), 6)
     assert plan.plan.kinds.count("F") == 4  # 4 + 8 * 0.2 = 5.6
-    with pytest.raises(ValueError, match=r"3\.00 full steps buy no plan: a full step and 11 forecasts cost 3\.20"):
+    with pytest.raises(ValueError, match=r"3\.00 full steps buy no plan: 12 steps cost at least 3\.20"):
         make_plan(Known(costs(1.0, 0.2)), 3)
 
 

@@ -12,6 +12,7 @@ The plan is for this model, sampler, number of steps and guidance, and is refuse
 """
 
 import argparse
+from collections.abc import Callable
 
 from skipdit.cli import Parser, friendly_errors
 from skipdit.tasks import read_settings
@@ -67,13 +68,13 @@ def read_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument(
         "--exchanges",
-        type=positive,
-        default=40,
+        type=at_least(0),
+        default=30,
         metavar="N",
-        help="how long to search: the exchanges of neighbouring steps that are tried, each of about half a run "
+        help="how long to search: exchanges of neighbouring steps that are tried per start, each of about half a run "
         "[%(default)s]",
     )
-    parser.add_argument("--steps", type=positive, metavar="T", help="of a run [the config's]")
+    parser.add_argument("--steps", type=at_least(1), metavar="T", help="of a run [the config's]")
     parser.add_argument(
         "--branch",
         type=int,
@@ -100,8 +101,12 @@ def read_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
-def positive(text: str) -> int:
-    """A number of a command line, 1 or more."""
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text} is no number from 1 on")
-    return int(text)
+def at_least(least: int) -> Callable[[str], int]:
+    """A type of a command line: whole numbers from the least one on."""
+
+    def number(text: str) -> int:
+        if not text.isdecimal() or int(text) < least:
+            raise argparse.ArgumentTypeError(f"{text} is no number from {least} on")
+        return int(text)
+
+    return number

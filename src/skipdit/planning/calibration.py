@@ -78,7 +78,8 @@ class Fitted:
     """A plan, and its error on the calibration samples.
 
     Attributes:
-        fit: what other fits may take their first steps from.
+        fit: what other fits may take their first steps from, if it was kept. It has the stored features and outputs of
+            all steps, on the device.
     """
 
     plan: CachePlan
@@ -109,6 +110,7 @@ class BaseBench(ABC):
         steps: of a run.
         branch: b, of cached steps; 0: there are none.
         exchanges: how many exchanges of neighbouring steps a search may try from one schedule.
+        restarts: steps that have to be full, besides the first one.
         products: (steps, steps), inner products of the guided outputs of any two steps of the uncached run, once
             calibrated.
         gains: (steps,), how far a step's output moves the latents after it.
@@ -121,7 +123,8 @@ class BaseBench(ABC):
     steps: int
     branch: int
     timesteps: tuple[float, ...]
-    exchanges: int = 40
+    exchanges: int = 30
+    restarts: Sequence[int] = ()
     products: np.ndarray
     gains: np.ndarray
     by: str = "flops"
@@ -242,16 +245,21 @@ class Bench(BaseBench):
         """Of latents as the model has them, (N, ..., 3, H, W) in [-1, 1]."""
         return decode(self.sampler.vae, self.sampler.to_model(latents).float()).clamp(-1, 1).cpu()
 
-    def fit(self, kinds: str, like: Fitted | None = None) -> Fitted:
-        """Fit a schedule. What it shares with that of another fit, from the start on, is not run again."""
+    def fit(self, kinds: str, base: Fitted | None = None, keep: bool = False) -> Fitted:
+        """Fit a schedule.
+
+        Args:
+            base: another fit that was kept. The steps that both schedules begin with are not run again.
+            keep: this fit, to be another one's `base`.
+        """
         memory, correct = MEMORY[self.target], self.target == "converged"
         fit = Fit(self.sampler, self.own, self.goals, kinds, self.branch, self.response, memory, correct)
-        states = fit.run(like and like.fit)
+        states = fit.run(base and base.fit, keep)
         features = tuple(None if ws is None else tuple(ws.tolist()) for ws in fit.features)
         outputs = tuple(tuple(ws.tolist()) for ws in fit.outputs)
         plan = CachePlan(self.timesteps, features, self.branch, kinds, outputs)
         images = [self._images(fit.final(batch, state)) for batch, state in enumerate(states)]
-        return Fitted(plan, self._error(images, self.target), fit)
+        return Fitted(plan, self._error(images, self.target), fit if keep else None)
 
     def error(self, policy: CachePolicy, steps: int | None = None, method: str | None = None) -> float:
         """The error of a policy, by the bench's target; see `errors`."""

@@ -17,7 +17,7 @@ from skipdit.caching.policy import CACHED, FORECAST, FULL
 from skipdit.caching.runtime import combined
 from skipdit.caching.steps import CacheStep
 from skipdit.layers.skip import SkipTransformer, predicted_noise
-from skipdit.planning.schedules import alike
+from skipdit.planning.schedules import common_start
 from skipdit.sampling.sampler import Sampler
 from skipdit.utils.device import double
 
@@ -122,7 +122,7 @@ class Fit:
     Attributes:
         features: coefficients (M,) per step, None where there are none.
         outputs: coefficients (M,) per step.
-        begun: the states of all batches before every step, once it has run.
+        begun: the states of all batches before every step, once it has run, if it kept them.
     """
 
     def __init__(
@@ -148,19 +148,21 @@ class Fit:
         return self._latents(batch, state, len(self.kinds))
 
     @torch.no_grad()
-    def run(self, like: "Fit | None" = None) -> list[State]:
+    def run(self, base: "Fit | None" = None, keep: bool = False) -> list[State]:
         """Find the coefficients of each step in turn. Returns the ends of the runs.
 
         Args:
-            like: another fit that has run. The steps until its kinds are others are taken over from it.
+            base: another fit, which kept its steps. Those until its kinds are others are taken over.
+            keep: the states that steps begin with, in `begun`, for fits that take them over.
         """
         states = [State() for _ in self.own]
-        same = alike(self.kinds[:-1], like.kinds) if like and self._stores == like._stores else 0
+        same = common_start(self.kinds[:-1], base.kinds) if base and self._stores == base._stores else 0
         if same:
-            self.features[:same], self.outputs[:same] = like.features[:same], like.outputs[:same]
-            self.begun, states = like.begun[:same], [state.copy() for state in like.begun[same]]
+            self.features[:same], self.outputs[:same] = base.features[:same], base.outputs[:same]
+            self.begun, states = base.begun[: same if keep else 0], [state.copy() for state in base.begun[same]]
         for k, kind in list(enumerate(self.kinds))[same:]:
-            self.begun.append([state.copy() for state in states])
+            if keep:
+                self.begun.append([state.copy() for state in states])
             problem, guess = LeastSquares(), self._guess(k, states[0])
             for batch, state in enumerate(states):
                 if kind == FULL:

@@ -29,7 +29,7 @@ from skipdit.pipelines.cache import disable_cache, enable_cache, without_cache
 from skipdit.pipelines.denoiser import denoisers
 from skipdit.planning.calibration import MEMORY, BaseBench, Fitted, Schedule, products
 from skipdit.planning.fitting import TINY, LeastSquares, differences
-from skipdit.planning.schedules import alike
+from skipdit.planning.schedules import common_start, restarted
 from skipdit.planning.search import budget_of, find_plan
 from skipdit.planning.tables import distance
 from skipdit.utils.device import double
@@ -95,7 +95,7 @@ class PipelineBench(BaseBench):
 
     Attributes:
         call_seconds: that the newest call took.
-        restarts: steps that begin with another model than the step before ended with. They are full.
+        restarts: steps that begin with another model than the step before ended with.
 
     Raises ValueError for `UNPLANNED` arguments, and a scheduler that makes more or fewer steps than it is asked for.
     """
@@ -107,6 +107,12 @@ class PipelineBench(BaseBench):
     ):
         if given := [name for name in UNPLANNED if name in arguments]:
             raise UserError(f"a plan cannot be made with {given[0]}: leave it out; seed and num_inference_steps decide")
+        names = list(inspect.signature(pipe.scheduler.step).parameters)[:3]
+        if names != ["model_output", "timestep", "sample"]:
+            raise UserError(
+                f"{type(pipe.scheduler).__name__} cannot be planned for: its steps take {', '.join(names)} and more. "
+                "Name another one with --scheduler"
+            )
         self.pipe, self.arguments, self.steps, self.seed, self.target = pipe, arguments, steps, seed, target
         self.factors = (1,) if target == "sampler" else FACTORS
         method = type(pipe.scheduler).__name__
@@ -221,17 +227,15 @@ class PipelineBench(BaseBench):
         return [self._generator.get_state(), torch.get_rng_state(), *on_gpu]
 
     @torch.no_grad()
-    def fit(self, kinds: str, like: Fitted | None = None) -> Fitted:
-        """Fit a schedule of full steps and forecasts. In steps that it shares with another fit, from the start on, the
-        model does not run again."""
-        kinds = "".join(FULL if k in self.restarts else kind for k, kind in enumerate(kinds))
+    def fit(self, kinds: str, base: Fitted | None = None, keep: bool = False) -> Fitted:
+        """Fit a schedule of full steps and forecasts. Arguments as of `Bench.fit`."""
+        kinds = restarted(kinds, self.restarts)
         stored: list[Tensor] = []  # guided outputs of full steps, newest first
         memory, correct = MEMORY[self.target][1], self.target == "converged"
         steps: list[FittedStep] = []
-        known: list[FittedStep] = like.fit[: alike(kinds, like.plan.kinds)] if like else []
+        known: list[FittedStep] = base.fit[: common_start(kinds, base.plan.kinds)] if base and base.fit else []
         runs = "".join(
-            kind if k >= len(known) else FULL if k == 0 or k in self.restarts else FORECAST
-            for k, kind in enumerate(kinds)
+            kind if k >= len(known) or k in (0, *self.restarts) else FORECAST for k, kind in enumerate(kinds)
         )
 
         def step(own: Callable, output: Tensor, t: Any, latents: Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -259,7 +263,7 @@ class PipelineBench(BaseBench):
 
         images = self.images(Schedule(runs, 0) if FORECAST in runs else CacheSpec(), self.steps, step)
         plan = CachePlan(self.timesteps, (None,) * self.steps, 0, kinds, tuple(each.coefficients for each in steps))
-        return Fitted(plan, distance(images, self.reference), steps)
+        return Fitted(plan, distance(images, self.reference), steps if keep else None)
 
     def error(self, policy: CachePolicy, steps: int | None = None, method: str | None = None) -> float:
         """The error of a policy; see `distance`. Of `steps` steps, if not the bench's."""
@@ -363,7 +367,7 @@ def plan_pipeline(
         plan = plan_pipeline(pipe, speedup=2, prompt=prompts, guidance_scale=3.5)
         enable_cache(pipe, plan)
 
-    Costs about as much as 24 calls, fewer for larger speedups. The plan is for this model, scheduler and number of
+    Costs about as much as 28 calls, fewer for larger speedups. The plan is for this model, scheduler and number of
     steps. A cache that the pipeline has is back when this returns.
 
     Args:
@@ -372,7 +376,8 @@ def plan_pipeline(
         target: what the images should be: "sampler", those of the uncached call, or "converged", those that ever more
             steps tend to; None for the latter if the scheduler is deterministic.
         cost: what counts: "flops" of the transformer, or "time", the seconds of steps as measured on this device.
-        exchanges: how long to search: the exchanges of neighbouring steps that are tried, each of about half a run.
+        exchanges: how long to search: exchanges of neighbouring steps that are tried from each start; each takes half a
+            call.
         arguments: of the pipeline's call, all samples in one batch.
 
     Returns:

@@ -97,8 +97,13 @@ def schedule(steps: int, full: Sequence[int], cached: int) -> str:
     return "".join(kinds)
 
 
-def alike(kinds: str, others: str) -> int:
-    """With how many equal steps two schedules begin."""
+def restarted(kinds: str, restarts: Sequence[int]) -> str:
+    """A schedule whose steps `restarts` are full."""
+    return "".join(FULL if k in restarts else kind for k, kind in enumerate(kinds))
+
+
+def common_start(kinds: str, others: str) -> int:
+    """The number of equal steps that two schedules begin with."""
     pairs = zip(kinds, others, strict=False)
     return next((k for k, (one, other) in enumerate(pairs) if one != other), min(len(kinds), len(others)))
 

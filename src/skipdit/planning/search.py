@@ -11,7 +11,7 @@ from skipdit.caching.plans import CachePlan
 from skipdit.caching.policy import FORECAST, FULL
 from skipdit.planning.calibration import COSTS, BaseBench, Fitted
 from skipdit.planning.controls import controls
-from skipdit.planning.schedules import affordable, best_full_steps, cost_of, even_full_steps, schedule
+from skipdit.planning.schedules import affordable, best_full_steps, cost_of, even_full_steps, restarted, schedule
 from skipdit.planning.tables import cost_table
 from skipdit.utils.errors import UserError
 from skipdit.utils.provenance import versions
@@ -19,7 +19,8 @@ from skipdit.utils.provenance import versions
 FORECASTS, CACHED_ALONE, MIXED = "forecasts alone, fitted", "cached steps alone, fitted", "both, fitted"
 STARTED = "before exchanges of steps, fitted"
 SHARES = {FORECASTS: (0.0,), CACHED_ALONE: (1.0,), MIXED: (1 / 3, 2 / 3)}  # of other steps, those that are cached
-HOPELESS = 1.5  # times the least error: exchanges of steps gain less than that
+IMPROVED = 2  # schedules of each of these groups, by exchanges of steps: the better one may not end better
+HOPELESS = 1.5  # times the least error: exchanges gain less than that
 
 
 class Search:
@@ -31,20 +32,22 @@ class Search:
 
     Attributes:
         tried: kinds of steps -> the fitted plan, without its `Fitted.fit`, which is large.
+        improved_from: kinds of steps that `improved` began with -> where it ended.
     """
 
     def __init__(self, bench: BaseBench, budget: float, progress: tqdm):
         self.bench, self.budget, self.progress = bench, budget, progress
         self.tried: dict[str, Fitted] = {}
+        self.improved_from: dict[str, Fitted] = {}
 
     def error(self, kinds: str) -> float:
         """The error of a schedule, fitted."""
         if kinds not in self.tried:
-            self._fit(kinds)
+            self._fit(kinds, None, keep=False)
         return self.tried[kinds].error
 
-    def _fit(self, kinds: str, like: Fitted | None = None) -> Fitted:
-        fitted = self.bench.fit(kinds, like)
+    def _fit(self, kinds: str, base: Fitted | None, keep: bool = True) -> Fitted:
+        fitted = self.bench.fit(kinds, base, keep)
         self.tried[kinds] = replace(fitted, fit=None)
         self.progress.update()
         return fitted
@@ -56,30 +59,46 @@ class Search:
         Args:
             share: of the steps that are not full, the part that is cached.
         """
-        bench = self.bench
+        bench, found = self.bench, []
         full, cached = affordable(bench.steps, self.budget, bench.step_costs, share)
-        if not full:
-            return []
-        planned = [best_full_steps(bench.products, bench.gains, full, fitted) for fitted in (False, True)]
-        return [schedule(bench.steps, each, cached) for each in (even_full_steps(bench.steps, full), *planned)]
+        ways = (
+            lambda count: even_full_steps(bench.steps, count),
+            lambda count: best_full_steps(bench.products, bench.gains, count, fitted=False),
+            lambda count: best_full_steps(bench.products, bench.gains, count, fitted=True),
+        )
+        for way in ways:
+            for count in range(full, 0, -1):  # where steps have to be full, fewer others are
+                kinds = restarted(schedule(bench.steps, way(count), cached), bench.restarts)
+                if cost_of(kinds, bench.step_costs) <= self.budget + 1e-9:
+                    found.append(kinds)
+                    break
+        return found
 
     def improved(self, kinds: str) -> Fitted:
         """The best plan that is found from a schedule by exchanging steps with their neighbours, one pair at a time."""
-        best = self._fit(kinds)  # again, for the steps that exchanges begin with
-        left = iter(range(self.bench.exchanges))
-        places, rest = range(len(kinds) - 2, 0, -1), 0  # the first step stays full; the last ones first
+        if kinds not in self.improved_from:
+            self.improved_from[kinds] = self._improved(kinds)
+        return self.improved_from[kinds]
+
+    def _improved(self, kinds: str) -> Fitted:
+        left, best = iter(range(self.bench.exchanges)), None
+        # the first step stays full; the last ones are tried first
+        places = [i for i in range(len(kinds) - 2, 0, -1) if not {i, i + 1} & set(self.bench.restarts)]
+        rest = 0
         for i in cycle(places):
             if rest == len(places):
                 break
             rest += 1
             other = kinds[:i] + kinds[i + 1] + kinds[i] + kinds[i + 2 :]
-            if other in self.tried:
+            if other in self.tried and self.error(other) >= self.error(kinds):
                 continue
             if next(left, None) is None:
                 break
+            best = best or self._fit(kinds, None)  # again, for the steps that exchanges begin with
             fitted = self._fit(other, best)
             if fitted.error < best.error:
                 best, kinds, rest = fitted, other, 0
+            del fitted  # its steps take memory
         return self.tried[kinds]
 
 
@@ -98,13 +117,20 @@ def make_plan(bench: BaseBench, budget: float) -> tuple[Fitted, dict[str, float]
             for name, shares in _groups(bench).items()
         }
         if not starts[FORECASTS]:
-            others = f"{bench.steps - 1} forecasts cost {_least(bench):.2f}"
-            raise UserError(f"{budget:.2f} full steps buy no plan: a full step and {others}")
-        chosen = {name: min(some, key=search.error) for name, some in starts.items() if some}
-        least = min(map(search.error, chosen.values()))
+            raise UserError(
+                f"{budget:.2f} full steps buy no plan: {bench.steps} steps cost at least {_least(bench):.2f}"
+            )
+        chosen = {
+            name: sorted(dict.fromkeys(some), key=search.error)[:IMPROVED] for name, some in starts.items() if some
+        }
+        least = min(search.error(some[0]) for some in chosen.values())
         found = {
-            name: search.improved(kinds) if search.error(kinds) <= HOPELESS * least else search.tried[kinds]
-            for name, kinds in chosen.items()
+            name: min(
+                (search.improved(kinds) for kinds in some if search.error(kinds) <= HOPELESS * least),
+                key=lambda fitted: fitted.error,
+                default=search.tried[some[0]],
+            )
+            for name, some in chosen.items()
         }
     errors = {name: fitted.error for name, fitted in found.items()} if len(found) > 1 else {}
     best = min(found.values(), key=lambda fitted: fitted.error)
@@ -118,15 +144,15 @@ def _groups(bench: BaseBench) -> dict[str, tuple[float, ...]]:
 
 def _runs(bench: BaseBench) -> float:
     """About how many runs of a plan's cost a search makes with the controls, which are some ten. An exchange costs half
-    a run, and there are hardly more than two groups of schedules to improve.
+    a run, and one group of schedules is too far behind to be improved.
     """
     groups = _groups(bench)
-    return 10 + 3 * sum(map(len, groups.values())) + min(len(groups), 2) * bench.exchanges / 2
+    return 10 + 3 * sum(map(len, groups.values())) + IMPROVED * min(len(groups), 2) * bench.exchanges / 2
 
 
 def _least(bench: BaseBench) -> float:
-    """The cost of one full step and forecasts."""
-    return cost_of(FULL + FORECAST * (bench.steps - 1), bench.step_costs)
+    """The cost of one full step and forecasts, and of the steps that have to be full."""
+    return cost_of(restarted(FULL + FORECAST * (bench.steps - 1), bench.restarts), bench.step_costs)
 
 
 def follow(bench: BaseBench, kinds: str) -> tuple[Fitted, dict[str, float]]:
@@ -180,7 +206,7 @@ def find_plan(
     if kinds:  # that run, and those of the controls
         runs, budget = 11, cost_of(kinds, bench.costs["flops"])
     whole = sum(bench.factors) + runs * (budget or bench.steps / 2) / bench.steps
-    print(f"this costs about what {whole:.0f} uncached runs of the samples do{unknown}")
+    print(f"this costs at most about what {whole:.0f} uncached runs of the samples do{unknown}")
     bench.calibrate()
     if cost == "time":
         bench.measure()
