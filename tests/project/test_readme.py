@@ -212,6 +212,10 @@ def small_dit(code: str, tmp_path: Path, request) -> str:
     )
 
 
+def embedded(code: str, tmp_path: Path, request) -> str:
+    return replaced(code, {"steps=50": "steps=5", "clothing.png": str(tmp_path / "clothing.png")})
+
+
 def small_latte(code: str, tmp_path: Path, request) -> str:
     """With the folder of a whole tiny pipeline, in single precision, with the smallest frames."""
     released = request.getfixturevalue("released_t2v")
@@ -305,6 +309,10 @@ def check_dit(names: dict) -> None:
     assert names["out"].shape == (2, 8, 32, 32)
 
 
+def check_embedded(names: dict) -> None:
+    assert names["latents"].shape == (10, 4, 8, 8) and names["latents"].isfinite().all()
+
+
 def check_latte(names: dict) -> None:
     assert len(names["frames"][0]) == 4
 
@@ -329,6 +337,7 @@ def check_plan(names: dict) -> None:
 
 STAND_INS = {
     "small_dit": (small_dit, check_dit),
+    "embedded": (embedded, check_embedded),
     "small_latte": (small_latte, check_latte),
     "small_hunyuan": (small_hunyuan, check_hunyuan),
     "small_flux": (small_flux, check_flux),
