@@ -107,7 +107,7 @@ def generate(
     guidance_scale: float = 4.0,
     guidance_channels: int | None = None,
     guidance_interval: tuple[int, int] = (0, 1000),
-    cache: SkipCache | str = "none",
+    cache: SkipCache | CachePolicy | str = "none",
     callback: Callable[[int, Tensor, Tensor], None] | None = None,
     progress: bool = False,
 ) -> Tensor:
@@ -119,7 +119,7 @@ def generate(
         generators: N, on the model's device.
         guidance_interval: timesteps, both ends included, between which guidance acts; elsewhere the unconditional half
             is not run at all (arXiv 2404.07724).
-        cache: a spec, or a `SkipCache` for these steps to read its counts afterwards.
+        cache: a spec, a policy, or a `SkipCache` for these steps to read its counts afterwards.
         callback: see `diffusion.ddpm`.
         sampler: one of `FLOW_SOLVERS` for a model trained by flow matching, and of the other `SAMPLERS` otherwise.
 
