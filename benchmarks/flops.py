@@ -45,9 +45,6 @@ class Table:
     times: int
     again: str
 
-    def layers(self, model: LatteT2V | HunyuanDiT) -> int:
-        return model.config.num_layers if self.kind is LatteT2V else model.config.depth
-
 
 TABLES = {
     "LatteT2V": Table(
@@ -152,7 +149,7 @@ def report(table: Table, args: argparse.Namespace) -> None:
         branch = cache.spec.branch
         true = step_flops(net, 2, branch, **sizes)
         run = run_flops(cache, true)
-        full = 2 * paper_macs(net, table.layers(net), net.n_skips)
+        full = 2 * paper_macs(net, net.depth, net.n_skips)
         paper = run_flops(cache, {"full": full, "cached": 2 * paper_macs(net, 2 * branch, branch)}) / 1e12
         known = table.paper.get(name) if args.steps == 50 else None
         compared = f"{known} | {paper / known - 1:+.3%}" if known else "|"

@@ -18,22 +18,18 @@ from statistics import median
 
 import torch
 
-from skipdit.caching.runtime import SkipCache
 from skipdit.caching.steps import CacheStep
 from skipdit.class_to_image import DiT
 from skipdit.class_to_video import Latte
 from skipdit.cli import Parser, friendly_errors
-from skipdit.diffusion.gaussian import Diffusion
 from skipdit.layers.adaln import AdaLNTransformer
-from skipdit.layers.flops import run_flops, step_flops
+from skipdit.layers.flops import step_flops
 from skipdit.layers.skip import SkipTransformer
-from skipdit.sampling.class_conditional import generate
 from skipdit.text_to_image import HunyuanDiT
 from skipdit.text_to_video import LatteT2V
 from skipdit.training.parallel import peak_memory
 from skipdit.utils.dtypes import resolve_dtype
 from skipdit.utils.provenance import versions
-from skipdit.utils.seeding import generators
 from skipdit.utils.timing import interleaved_seconds
 
 ROOT = Path(__file__).parents[1]
@@ -116,32 +112,7 @@ def measure(args: argparse.Namespace) -> dict:
         "tflops_per_second": {kind: flops[kind] / steps[kind] / 1e12 for kind in ("full", "cached")},
         **versions(),
     }
-    if args.steps and isinstance(model, AdaLNTransformer):
-        result["end_to_end"] = end_to_end(model, args, flops)
     return result | {"peak_memory_bytes": peak_memory()}
-
-
-def end_to_end(model: AdaLNTransformer, args: argparse.Namespace, flops: dict[str, float]) -> dict:
-    """Seconds of a whole DDIM run, uncached and cached, guidance in the same batch."""
-    count = max(args.batch // 2, 1)
-    labels = None if model.null_class is None else torch.zeros(count, dtype=torch.long, device=model.device)
-    timesteps = Diffusion(args.steps).sampling_timesteps
-    spec = f"{args.cache}-b{args.branch}"
-
-    def run(cache: str):
-        noise = generators(0, range(count), model.device)
-        return generate(model, labels, noise, steps=args.steps, sampler="ddim", cache=cache)
-
-    times = interleaved_seconds({"uncached": lambda: run("none"), "cached": lambda: run(spec)}, 3, model.device)
-    cache = SkipCache(spec, timesteps)
-    seconds = {name: median(values) for name, values in times.items()}
-    return {
-        "cache": spec,
-        "steps": cache.counts(),
-        "seconds": seconds,
-        "speedup": seconds["uncached"] / seconds["cached"],
-        "speedup_flops": len(timesteps) * flops["full"] / run_flops(cache, flops),
-    }
 
 
 @friendly_errors()
@@ -158,13 +129,6 @@ def main() -> None:
     parser.add_argument("--dtype", default="auto", help="auto, float32, bfloat16 or float16 [%(default)s]")
     parser.add_argument("--compile", action="store_true", help="compile the model")
     parser.add_argument("--branch", type=int, default=1, help="outer layers that a cached step runs [%(default)s]")
-    parser.add_argument("--cache", default="N2-1000-20", help="window of the whole run [%(default)s]")
-    parser.add_argument(
-        "--steps",
-        type=int,
-        default=0,
-        help="also time whole DDIM runs of so many steps; not of text models [%(default)s]",
-    )
     parser.add_argument("--repeats", type=int, default=15, help="timed calls of each kind [%(default)s]")
     parser.add_argument("--json", type=Path, help="write the numbers here too")
     args = parser.parse_args()
@@ -183,10 +147,6 @@ def main() -> None:
     ahead, gain = result["ahead"], result["gain of computing ahead"]
     print(f" ({result['overhead, nothing ahead']:.2f} when {ahead} are computed at every step,", end="")
     print(f" which makes full steps {gain['full']:.3f} and cached ones {gain['cached']:.2f} times as long)")
-    if "end_to_end" in result:
-        run = result["end_to_end"]
-        gain = f"{run['speedup']:.2f}x faster, {run['speedup_flops']:.2f}x in FLOPs"
-        print(f"{run['cache']} over {args.steps} steps: {gain}")
 
 
 if __name__ == "__main__":

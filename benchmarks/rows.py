@@ -10,7 +10,6 @@ from skipdit.caching.plans import CachePlan
 from skipdit.caching.policies import CacheSpec, DriftSpec
 from skipdit.caching.policy import CachePolicy
 from skipdit.caching.runtime import SkipCache
-from skipdit.layers.adaln import AdaLNTransformer
 from skipdit.layers.flops import run_flops
 from skipdit.layers.skip import SkipTransformer
 
@@ -67,20 +66,13 @@ class Row:
         return self.spec.window
 
 
-def depth_of(model: SkipTransformer) -> int:
-    """Layers, which are pairs of blocks in the Lattes."""
-    if isinstance(model, AdaLNTransformer):
-        return len(model.blocks) // model.blocks_per_layer
-    return len(model.blocks if hasattr(model, "blocks") else model.transformer_blocks)
-
-
 def baselines_for(model: SkipTransformer, steps: int, polynomial: Sequence[float] = ()) -> dict[str, list[Baseline]]:
     """Two or three settings of every baseline that the model can have, fast ones last.
 
     Args:
         polynomial: TeaCache's for this model; without it, there is no fitted TeaCache.
     """
-    kinds, depth = {part.kind for part in parts_of(model)}, depth_of(model)
+    kinds, depth = {part.kind for part in parts_of(model)}, model.depth
     outer, warmup = max(1, depth // 7), min(8, steps // 5)  # cache-dit: 8 of 57 blocks, 8 steps
     found: dict[str, list[Baseline]] = {
         "FORA": [FORA(2), FORA(3), FORA(4)],

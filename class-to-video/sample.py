@@ -29,7 +29,7 @@ from skipdit.sampling.class_conditional import ClassSampler
 from skipdit.sampling.job import run_job
 from skipdit.utils.device import process_state
 from skipdit.utils.files import write_png
-from skipdit.utils.video import check_fps, contact_sheet, side_by_side, write_gif, write_mp4
+from skipdit.utils.video import contact_sheet, side_by_side, write_gif, write_mp4
 
 SHOWN = 16  # clips on the contact sheet
 
@@ -42,14 +42,10 @@ def build_model(config: ModelConfig, input_size: int, num_frames: int, in_channe
 
 
 class ClipSampler(ClassSampler):
-    """All clips of a config; see `ClassSampler`. Raises ValueError, too, for a frame rate that no file has."""
+    """All clips of a config; see `ClassSampler`."""
 
     fetch = "skipdit download class-to-video"
     unit, suffix = "clip", "mp4"
-
-    def __init__(self, config: Config, branch: int | None):
-        check_fps(config.fps)
-        super().__init__(config, branch)
 
     def build(self) -> Latte:
         side = latent_size(self.config.image_size, self.vae)

@@ -13,12 +13,13 @@ from diffusers.configuration_utils import register_to_config
 from diffusers.models.embeddings import HunyuanDiTAttentionPool, apply_rotary_emb
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from diffusers.models.modeling_utils import ModelMixin  # noqa: F401 (diffusers loads a pipeline's model by it)
+from diffusers.models.normalization import FP32LayerNorm
 from timm.layers import Mlp
 from torch import Tensor, nn
 
 from skipdit.caching.steps import CacheStep
 from skipdit.layers.adaln import FinalLayer
-from skipdit.layers.attention import GELU, Float32LayerNorm
+from skipdit.layers.attention import GELU
 from skipdit.layers.embeddings import PatchEmbed, TimestepEmbedder, rotary_2d, unpatchify
 from skipdit.layers.parallel import context_parallel_plan
 from skipdit.layers.skip import SkipTransformer, caches_output, make_skips
@@ -81,7 +82,7 @@ def _heads(x: Tensor, num_heads: int) -> Tensor:
 
 
 def _head_norm(dim: int, num_heads: int, wanted: bool) -> nn.Module:
-    return Float32LayerNorm(dim // num_heads, eps=1e-6) if wanted else nn.Identity()
+    return FP32LayerNorm(dim // num_heads, eps=1e-6) if wanted else nn.Identity()
 
 
 def _rotate(x: Tensor, rotary: Rotary | None) -> Tensor:
@@ -93,7 +94,7 @@ class Block(nn.Module):
 
     def __init__(self, dim: int, text_dim: int, num_heads: int, mlp_ratio: float, qk_norm: bool):
         super().__init__()
-        self.norm1, self.norm2, self.norm3 = (Float32LayerNorm(dim, eps=1e-6) for _ in range(3))
+        self.norm1, self.norm2, self.norm3 = (FP32LayerNorm(dim, eps=1e-6) for _ in range(3))
         self.attn1 = SelfAttention(dim, num_heads, qk_norm)
         self.attn2 = CrossAttention(dim, text_dim, num_heads, qk_norm)
         self.mlp = Mlp(dim, int(dim * mlp_ratio), act_layer=GELU)

@@ -127,20 +127,18 @@ def train(config: Config, dry_run: bool = False) -> HunyuanDiT:
         pipe.set_progress_bar_config(disable=True)
         enable_cache(pipe, "none")  # the texts once
         settings = {"size": (config.data.image_size,) * 2, "steps": 50, "guidance_scale": config.grid_guidance}
-        for label in tqdm(
-            shown.split(1), desc="sample grid", unit="image", leave=False
-        ):  # one at a time: a training has little memory left
-            both = [
-                TextPair(*(texts.take_whole(label, torch.tensor([d])) for texts in (clip, t5))) for d in (False, True)
-            ]
-            text, negative = (pair.rows([0], device, model.dtype) for pair in both)
-            noise = generators(config.train.seed, label.tolist(), device)
-            try:
+        try:
+            # one at a time: a training has little memory left
+            for label in tqdm(shown.split(1), desc="sample grid", unit="image", leave=False):
+                both = [
+                    TextPair(*(texts.take_whole(label, torch.tensor([d])) for texts in (clip, t5)))
+                    for d in (False, True)
+                ]
+                text, negative = (pair.rows([0], device, model.dtype) for pair in both)
+                noise = generators(config.train.seed, label.tolist(), device)
                 pictures.append(pixels(vae, generate(pipe, text, negative, noise, **settings)))
-            except FloatingPointError as error:  # of the average only; the training goes on
-                print(f"no sample grid at step {step}: {error}")
-                return
-        disable_cache(pipe)  # which lets go of the model
+        finally:
+            disable_cache(pipe)  # which lets go of the model
         folder = Path(config.out) / "samples"
         folder.mkdir(exist_ok=True)
         write_png(make_grid(torch.cat(pictures), nrow=4), str(folder / f"{step:07d}.png"))

@@ -42,7 +42,7 @@ from skipdit.utils.device import process_state
 from skipdit.utils.errors import UserError
 from skipdit.utils.files import write_png
 from skipdit.utils.seeding import generators
-from skipdit.utils.video import check_fps, contact_sheet, side_by_side, write_gif, write_mp4
+from skipdit.utils.video import contact_sheet, side_by_side, write_gif, write_mp4
 
 FETCH = "skipdit download text-to-video"
 SHOWN = 16  # clips on the contact sheet
@@ -132,7 +132,6 @@ def generate(
 
 def check(config: Config, branch: int | None) -> Parts:
     """Raises ValueError or FileNotFoundError for settings that do not fit each other, before large files are read."""
-    check_fps(config.fps)
     folder, places = Path(config.pipeline) if config.pipeline else None, config.places()
     needed = {"weights": config.weights, "vae": places["vae"]}
     if folder:

@@ -52,9 +52,8 @@ def test_the_fit_runs_what_the_plan_runs(name):
     assert 0 < bench.error(fitted.plan) < bench.error(CacheSpec(10, branch=0))  # one full step, whose output is reused
 
 
-@pytest.mark.parametrize(
-    "name", ["DiTPipeline", "FluxPipeline", "WanPipeline (2.2, two transformers)", "StableDiffusion3Pipeline"]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["FluxPipeline", "WanPipeline (2.2, two transformers)"])
 @pytest.mark.parametrize("target", ["sampler", None])
 def test_a_fit_that_begins_with_the_steps_of_another_is_the_same(name, target, monkeypatch):
     bench = bench_of(name, target)
@@ -210,10 +209,21 @@ def test_latents_in_bfloat16_are_measured():
 @pytest.mark.slow
 def test_costs_of_a_pipeline_are_measured(name):
     bench = bench_of(name, "sampler")
-    bench.measure()
-    assert 0 < bench.costs["time"]["forecast"] < 1 and bench.costs["flops"]["forecast"] == 0
+    for boundary in (0.6, 0.4):  # of two transformers, where the second one takes over
+        if name.startswith("Wan"):
+            bench.pipe.register_to_config(boundary_ratio=boundary)
+        bench.measure()
+        assert 0 < bench.costs["time"]["forecast"] < 1 and bench.costs["flops"]["forecast"] == 0
     halved = CacheSpec(2, branch=0)
     assert bench.speedup(halved) < bench.speedup(halved, "flops") == 2
+
+
+@pytest.mark.slow
+def test_full_steps_alone_may_be_corrected():
+    """The plan is measured with its corrections, which its fit has."""
+    bench = bench_of("DiTPipeline")
+    fitted = bench.fit("F" * len(KINDS))
+    assert any(fitted.plan.outputs) and bench.error(fitted.plan) == pytest.approx(fitted.error, rel=1e-3)
 
 
 @pytest.mark.slow
@@ -285,6 +295,10 @@ def test_plan_command(folder, tmp_path, capsys):
         (["class_labels=[1]", "guidance=3"], "DiTPipeline takes no guidance; it takes class_labels, guidance_scale"),
         (["class_labels=[1]", "num_inference_steps=0"], "num_inference_steps is 0"),
         (["class_labels=[1]", "seed=x"], "seed is 'x'"),
+        (
+            ["class_labels=[1]", "output_type=latent"],
+            "output_type=latent: the images of a plan are shown",
+        ),
         (["class_labels=[1]", "--scheduler", "Euler"], "--scheduler Euler: the settings of DDIMScheduler are for DDIM"),
         (["class_labels=[1]", "--scheduler", "FlowMatchEulerDiscreteScheduler"], "--scheduler FlowMatchEuler"),
     ],

@@ -1,6 +1,7 @@
 """Planning: schedules, and the search among them on benches whose errors are known."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import accumulate, combinations, pairwise
 from types import SimpleNamespace
 
@@ -11,6 +12,7 @@ from tqdm import tqdm
 from skipdit.caching.plans import CachePlan
 from skipdit.caching.policy import NAMES
 from skipdit.planning.calibration import BaseBench, Fitted
+from skipdit.planning.controls import controls
 from skipdit.planning.schedules import affordable, best_full_steps, cost_of, even_full_steps, schedule, stretched
 from skipdit.planning.search import CACHED_ALONE, FORECASTS, Search, make_plan, within
 
@@ -229,5 +231,25 @@ def test_plans_of_an_error_begin_at_the_least_cost():
     """That of forecasts, which is above one full step here."""
     plan, _ = within(Known(costs(0.5, 0.2)), 100)
     assert 3.2 <= cost_of(plan.plan.kinds, costs(0.5, 0.2)) <= 4
-    plan, _ = within(Known(costs(0.5, 2.0)), 0.6)  # forecasts cost more than full steps
-    assert "O" not in plan.plan.kinds and plan.error <= 0.6
+    plan, _ = within(Known(costs(0.5, 2.0)), 0.61)  # forecasts cost more than full steps
+    assert "O" not in plan.plan.kinds and plan.error <= 0.61 and cost_of(plan.plan.kinds, costs(0.5, 2.0)) <= 9
+    plan, _ = make_plan(Known(costs(0.1, 0.3)), 3)  # which 11 forecasts would cost more than
+    assert "O" not in plan.plan.kinds
+
+
+def test_an_error_is_the_measured_one():
+    """Not that of the fit."""
+
+    class Hopeful(Known):
+        def fit(self, *args, **kwargs) -> Fitted:
+            return replace(super().fit(*args, **kwargs), error=0.0)
+
+    _, errors = within(Hopeful(costs(0.5, 2.0)), 0.61)
+    assert errors["plan"] <= 0.61
+
+
+@pytest.mark.parametrize(("budget", "branch"), [(11, 1), (2, 0)])
+def test_controls_cost_what_the_plan_costs(budget, branch):
+    """By outputs where cached steps at the largest interval cost more."""
+    rows = [row for row in controls(Known(costs(0.5, 0.1)), budget) if row.spec.caches]
+    assert [row.spec.branch for row in rows] == [branch] * 2 and [" b0" in row.name for row in rows] == [not branch] * 2

@@ -174,6 +174,21 @@ def test_sampling_runs_in_the_precision_of_training(config, monkeypatch):
     assert sampled == [(2, True), (4, True)]
 
 
+def test_samples_that_are_not_finite_end_no_training(config, capsys):
+    config = changed(config, {"train.sample_every": 2})
+
+    def loss(model, batch, draw):
+        return model(draw.randn(4, 4, 4), draw.randint(1000), batch["label"]).flatten(1).mean(1)
+
+    def sample(model, step):
+        raise FloatingPointError("latents are not finite")
+
+    data = ImageFolder(config.data.path, 8)
+    fit(tiny_dit(num_classes=3), loss, data, config.train, config.out, config, sample)
+    assert "step 2: no samples to look at: latents are not finite" in capsys.readouterr().out
+    assert Path(config.out, "checkpoints/0000004.pt").exists()
+
+
 @pytest.mark.slow
 def test_every_process_lists_its_broken_images(config, image_folder):
     """Both broken files are found, whichever process met them."""

@@ -59,11 +59,6 @@ class CacheSpec(CachePolicy):
             return "none"
         return f"N{self.interval}-{self.start}-{self.stop}" + _suffix(self.branch, self.order)
 
-    @classmethod
-    def parse(cls, spec: str | CachePolicy | None) -> CachePolicy:
-        """As `parse_policy`: its name in version 0.1."""
-        return parse_policy(spec)
-
     @property
     def window(self) -> str:
         return f"{self.start}-{self.stop}"

@@ -10,7 +10,7 @@ from torch import nn
 
 from skipdit.caching.plans import CachePlan
 from skipdit.caching.policy import NAMES
-from skipdit.checkpoints.records import sampling_command
+from skipdit.checkpoints.records import look_up, sampling_command
 
 TEMPLATE = Path(__file__).with_name("model_card.md")
 _TASKS = {  # class -> task, and the nearest to it that the Hub knows
@@ -75,10 +75,10 @@ def make_card(
     model_class, name, args = type(model).__name__, repo.rpartition("/")[2], record.get("args", {})
     ours, samples = hasattr(model, "config_from_state"), samples or {}
     task, tag = _TASKS.get(model_class, ("", "other"))
-    training = {"data": data or _look_up(args, "data.path"), "steps": record.get("step")}
+    training = {"data": data or look_up(args, "data.path"), "steps": record.get("step")}
     tables = {
         "Model": {key: value for key, value in dict(model.config).items() if not key.startswith("_")},
-        "Training": training | {key: _look_up(args, key) for key in _TRAINING},
+        "Training": training | {key: look_up(args, key) for key in _TRAINING},
         "Sampling": samples.get("settings", {}),
         "Evaluation": {f"{metric}, {other}": f"{value:.4g}" for metric, value, other in samples.get("figures", ())},
     }
@@ -107,12 +107,6 @@ def make_card(
         picture=picture,
         tables={title: {k: _shown(v) for k, v in rows.items() if v is not None} for title, rows in tables.items()},
     )
-
-
-def _look_up(values: Any, key: str) -> Any:
-    for name in key.split("."):
-        values = values.get(name) if isinstance(values, Mapping) else None
-    return values
 
 
 def _shown(value: Any) -> str:

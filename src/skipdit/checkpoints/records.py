@@ -27,6 +27,13 @@ def known_entries(content: Any) -> dict[str, Any]:
     return {key: content[key] for key, kind in _ENTRIES.items() if isinstance(content.get(key), kind)}
 
 
+def look_up(values: Any, key: str) -> Any:
+    """The value of a dotted key in nested mappings, None where there is none."""
+    for name in key.split("."):
+        values = values.get(name) if isinstance(values, Mapping) else None
+    return values
+
+
 def read_metadata(file: Path) -> dict[str, Any]:
     """Return the record in a safetensors file; nothing if it has none. Raises WeightsError if it is damaged."""
     try:

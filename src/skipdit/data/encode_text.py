@@ -19,8 +19,6 @@ from skipdit.utils.device import process_state
 from skipdit.utils.errors import UserError
 from skipdit.utils.files import naming, whole_file
 
-DTYPES = ("float16", "bfloat16", "float32")
-
 
 @friendly_errors()
 def main(args: argparse.Namespace) -> None:

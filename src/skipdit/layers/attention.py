@@ -10,14 +10,6 @@ from torch import Tensor, nn
 from skipdit.utils.errors import UserError
 
 
-class Float32LayerNorm(nn.LayerNorm):
-    """Runs in float32, as the released weights were trained, and gives the dtype of its input."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        normed = F.layer_norm(x.float(), self.normalized_shape, self.weight.float(), self.bias.float(), self.eps)
-        return normed.to(x.dtype)
-
-
 class GELU(nn.Module):
     """GELU in its tanh form. Where no gradient flows it overwrites its input: on a CPU, writing the widest tensor of a
     block anew takes some 4 % of a step.

@@ -23,11 +23,11 @@ from typing import Any
 import torch
 from diffusers.configuration_utils import ConfigMixin
 from diffusers.models.modeling_utils import ModelMixin
+from diffusers.models.normalization import FP32LayerNorm
 from torch import Tensor, nn
 
 from skipdit.caching.steps import CacheStep
 from skipdit.checkpoints.hub import OnHub
-from skipdit.layers.attention import Float32LayerNorm
 from skipdit.utils.errors import UserError
 
 
@@ -43,7 +43,7 @@ class LongSkip(nn.Module):
 
     def __init__(self, dim: int, residual: bool = False):
         super().__init__()
-        self.norm = Float32LayerNorm(2 * dim, eps=1e-6)
+        self.norm = FP32LayerNorm(2 * dim, eps=1e-6)
         self.residual = residual
         if residual:
             self.delta = nn.Linear(2 * dim, dim)

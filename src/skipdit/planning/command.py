@@ -38,7 +38,9 @@ def main(args: argparse.Namespace) -> None:
     # an uncached run of all steps costs more, and fitted schedules are plans themselves
     same = {name: error for name, error in errors.items() if not name.endswith(("uncached", "fitted"))}
     if errors[best := min(same, key=same.get)] < 0.999 * errors["plan"]:  # a fit's own error differs by rounding
-        print(f"\nOn these samples, {best} comes nearer than any plan of this cost.")
+        print(f"\nOn these samples, {best} comes nearer than the plan.")
+    if args.max_error is not None and errors["plan"] > args.max_error:
+        print(f"\nNot even all steps reach an error of {args.max_error:g}.")
     counts = ", ".join(f"{plan.kinds.count(letter)} {name}" for letter, name in NAMES.items())
     faster = f"{plan.about['speedup']:.2f}x fewer FLOPs"
     if args.cost == "time":

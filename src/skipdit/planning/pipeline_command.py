@@ -39,6 +39,8 @@ def open_bench(args: argparse.Namespace) -> PipelineBench:
     for name, value in (("num_inference_steps", steps), ("seed", seed)):
         if not isinstance(value, int) or value < 1:
             raise UserError(f"{name} is {value!r}; it must be a whole number from 1 on")
+    if arguments.get("output_type", "np") not in ("np", "pil"):
+        raise UserError(f"output_type={arguments['output_type']}: the images of a plan are shown: leave it out")
     if args.prompts:
         arguments["prompt"] = read_prompts([], args.prompts)
     if not arguments:

@@ -86,10 +86,9 @@ def schedule(steps: int, full: Sequence[int], cached: int) -> str:
     F O S, F O S O, F O O S O.
     """
     kinds, free, used = [FORECAST] * steps, steps - len(full), 0
-    for before, after in pairwise([*full, steps]):
+    for count, (before, after) in enumerate(pairwise([*full, steps]), 1):
         kinds[before] = FULL
-        gap = after - before - 1
-        passed = sum(1 for k in range(after) if k not in full)
+        gap, passed = after - before - 1, after - count
         some = min(gap, (2 * cached * passed + free) // (2 * free) - used) if free else 0  # of all so far, rounded
         used += some
         for n in range(1, some + 1):

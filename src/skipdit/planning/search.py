@@ -8,7 +8,7 @@ from typing import Any
 from tqdm import tqdm
 
 from skipdit.caching.plans import CachePlan
-from skipdit.caching.policy import FORECAST, FULL
+from skipdit.caching.policy import CACHED, FORECAST, FULL
 from skipdit.planning.calibration import COSTS, BaseBench, Fitted
 from skipdit.planning.controls import controls
 from skipdit.planning.schedules import affordable, best_full_steps, cost_of, even_full_steps, restarted, schedule
@@ -110,13 +110,19 @@ def make_plan(bench: BaseBench, budget: float) -> tuple[Fitted, dict[str, float]
 
     Raises ValueError if the budget buys no plan.
     """
+    best, others = _search(bench, budget)
+    return best, _errors(bench, best, others)
+
+
+def _search(bench: BaseBench, budget: float) -> tuple[Fitted, dict[str, float]]:
+    """The best plan of a cost, and the errors of what else was searched."""
     with tqdm(desc="schedules fitted", unit="run") as progress:
         search = Search(bench, budget, progress)
         starts = {
             name: [kinds for share in shares for kinds in search.starts(share)]
             for name, shares in _groups(bench).items()
         }
-        if not starts[FORECASTS]:
+        if not any(starts.values()):
             raise UserError(
                 f"{budget:.2f} full steps buy no plan: {bench.steps} steps cost at least {_least(bench):.2f}"
             )
@@ -134,7 +140,7 @@ def make_plan(bench: BaseBench, budget: float) -> tuple[Fitted, dict[str, float]
         }
     errors = {name: fitted.error for name, fitted in found.items()} if len(found) > 1 else {}
     best = min(found.values(), key=lambda fitted: fitted.error)
-    return best, _errors(bench, best, {STARTED: least} | errors)
+    return best, {STARTED: least} | errors
 
 
 def _groups(bench: BaseBench) -> dict[str, tuple[float, ...]]:
@@ -151,8 +157,10 @@ def _runs(bench: BaseBench) -> float:
 
 
 def _least(bench: BaseBench) -> float:
-    """The cost of one full step and forecasts, and of the steps that have to be full."""
-    return cost_of(restarted(FULL + FORECAST * (bench.steps - 1), bench.restarts), bench.step_costs)
+    """The cost of one full step and forecasts, or cached steps if they cost less, and of what has to be full."""
+    others = CACHED + FORECAST if len(_groups(bench)) > 1 else FORECAST
+    runs = (restarted(FULL + kind * (bench.steps - 1), bench.restarts) for kind in others)
+    return min(cost_of(kinds, bench.step_costs) for kinds in runs)
 
 
 def follow(bench: BaseBench, kinds: str) -> tuple[Fitted, dict[str, float]]:
@@ -168,17 +176,18 @@ def _errors(bench: BaseBench, best: Fitted, others: dict[str, float]) -> dict[st
 
 def within(bench: BaseBench, most: float) -> tuple[Fitted, dict[str, float]]:
     """As `make_plan`, with the fewest full steps' worth whose plan has at most this error. Found by halving, as if a
-    larger budget never gave a larger error; each try is a whole plan.
+    larger budget never gave a larger error; each try is a whole search. The plan of as many as there are, if none has.
     """
     low, high, found = min(math.ceil(_least(bench)), bench.steps), bench.steps, None
     while low < high or found is None:
         middle = (low + high) // 2
-        plan, errors = make_plan(bench, middle)
-        if plan.error <= most or middle == bench.steps:
-            high, found = middle, (plan, errors)
+        best, others = _search(bench, middle)
+        if bench.error(best.plan) <= most or middle == bench.steps:
+            high, found = middle, (best, others)
         else:
             low = middle + 1
-    return found
+    best, others = found
+    return best, _errors(bench, best, others)
 
 
 def find_plan(
@@ -206,7 +215,7 @@ def find_plan(
     if kinds:  # that run, and those of the controls
         runs, budget = 11, cost_of(kinds, bench.costs["flops"])
     whole = sum(bench.factors) + runs * (budget or bench.steps / 2) / bench.steps
-    print(f"this costs at most about what {whole:.0f} uncached runs of the samples do{unknown}")
+    print(f"this costs about what {whole:.0f} uncached runs of the samples do{unknown}")
     bench.calibrate()
     if cost == "time":
         bench.measure()

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from skipdit.checkpoints.errors import WeightsError
-from skipdit.checkpoints.records import SECTIONS, read_metadata, read_run
+from skipdit.checkpoints.records import SECTIONS, look_up, read_metadata, read_run
 from skipdit.config import ConfigError
 from skipdit.utils.shipped import found
 
@@ -31,7 +31,7 @@ def inherit(given: Mapping[str, Any], settings: Mapping[str, str], method: str) 
     if run is None:
         return {}
     file, values = run
-    inherited = {name: value for name, key in settings.items() if (value := _look_up(values, key)) is not None}
+    inherited = {name: value for name, key in settings.items() if (value := look_up(values, key)) is not None}
     mine, theirs = given.get("model") or {}, inherited.get("model", {})
     if mine.get("name") not in (None, theirs.get("name")):  # which says all sizes, or most
         del inherited["model"]
@@ -54,12 +54,6 @@ def _read_record(path: Path) -> tuple[Path, Mapping[str, Any]] | None:
             record = record_of(path)
     values = record.get("args", {})
     return (path, values) if all(isinstance(values.get(name), Mapping) for name in SECTIONS) else None
-
-
-def _look_up(values: Any, key: str) -> Any:
-    for name in key.split("."):
-        values = values.get(name) if isinstance(values, Mapping) else None
-    return values
 
 
 def _require_same(given: Mapping[str, Any], trained: Mapping[str, Any], file: Path) -> None:

@@ -41,6 +41,8 @@ from skipdit.utils.device import make_accelerator, own_settings, set_tf32
 from skipdit.utils.errors import UserError
 from skipdit.utils.signals import Stopped, StopSignals, stop_signals
 
+Look = Callable[[nn.Module, int], dict[str, float] | None]  # at the averaged model, after a step
+
 
 def fit(
     model: nn.Module,
@@ -49,9 +51,9 @@ def fit(
     config: TrainConfig,
     out: str | Path,
     run_config: Any,
-    sample: Callable[[nn.Module, int], None] | None = None,
+    sample: Look | None = None,
     dry_run: bool = False,
-    judge: tuple[int, Callable[[nn.Module, int], dict[str, float]]] | None = None,
+    judge: tuple[int, Look] | None = None,
 ) -> nn.Module:
     """Train a model. Running it again with the same arguments continues where the last checkpoint ends.
 
@@ -65,7 +67,8 @@ def fit(
         out: run folder: config.yaml, checkpoints/, stats.jsonl, tensorboard/, broken_files.txt.
         run_config: the task's whole config, saved with the run; another one in the same folder is refused.
         sample: called with the averaged model and the step every `config.sample_every` steps, in the main process and
-            in the precision of the training. It keeps no reference to the model.
+            in the precision of the training. It keeps no reference to the model. FloatingPointError is printed, and the
+            training goes on: the average alone is not finite.
         dry_run: take two steps on samples of the largest shape, print their peak memory, write nothing.
         judge: every how many steps to call what is called as `sample`, whose numbers are logged to judge.jsonl.
 
@@ -103,7 +106,7 @@ def _fit(
     config: TrainConfig,
     out: Path,
     run_config: Any,
-    looks: list[tuple[int, Callable[[nn.Module, int], dict[str, float] | None] | None]],
+    looks: list[tuple[int, Look | None]],
     dry_run: bool,
     accelerator: Accelerator,
     limit: SpectralLimit | None,
@@ -216,7 +219,7 @@ def _fit(
                 averaged = ema.model if blueprint is None else _gather(ema.model, blueprint, device)
                 if accelerator.is_main_process:
                     with accelerator.autocast():
-                        results = [look(averaged, done) for look in due]
+                        results = [_look(look, averaged, done) for look in due]
                     log.samples(out / "samples" / f"{done:07d}.png", done)
                     for values in filter(None, results):
                         log.judged({"step": done} | values)
@@ -233,6 +236,14 @@ def _fit(
         broken.summarise()
     accelerator.end_training()
     return ema.model
+
+
+def _look(look: Look, model: nn.Module, step: int) -> dict[str, float] | None:
+    try:
+        return look(model, step)
+    except FloatingPointError as error:  # of the averaged weights only; the training goes on
+        print(f"step {step}: no samples to look at: {error}")
+        return None
 
 
 class Diverged(FloatingPointError, RuntimeError):

@@ -10,14 +10,7 @@ from PIL import Image
 from torch import Tensor
 from torchvision.utils import make_grid
 
-from skipdit.utils.errors import UserError
 from skipdit.utils.files import whole_file, write_png
-
-
-def check_fps(fps: float) -> None:
-    """Raises ValueError for a rate that neither mp4 nor GIF has."""
-    if not 0.01 <= fps <= 1000:
-        raise UserError(f"fps is {fps:g}; it should be 0.01 to 1000")
 
 
 def write_mp4(path: Path, frames: Tensor, fps: float) -> None:
