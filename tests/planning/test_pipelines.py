@@ -295,10 +295,7 @@ def test_plan_command(folder, tmp_path, capsys):
         (["class_labels=[1]", "guidance=3"], "DiTPipeline takes no guidance; it takes class_labels, guidance_scale"),
         (["class_labels=[1]", "num_inference_steps=0"], "num_inference_steps is 0"),
         (["class_labels=[1]", "seed=x"], "seed is 'x'"),
-        (
-            ["class_labels=[1]", "output_type=latent"],
-            "output_type=latent: the images of a plan are shown",
-        ),
+        (["class_labels=[1]", "output_type=latent"], "output_type=latent: the images of a plan are shown"),
         (["class_labels=[1]", "--scheduler", "Euler"], "--scheduler Euler: the settings of DDIMScheduler are for DDIM"),
         (["class_labels=[1]", "--scheduler", "FlowMatchEulerDiscreteScheduler"], "--scheduler FlowMatchEuler"),
     ],

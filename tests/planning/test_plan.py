@@ -16,6 +16,7 @@ from skipdit.checkpoints.files import load_state
 from skipdit.class_to_image import DiT
 from skipdit.class_to_image.sample import Config, ImageSampler
 from skipdit.class_to_image.sample import main as sample_classes
+from skipdit.commands.plan import read_arguments
 from skipdit.config import changed, load_config, to_yaml
 from skipdit.diffusion.flow import FLOW_SOLVERS
 from skipdit.diffusion.gaussian import Diffusion
@@ -395,6 +396,13 @@ def test_planning_by_time(command, capsys, tmp_path, clock):
     assert "2 steps, ddim" in plain.about["errors"] and plain.about["speedup"] == about["speedup"]
 
 
+def test_what_a_speedup_counts_is_told(capsys):
+    with pytest.raises(SystemExit):
+        read_arguments(["--help"])
+    told = " ".join(capsys.readouterr().out.split())
+    assert "--cost {flops,time}" in told and "seconds of its steps on this device" in told
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("arguments", "complaint"),
@@ -403,10 +411,7 @@ def test_planning_by_time(command, capsys, tmp_path, clock):
         (["--speedup", "100"], "--speedup is 100; with 10 steps, 1 to 10 is possible"),
         (["--speedup", "0"], "--speedup is 0"),
         (["--max-error", "0"], "--max-error is 0"),
-        (
-            ["--budget", "4", "--prompts", "mine.txt"],
-            "--prompts is for --pipeline; a config has settings",
-        ),
+        (["--budget", "4", "--prompts", "mine.txt"], "--prompts is for --pipeline; a config has settings"),
         (["--budget", "4", "guidance_low=300", "guidance_high=700"], "guidance that begins or ends within a run"),
         (["--budget", "4", "--target", "converged", "sampler=ddpm"], "no converged run of ddpm"),
     ],

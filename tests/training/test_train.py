@@ -157,34 +157,33 @@ def test_the_model_of_a_sample_grid_is_dropped(tmp_path, parallel):
     assert done.returncode == 0, done.stderr[-3000:]
 
 
+def mean_output(model, batch, draw):
+    """A loss that needs no targets."""
+    return model(draw.randn(4, 4, 4), draw.randint(1000), batch["label"]).flatten(1).mean(1)
+
+
 def test_sampling_runs_in_the_precision_of_training(config, monkeypatch):
     monkeypatch.setattr(
         "skipdit.training.loop.Accelerator.autocast", lambda self: torch.autocast("cpu", torch.bfloat16)
     )
     sampled, config = [], changed(config, {"train.sample_every": 2})
 
-    def loss(model, batch, draw):
-        return model(draw.randn(4, 4, 4), draw.randint(1000), batch["label"]).flatten(1).mean(1)
-
     def sample(model, step):
         sampled.append((step, torch.is_autocast_enabled("cpu")))
 
     data = ImageFolder(config.data.path, 8)
-    fit(tiny_dit(num_classes=3), loss, data, config.train, config.out, config, sample)
+    fit(tiny_dit(num_classes=3), mean_output, data, config.train, config.out, config, sample)
     assert sampled == [(2, True), (4, True)]
 
 
 def test_samples_that_are_not_finite_end_no_training(config, capsys):
     config = changed(config, {"train.sample_every": 2})
 
-    def loss(model, batch, draw):
-        return model(draw.randn(4, 4, 4), draw.randint(1000), batch["label"]).flatten(1).mean(1)
-
     def sample(model, step):
         raise FloatingPointError("latents are not finite")
 
     data = ImageFolder(config.data.path, 8)
-    fit(tiny_dit(num_classes=3), loss, data, config.train, config.out, config, sample)
+    fit(tiny_dit(num_classes=3), mean_output, data, config.train, config.out, config, sample)
     assert "step 2: no samples to look at: latents are not finite" in capsys.readouterr().out
     assert Path(config.out, "checkpoints/0000004.pt").exists()
 

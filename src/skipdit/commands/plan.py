@@ -95,11 +95,11 @@ def read_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     args.overrides = [f"seed={SEED}", *args.overrides]
     with friendly_errors():
         if args.config:
-            given = [name for name in ("prompts", "scheduler") if getattr(args, name)]
-            if given:
-                raise UserError(
-                    f"--{given[0]} is for --pipeline; a config has settings: prompt_file=FILE scheduler=ddim"
-                )
+            for name in ("prompts", "scheduler"):
+                if getattr(args, name):
+                    raise UserError(
+                        f"--{name} is for --pipeline; a config has settings: prompt_file=FILE scheduler=ddim"
+                    )
             read_settings(args)
         elif not args.pipeline:
             raise UserError("--config and --pipeline are both empty: name one of them")

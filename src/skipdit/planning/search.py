@@ -43,10 +43,10 @@ class Search:
     def error(self, kinds: str) -> float:
         """The error of a schedule, fitted."""
         if kinds not in self.tried:
-            self._fit(kinds, None, keep=False)
+            self._fit(kinds, keep=False)
         return self.tried[kinds].error
 
-    def _fit(self, kinds: str, base: Fitted | None, keep: bool = True) -> Fitted:
+    def _fit(self, kinds: str, base: Fitted | None = None, keep: bool = True) -> Fitted:
         fitted = self.bench.fit(kinds, base, keep)
         self.tried[kinds] = replace(fitted, fit=None)
         self.progress.update()
@@ -94,7 +94,7 @@ class Search:
                 continue
             if next(left, None) is None:
                 break
-            best = best or self._fit(kinds, None)  # again, for the steps that exchanges begin with
+            best = best or self._fit(kinds)  # again, for the steps that exchanges begin with
             fitted = self._fit(other, best)
             if fitted.error < best.error:
                 best, kinds, rest = fitted, other, 0
