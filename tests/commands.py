@@ -1,10 +1,13 @@
 """Commands in copies of one process that has imported the libraries: what takes seconds happens once."""
 
 import multiprocessing
+import multiprocessing.connection
 import os
 import runpy
 import shlex
+import socket
 import sys
+import time
 from pathlib import Path
 
 PRELOADED = [
@@ -32,12 +35,34 @@ def started(command: str, folder: Path, told: str = "told.txt", **env: str) -> m
     return process
 
 
-def forked(command: str, folder: Path) -> tuple[int, str]:
-    """Exit status and output of a command."""
-    process = started(command, folder)
-    process.join(timeout=300)
-    process.kill()
-    return process.exitcode, (folder / "told.txt").read_text()
+def launched(command: str, folder: Path, processes: int, told: str = "told") -> list[multiprocessing.Process]:
+    """The processes that `torchrun` would start; what the first one says lies in `told0.txt`, and so on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    count = str(processes)
+    shared = {"WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    ranks = [str(rank) for rank in range(processes)]
+    return [started(command, folder, f"{told}{n}.txt", RANK=n, LOCAL_RANK=n, **shared) for n in ranks]
+
+
+def forked(command: str, folder: Path, processes: int = 1) -> tuple[int, str]:
+    """Exit status and output of a command. Of several processes, those of the first one that fails."""
+    if processes == 1:
+        running, told = [started(command, folder)], [folder / "told.txt"]
+    else:
+        running = launched(command, folder, processes)
+        told = [folder / f"told{n}.txt" for n in range(processes)]
+    end = time.monotonic() + 300
+    while any(process.exitcode is None for process in running) and time.monotonic() < end:
+        if any(process.exitcode for process in running):  # the others wait for it
+            break
+        multiprocessing.connection.wait([process.sentinel for process in running if process.exitcode is None], 1)
+    failed = next((n for n, process in enumerate(running) if process.exitcode), 0)
+    for process in running:
+        process.kill()
+        process.join()
+    return running[failed].exitcode, told[failed].read_text()
 
 
 def become(command: list[str], folder: Path, told: Path, env: dict[str, str]) -> None:

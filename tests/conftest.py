@@ -5,9 +5,9 @@ import io
 import json
 import os
 import re
+import shlex
 import shutil
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -22,6 +22,7 @@ import numpy as np
 import pytest
 import sentencepiece
 import torch
+from commands import forked, started
 from diffusers import AutoencoderKL, AutoencoderKLTemporalDecoder, DDIMScheduler, DDPMScheduler, HunyuanDiT2DModel
 from PIL import Image
 from safetensors import safe_open
@@ -373,30 +374,32 @@ def assert_resumes(config, train, folder: Path, changes: dict[str, Any] | None =
     return resumed
 
 
-def run_script(config, *overrides, processes=1, task="class-to-image", **kwargs) -> subprocess.CompletedProcess:
-    """The trainer as a user starts it."""
+def written(config) -> Path:
+    """The file of a config, beside its run folder."""
     file = Path(config.out).parent / f"{Path(config.out).name}.yaml"
-    file.write_text(to_yaml(config))
-    launcher = [sys.executable]
-    if processes > 1:
-        launcher += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-    command = [*launcher, str(ROOT / task / "train.py"), "--config", str(file), *overrides]
-    return subprocess.run(command, capture_output=True, text=True, cwd=file.parent, timeout=300, **kwargs)
+    file.write_text(to_yaml(config), encoding="utf-8")
+    return file
+
+
+def run_script(config, *overrides, processes=1, task="class-to-image", script="train.py") -> tuple[int, str]:
+    """The trainer or sampler as a user starts it: its exit status, and what it says."""
+    file = written(config)
+    command = ["python", str(ROOT / task / script), "--config", str(file), *overrides]
+    return forked(shlex.join(command), file.parent, processes)
 
 
 def kill_at(config, goals: Sequence[int], task="class-to-image") -> None:
     """Start the trainer again and again, and SIGKILL it as soon as it has saved each of these steps."""
-    file = Path(config.out).parent / f"{Path(config.out).name}.yaml"
-    file.write_text(to_yaml(config))
-    command = [sys.executable, str(ROOT / task / "train.py"), "--config", str(file)]
+    file = written(config)
+    command = shlex.join(["python", str(ROOT / task / "train.py"), "--config", str(file)])
     checkpoints = Path(config.out) / "checkpoints"
     for goal in goals:
-        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, cwd=file.parent)
-        while process.poll() is None and not any(int(p.stem) >= goal for p in checkpoints.glob("*.pt")):
+        process = started(command, file.parent)
+        while process.exitcode is None and not any(int(p.stem) >= goal for p in checkpoints.glob("*.pt")):
             time.sleep(0.001)
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-        assert process.returncode == -signal.SIGKILL
+        process.kill()
+        process.join()
+        assert process.exitcode == -signal.SIGKILL
         assert not (checkpoints / f"{config.train.steps:07d}.pt").exists()
 
 
@@ -538,12 +541,9 @@ def sampling_config(request, tmp_path, vae_folder) -> Callable[[str], Any]:
 
 def run_sampler(config, task: str, processes: int) -> None:
     """The sampler as a user starts it, in several processes."""
-    file = Path(config.out).parent / f"{Path(config.out).name}.yaml"
-    file.write_text(to_yaml(config), encoding="utf-8")
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-    command = [*launcher, str(next((ROOT / task).glob("sample*.py"))), "--config", str(file)]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=300)
-    assert result.returncode == 0, result.stderr[-3000:]
+    script = next((ROOT / task).glob("sample*.py")).name
+    status, told = run_script(config, processes=processes, task=task, script=script)
+    assert status == 0, told[-3000:]
 
 
 def train_flow(config, train, tmp_path: Path) -> Path:

@@ -297,8 +297,8 @@ def test_two_processes_equal_one(config, tmp_path, parallel):
     train(config)
     alone, whole = stats(config), state(config)
     config = changed(config, {"out": str(tmp_path / parallel), "train.parallel": parallel})
-    result = run_script(config, "train.steps=2", "train.micro_batch_size=1", processes=2)
-    assert result.returncode == 0, result.stderr[-3000:]
+    status, told = run_script(config, "train.steps=2", "train.micro_batch_size=1", processes=2)
+    assert status == 0, told[-3000:]
     train(config)
     for before, after in zip(alone, stats(config), strict=True):
         for key in ("loss", "align_loss", "grad_norm"):

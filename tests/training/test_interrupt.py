@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from commands import started
+from commands import launched, started
 from conftest import ROOT, assert_equal, short_training, state, tiny_dit
 from PIL import Image
 
@@ -101,12 +101,7 @@ def test_processes_stop_after_the_same_step(config, tmp_path):
     (tmp_path / "run.yaml").write_text(to_yaml(config))
 
     def launch(out: str) -> list:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = str(probe.getsockname()[1])
-        env = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-        ranks = [{"RANK": rank, "LOCAL_RANK": rank} for rank in "01"]
-        return [started(f"{TRAIN} out={out}", tmp_path, f"{out}{n}.txt", **env, **rank) for n, rank in enumerate(ranks)]
+        return launched(f"{TRAIN} out={out}", tmp_path, 2, told=out)
 
     main, other = launch("stopped")
     wait_for(lambda: steps_done(tmp_path / "stopped0.txt") > 3, main)

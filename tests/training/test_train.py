@@ -12,6 +12,7 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState, GradientState
 from accelerate.utils import LoggerType
+from commands import forked
 from conftest import FSDP, assert_equal, assert_resumes, run_script, state, stats, tiny_dit
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -92,8 +93,8 @@ def test_the_main_process_chooses_the_checkpoint(config, tmp_path):
         config = changed(config, {"out": str(tmp_path / f"run-{process}"), "train.steps": steps})
         train(config)
     config = changed(config, {"out": str(tmp_path / "run-0")})
-    result = run_script(config, f"out={tmp_path}/run-${{oc.env:LOCAL_RANK}}", processes=2)
-    assert result.returncode == 0, result.stderr[-3000:]
+    status, told = run_script(config, f"out={tmp_path}/run-${{oc.env:LOCAL_RANK}}", processes=2)
+    assert status == 0, told[-3000:]
     assert [line["step"] for line in stats(config)] == [1, 2, 3, 4]
 
 
@@ -101,9 +102,9 @@ def test_the_main_process_chooses_the_checkpoint(config, tmp_path):
 def test_a_process_that_cannot_see_the_checkpoint_does_not_start_anew(config, tmp_path):
     config = changed(config, {"out": str(tmp_path / "run-0"), "train.steps": 2})
     train(config)
-    result = run_script(config, f"out={tmp_path}/run-${{oc.env:LOCAL_RANK}}", "train.steps=4", processes=2)
-    assert result.returncode
-    assert re.search(r"run-1/checkpoints/0000002\.pt.* all machines must see the same folder", result.stderr)
+    status, told = run_script(config, f"out={tmp_path}/run-${{oc.env:LOCAL_RANK}}", "train.steps=4", processes=2)
+    assert status
+    assert re.search(r"run-1/checkpoints/0000002\.pt.* all machines must see the same folder", told)
 
 
 def test_checkpoints_of_other_names_are_left_alone(config):
@@ -192,11 +193,11 @@ def test_samples_that_are_not_finite_end_no_training(config, capsys):
 def test_every_process_lists_its_broken_images(config, image_folder):
     """Both broken files are found, whichever process met them."""
     config = changed(config, {"train.steps": 12})
-    result = run_script(config, processes=2)
-    assert result.returncode == 0, result.stderr[-3000:]
+    status, told = run_script(config, processes=2)
+    assert status == 0, told[-3000:]
     listed = (Path(config.out) / "broken_files.txt").read_text().splitlines()
     assert len(listed) == 2
-    assert "files that were skipped: 2" in result.stdout
+    assert "files that were skipped: 2" in told
 
 
 @pytest.mark.slow
@@ -476,11 +477,9 @@ def test_a_tracker_that_is_not_there_is_told(config, monkeypatch, name, complain
 def test_the_end_says_what_to_type_next(config, tmp_path, objective):
     """And that is right."""
     config = changed(config, {"train.objective": objective})
-    result = run_script(config)
-    told, command = result.stdout.splitlines()[-2:]
-    assert told == f"the trained model is in {config.out}/checkpoints/0000004.pt; to sample from it:"
-    small = ["num_samples=1", "guidance_scale=1", "steps=3"]
-    words = [sys.executable, "-m", *command.split(), *small]
-    result = subprocess.run(words, capture_output=True, text=True, cwd=tmp_path, timeout=300)
-    assert result.returncode == 0, result.stderr[-2000:]
-    assert "1 image in samples/class-to-image, see grid.png" in result.stdout
+    _, told = run_script(config)
+    where, command = told.splitlines()[-2:]
+    assert where == f"the trained model is in {config.out}/checkpoints/0000004.pt; to sample from it:"
+    status, told = forked(f"{command.strip()} num_samples=1 guidance_scale=1 steps=3", tmp_path)
+    assert status == 0, told[-2000:]
+    assert "1 image in samples/class-to-image, see grid.png" in told

@@ -34,14 +34,14 @@ def train(task):
 
 def test_killed_run_continues_bit_equal(config, train, task, tmp_path):
     """SIGKILL at three moments, saving included (every step saves), then the same command to the end."""
-    config = changed(config, {"train.steps": 40, "train.save_every": 1, "train.keep": 2})
+    config = changed(config, {"train.steps": 24, "train.save_every": 1, "train.keep": 2})
     train(config)
     whole = state(config)
     config = changed(config, {"out": str(tmp_path / "killed")})
-    kill_at(config, (3, 11, 19), task=task)
-    assert run_script(config, task=task).returncode == 0
+    kill_at(config, (3, 8, 13), task=task)
+    assert run_script(config, task=task)[0] == 0
     assert_equal(whole | {"args": None}, state(config) | {"args": None})
-    assert [line["step"] for line in stats(config)] == list(range(1, 41))
+    assert [line["step"] for line in stats(config)] == list(range(1, 25))
 
 
 @pytest.mark.parametrize("parallel", ["ddp", FSDP])
@@ -50,8 +50,8 @@ def test_two_processes_equal_one(config, train, task, tmp_path, parallel):
     train(config)
     alone, whole = stats(config), state(config)["ema"]
     config = changed(config, {"out": str(tmp_path / parallel), "train.parallel": parallel, "train.sample_every": 2})
-    result = run_script(config, "train.steps=2", processes=2, task=task)
-    assert result.returncode == 0, result.stderr[-3000:]
+    status, told = run_script(config, "train.steps=2", processes=2, task=task)
+    assert status == 0, told[-3000:]
     assert list((tmp_path / parallel / "samples").glob("0000002.*"))
     config = changed(config, {"train.sample_every": 0})
     train(config)
@@ -72,8 +72,8 @@ def test_mixed_precision(config, train, task, tmp_path, parallel):
     if parallel == "ddp":
         train(config)
     else:
-        result = run_script(config, processes=2, task=task)
-        assert result.returncode == 0, result.stderr[-3000:]
+        status, told = run_script(config, processes=2, task=task)
+        assert status == 0, told[-3000:]
     assert stats(config)[-1]["loss"] == pytest.approx(exact[-1]["loss"], rel=0.02)
     assert stats(config)[-1]["loss"] != exact[-1]["loss"]
 
