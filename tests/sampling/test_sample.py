@@ -2,6 +2,7 @@
 
 import json
 import pickle
+import shlex
 import shutil
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
+from commands import forked
 from conftest import ROOT, assert_rounding, tiny_dit
 from diffusers import AutoencoderKL
 from PIL import Image
@@ -404,21 +406,20 @@ def test_models_take_their_channels_from_the_autoencoder(config, tmp_path):
 def test_encoding_and_training_on_latents(tmp_path, vae_folder, image_folder):
     """`python -m skipdit encode`: flipped copies, broken images left out and listed, a mismatch refused."""
     out = tmp_path / "latents"
-    command = [sys.executable, "-m", "skipdit", "encode", "--data", "image_folder", "--path", str(image_folder)]
-    command += ["--image-size", "8", "--vae", str(vae_folder), "--out", str(out), "--shard", "10", "--workers", "0"]
-    result = subprocess.run(command, capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr[-2000:]
-    assert "2 unreadable images were left out" in result.stdout
+    command = ["skipdit", "encode", "--data", "image_folder", "--path", str(image_folder), "--workers", "0"]
+    command = shlex.join([*command, "--image-size", "8", "--vae", str(vae_folder), "--out", str(out), "--shard"])
+    status, told = forked(f"{command} 10", tmp_path)
+    assert status == 0, told[-2000:]
+    assert "2 unreadable images were left out" in told
     assert len((out / "broken_files.txt").read_text().splitlines()) == 2
-    again = subprocess.run([*command[:-4], "--shard", "5", "--workers", "0"], capture_output=True, text=True)
-    assert again.returncode == 2
-    assert "holds other latents, or other shards" in again.stderr
+    status, told = forked(f"{command} 5", tmp_path)
+    assert status == 2 and "holds other latents, or other shards" in told
     first = out / "latents-00000.safetensors"
     kept = load_file(first)
     first.unlink()
     with pytest.raises(ValueError, match="holds latents of 14 of 24 samples: encoding was interrupted"):
         Latents(out)
-    assert subprocess.run(command, capture_output=True).returncode == 0
+    assert forked(f"{command} 10", tmp_path)[0] == 0
     assert all(torch.equal(tensor, kept[key]) for key, tensor in load_file(first).items())
     latents = Latents(out)
     assert len(latents) == 22

@@ -1,5 +1,8 @@
 """FLOPs of model calls and sampling runs."""
 
+import functools
+import json
+
 import torch
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
@@ -22,11 +25,19 @@ def _attention_flops(query: torch.Size, key: torch.Size, value: torch.Size, *arg
 def step_flops(model: SkipTransformer, batch: int, branch: int = 1, **sizes: int) -> dict[str, float]:
     """FLOPs of one full and one cached forward pass, two per multiply-add, attention included.
 
-    Counted on the meta device: nothing is computed. `sizes` are those that the model's `random_inputs` takes.
+    Counted on the meta device, and once for models of one config: nothing is computed. `sizes` are those that the
+    model's `random_inputs` takes.
     """
+    return dict(_step_flops(type(model), json.dumps(model.config), batch, branch, tuple(sorted(sizes.items()))))
+
+
+@functools.cache
+def _step_flops(
+    kind: type[SkipTransformer], config: str, batch: int, branch: int, sizes: tuple[tuple[str, int], ...]
+) -> dict[str, float]:
     with torch.device("meta"):
-        model = type(model).from_config(model.config).to("meta").eval()
-    inputs = model.random_inputs(batch, **sizes)
+        model = kind.from_config(json.loads(config)).to("meta").eval()
+    inputs = model.random_inputs(batch, **dict(sizes))
 
     def count(cache: CacheStep | None) -> float:
         with torch.no_grad(), flop_counter() as counter:
