@@ -177,15 +177,18 @@ def markdown(name: str, table: list[dict[str, Any]]) -> str:
 
 
 def curves(table: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
-    """Rows of one kind over the plans: the plan, the best solver, fewer steps, and whatever else is there."""
+    """Rows of one kind over the plans: the plan, and the best of the solvers and of whatever else is there."""
     found: dict[str, list[dict[str, Any]]] = {}
     for rows in table:
-        fewer, *others = [name for name in rows if " steps, " in name and not name.endswith("uncached")]
-        best = max(others, key=lambda name: mean(rows[name]["psnr"]["converged"] or rows[name]["psnr"]["sampler"]))
-        chosen = {PLAN: PLAN, "the best solver": best, "fewer steps": fewer}
-        chosen |= {name.partition(" N=")[0]: name for name in rows if " N=" in name or name == EVEN}
-        for label, name in chosen.items():
-            found.setdefault(label, []).append(rows[name])
+        fewer, *solvers = [name for name in rows if " steps, " in name and not name.endswith("uncached")]
+        kinds = {PLAN: [PLAN], "the best solver": solvers, "fewer steps": [fewer]}
+        for name in rows:
+            if " N=" in name or name == EVEN:
+                kinds.setdefault(name.partition(" N=")[0], []).append(name)
+        for kind, names in kinds.items():
+            psnrs = [rows[name]["psnr"] for name in names]
+            best = max(range(len(names)), key=lambda n: mean(psnrs[n]["converged"] or psnrs[n]["sampler"]))
+            found.setdefault(kind, []).append(rows[names[best]])
     return found
 
 

@@ -248,8 +248,9 @@ def test_an_error_is_the_measured_one():
     assert errors["plan"] <= 0.61
 
 
-@pytest.mark.parametrize(("budget", "branch"), [(11, 1), (2, 0)])
-def test_controls_cost_what_the_plan_costs(budget, branch):
-    """By outputs where cached steps at the largest interval cost more."""
+@pytest.mark.parametrize(("budget", "branches"), [(11, [1, 1, 0, 0]), (2, [0, 0])])
+def test_controls_cost_what_the_plan_costs(budget, branches):
+    """By outputs alone where cached steps at the largest interval cost more."""
     rows = [row for row in controls(Known(costs(0.5, 0.1)), budget) if row.spec.caches]
-    assert [row.spec.branch for row in rows] == [branch] * 2 and [" b0" in row.name for row in rows] == [not branch] * 2
+    assert [row.spec.branch for row in rows] == branches
+    assert [" b0, " in row.name for row in rows] == [not branch for branch in branches]
