@@ -23,7 +23,7 @@ from skipdit.caching.plans import CachePlan
 from skipdit.caching.policies import CacheSpec
 from skipdit.commands.plan import read_arguments
 from skipdit.planning.command import main
-from skipdit.planning.pipelines import PipelineBench
+from skipdit.planning.pipeline_bench import PipelineBench
 from skipdit.planning.search import make_plan
 
 KINDS = "FOFOOFOOFO"
@@ -232,7 +232,7 @@ def test_plan_in_python_by_time(monkeypatch):
     pipe, _ = build("DiTPipeline")
     now = [0.0]
     pipe.transformer.transformer_blocks[0].register_forward_hook(lambda *_: now.__setitem__(0, now[0] + 1))
-    monkeypatch.setattr("skipdit.planning.pipelines.moment", lambda device: now[0])
+    monkeypatch.setattr("skipdit.planning.pipeline_bench.moment", lambda device: now[0])
     plan = plan_pipeline(pipe, 2, num_inference_steps=6, target="sampler", cost="time", class_labels=[1])
     assert plan.about["costs"] == {name: {"full": 1.0, "forecast": 0.0} for name in ("flops", "time")}
     assert plan.about["speedup_in_time"] == plan.about["speedup"] == 2

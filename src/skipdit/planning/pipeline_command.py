@@ -14,7 +14,7 @@ from PIL import Image
 from skipdit.caching.plans import CachePlan
 from skipdit.caching.policies import CacheSpec
 from skipdit.caching.policy import FULL
-from skipdit.planning.pipelines import PipelineBench
+from skipdit.planning.pipeline_bench import PipelineBench
 from skipdit.planning.tables import distance, psnr_of
 from skipdit.sampling.prompts import read_prompts
 from skipdit.utils.device import process_state
