@@ -725,7 +725,7 @@ def test_encoding_goes_on_only_with_the_same_clips(layouts, tmp_path, encode_cli
         ({"latents": "median"}, r"data\.latents is 'median'; it is 'mean' or 'sample'"),
         ({"classes": ["pear"]}, r"latents hold the clips of their encoding, .* unset data\.classes$"),
         ({"image_list": "a.txt", "image_path": "pictures"}, r"unset data\.image_list, data\.image_path$"),
-        ({"kind": "films"}, r"data\.kind is 'films'; it is videos, frames or latents"),
+        ({"kind": "films"}, r"data\.kind is 'films'; it is videos, frames, clip_shards or latents"),
     ],
 )
 def test_latents_of_other_settings_are_refused(layouts, tmp_path, vae_folder, encode_clips, settings, said):

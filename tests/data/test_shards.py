@@ -1,4 +1,4 @@
-"""Images in Parquet files and WebDataset archives: what a folder of the same files gives."""
+"""Images and clips in Parquet files and WebDataset archives: what a folder of the same files gives."""
 
 import io
 import sys
@@ -8,16 +8,19 @@ import datasets
 import numpy as np
 import pytest
 import torch
-from conftest import state, stats
+from conftest import skipdit_command, state, stats
 from PIL import Image
 
 from skipdit.config import changed
+from skipdit.data.clip_folder import ClipFolder
 from skipdit.data.images import ImageFolder
+from skipdit.data.latents import Shards
 from skipdit.data.pictures import PictureFolder
-from skipdit.data.settings import ImageData, PictureData
-from skipdit.data.shards import ShardImages, ShardPictures
+from skipdit.data.settings import ClipData, ImageData, PictureData
+from skipdit.data.shards import ShardClips, ShardImages, ShardPictures
 from skipdit.tasks import TASKS
 from skipdit.utils.errors import BrokenSample, UserError
+from skipdit.utils.video import write_mp4
 
 CLASSES = ["ant", "bee", "cat"]
 
@@ -132,7 +135,7 @@ def test_what_is_missing_is_said(tmp_path, monkeypatch, folder):
 
 def test_a_name_on_the_hub_needs_no_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    for schema, kind in ((ImageData, "image_shards"), (PictureData, "picture_shards")):
+    for schema, kind in ((ImageData, "image_shards"), (PictureData, "picture_shards"), (ClipData, "clip_shards")):
         assert not schema(kind=kind, path="owner/name").files()
         assert schema(kind=kind, path="shards").files() == {"data.path": "shards"}
 
@@ -149,3 +152,136 @@ def test_training_on_shards_is_training_on_the_folder(training_config, folder, s
     TASKS["class-to-image"].train(rows)
     assert [line["loss"] for line in stats(rows)] == [line["loss"] for line in stats(config)]
     assert all(torch.equal(tensor, state(rows)["ema"][name]) for name, tensor in state(config)["ema"].items())
+
+
+# Clips
+
+
+@pytest.fixture
+def clips(tmp_path):
+    """Six video files of 6 to 11 frames in three class folders, with captions."""
+    rows = []
+    for number in range(6):
+        path = tmp_path / "own-clips" / CLASSES[number // 2] / f"{number}.mp4"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        generator = torch.Generator().manual_seed(number)
+        write_mp4(path, torch.randint(256, (6 + number, 3, 16, 16), dtype=torch.uint8, generator=generator), fps=8)
+        name = path.relative_to(tmp_path / "own-clips")
+        rows.append(f'{{"video": "{name}", "caption": "number {number}"}}\n')
+    (tmp_path / "clips.jsonl").write_text("".join(rows))
+    return tmp_path / "own-clips"
+
+
+@pytest.fixture(params=["parquet", "plain", "tar"])
+def clip_shards(request, clips, tmp_path):
+    """The same in shards: of videos as `datasets` keeps them, of bytes, and of archives."""
+    files, root = sorted(clips.rglob("*.mp4")), tmp_path / "clip-shards"
+    if request.param == "tar":
+        root.mkdir()
+        with tarfile.open(root / "000000.tar", "w") as tar:
+            for i, file in enumerate(files):
+                for suffix, data in (("mp4", file.read_bytes()), ("cls", b"%d" % (i // 2)), ("txt", b"number %d" % i)):
+                    info = tarfile.TarInfo(f"{i:06d}.{suffix}")
+                    info.size = len(data)
+                    tar.addfile(info, io.BytesIO(data))
+        return root
+    contents = [file.read_bytes() for file in files]
+    if request.param == "parquet":
+        features = {"video": datasets.Video(decode=False)}
+        contents = [{"bytes": each, "path": None} for each in contents]
+    else:
+        features = {"video": datasets.Value("binary")}
+    features |= {"txt": datasets.Value("string"), "label": datasets.ClassLabel(names=CLASSES)}
+    rows = {"video": contents, "txt": [f"number {i}" for i in range(6)], "label": [i // 2 for i in range(6)]}
+    root.mkdir()
+    datasets.Dataset.from_dict(rows, features=datasets.Features(features)).to_parquet(root / "train-00000.parquet")
+    return root
+
+
+STRETCH = {"num_frames": 3, "frame_interval": 2, "images": 2, "image_size": 8}
+
+
+@pytest.mark.parametrize("labels", ["", "labelled", "captions"])
+def test_clips_are_those_of_a_folder(clips, clip_shards, tmp_path, labels):
+    mine, theirs = {}, {}
+    if labels == "labelled":
+        mine = theirs = {"labelled": True}
+    elif labels:
+        mine, theirs = {"captions": "txt"}, {"captions": str(tmp_path / "clips.jsonl")}
+    files = ClipFolder(ClipData(path=str(clips), **theirs, **STRETCH))
+    rows = ShardClips(ClipData(kind="clip_shards", path=str(clip_shards), **mine, **STRETCH))
+    assert (rows.labels, rows.captions, rows.num_classes) == (files.labels, files.captions, files.num_classes)
+    assert len(rows) == len(files) == 6 and rows.count(2) == 8
+    for i in range(6):
+        a, b = (each.draw(i, np.random.default_rng(i)) for each in (files, rows))
+        assert a.keys() == b.keys() and torch.equal(a["image"], b["image"])
+        assert all(torch.equal(torch.as_tensor(a[key]), torch.as_tensor(b[key])) for key in a if "label" in key)
+
+
+def test_clips_that_cannot_be_read_are_named(clips, tmp_path):
+    whole = (clips / "ant/0.mp4").read_bytes()
+    rows = {"video": [whole, b"no video", whole[:300], None], "caption": ["a", "b", "c", " "]}
+    (tmp_path / "shards").mkdir()
+    datasets.Dataset.from_dict(rows).to_parquet(tmp_path / "shards/a.parquet")
+    config = ClipData(kind="clip_shards", path=str(tmp_path / "shards"), image_size=8, num_frames=1)
+    broken = ShardClips(config)
+    assert len(broken[0]["image"]) == 6
+    for row in (1, 2, 3):
+        with pytest.raises(BrokenSample, match=f"shards/row {row}: "):
+            broken[row]
+    captioned = ShardClips(changed(config, {"captions": "caption"}))
+    assert len(captioned) == 3 and "the caption of row 3 is empty" in captioned.uncaptioned[0]
+    for change, complaint in (
+        ({"captions": "title"}, "no column of captions title: its columns are video, caption"),
+        ({"labelled": True}, "no column of classes: its columns are video, caption"),
+        ({"classes": ["ant"]}, r"data\.classes is of clips in a folder: filter the rows"),
+        ({"labelled": True, "captions": "caption"}, "a clip's label is its caption or its class"),
+    ):
+        with pytest.raises(UserError, match=complaint):
+            ShardClips(changed(config, change))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("task", ["class-to-video", "text-to-video"])
+def test_training_on_shards_of_clips_is_training_on_the_folder(training_config, clips, clip_shards, tmp_path, task):
+    labels = {"data.labelled": True, "data.captions": None, "model.num_classes": 3}
+    rows = {"data.kind": "clip_shards", "data.path": str(clip_shards), "out": str(tmp_path / "rows")}
+    if task == "text-to-video":
+        labels, rows = {"data.captions": str(tmp_path / "clips.jsonl")}, rows | {"data.captions": "txt"}
+    config = changed(training_config(task), {"data.kind": "videos", "data.path": str(clips)} | labels)
+    TASKS[task].train(config)
+    rows = changed(config, rows)
+    TASKS[task].train(changed(rows, {"train.steps": 2, "train.workers": 1}))
+    TASKS[task].train(rows)
+    assert [line["loss"] for line in stats(rows)] == [line["loss"] for line in stats(config)]
+    assert all(torch.equal(tensor, state(rows)["ema"][name]) for name, tensor in state(config)["ema"].items())
+
+
+@pytest.mark.slow
+def test_shards_of_clips_are_checked_and_encoded(clips, clip_shards, vae_folder, tmp_path, capsys):
+    (tmp_path / "run.yaml").write_text(
+        f"data: {{kind: clip_shards, path: {clip_shards}, captions: txt, num_frames: 8}}"
+    )
+    with pytest.raises(SystemExit):
+        skipdit_command("data")(["check", str(tmp_path / "run.yaml"), "data.frame_interval=1", "--workers", "0"])
+    said = capsys.readouterr().out
+    assert "6 readable rows with a video, 51 frames" in said and "6 captions" in said and "too short" in said
+    common = ["--image-size", "16", "--vae", str(vae_folder), "--workers", "0"]
+    encode = skipdit_command("encode")
+    for kind, path, captions in (("clip_shards", clip_shards, "txt"), ("videos", clips, tmp_path / "clips.jsonl")):
+        encode(
+            [
+                "--data",
+                kind,
+                "--path",
+                str(path),
+                "--captions",
+                str(captions),
+                "--out",
+                str(tmp_path / "latents" / kind),
+                *common,
+            ]
+        )
+    a, b = (Shards(tmp_path / "latents" / kind) for kind in ("clip_shards", "videos"))
+    assert (a.captions, a.column("length")) == (b.captions, b.column("length"))
+    assert all(torch.equal(a.read(range(i, i + 1))["mean"], b.read(range(i, i + 1))["mean"]) for i in range(len(a)))

@@ -45,7 +45,9 @@ def read_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--out", type=Path, required=True, help="folder for the shards")
     parser.add_argument("--clip-list", metavar="FILE", help="clips: text file with those to encode, one per line")
-    parser.add_argument("--labelled", action="store_true", help="clips: the folder below path is their class")
+    parser.add_argument(
+        "--labelled", action="store_true", help="clips: the folder below path, or a column of shards, is their class"
+    )
     parser.add_argument(
         "--classes",
         nargs="+",

@@ -14,6 +14,7 @@ from skipdit.data.kinds import FOLDERS, IMAGES
 from skipdit.data.latents import Shards
 from skipdit.data.pictures import PictureFolder, bucket_sizes
 from skipdit.data.settings import CLIPS, ClipData
+from skipdit.data.shards import ShardClips
 from skipdit.utils.errors import BrokenSample
 from skipdit.utils.files import naming
 from skipdit.utils.signals import leave_signals_to_parent
@@ -94,8 +95,8 @@ class _Walk(Dataset):
             return 0, str(error)
 
 
-def _describe_clips(dataset: ClipFolder, config: ClipData, lengths: list[int]) -> None:
-    what = "video files" if config.kind == "videos" else "folders of frames"
+def _describe_clips(dataset: ClipFolder | ShardClips, config: ClipData, lengths: list[int]) -> None:
+    what = {"videos": "video files", "frames": "folders of frames"}.get(config.kind, "rows with a video")
     print(f"{config.path}: {len(lengths):,} readable {what}, {sum(lengths):,} frames")
     if lengths:
         print(f"frames per clip: {min(lengths):,} to {max(lengths):,}, median {median(lengths):,.0f}")

@@ -37,7 +37,7 @@ class ClipFolder(ClipDataset):
 
     def __init__(self, config: ClipData):
         super().__init__(config.num_frames, config.frame_interval, config.images, config.images_from)
-        _refuse_mixtures(config)
+        refuse_mixtures(config)
         self.root, self.size, self.kind = Path(config.path), config.image_size, config.kind
         if not self.root.is_dir():
             raise FileNotFoundError(f"no folder of clips {self.root}")
@@ -71,7 +71,7 @@ class ClipFolder(ClipDataset):
 
     def open(self, index: int) -> Clip:
         path = self.root / self.names[index]
-        return _Video(path, self.size) if self.kind == "videos" else _FrameFolder(path, self.size)
+        return VideoClip(Video(path), self.size) if self.kind == "videos" else _FrameFolder(path, self.size)
 
     def count(self, index: int) -> int:
         """The frames that decoding all of clip `index` gives, whatever its file says of them. Raises BrokenSample."""
@@ -136,11 +136,11 @@ class ClipFolder(ClipDataset):
         return self.classes.index(Path(name).parts[0])
 
 
-class _Video(Clip):
-    """A video file."""
+class VideoClip(Clip):
+    """A video file, and the side of its frames in pixels."""
 
-    def __init__(self, path: Path, size: int):
-        self._video, self.size = Video(path), size
+    def __init__(self, video: Video, size: int):
+        self._video, self.size = video, size
 
     def __len__(self) -> int:
         return len(self._video)
@@ -195,7 +195,7 @@ def _frames(folder: Path) -> list[Path]:
     return sorted((file for file in files if is_a(file, IMAGE_SUFFIXES)), key=numbers)
 
 
-def _refuse_mixtures(config: ClipData) -> None:
+def refuse_mixtures(config: ClipData) -> None:
     """Raises ValueError for settings that exclude each other."""
     if config.captions and config.labelled:
         raise UserError("data.captions and data.labelled: a clip's label is its caption or its class, leave one out")

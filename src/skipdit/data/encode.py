@@ -13,10 +13,9 @@ from torch.utils.data import DataLoader, Dataset, Subset
 from tqdm import tqdm
 
 from skipdit.cli import friendly_errors
-from skipdit.data.clip_folder import ClipFolder
 from skipdit.data.clips import ClipDataset
 from skipdit.data.features import FeatureInfo, write_features
-from skipdit.data.kinds import IMAGES, PICTURES
+from skipdit.data.kinds import CLIPS, IMAGES, PICTURES
 from skipdit.data.latents import LatentInfo, Part, expected_latents
 from skipdit.data.settings import ClipData, PictureData
 from skipdit.data.stream import Stream, collate
@@ -74,7 +73,7 @@ def open_dataset(args: argparse.Namespace) -> Dataset:
         if args.captions:
             raise UserError(f"--captions are of clips, and --data {args.data} is of images")
         return IMAGES[args.data](args.path, args.image_size)
-    return ClipFolder(
+    return CLIPS[args.data](
         ClipData(
             kind=args.data,
             path=args.path,

@@ -3,9 +3,9 @@
 from skipdit.data.clip_folder import ClipFolder
 from skipdit.data.images import FashionMNIST, ImageFolder
 from skipdit.data.pictures import PictureFolder
-from skipdit.data.settings import CLIPS
-from skipdit.data.shards import ShardImages, ShardPictures
+from skipdit.data.shards import ShardClips, ShardImages, ShardPictures
 
 IMAGES = {"image_folder": ImageFolder, "fashion_mnist": FashionMNIST, "image_shards": ShardImages}
 PICTURES = {"pictures": PictureFolder, "picture_shards": ShardPictures}
-FOLDERS = {**dict.fromkeys(CLIPS, ClipFolder), **PICTURES}  # what may have captions
+CLIPS = {"videos": ClipFolder, "frames": ClipFolder, "clip_shards": ShardClips}
+FOLDERS = {**CLIPS, **PICTURES}  # what may have captions

@@ -21,11 +21,10 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from skipdit.data.clip_folder import ClipFolder
 from skipdit.data.clips import Clip, ClipDataset
-from skipdit.data.kinds import IMAGES, PICTURES
+from skipdit.data.kinds import CLIPS, IMAGES, PICTURES
 from skipdit.data.pictures import PictureFolder, bucket_sizes
-from skipdit.data.settings import CLIPS, ClipData, ImageData, PictureData
+from skipdit.data.settings import ClipData, ImageData, PictureData
 from skipdit.encoders.autoencoder import latent_size, shift_factor
 from skipdit.utils.errors import BrokenSample, UserError
 from skipdit.utils.provenance import fingerprint
@@ -274,7 +273,7 @@ def open_clips(config: ClipData, vae: AutoencoderKL) -> ClipDataset:
     """
     expected = expected_latents(config.latents, config.image_size, vae)
     if config.kind in CLIPS:
-        return ClipFolder(config)
+        return CLIPS[config.kind](config)
     if config.kind != "latents":
         raise UserError(f"data.kind is {config.kind!r}; it is {', '.join(CLIPS)} or latents")
     ignored = ("classes", "clip_list", "captions", "image_list", "image_path")

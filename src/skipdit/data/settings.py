@@ -9,7 +9,7 @@ from skipdit.data.captions import BESIDE
 
 IMAGES = ("image_folder", "fashion_mnist", "image_shards")  # as data.kind
 PICTURES = ("pictures", "picture_shards")
-CLIPS = ("videos", "frames")
+CLIPS = ("videos", "frames", "clip_shards")
 READERS = min(4, os.cpu_count() or 1)  # processes that read; PyTorch warns of more than there are processors
 
 
@@ -43,15 +43,26 @@ class ImageData(Settings):
 class ClipData(Settings):
     """Where training clips come from."""
 
-    kind: str = setting("videos", "videos (files), frames (in folders), or latents (of `skipdit encode`)")
-    path: str = setting("data/clips", "folder of the clips, nested as it may be, or of the latents", identity=False)
+    kind: str = setting(
+        "videos",
+        "videos (files), frames (in folders), clip_shards (Parquet or WebDataset), or latents (of `skipdit encode`)",
+    )
+    path: str = setting(
+        "data/clips",
+        "folder of the clips, nested as it may be, of shards or of latents; of shards also a Hub name",
+        identity=False,
+    )
     clip_list: str | None = setting(None, "text file with one clip per line, relative to path; unset: all clips there")
-    labelled: bool = setting(False, "a clip's class is the folder right below path that it lies in")
+    labelled: bool = setting(
+        False, "a clip's class is the folder right below path that it lies in; of shards, a column"
+    )
     classes: list[str] = field(
         default_factory=list, metadata={"help": "class folders to use, in order of their ids; empty: all, by name"}
     )
     captions: str | None = setting(
-        None, "JSONL or CSV of video (relative to path), caption; or txt: beside every clip", identity=False
+        None,
+        "JSONL or CSV of video (relative to path), caption; or txt: beside every clip; of shards, their column",
+        identity=False,
     )
     num_frames: int = setting(16, "frames of a clip", least=1)
     frame_interval: int = setting(3, "frames of the source from one to the next; 1 takes all", least=1)
@@ -65,6 +76,8 @@ class ClipData(Settings):
 
     def files(self) -> dict[str, str]:
         """What has to be there, by setting."""
+        if self.kind == "clip_shards":
+            return {} if is_hub_name(self.path) else {"data.path": self.path}
         names = ("path", "clip_list", "image_path", "image_list", *["captions"] * (self.captions != BESIDE))
         return {f"data.{name}": value for name in names if (value := getattr(self, name)) is not None}
 

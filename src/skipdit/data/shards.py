@@ -1,10 +1,11 @@
-"""Images in Parquet files or WebDataset archives, as the Hub keeps large data sets, read by the `datasets` library.
+"""Images and clips in Parquet files or WebDataset archives, as the Hub keeps large data sets, read by `datasets`.
 
 It lays the rows out once in its cache (`HF_HOME`), from where every process maps them into its memory. So rows have
 numbers, and a training resumes at the very row. For speed, encode them to latents first.
 """
 
 import io
+from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,17 +14,23 @@ import torch
 from torch.utils.data import Dataset
 
 from skipdit.data.captions import match
+from skipdit.data.clip_folder import VideoClip, refuse_mixtures
+from skipdit.data.clips import Clip, ClipDataset
 from skipdit.data.files import read_picture
 from skipdit.data.images import centre_crop
 from skipdit.data.pictures import PictureFolder
-from skipdit.data.settings import PictureData, is_hub_name
+from skipdit.data.settings import ClipData, PictureData, is_hub_name
+from skipdit.data.video import Video, load_av
 from skipdit.utils.errors import UserError
 
 if TYPE_CHECKING:
     import datasets
 
 SUFFIXES = {"parquet": ".parquet", "webdataset": ".tar"}
-IMAGE = ("image", "img", "jpg", "jpeg", "png", "webp")  # names of columns that are looked for
+COLUMNS = {  # names that are looked for
+    "Image": ("image", "img", "jpg", "jpeg", "png", "webp"),
+    "Video": ("video", "clip", "mp4", "webm", "mkv", "avi", "mov"),
+}
 LABEL = ("label", "cls", "class", "fine_label")
 CAPTION = ("caption", "text", "txt", "prompt")
 
@@ -38,7 +45,8 @@ class ShardImages(Dataset):
         self._rows, self._column = open_rows(str(root))
         self.size, label = size, _find(self._rows, LABEL)
         values = [0] * len(self._rows) if label is None else self._rows[label]
-        self.num_classes, self.labels = _class_ids(values, label and self._rows.features[label], root)
+        classes, self.labels = _class_ids(values, label and self._rows.features[label], root)
+        self.num_classes = len(classes)
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -58,31 +66,84 @@ class ShardPictures(PictureFolder):
     def _captioned(self, config: PictureData) -> tuple[dict[str, str], list[str]]:
         if config.picture_list:
             raise UserError("data.picture_list is of data.kind=pictures: filter the rows of shards beforehand")
-        caption = config.captions or _find(self._rows, CAPTION)
-        if caption not in self._rows.column_names:
-            raise UserError(f"{config.path} has no column of captions {caption or ''}: {_columns(self._rows)}")
-        texts = enumerate(self._rows[caption])
-        rows = ((f"{config.path}, row {i}", f"row {i}", text) for i, text in texts)
-        return match(rows, config.path, "any rows")
+        return _captioned(self._rows, config)
 
     def _file(self, name: str) -> "_Encoded":
-        return _Encoded(self._rows, int(name.removeprefix("row ")), self._column)
+        return _Encoded(self._rows, _number(name), self._column)
+
+
+class ShardClips(ClipDataset):
+    """Clips: a column of video files, and with `captions` one of them, with `labelled` one of class ids or names.
+
+    Samples and errors are those of `ClipFolder`.
+    """
+
+    def __init__(self, config: ClipData):
+        super().__init__(config.num_frames, config.frame_interval, config.images, config.images_from)
+        refuse_mixtures(config)
+        for name in ("clip_list", "classes", "image_list", "image_path"):
+            if getattr(config, name):
+                raise UserError(f"data.{name} is of clips in a folder: filter the rows of shards beforehand")
+        load_av()  # or say that it is missing, before many processes read
+        self._rows, self._column = open_rows(config.path, "Video")
+        self.root, self.size = config.path, config.image_size
+        self.pictures, self.strays = None, Counter()
+        self.names, self.labels = [_name(i) for i in range(len(self._rows))], None
+        if config.captions:
+            found, self.uncaptioned = _captioned(self._rows, config)
+            self.left_out += self.uncaptioned
+            self.names, self.captions, self.labels = list(found), list(found.values()), list(range(len(found)))
+        elif config.labelled:
+            label = _find(self._rows, LABEL)
+            if label is None:
+                raise UserError(f"{config.path} has no column of classes: {_columns(self._rows)}")
+            self.classes, self.labels = _class_ids(self._rows[label], self._rows.features[label], config.path)
+
+    def open(self, index: int) -> Clip:
+        return VideoClip(self._video(index), self.size)
+
+    def count(self, index: int) -> int:
+        """The frames that decoding all of clip `index` gives, whatever its file says of them. Raises BrokenSample."""
+        return len(self._video(index, decode=True))
+
+    def _video(self, index: int, decode: bool = False) -> Video:
+        file = _Encoded(self._rows, _number(self.names[index]), self._column)
+        return Video(Path(self.root, file.name), decode, file)
+
+
+def _name(row: int) -> str:
+    """What a row is called, in messages and in place of a file's name."""
+    return f"row {row}"
+
+
+def _number(name: str) -> int:
+    return int(name.removeprefix("row "))
+
+
+def _captioned(rows: "datasets.Dataset", config: ClipData | PictureData) -> tuple[dict[str, str], list[str]]:
+    """Captions by the rows' names, and messages about those that have none."""
+    caption = config.captions or _find(rows, CAPTION)
+    if caption not in rows.column_names:
+        raise UserError(f"{config.path} has no column of captions {caption or ''}: {_columns(rows)}")
+    texts = ((f"{config.path}, {_name(i)}", _name(i), text) for i, text in enumerate(rows[caption]))
+    return match(texts, config.path, "any rows")
 
 
 class _Encoded(io.BytesIO):
-    """The file of an image in a row, which goes by the row's number in messages."""
+    """The file in a row, which goes by the row's name in messages."""
 
     def __init__(self, rows: "datasets.Dataset", index: int, column: str):
-        super().__init__((rows[index][column] or {}).get("bytes") or b"")
-        self.name = f"row {index}"
+        value = rows[index][column] or b""
+        super().__init__(value if isinstance(value, bytes) else value.get("bytes") or b"")
+        self.name = _name(index)
 
     def __str__(self) -> str:
         return self.name
 
 
-def open_rows(path: str) -> tuple["datasets.Dataset", str]:
+def open_rows(path: str, content: str = "Image") -> tuple["datasets.Dataset", str]:
     """The rows of a folder of .parquet or .tar files, or of the split "train" of a data set on the Hub, and the name of
-    their column of images, which is left encoded.
+    their column of images, or of another `content`, which is left encoded.
 
     Raises FileNotFoundError if there is nothing, UserError without such a column or the library.
     """
@@ -102,10 +163,12 @@ def open_rows(path: str) -> tuple["datasets.Dataset", str]:
         rows = datasets.load_dataset(kind, data_files=[str(file) for file in files] or None, split="train")
     except Exception as error:  # damaged files make it raise nearly anything
         raise UserError(f"{path} cannot be read by the datasets library: {error.__cause__ or error}") from error
-    column = _find(rows, IMAGE)
+    column = _find(rows, COLUMNS[content])
     if column is None:
-        raise UserError(f"{path} has no column of images: {_columns(rows)}")
-    return rows.cast_column(column, datasets.Image(decode=False)), column
+        raise UserError(f"{path} has no column of {content.lower()}s: {_columns(rows)}")
+    if hasattr(datasets, content):  # old versions leave videos as they are
+        rows = rows.cast_column(column, getattr(datasets, content)(decode=False))
+    return rows, column
 
 
 def _find(rows: "datasets.Dataset", names: tuple[str, ...]) -> str | None:
@@ -116,11 +179,13 @@ def _columns(rows: "datasets.Dataset") -> str:
     return f"its columns are {', '.join(rows.column_names)}"
 
 
-def _class_ids(values: list, feature: object, root: str | Path) -> tuple[int, list[int]]:
-    """Number of classes, and the class id of every row: as they are, or of names in their order."""
+def _class_ids(values: list, feature: object, root: str | Path) -> tuple[list[str], list[int]]:
+    """The names of the classes, and the class id of every row: as they are, or of names in their order."""
     if all(isinstance(value, int) and value >= 0 for value in values):
-        return max(getattr(feature, "num_classes", 0), max(values, default=-1) + 1), list(values)
+        numbers = [str(number) for number in range(max(values, default=-1) + 1)]
+        return getattr(feature, "names", None) or numbers, list(values)
     if all(isinstance(value, str) for value in values):
-        names = {name: number for number, name in enumerate(sorted(set(values)))}
-        return len(names), [names[value] for value in values]
+        names = sorted(set(values))
+        ids = {name: number for number, name in enumerate(names)}
+        return names, [ids[value] for value in values]
     raise UserError(f"{root} has labels that are neither class ids from 0 on nor names")

@@ -11,7 +11,7 @@ from contextlib import contextmanager, suppress
 from itertools import pairwise
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, BinaryIO
 
 import numpy as np
 import torch
@@ -54,13 +54,14 @@ class Video:
     Args:
         path: of the file.
         decode: learn the number of frames by decoding all of them, whatever the packets say.
+        file: its bytes, if they lie elsewhere; `path` is then its name in messages.
 
     Raises BrokenSample, here and in `read`, naming the file, if it cannot be opened or is cut short, or if a frame that
     is asked for is damaged or missing. Raises ValueError without PyAV.
     """
 
-    def __init__(self, path: Path, decode: bool = False):
-        self.path, self._av = path, load_av()
+    def __init__(self, path: Path, decode: bool = False, file: BinaryIO | None = None):
+        self.path, self._file, self._av = path, file, load_av()
         with self._named():
             self._open()
             times, self._keys = self._scan()
@@ -90,9 +91,11 @@ class Video:
             raise BrokenSample(f"{self.path}: {getattr(error, 'strerror', None) or error}") from error
 
     def _open(self) -> None:
-        if self.path.exists() and not self.path.is_file():
+        if self._file is not None:
+            self._file.seek(0)
+        elif self.path.exists() and not self.path.is_file():
             raise _Missed("it is no file")
-        self._container = self._av.open(str(self.path), metadata_errors="replace")
+        self._container = self._av.open(self._file or str(self.path), metadata_errors="replace")
         self._stream = self._container.streams.best("video")
         if self._stream is None:
             raise _Missed("there is no video in it")
