@@ -39,7 +39,7 @@ from skipdit.checkpoints.files import saved
 from skipdit.class_to_image.model import DiT
 from skipdit.class_to_image.sample import build_model
 from skipdit.class_to_image.train import Config, train
-from skipdit.cli import friendly_errors, make_parser
+from skipdit.cli import Parser, friendly_errors, make_parser
 from skipdit.config import changed, load_config, to_dict
 from skipdit.diffusion.gaussian import Diffusion
 from skipdit.encoders.autoencoder import encode, latent_size, load_vae, pixels
@@ -358,17 +358,23 @@ def run(args: argparse.Namespace) -> None:
     )
 
 
-@friendly_errors()
-def main() -> None:
-    parser = make_parser(Config, __doc__, default=CONFIG)
-    parser.set_defaults(config=CONFIG)
+def study_parser(description: str, config: str, out: str) -> Parser:
+    """Arguments of a study of trainings: a config with overrides, where the data is, what is measured and when."""
+    parser = make_parser(Config, description, default=config)
+    parser.set_defaults(config=config)
     parser.add_argument("--data", type=Path, default=Path("data"), help="folder of FashionMNIST/ [%(default)s]")
-    parser.add_argument("--out", type=Path, default=Path("results/efficiency"), help="[%(default)s]")
+    parser.add_argument("--out", type=Path, default=Path(out), help="[%(default)s]")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="of the trainings [0]")
-    parser.add_argument("--spectral", action="store_true", help="compare constraints on the skips instead")
     parser.add_argument("--every", type=int, default=250, help="steps between measurements [%(default)s]")
     parser.add_argument("--samples", type=int, default=500, help="per measurement [%(default)s]")
     parser.add_argument("--held-out", type=int, default=1024, help="test images for the loss [%(default)s]")
+    return parser
+
+
+@friendly_errors()
+def main() -> None:
+    parser = study_parser(__doc__, CONFIG, "results/efficiency")
+    parser.add_argument("--spectral", action="store_true", help="compare constraints on the skips instead")
     args = parser.parse_intermixed_args()
     run(args)
 

@@ -21,14 +21,13 @@ import json
 from dataclasses import dataclass
 from functools import partial
 from itertools import product
-from pathlib import Path
 
 import torch
-from efficiency import BATCH, METRICS, Examiner, cost, draw, follow, open_examiner, reached, spread
+from efficiency import BATCH, METRICS, Examiner, cost, draw, follow, open_examiner, reached, spread, study_parser
 
 from skipdit.class_to_image.model import DiT
 from skipdit.class_to_image.train import Config
-from skipdit.cli import friendly_errors, make_parser
+from skipdit.cli import friendly_errors
 from skipdit.config import load_config, to_dict
 from skipdit.evaluation.fashion import CLASSES, EPOCHS
 from skipdit.training.objective import make_objective
@@ -39,7 +38,11 @@ from skipdit.utils.provenance import fingerprint, versions
 
 CONFIG = "configs/class-to-image/fashion_deep_recipes.yaml"
 FACTORS = {  # name -> choice -> overrides
-    "skips": {"plain": ["model.skip=false"], "skip": ["model.skip=true"]},
+    "skips": {
+        "plain": ["model.skip=false"],
+        "skip": ["model.skip=true"],
+        "residual": ["model.skip=true", "model.fuse=residual"],
+    },
     "objectives": {name: [f"train.objective={name}"] for name in ("diffusion", "flow")},
     "optimizers": {name: [f"train.optimizer={name}"] for name in ("adamw", "muon")},
 }
@@ -161,17 +164,10 @@ def run(args: argparse.Namespace) -> None:
 
 @friendly_errors()
 def main() -> None:
-    parser = make_parser(Config, __doc__, default=CONFIG)
-    parser.set_defaults(config=CONFIG)
-    parser.add_argument("--data", type=Path, default=Path("data"), help="folder of FashionMNIST/ [%(default)s]")
-    parser.add_argument("--out", type=Path, default=Path("results/recipes"), help="[%(default)s]")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="of the trainings [0]")
+    parser = study_parser(__doc__, CONFIG, "results/recipes")
     said = f"{', '.join(RECIPES)}; {BASELINE} always is [all]"
     parser.add_argument("--recipes", nargs="+", choices=RECIPES, default=[*RECIPES], metavar="RECIPE", help=said)
-    parser.add_argument("--every", type=int, default=250, help="steps between measurements [%(default)s]")
-    parser.add_argument("--samples", type=int, default=500, help="per measurement [%(default)s]")
     parser.add_argument("--sampling-steps", type=int, nargs="+", default=[10, 20], help="the last is judged [10 20]")
-    parser.add_argument("--held-out", type=int, default=1024, help="test images for the loss [%(default)s]")
     args = parser.parse_intermixed_args()
     run(args)
 

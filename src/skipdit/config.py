@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import yaml
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from skipdit.utils.errors import UserError
@@ -302,12 +302,11 @@ def _key_lines(node: yaml.Node | None, prefix: str = "") -> dict[str, int]:
     return lines
 
 
-def flatten(config: DictConfig, prefix: str = "") -> dict[str, Any]:
-    """Dotted names and plain values of all settings."""
+def flatten(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested settings under dotted names."""
     flat = {}
-    for key, value in OmegaConf.to_container(config).items():
-        nested = flatten(OmegaConf.create(value), f"{prefix}{key}.") if isinstance(value, dict) else None
-        flat |= nested if nested is not None else {f"{prefix}{key}": value}
+    for key, value in settings.items():
+        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
     return flat
 
 

@@ -1,9 +1,8 @@
 """Embeddings of patches, positions, timesteps and labels."""
 
-import math
-
 import torch
 import torch.nn.functional as F
+from diffusers.models.embeddings import get_timestep_embedding
 from einops import rearrange
 from timm.layers import build_rotary_pos_embed
 from torch import Tensor, nn
@@ -38,15 +37,6 @@ class PatchEmbed(nn.Module):
         return self.proj(x)
 
 
-def timestep_embedding(t: Tensor, dim: int, max_period: float = 10_000) -> Tensor:
-    """Sinusoids of timesteps t (N,), in float32 -> (N, dim), cosines first."""
-    frequencies = torch.exp(
-        -math.log(max_period) * torch.arange(dim // 2, dtype=torch.float32, device=t.device) / (dim // 2)
-    )
-    angles = t[:, None].float() * frequencies
-    return torch.cat([angles.cos(), angles.sin()], dim=-1)
-
-
 class TimestepEmbedder(nn.Module):
     """Timesteps t (N,) -> (N, D): sinusoids, then a two-layer MLP."""
 
@@ -56,7 +46,8 @@ class TimestepEmbedder(nn.Module):
         self.mlp = nn.Sequential(nn.Linear(frequency_dim, dim), nn.SiLU(), nn.Linear(dim, dim))
 
     def forward(self, t: Tensor) -> Tensor:
-        return self.mlp(timestep_embedding(t, self.frequency_dim).to(self.mlp[0].weight.dtype))
+        cosines_first = {"flip_sin_to_cos": True, "downscale_freq_shift": 0}
+        return self.mlp(get_timestep_embedding(t, self.frequency_dim, **cosines_first).to(self.mlp[0].weight.dtype))
 
 
 class LabelEmbedder(nn.Module):

@@ -18,7 +18,7 @@ from skipdit.caching.policy import NAMES, CachePolicy
 from skipdit.caching.runtime import SkipCache
 from skipdit.checkpoints.download import is_hub_name
 from skipdit.checkpoints.files import holds_weights
-from skipdit.config import identity_of, in_the_project, to_dict
+from skipdit.config import flatten, identity_of, in_the_project, to_dict
 from skipdit.encoders.autoencoder import pixels
 from skipdit.sampling.report import StepTimer, report, steps_in_words
 from skipdit.sampling.sampler import Sampler
@@ -66,14 +66,6 @@ def _how_to_get(missing: dict[str, str], fetch: str, absent: Sequence[str]) -> s
     return f"; `{fetch}` fetches the released ones"
 
 
-def _dotted(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested settings under dotted names."""
-    flat: dict[str, Any] = {}
-    for key, value in settings.items():
-        flat |= _dotted(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
-    return flat
-
-
 class Job:
     """A numbered list of samples to make, shared out over processes, that can be interrupted and continued.
 
@@ -111,7 +103,7 @@ class Job:
         files = (file for file in self.folder.glob(f"*.{before['suffix']}") if not file.name.startswith("partial-"))
         begun = any(file.stem not in ("grid", "sheet", "compare") for file in files)  # without samples it is free
         if begun and path.exists():
-            before, now = _dotted(before), _dotted(now)
+            before, now = flatten(before), flatten(now)
             # Settings that are newer than the samples, and off, as they were then.
             newer = {k for k in now if k not in before and (now[k] is None or now[k] is False)}
             differ = [k for k in before | now if k not in newer and before.get(k) != now.get(k)]

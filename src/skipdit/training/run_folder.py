@@ -37,8 +37,9 @@ def claim_folder(out: Path, run_config: Any, accelerator: Accelerator) -> None:
     """Write config.yaml into a new run folder, or check that the one there is the same run."""
     path, text = out / "config.yaml", to_yaml(run_config)
     if path.exists():
-        defaults = flatten(OmegaConf.structured(type(run_config)))  # of settings that are newer than the run
-        before, now = defaults | flatten(OmegaConf.load(path)), flatten(OmegaConf.create(text))
+        configs = OmegaConf.structured(type(run_config)), OmegaConf.load(path), OmegaConf.create(text)
+        defaults, before, now = (flatten(OmegaConf.to_container(config)) for config in configs)
+        before = defaults | before  # which may lack newer settings
         free = free_settings(type(run_config))
         if now.get("train.decay_steps"):  # which counts back from the end
             free.discard("train.steps")
