@@ -448,10 +448,10 @@ def test_the_fit_foresees_text_to_video():
     """Whose prompts are batches of their own, and whose latents have another layout in the model."""
     file = ROOT / "configs/text-to-video/demo.yaml"
     task = find_task(str(file))
-    config = load_config(task.schema, file, ["prompts=[fish, crab]", "steps=10"])
-    made = Bench(task.open_sampler(config, 1), 10, 1, "converged")
+    config = load_config(task.schema, file, ["prompts=[fish, crab]", "steps=5"])
+    made = Bench(task.open_sampler(config, 1), 5, 1, "converged")
     made.calibrate()
-    fitted = made.fit("FFSOFSOFSO")
+    fitted = made.fit("FFSOS")
     assert len(made.batches) == 2 and fitted.error == pytest.approx(made.error(fitted.plan), rel=2e-2)
 
 
