@@ -32,6 +32,7 @@ import torch
 from baselines import TeaCache
 from full_size import full_size, full_size_markdown
 from rows import FEWER, METHODS, REUSE, UNCACHED, Row, rows_for
+from store import Store
 from torch import Tensor
 from tqdm import tqdm
 
@@ -46,14 +47,13 @@ from skipdit.metrics import FIDELITY_COLUMNS, IDENTICAL, fidelity_cells, frechet
 from skipdit.metrics.networks import load_image_script
 from skipdit.metrics.samples import fitted, open_samples
 from skipdit.sampling.sampler import Sampler
-from skipdit.tasks import find_task
+from skipdit.tasks import TASKS, find_task
 from skipdit.utils.device import compile_mode, process_state
 from skipdit.utils.errors import UserError
 from skipdit.utils.files import replace_text
 from skipdit.utils.provenance import fingerprint, versions
 
 ROOT = Path(__file__).parents[1]
-TASKS = ("class-to-image", "class-to-video", "text-to-video", "text-to-image")
 WEIGHTS = ROOT / "benchmarks/weights"  # of plain models
 COLOURS = (
     "black",
@@ -153,40 +153,6 @@ def measure(backbone: Backbone, row: Row) -> tuple[dict[str, Any], Tensor]:
         "peak_memory_bytes": torch.cuda.max_memory_allocated() if cuda else None,
     }
     return result, samples
-
-
-class Store:
-    """Results that outlive an interruption: a JSON file and the samples of every row.
-
-    Raises ValueError if the folder holds results of other settings.
-    """
-
-    def __init__(self, folder: Path, identity: dict):
-        self.folder = folder / "rows"
-        self.folder.mkdir(parents=True, exist_ok=True)
-        self._file, identity = self.folder / "settings.json", json.loads(json.dumps(identity))
-        before = json.loads(self._file.read_text(encoding="utf-8")) if self._file.exists() else {}
-        if before and "threads" not in before:
-            raise UserError(f"{folder} holds results of an older version of this benchmark; use another --out")
-        if differ := [key for key in before.keys() & identity.keys() if before[key] != identity[key]]:
-            lines = [f"  {key}: {before[key]} there, {identity[key]} now" for key in differ]
-            raise UserError(f"{folder} holds results of other settings; use another --out:\n" + "\n".join(lines))
-        replace_text(self._file, json.dumps(before | identity, indent=2) + "\n")
-
-    def result(self, key: str) -> dict | None:
-        file = self.folder / f"{key}.json"
-        return json.loads(file.read_text(encoding="utf-8")) if file.exists() else None
-
-    def save(self, key: str, result: dict) -> None:
-        replace_text(self.folder / f"{key}.json", json.dumps(result, indent=2) + "\n")
-
-    def samples(self, key: str) -> Tensor:
-        return torch.load(self.folder / f"{key}.pt", weights_only=True)
-
-    def save_samples(self, key: str, samples: Tensor) -> None:
-        partial = self.folder / f"{key}.partial"
-        torch.save(samples, partial)
-        partial.replace(self.folder / f"{key}.pt")
 
 
 def fitted_polynomial(backbone: Backbone, steps: int, store: Store) -> list[float]:

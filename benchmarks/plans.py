@@ -25,7 +25,7 @@ from typing import Any
 import matplotlib
 import torch
 from baselines import TaylorSeer
-from compare import ROOT, TASKS, Store
+from store import Store
 from tqdm import tqdm
 
 from skipdit.caching.plans import CachePlan
@@ -41,11 +41,12 @@ from skipdit.planning.controls import INTERVALS, controls
 from skipdit.planning.schedules import even_full_steps, schedule
 from skipdit.planning.tables import psnr_of
 from skipdit.sampling.rows import Row
-from skipdit.tasks import find_task
+from skipdit.tasks import TASKS, find_task
 from skipdit.utils.errors import UserError
 from skipdit.utils.files import replace_text, whole_file
 from skipdit.utils.provenance import fingerprint, versions
 
+ROOT = Path(__file__).parents[1]
 PLAN, EVEN = "plan", "evenly spaced forecasts, fitted"
 STYLES = ("o-", "^-", "d:", "v-", "s-", "x-", "P-")
 TITLES = {"converged": "dB to the converged images", "sampler": "dB to the uncached images"}

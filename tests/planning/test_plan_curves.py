@@ -17,7 +17,7 @@ from skipdit.planning.calibration import Bench, Fitted
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 import plans
-from compare import Store
+from store import Store
 
 
 @pytest.fixture
