@@ -64,13 +64,15 @@ def write_parquet(root, labels=None):
     return root
 
 
-def write_tar(root):
+def write_tar(root, suffix="png", contents=None):
+    """Two archives of six samples, with classes and captions."""
+    contents = contents or [png(i) for i in range(6)]
     root.mkdir()
     for part in range(2):
         with tarfile.open(root / f"{part:06d}.tar", "w") as tar:
             for i in range(3 * part, 3 * part + 3):
-                for suffix, data in (("png", png(i)), ("cls", b"%d" % (i // 2)), ("txt", b"number %d" % i)):
-                    info = tarfile.TarInfo(f"{i:06d}.{suffix}")
+                for name, data in ((suffix, contents[i]), ("cls", b"%d" % (i // 2)), ("txt", b"number %d" % i)):
+                    info = tarfile.TarInfo(f"{i:06d}.{name}")
                     info.size = len(data)
                     tar.addfile(info, io.BytesIO(data))
     return root
@@ -175,17 +177,9 @@ def clips(tmp_path):
 @pytest.fixture(params=["parquet", "plain", "tar"])
 def clip_shards(request, clips, tmp_path):
     """The same in shards: of videos as `datasets` keeps them, of bytes, and of archives."""
-    files, root = sorted(clips.rglob("*.mp4")), tmp_path / "clip-shards"
+    contents, root = [file.read_bytes() for file in sorted(clips.rglob("*.mp4"))], tmp_path / "clip-shards"
     if request.param == "tar":
-        root.mkdir()
-        with tarfile.open(root / "000000.tar", "w") as tar:
-            for i, file in enumerate(files):
-                for suffix, data in (("mp4", file.read_bytes()), ("cls", b"%d" % (i // 2)), ("txt", b"number %d" % i)):
-                    info = tarfile.TarInfo(f"{i:06d}.{suffix}")
-                    info.size = len(data)
-                    tar.addfile(info, io.BytesIO(data))
-        return root
-    contents = [file.read_bytes() for file in files]
+        return write_tar(root, "mp4", contents)
     if request.param == "parquet":
         features = {"video": datasets.Video(decode=False)}
         contents = [{"bytes": each, "path": None} for each in contents]
@@ -269,19 +263,8 @@ def test_shards_of_clips_are_checked_and_encoded(clips, clip_shards, vae_folder,
     common = ["--image-size", "16", "--vae", str(vae_folder), "--workers", "0"]
     encode = skipdit_command("encode")
     for kind, path, captions in (("clip_shards", clip_shards, "txt"), ("videos", clips, tmp_path / "clips.jsonl")):
-        encode(
-            [
-                "--data",
-                kind,
-                "--path",
-                str(path),
-                "--captions",
-                str(captions),
-                "--out",
-                str(tmp_path / "latents" / kind),
-                *common,
-            ]
-        )
+        out = tmp_path / "latents" / kind
+        encode(["--data", kind, "--path", f"{path}", "--captions", f"{captions}", "--out", f"{out}", *common])
     a, b = (Shards(tmp_path / "latents" / kind) for kind in ("clip_shards", "videos"))
     assert (a.captions, a.column("length")) == (b.captions, b.column("length"))
     assert all(torch.equal(a.read(range(i, i + 1))["mean"], b.read(range(i, i + 1))["mean"]) for i in range(len(a)))

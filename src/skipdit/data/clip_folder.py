@@ -110,11 +110,10 @@ class ClipFolder(ClipDataset):
         wanted = "any clips" if listed is None and not config.classes else "the clips"
         listed = listed and {name: None for name in listed if _is_wanted(name, config.classes)}  # a set with an order
         source = str(self.root) if beside else config.captions
-        found, self.uncaptioned = match(rows, source, wanted, listed, config.clip_list)
+        found, uncaptioned = match(rows, source, wanted, listed, config.clip_list)
         if empty := set(config.classes) - {Path(name).parts[0] for name in found}:
             raise UserError(f"{source} has no captions of clips of {', '.join(sorted(empty))} (data.classes)")
-        self.left_out += self.uncaptioned
-        self.names, self.captions, self.labels = list(found), list(found.values()), list(range(len(found)))
+        self._set_captions(found, uncaptioned)
 
     def _texts(self, names: Iterable[str]) -> list[Row]:
         """The text files beside clips, which are read, and not passed over."""

@@ -157,6 +157,12 @@ class ClipDataset(Dataset, ABC):
     def too_short(self, index: int, length: int) -> str:
         return f"{self.names[index]}: {length} frames, too short for {self.num_frames} at every {self.frame_interval}"
 
+    def _set_captions(self, found: dict[str, str], uncaptioned: list[str]) -> None:
+        """Set the clips to those with a caption, as `captions.match` gives them; the labels count the captions."""
+        self.uncaptioned = uncaptioned
+        self.left_out += uncaptioned
+        self.names, self.captions, self.labels = list(found), list(found.values()), list(range(len(found)))
+
     def _leave_out_short(self, lengths: list[int]) -> list[int]:
         """Drop the clips that are too short. Returns the positions that stay."""
         kept = [i for i, length in enumerate(lengths) if not self.is_short(length)]

@@ -90,9 +90,7 @@ class ShardClips(ClipDataset):
         self.pictures, self.strays = None, Counter()
         self.names, self.labels = [_name(i) for i in range(len(self._rows))], None
         if config.captions:
-            found, self.uncaptioned = _captioned(self._rows, config)
-            self.left_out += self.uncaptioned
-            self.names, self.captions, self.labels = list(found), list(found.values()), list(range(len(found)))
+            self._set_captions(*_captioned(self._rows, config))
         elif config.labelled:
             label = _find(self._rows, LABEL)
             if label is None:
