@@ -77,6 +77,7 @@ def test_the_second_transformer_begins_with_a_full_step():
     cache = enable_cache(bench.pipe, plan)
     bench.pipe(**bench.arguments, num_inference_steps=10)
     assert cache.run.counts() == {"full": 2, "cached": 0, "forecast": 8}
+    assert bench.cost(plan) == bench.cost(CacheSpec(10, 1000, 0, branch=0)) == 2
 
 
 @pytest.mark.slow

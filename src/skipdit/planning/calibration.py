@@ -21,7 +21,7 @@ from skipdit.encoders.autoencoder import decode
 from skipdit.layers.inspect import replaced
 from skipdit.layers.skip import SkipTransformer, predicted_noise
 from skipdit.planning.fitting import TINY, Fit, Recording
-from skipdit.planning.schedules import cost_of
+from skipdit.planning.schedules import cost_of, restarted
 from skipdit.sampling.sampler import Sampler
 from skipdit.utils.device import double
 from skipdit.utils.errors import UserError
@@ -139,7 +139,7 @@ class BaseBench(ABC):
 
     def cost(self, policy: CachePolicy, by: str | None = None) -> float:
         """Return what a run costs, in full steps, by `by` or what counts."""
-        return cost_of(policy.step_kinds(self.timesteps), self.costs[by or self.by])
+        return cost_of(restarted(policy.step_kinds(self.timesteps), self.restarts), self.costs[by or self.by])
 
     def speedup(self, policy: CachePolicy, by: str | None = None) -> float:
         """Return the cost of the uncached run over that of another."""
