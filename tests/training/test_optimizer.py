@@ -19,7 +19,7 @@ from skipdit.class_to_image.sample import ModelConfig
 from skipdit.class_to_image.train import Config, train
 from skipdit.config import changed
 from skipdit.data.settings import ImageData
-from skipdit.training.optimizer import hidden_matrices, make_optimizers
+from skipdit.training.optimizer import Float32Muon, hidden_matrices, make_optimizers
 
 needs_muon = pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="this torch has no Muon")
 
@@ -90,6 +90,30 @@ def test_updates_of_muon_are_orthogonal_and_as_large_as_those_of_adamw():
     torch.testing.assert_close(adamw.abs(), torch.ones_like(adamw), rtol=0, atol=1e-3)
 
 
+@needs_muon
+@pytest.mark.parametrize("shape", [(48, 16), (16, 48)])
+def test_muon_in_float32_is_muon(shape):
+    weights = []
+    for kind in (torch.optim.Muon, Float32Muon):
+        weight = torch.nn.Parameter(torch.zeros(shape))
+        optimizer = kind([weight], lr=1.0, weight_decay=0.1)
+        for seed in range(3):
+            weight.grad = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+            optimizer.step()
+        weights.append(weight.detach())
+    theirs, ours = weights
+    difference = (ours - theirs).norm() / theirs.norm()
+    assert 0 < difference < 0.02  # above 0: the iteration was ours, and torch has its own back
+    assert torch.optim._muon._zeropower_via_newtonschulz.__module__ == "torch.optim._muon"
+
+
+@needs_muon
+@pytest.mark.parametrize(("fast", "kind"), [(True, "Muon"), (False, "Float32Muon")])
+def test_muon_is_in_float32_where_bfloat16_is_slow(monkeypatch, fast, kind):
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: fast)
+    assert type(make_optimizers(tiny_dit(), "muon", lr=1e-3)[-1]).__name__ == kind
+
+
 @pytest.mark.slow
 @needs_muon
 @pytest.mark.parametrize("parallel", ["ddp", FSDP])
@@ -103,5 +127,5 @@ def test_two_processes_equal_one(config, tmp_path, parallel):
     for a, b in zip(alone, stats(config), strict=True):
         assert a["loss"] == pytest.approx(b["loss"], rel=1e-3)
     for name, tensor in state(config)["ema"].items():
-        # orthogonal in bfloat16, so that rounding of single entries grows
+        # where the iteration is in bfloat16, rounding of single entries grows
         assert (tensor - whole[name]).abs().mean() < 1e-4, name
