@@ -49,8 +49,10 @@ def make_judge(config: Config, vae: AutoencoderKL) -> tuple[int, Callable[[DiT, 
     sampling_timesteps(config.train.preview, config.judge.sampling_steps, shift)  # refused now, or in hours
     if count < classes:
         raise UserError(f"judge.samples={count} leaves out classes: set it to model.num_classes={classes} or more")
-    with process_state().local_main_process_first():  # features of the real images are computed once
-        frechet = FrechetJudge(config.judge, (config.data.image_size,) * 2, Path(config.out) / "judge")
+    frechet = None
+    with process_state().main_process_first():
+        if process_state().is_main_process:  # which alone judges
+            frechet = FrechetJudge(config.judge, (config.data.image_size,) * 2, Path(config.out) / "judge")
 
     def images(model: DiT) -> Iterator[torch.Tensor]:
         settings = {"sampler": config.train.preview, "guidance_scale": 1.0, "steps": config.judge.sampling_steps}

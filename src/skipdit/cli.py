@@ -8,7 +8,7 @@ import re
 import signal
 import sys
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import MISSING, fields, is_dataclass
 from difflib import get_close_matches
@@ -120,6 +120,9 @@ def say_start(program: str | None = None) -> None:
         print(f"{program}: loading libraries and models, which takes some seconds", file=sys.stderr, flush=True)
 
 
+_WORKER = re.compile(r"\ACaught \w+ in DataLoader worker.*^[\w.]*(Error|Sample): ", re.DOTALL | re.MULTILINE)  # torch's
+
+
 @contextmanager
 def friendly_errors(again: str = "goes on with what is complete") -> Iterator[None]:
     """Ends the program with a message, not a traceback, for what the user can mend: settings, files, checkpoints, a
@@ -150,8 +153,19 @@ def friendly_errors(again: str = "goes on with what is complete") -> Iterator[No
         if os.environ.get("SKIPDIT_TRACEBACK", "0") not in ("", "0"):
             traceback.print_exception(error)
         else:
-            print(f"error: {error}", file=sys.stderr)
+            print(f"error: {_WORKER.sub('', str(error)).rstrip()}", file=sys.stderr)
         raise SystemExit(2) from error
+
+
+def at_least(least: int) -> Callable[[str], int]:
+    """A type of a command line: whole numbers from the least one on."""
+
+    def number(text: str) -> int:
+        if not text.isdecimal() or int(text) < least:
+            raise argparse.ArgumentTypeError(f"{text} is no number from {least} on")
+        return int(text)
+
+    return number
 
 
 def describe(schema: type, prefix: str = "  ") -> str:

@@ -776,6 +776,17 @@ def test_the_section_is_told_by_its_kind_or_keys(tmp_path, section, overrides, s
     assert type(load_section(str(tmp_path / "c.yaml"), overrides)) is schema
 
 
+@pytest.mark.parametrize(
+    ("task", "schema"), [("class-to-image", ImageData), ("class-to-video", ClipData), ("text-to-image", PictureData)]
+)
+def test_the_section_without_a_kind_is_that_of_the_task(tmp_path, task, schema):
+    (tmp_path / "c.yaml").write_text(f"task: {task}\ndata: {{image_size: 16}}")
+    assert type(load_section(str(tmp_path / "c.yaml"), [])) is schema
+    (tmp_path / task).mkdir()
+    (tmp_path / task / "c.yaml").write_text("data: {image_size: 16}")
+    assert type(load_section(str(tmp_path / task / "c.yaml"), [])) is schema
+
+
 def test_an_unknown_key_of_pictures_is_named(tmp_path):
     (tmp_path / "c.yaml").write_text("data:\n  kind: pictures\n  bucket: [8x8]\n")
     with pytest.raises(ConfigError, match=r"c\.yaml, line 3: unknown key 'bucket'; did you mean 'buckets'\?"):
@@ -806,6 +817,11 @@ DESCRIBED = (
 
 def test_check_of_pictures(root, captions, check):
     assert check(pictures_at(root, captions)) == (0, f"{root}: 5 readable pictures\n{DESCRIBED}")
+
+
+def test_check_lists_good_files_where_a_training_takes_a_list(tmp_path, check, capsys):
+    code, _ = check(ImageData(kind="image_folder", path=str(tmp_path)), "--good", str(tmp_path / "good.txt"))
+    assert code == 2 and not (tmp_path / "good.txt").exists()
 
 
 def test_check_names_what_cannot_be_used(root, tmp_path, captions, check):

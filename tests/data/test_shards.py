@@ -110,8 +110,37 @@ def test_a_broken_image_is_named(tmp_path):
     datasets.Dataset.from_dict(rows, features=features).to_parquet(tmp_path / "shards/a.parquet")
     images = ShardImages(tmp_path / "shards", 16)
     assert images.num_classes == 1 and images[0]["label"] == 0
-    with pytest.raises(BrokenSample, match="row 1: cannot identify image file"):
+    with pytest.raises(BrokenSample, match=r"^row 1: cannot identify image file row 1$"):  # the same in every epoch
         images[1]
+
+
+def test_other_columns_are_not_read(tmp_path):
+    rows = {"image": [{"bytes": png(0), "path": None}], "mask": [{"bytes": b"no image", "path": None}]}
+    (tmp_path / "shards").mkdir()
+    features = datasets.Features({"image": datasets.Image(), "mask": datasets.Image()})
+    datasets.Dataset.from_dict(rows, features=features).to_parquet(tmp_path / "shards/a.parquet")
+    assert ShardImages(tmp_path / "shards", 16)[0]["image"].shape == (3, 16, 16)
+
+
+def test_files_of_other_splits_are_left_alone(tmp_path):
+    shards = write_parquet(tmp_path / "shards")
+    (shards / "validation-00000.parquet").write_bytes((shards / "train-00000.parquet").read_bytes())
+    (shards / "._train-00000.parquet").write_bytes(b"what macOS puts beside files")
+    assert len(ShardImages(shards, 16)) == 6
+    for file in shards.glob("train-*"):
+        file.rename(shards / file.name.replace("train-", "restrained-"))
+    assert len(ShardImages(shards, 16)) == 9  # no split has a name
+
+
+def test_rows_of_the_hub_may_be_files(folder, monkeypatch):
+    load = datasets.load_dataset
+    files = {"train": f"{folder}/**"}
+    monkeypatch.setattr(
+        datasets, "load_dataset", lambda name, **_: load("imagefolder", data_files=files, split="train")
+    )
+    rows, images = ShardImages("owner/name", 16), ImageFolder(folder, 16)
+    assert rows.labels == [sample["label"] for sample in images]
+    assert all(torch.equal(a["image"], b["image"]) for a, b in zip(rows, images, strict=True))
 
 
 def test_what_is_missing_is_said(tmp_path, monkeypatch, folder):

@@ -2,6 +2,7 @@
 
 import pytest
 from conftest import ROOT, skipdit_command
+from torch.utils.data import DataLoader, Dataset
 
 from skipdit import __version__
 from skipdit.__main__ import COMMANDS, main
@@ -28,6 +29,22 @@ def test_an_error_of_the_user_is_one_line(error, capsys):
     with pytest.raises(SystemExit) as caught:
         ending_with(error("seed is -1"))
     assert caught.value.code == 2 and capsys.readouterr().err == "error: seed is -1\n"
+
+
+class Refusing(Dataset):
+    """A dataset that a user has to mend."""
+
+    def __len__(self) -> int:
+        return 1
+
+    def __getitem__(self, index: int) -> dict:
+        raise UserError("none of 2 samples can be read:\n  a.png\n  b.png")
+
+
+def test_an_error_of_the_user_in_a_reading_process_is_the_same(capsys):
+    with pytest.raises(SystemExit), friendly_errors():
+        next(iter(DataLoader(Refusing(), num_workers=1)))
+    assert capsys.readouterr().err == "error: none of 2 samples can be read:\n  a.png\n  b.png\n"
 
 
 @pytest.mark.parametrize("error", [ValueError, ZeroDivisionError, TypeError, KeyError, RuntimeError])
@@ -129,6 +146,7 @@ def complaint_of(capsys, *argv: str) -> str:
         ),
         (["plan", "--config", DEMO, "--speedup", "two"], "error: argument --speedup: invalid float value: 'two'"),
         (["sample", "--task", "class"], "error: no --task 'class'; known: class-to-image, class-to-video"),
+        (["encode", "--data", "videos", "--shard", "0"], "error: argument --shard: 0 is no number from 1 on"),
         (["train", "new"], "error: the following arguments are required: --data; --help tells more"),
         (["train", "--config", DEMO], "demo.yaml has the settings of sampling: skipdit sample --config FILE"),
         (["sample", "--config", FASHION], "plain.yaml has the settings of training: skipdit train --config FILE"),

@@ -8,7 +8,7 @@ from torch import nn
 
 from skipdit.checkpoints.averages import LENGTHS, Profile, coefficients, combine, exponent
 from skipdit.checkpoints.convert import main
-from skipdit.checkpoints.files import load_state, recorded_settings
+from skipdit.checkpoints.files import load_state, record_of, recorded_settings
 from skipdit.commands.weights import read_arguments
 from skipdit.config import changed
 from skipdit.tasks import TASKS
@@ -91,6 +91,8 @@ def test_training_resumes_with_its_averages(training_config, tmp_path, capsys):
     for name, tensor in load_state({"ema": whole["averages"][f"{length:g}"]}).items():
         torch.testing.assert_close(load_state(out)[name], tensor, atol=2e-3, rtol=2e-3)
     assert recorded_settings(out)["hidden_size"] == config.model.hidden_size
+    main(read_arguments(["average", stopped.out, str(tmp_path / "early.pt"), "--length", "0.2", "--step", "2"]))
+    assert [record_of(file)["step"] for file in (out, tmp_path / "early.pt")] == [4, 2]
     early = combine(tmp_path / "stopped", 0.2, step=2)
     assert any(not torch.equal(early[name], tensor) for name, tensor in load_state(out).items())
 

@@ -9,6 +9,7 @@ import torch
 from conftest import Pooled, assert_equal, state
 from PIL import Image
 
+from skipdit.class_to_image import train as class_to_image
 from skipdit.class_to_image.train import Config, train
 from skipdit.config import changed
 from skipdit.encoders.autoencoder import load_vae, pixels
@@ -16,6 +17,7 @@ from skipdit.metrics import frechet_distance
 from skipdit.metrics.features import checked
 from skipdit.metrics.networks import load_image_script
 from skipdit.sampling.class_conditional import generate
+from skipdit.utils.device import process_state
 from skipdit.utils.seeding import generators
 
 
@@ -58,6 +60,13 @@ def test_distance_of_a_models_samples(judged, real, capsys):
     features = [Pooled()(batch.float() / 255 * 2 - 1).flatten(1) for batch in (samples, to_tensor(images))]
     assert last["frechet_distance"] == pytest.approx(frechet_distance(*features), rel=1e-3)
     assert f"step 4: the Fréchet distance of 5 images is {last['frechet_distance']:.4g}" in capsys.readouterr().out
+
+
+def test_other_processes_do_not_judge(judged, monkeypatch):
+    monkeypatch.setattr(class_to_image, "FrechetJudge", None)  # is not called
+    monkeypatch.setattr(type(process_state()), "is_main_process", False)
+    every, _ = class_to_image.make_judge(judged, load_vae(judged.vae))
+    assert every == 2
 
 
 def to_tensor(images: np.ndarray) -> torch.Tensor:

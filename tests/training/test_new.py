@@ -98,11 +98,21 @@ def test_sizes_fit_files_and_machine(folder, machine, side, size, width):
     choice = choose(found._replace(side=side), machine, vae="class-to-video/weights/vae")
     assert (choice.size, choice.model[0]) == (size, width)
     assert choice.patch == {32: 1, 64: 2, 256: 4, 512: 8}[size]  # of an autoencoder of a quarter of the size
+    odd = choose(found._replace(side=side), machine, 100, "class-to-video/weights/vae")  # 25 latents along a side
+    assert odd.patch == 1
     many = found._replace(files=found.files * 30_000)
     assert (
         choose(many, machine, 64, "class-to-video/weights/vae").model[0]
         == {LAPTOP: 128, CARD: 768, LARGE: 1152}[machine]
     )
+
+
+def test_a_clip_alone_has_no_images_of_others(tmp_path):
+    clip(tmp_path / "own/0.mp4")
+    found = look_into(tmp_path / "own")
+    plan = Plan(found, choose(found, LAPTOP), LAPTOP, "own", tmp_path / "configs", MINILM)
+    plan.write()
+    assert load_config(TASKS[found.task].part("settings").TrainingConfig, plan.out / "plain.yaml").data.images == 0
 
 
 @pytest.mark.parametrize(
@@ -111,6 +121,10 @@ def test_sizes_fit_files_and_machine(folder, machine, side, size, width):
         (lambda place: None, "no folder .*own: --data wants a folder of pictures or clips"),
         (lambda place: place.mkdir(), r"own holds neither pictures \(.*.jpg.*\) nor video files"),
         (lambda place: (picture(place / "a.png"), (place / "a.png").write_text("no")), "none of 1 files can be read"),
+        (
+            lambda place: (picture(place / "a.png"), picture(place / "cats/b.png")),
+            "own/a.png lies beside folders of pictures, which are classes: move it into one, or out of .*own",
+        ),
     ],
 )
 def test_folders_of_nothing(tmp_path, make, complaint):

@@ -28,6 +28,7 @@ from skipdit.training.loop import describe, fit
 from skipdit.training.parallel import peak_memory
 from skipdit.training.settings import TrainConfig
 from skipdit.training.steps import Draw, learning_rate, set_trainable
+from skipdit.utils.errors import UserError
 
 
 @pytest.fixture
@@ -116,6 +117,25 @@ def test_checkpoints_of_other_names_are_left_alone(config):
     assert sorted(file.name for file in folder.iterdir()) == ["0000004.pt", "best.pt"]
     path, _ = latest(folder)
     assert path.name == "0000004.pt"
+
+
+def test_a_damaged_checkpoint_does_not_outlive_a_good_one(config):
+    config = changed(config, {"train.save_every": 1, "train.keep": 0})
+    train(config)
+    folder = Path(config.out) / "checkpoints"
+    (folder / "0000004.pt").write_bytes(b"damaged")
+    (folder / "0000003.pt").unlink()
+    with pytest.warns(UserWarning, match=r"0000004\.pt is damaged"):
+        train(changed(config, {"train.steps": 3, "train.keep": 1}))
+    assert sorted(file.name for file in folder.iterdir()) == ["0000003.pt", "0000004.pt"]
+    with pytest.warns(UserWarning):
+        assert latest(folder)[0].name == "0000003.pt"
+
+
+def test_freezing_all_but_skips_needs_skips(config):
+    config = changed(config, {"model.skip": False, "train.freeze": True})
+    with pytest.raises(UserError, match=r"freeze trains the long skips alone, and the model has none: set model\.skip"):
+        train(config)
 
 
 def test_only_the_end_is_saved(config):

@@ -12,7 +12,7 @@ from torch import nn
 
 from skipdit.checkpoints.averages import combine
 from skipdit.checkpoints.errors import WeightsError
-from skipdit.checkpoints.files import is_finite, is_partial, load_checkpoint, load_state, record_of
+from skipdit.checkpoints.files import is_finite, is_partial, load_checkpoint, load_state, record_of, saved
 from skipdit.checkpoints.hub import CardSettings, upload, write_folder
 from skipdit.checkpoints.records import METADATA, SECTIONS, read_run, sampling_command, to_ship
 from skipdit.checkpoints.released import State, to_released
@@ -126,6 +126,7 @@ def main(args: argparse.Namespace) -> None:
         return
     if args.command == "average":
         state, record = combine(args.source, args.length, args.step), _record(args.source)
+        record["step"] = int(saved(args.source / "averages")[-1].stem) if args.step is None else args.step
         command = write_weights(state, args.out, dtype, record)
     else:
         command = export(args.source, args.out, dtype, args.skips)

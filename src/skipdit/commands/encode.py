@@ -22,7 +22,7 @@ encoder's patch tokens, for train.align, beside latents that may be there alread
 import argparse
 from pathlib import Path
 
-from skipdit.cli import Parser
+from skipdit.cli import Parser, at_least
 from skipdit.data.settings import CLIPS, IMAGES, PICTURES, READERS
 from skipdit.utils.shipped import found
 from skipdit.utils.text import with_home
@@ -33,7 +33,7 @@ def read_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser = Parser("skipdit encode", description=__doc__)
     parser.add_argument("--data", choices=[*IMAGES, *CLIPS, *PICTURES], required=True, help="kind of dataset")
     parser.add_argument("--path", required=True, help="its folder; of shards also a Hub name")
-    parser.add_argument("--image-size", type=int, default=256, help="pixels along a side [%(default)s]")
+    parser.add_argument("--image-size", type=at_least(1), default=256, help="pixels along a side [%(default)s]")
     parser.add_argument(
         "--vae", default="stabilityai/sd-vae-ft-ema", help="autoencoder, folder or Hub name [%(default)s]"
     )
@@ -70,10 +70,10 @@ def read_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         help="images: keep this ViT's patch tokens, too; folder, Hub name or timm's name",
     )
     parser.add_argument(
-        "--features-size", type=int, metavar="N", help="pixels along a side that it sees [as it was trained]"
+        "--features-size", type=at_least(1), metavar="N", help="pixels along a side that it sees [as it was trained]"
     )
-    parser.add_argument("--shard", type=int, default=10_000, help="images or clips per file [%(default)s]")
-    parser.add_argument("--workers", type=int, default=READERS, help="reading processes [%(default)s]")
+    parser.add_argument("--shard", type=at_least(1), default=10_000, help="images or clips per file [%(default)s]")
+    parser.add_argument("--workers", type=at_least(0), default=READERS, help="reading processes [%(default)s]")
     args = with_home(parser.parse_args(argv))
     if args.features_size is not None and not args.features:
         parser.error("--features-size needs --features")

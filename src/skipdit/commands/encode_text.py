@@ -18,7 +18,7 @@ Takes the captions that training will ask for. An interrupted run continues with
 import argparse
 from pathlib import Path
 
-from skipdit.cli import Parser
+from skipdit.cli import Parser, at_least
 from skipdit.encoders.reading import CHUNK, LATTE, READINGS
 from skipdit.utils.text import with_home
 
@@ -35,10 +35,10 @@ def read_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     reads = "what reads the texts: Latte, or which of Hunyuan-DiT's two [%(default)s]"
     parser.add_argument("--role", choices=READINGS, default=LATTE.role, help=reads)
     limits = ", ".join(f"{reading.max_tokens} of {role}" for role, reading in READINGS.items())
-    parser.add_argument("--max-tokens", type=int, metavar="N", help=f"in place of the role's limit [{limits}]")
+    parser.add_argument("--max-tokens", type=at_least(1), metavar="N", help=f"in place of the role's limit [{limits}]")
     parser.add_argument("--out", type=Path, required=True, help="folder for the shards")
     parser.add_argument("--dtype", choices=DTYPES, default="float16", help="of the files [%(default)s]")
     parser.add_argument("--encoder-dtype", choices=DTYPES, default="float32", help="of the encoder [%(default)s]")
-    parser.add_argument("--batch-size", type=int, default=CHUNK, help="captions at once [%(default)s]")
-    parser.add_argument("--shard", type=int, default=1_000, help="captions per file [%(default)s]")
+    parser.add_argument("--batch-size", type=at_least(1), default=CHUNK, help="captions at once [%(default)s]")
+    parser.add_argument("--shard", type=at_least(1), default=1_000, help="captions per file [%(default)s]")
     return with_home(parser.parse_intermixed_args(argv))

@@ -12,9 +12,8 @@ The plan is for this model, sampler, number of steps and guidance, and is refuse
 """
 
 import argparse
-from collections.abc import Callable
 
-from skipdit.cli import Parser, friendly_errors
+from skipdit.cli import Parser, at_least, friendly_errors
 from skipdit.tasks import read_settings
 from skipdit.utils.errors import UserError
 
@@ -104,14 +103,3 @@ def read_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         elif not args.pipeline:
             raise UserError("--config and --pipeline are both empty: name one of them")
     return args
-
-
-def at_least(least: int) -> Callable[[str], int]:
-    """A type of a command line: whole numbers from the least one on."""
-
-    def number(text: str) -> int:
-        if not text.isdecimal() or int(text) < least:
-            raise argparse.ArgumentTypeError(f"{text} is no number from {least} on")
-        return int(text)
-
-    return number

@@ -15,7 +15,7 @@ from skipdit.data.latents import Shards
 from skipdit.data.pictures import PictureFolder, bucket_sizes
 from skipdit.data.settings import CLIPS, ClipData
 from skipdit.data.shards import ShardClips
-from skipdit.utils.errors import BrokenSample
+from skipdit.utils.errors import BrokenSample, UserError
 from skipdit.utils.files import naming
 from skipdit.utils.signals import leave_signals_to_parent
 
@@ -30,6 +30,8 @@ def check(args: argparse.Namespace) -> int:
     """Print the report. Returns the number of broken files, and of clips or pictures without a caption."""
     config = load_section(args.config, args.overrides)
     clips, uncaptioned = config.kind in CLIPS, []
+    if args.good and config.kind not in ("videos", "frames", "pictures"):
+        raise UserError(f"--good lists files of clips or of captioned pictures, and data.kind is {config.kind}")
     if config.kind == "latents":
         _describe_latents(config.path)
         return 0
@@ -59,7 +61,7 @@ def check(args: argparse.Namespace) -> int:
     else:
         print(f"{config.path}: {len(found) - len(broken):,} images in {dataset.num_classes} classes")
     _list("broken", broken)
-    if args.good and hasattr(dataset, "names"):
+    if args.good:
         unusable = [error or (clips and dataset.is_short(length)) for length, error in found]
         good = [name for name, bad in zip(dataset.names, unusable, strict=True) if not bad]
         with naming(args.good):  # names that are no UTF-8 stay what they are, as `read_list` reads them

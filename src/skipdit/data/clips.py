@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from skipdit.config import given_values, load_config
+from skipdit.config import find_config, given_values, load_config, named_task
 from skipdit.data.settings import CLIPS, IMAGES, PICTURES, ClipData, ImageData, PictureData
 from skipdit.utils.errors import BrokenSample, UserError
 
@@ -22,12 +22,19 @@ ATTEMPTS = 10  # other pictures to try where one of those that ride along cannot
 
 
 KINDS = {ImageData: IMAGES, ClipData: CLIPS, PictureData: PICTURES}  # as data.kind, besides latents
+OF_TASK = {
+    "class-to-image": ImageData,
+    "class-to-video": ClipData,
+    "text-to-video": ClipData,
+    "text-to-image": PictureData,
+}
 
 
 def load_section(file: str, overrides: list[str]) -> ClipData | ImageData | PictureData:
     """The section `data` of a trainer's config: of clips, of images with classes, or of captioned pictures.
 
-    Its kind tells which. For latents, or without a kind, it is the first of these that knows all its keys.
+    Its kind tells which. For latents, or without a kind, the config's task does, which stands in it or is the name of
+    its folder, or else it is the first of these that knows all its keys.
 
     Args:
         file: the YAML file.
@@ -38,9 +45,10 @@ def load_section(file: str, overrides: list[str]) -> ClipData | ImageData | Pict
     overrides = [text.removeprefix("data.") for text in overrides]
     given = given_values(file, "data") | dict(text.partition("=")[::2] for text in overrides)
     kind = given.pop("kind", None)
-    fitting = [schema for schema, kinds in KINDS.items() if kind in kinds] or [
-        schema for schema in KINDS if given.keys() <= {field.name for field in fields(schema)}
-    ]
+    fitting = [schema for schema, kinds in KINDS.items() if kind in kinds]
+    if not fitting and (of_task := OF_TASK.get(named_task(file) or find_config(file).resolve().parent.name)):
+        fitting = [of_task]
+    fitting = fitting or [schema for schema in KINDS if given.keys() <= {field.name for field in fields(schema)}]
     config = load_config([*fitting, ClipData][0], file, overrides, section="data")
     known = [kind for kinds in KINDS.values() for kind in kinds]
     if config.kind not in (*known, "latents"):

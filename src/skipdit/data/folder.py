@@ -65,8 +65,13 @@ def look_into(path: Path) -> Folder:
     if not files:
         raise UserError(f"{path} holds neither pictures ({', '.join(sorted(SUFFIXES))}) nor video files")
     captions, texts = _captions(path, unit, files)
-    nested = [file.relative_to(path).parts for file in files]
-    classes = sorted({parts[0] for parts in nested}) if all(len(parts) > 1 for parts in nested) else []
+    nested = [file for file in files if file.parent != path]
+    if unit == "image" and not captions and 0 < len(nested) < len(files):  # whose class is told by no folder
+        alone = next(file for file in files if file.parent == path)
+        raise UserError(
+            f"{alone} lies beside folders of pictures, which are classes: move it into one, or out of {path}"
+        )
+    classes = sorted({file.relative_to(path).parts[0] for file in files}) if len(nested) == len(files) else []
     read = [read for file in _some(files, LOOKED_AT) if (read := _read(file, unit))]
     if not read:
         raise UserError(f"{path}: none of {min(LOOKED_AT, len(files))} files can be read, for example {files[0]}")

@@ -5,6 +5,7 @@ numbers, and a training resumes at the very row. For speed, encode them to laten
 """
 
 import io
+import re
 from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -16,7 +17,7 @@ from torch.utils.data import Dataset
 from skipdit.data.captions import match
 from skipdit.data.clip_folder import VideoClip, refuse_mixtures
 from skipdit.data.clips import Clip, ClipDataset
-from skipdit.data.files import read_picture
+from skipdit.data.files import is_a, read_picture, walk
 from skipdit.data.images import centre_crop
 from skipdit.data.pictures import PictureFolder
 from skipdit.data.settings import ClipData, PictureData, is_hub_name
@@ -33,6 +34,7 @@ COLUMNS = {  # names that are looked for
 }
 LABEL = ("label", "cls", "class", "fine_label")
 CAPTION = ("caption", "text", "txt", "prompt")
+TRAIN = re.compile(r"(?<![a-z])train(ing)?(?![a-z])", re.IGNORECASE)  # names of files, or folders, of that split
 
 
 class ShardImages(Dataset):
@@ -42,17 +44,17 @@ class ShardImages(Dataset):
     """
 
     def __init__(self, root: str | Path, size: int):
-        self._rows, self._column = open_rows(str(root))
-        self.size, label = size, _find(self._rows, LABEL)
-        values = [0] * len(self._rows) if label is None else self._rows[label]
-        classes, self.labels = _class_ids(values, label and self._rows.features[label], root)
+        rows, self._files = open_rows(str(root))
+        self.size, label = size, _find(rows, LABEL)
+        values = [0] * len(rows) if label is None else rows[label]
+        classes, self.labels = _class_ids(values, label and rows.features[label], root)
         self.num_classes = len(classes)
 
     def __len__(self) -> int:
-        return len(self._rows)
+        return len(self._files)
 
     def __getitem__(self, index: int) -> dict:
-        picture = centre_crop(read_picture(_Encoded(self._rows, index, self._column)), self.size, self.size)
+        picture = centre_crop(read_picture(_Encoded(self._files, index)), self.size, self.size)
         return {"image": torch.from_numpy(np.array(picture)).permute(2, 0, 1), "label": self.labels[index]}
 
 
@@ -60,7 +62,7 @@ class ShardPictures(PictureFolder):
     """Captioned pictures: a column of images and one of captions. Otherwise as `PictureFolder`."""
 
     def __init__(self, config: PictureData):
-        self._rows, self._column = open_rows(config.path)
+        self._rows, self._files = open_rows(config.path)
         super().__init__(config)
 
     def _captioned(self, config: PictureData) -> tuple[dict[str, str], list[str]]:
@@ -69,7 +71,7 @@ class ShardPictures(PictureFolder):
         return _captioned(self._rows, config)
 
     def _file(self, name: str) -> "_Encoded":
-        return _Encoded(self._rows, _number(name), self._column)
+        return _Encoded(self._files, _number(name))
 
 
 class ShardClips(ClipDataset):
@@ -85,17 +87,17 @@ class ShardClips(ClipDataset):
             if getattr(config, name):
                 raise UserError(f"data.{name} is of clips in a folder: filter the rows of shards beforehand")
         load_av()  # or say that it is missing, before many processes read
-        self._rows, self._column = open_rows(config.path, "Video")
+        rows, self._files = open_rows(config.path, "Video")
         self.root, self.size = config.path, config.image_size
         self.pictures, self.strays = None, Counter()
-        self.names, self.labels = [_name(i) for i in range(len(self._rows))], None
+        self.names, self.labels = [_name(i) for i in range(len(rows))], None
         if config.captions:
-            self._set_captions(*_captioned(self._rows, config))
+            self._set_captions(*_captioned(rows, config))
         elif config.labelled:
-            label = _find(self._rows, LABEL)
+            label = _find(rows, LABEL)
             if label is None:
-                raise UserError(f"{config.path} has no column of classes: {_columns(self._rows)}")
-            self.classes, self.labels = _class_ids(self._rows[label], self._rows.features[label], config.path)
+                raise UserError(f"{config.path} has no column of classes: {_columns(rows)}")
+            self.classes, self.labels = _class_ids(rows[label], rows.features[label], config.path)
 
     def open(self, index: int) -> Clip:
         return VideoClip(self._video(index), self.size)
@@ -105,7 +107,7 @@ class ShardClips(ClipDataset):
         return len(self._video(index, decode=True))
 
     def _video(self, index: int, decode: bool = False) -> Video:
-        file = _Encoded(self._rows, _number(self.names[index]), self._column)
+        file = _Encoded(self._files, _number(self.names[index]))
         return Video(Path(self.root, file.name), decode, file)
 
 
@@ -130,18 +132,25 @@ def _captioned(rows: "datasets.Dataset", config: ClipData | PictureData) -> tupl
 class _Encoded(io.BytesIO):
     """The file in a row, which goes by the row's name in messages."""
 
-    def __init__(self, rows: "datasets.Dataset", index: int, column: str):
-        value = rows[index][column] or b""
-        super().__init__(value if isinstance(value, bytes) else value.get("bytes") or b"")
+    def __init__(self, files: "datasets.Dataset", index: int):
+        (value,) = files[index].values()
+        content = value.get("bytes") if isinstance(value, dict) else value
+        if isinstance(value, dict) and content is None and value.get("path"):  # of a folder of files on the Hub
+            content = Path(value["path"]).read_bytes()
+        super().__init__(content or b"")
         self.name = _name(index)
 
     def __str__(self) -> str:
         return self.name
 
+    __repr__ = __str__  # which Pillow shows
 
-def open_rows(path: str, content: str = "Image") -> tuple["datasets.Dataset", str]:
-    """The rows of a folder of .parquet or .tar files, or of the split "train" of a data set on the Hub, and the name of
-    their column of images, or of another `content`, which is left encoded.
+
+def open_rows(path: str, content: str = "Image") -> tuple["datasets.Dataset", "datasets.Dataset"]:
+    """The rows of a folder of .parquet or .tar files, or of a data set on the Hub, and their column of images, or of
+    another `content`, alone and left encoded: reading a row decodes all that it holds.
+
+    Of several splits it is "train": in a folder, if some files have that in their names, those.
 
     Raises FileNotFoundError if there is nothing, UserError without such a column or the library.
     """
@@ -151,10 +160,12 @@ def open_rows(path: str, content: str = "Image") -> tuple["datasets.Dataset", st
         raise UserError(f"shards need the datasets library: `pip install datasets` ({error})") from error
     kind, files = path, []
     if Path(path).is_dir():
-        found = {kind: sorted(Path(path).rglob(f"*{suffix}")) for kind, suffix in SUFFIXES.items()}
+        everything = sorted(walk(path))
+        found = {kind: [file for file in everything if is_a(file, {suffix})] for kind, suffix in SUFFIXES.items()}
         kind, files = next(((kind, files) for kind, files in found.items() if files), (None, []))
         if kind is None:
             raise FileNotFoundError(f"{path} holds no {' or '.join(SUFFIXES.values())} files")
+        files = [file for file in files if TRAIN.search(str(file.relative_to(path)))] or files
     elif not is_hub_name(path):
         raise FileNotFoundError(f"no folder {path} of {' or '.join(SUFFIXES.values())} files")
     try:
@@ -164,9 +175,10 @@ def open_rows(path: str, content: str = "Image") -> tuple["datasets.Dataset", st
     column = _find(rows, COLUMNS[content])
     if column is None:
         raise UserError(f"{path} has no column of {content.lower()}s: {_columns(rows)}")
+    files = rows.select_columns([column])
     if hasattr(datasets, content):  # old versions leave videos as they are
-        rows = rows.cast_column(column, getattr(datasets, content)(decode=False))
-    return rows, column
+        files = files.cast_column(column, getattr(datasets, content)(decode=False))
+    return rows, files
 
 
 def _find(rows: "datasets.Dataset", names: tuple[str, ...]) -> str | None:

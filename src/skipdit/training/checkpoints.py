@@ -72,7 +72,8 @@ def save(
     if bad := [name for name, tensor in both if not is_finite(tensor)]:
         raise NotSaved(f"step {step}: weights are not finite ({', '.join(bad[:3])}); {_kept(folder)}")
     _write(folder, step, state)
-    for old in saved(folder)[:-keep]:
+    good = [file for file in saved(folder) if int(file.stem) <= step]  # a later one was damaged, and passed over
+    for old in good[:-keep]:
         old.unlink()
 
 

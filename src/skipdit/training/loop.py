@@ -84,6 +84,8 @@ def fit(
     if config.precision not in ("fp32", "bf16") or config.parallel not in ("ddp", "fsdp"):
         raise UserError(f"precision {config.precision!r} or parallel {config.parallel!r}: see --help for the choices")
     if config.freeze:
+        if not any(name.startswith("skips.") for name, _ in model.named_parameters()):
+            raise UserError("freeze trains the long skips alone, and the model has none: set model.skip=true")
         set_trainable(model, {"skips.*": True, "*": False})
     alignment = Alignment(model, getattr(dataset, "features", None), config) if config.align else None
     limit = None

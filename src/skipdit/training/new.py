@@ -73,7 +73,7 @@ def choose(folder: Folder, machine: Machine, size: int | None = None, vae: str |
     batch = (32 if small else 128) if folder.unit == "image" else 8
     latents = size // downsampling(load_vae(found(vae)))
     side = 16 if not small else 8 if folder.unit == "image" else 4  # patches along a side, or a few more
-    patch = 2 ** int(math.log2(max(1, latents / side)))
+    patch = math.gcd(latents, 2 ** int(math.log2(max(1, latents / side))))  # which divides the latents
     return Choice(size, vae, why, model, steps, min(batch, count), patch)
 
 
@@ -168,7 +168,8 @@ class Plan(NamedTuple):
         clips = {}
         if self.folder.unit == "clip":
             frames = min(FRAMES, self.folder.frames)
-            clips = {"num_frames": frames, "frame_interval": max(1, min(3, self.folder.frames // frames)), "images": 4}
+            clips = {"num_frames": frames, "frame_interval": max(1, min(3, self.folder.frames // frames))}
+            clips["images"] = 4 if len(self.folder.files) > 1 else 0  # frames of other clips
         return {"kind": "latents", "path": self.latents, "image_size": self.choice.size} | clips
 
     def _train(self, number: int) -> dict[str, Any]:

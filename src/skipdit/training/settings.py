@@ -74,6 +74,8 @@ class TrainConfig(Settings):
         for name, known in CHOICES.items():
             if (value := getattr(self, name)) not in known:
                 raise ConfigError(f"{name} is {value!r}; known: {', '.join(known)}")
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise ConfigError(f"betas is {list(self.betas)}; both must be at least 0 and below 1")
         if self.min_snr and self.objective == "flow":
             raise ConfigError(f"min_snr is {self.min_snr:g}, and objective=flow has no such weights: set min_snr=0")
         if self.align and self.freeze:
