@@ -21,6 +21,7 @@ if __name__ == "__main__":
 
 import warnings
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -153,7 +154,7 @@ def check(config: Config, branch: int | None) -> Parts:
     missing += missing_text_files(places["text_encoder_2"], config.tokenizer_2)
     preflight({"weights": places["weights"], "vae": places["vae"]}, FETCH, absent=missing)
     flow_shift = recorded_flow_shift(places["weights"])
-    scheduler = make_scheduler(config.scheduler, folder if folder.is_dir() else None, flow_shift)
+    scheduler_of = partial(make_scheduler, folder=folder if folder.is_dir() else None, flow_shift=flow_shift)
     vae = load_vae(places["vae"])
     state = load_state(places["weights"])
     if "style_embedder.weight" in state:
@@ -167,13 +168,13 @@ def check(config: Config, branch: int | None) -> Parts:
         warnings.warn(
             f"the released model was not trained for {size[0]}x{size[1]}, but for {', '.join(SIZES)}", stacklevel=2
         )
-    return Parts(model, vae, scheduler, size)
+    return Parts(model, vae, scheduler_of, size)
 
 
 def open_pipeline(config: Config, parts: Parts) -> HunyuanDiTPipeline:
     """Load the transformer's weights, and put all on the device; the text encoders are not part of the pipeline."""
     parts.load(config.places()["weights"])
-    return make_pipeline(parts.vae, parts.model, parts.scheduler)
+    return make_pipeline(parts.vae, parts.model, parts.make_scheduler(config.scheduler))
 
 
 def make_pipeline(vae: AutoencoderKL, model: HunyuanDiT, scheduler: SchedulerMixin) -> HunyuanDiTPipeline:

@@ -19,6 +19,7 @@ if __name__ == "__main__":
 
 
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from itertools import groupby
 from pathlib import Path
 from typing import NamedTuple
@@ -141,7 +142,7 @@ def check(config: Config, branch: int | None) -> Parts:
     fetch = FETCH + (f"`, and `{FETCH} --only {' '.join(extra)}" if extra else "")
     preflight(needed, fetch, absent=missing_text_files(places["text_encoder"], config.tokenizer))
     flow_shift = recorded_flow_shift(config.weights)
-    scheduler = make_scheduler(config.scheduler, folder / "scheduler" if folder else None, flow_shift)
+    scheduler_of = partial(make_scheduler, folder=folder / "scheduler" if folder else None, flow_shift=flow_shift)
     vae = load_vae(places["vae"])
     settings = LatteT2V.load_config(folder / "transformer") if folder else recorded_settings(config.weights)
     if "sample_size" not in settings:
@@ -156,13 +157,13 @@ def check(config: Config, branch: int | None) -> Parts:
         raise UserError("the temporal decoder knows neither vae_slicing nor vae_tiling")
     released = torch.float16 if model.config.cross_attention_dim == RELEASED_WIDTH else None
     check_settings(config, model, vae, (height, width), branch, released=released)
-    return Parts(model, vae, scheduler, (height, width))
+    return Parts(model, vae, scheduler_of, (height, width))
 
 
 def open_pipeline(config: Config, parts: Parts) -> LattePipeline:
     """Load the transformer's weights, and put all on the device; the text encoder is not part of the pipeline."""
     parts.load(config.weights)
-    return LattePipeline(None, None, parts.vae, parts.model, parts.scheduler)
+    return LattePipeline(None, None, parts.vae, parts.model, parts.make_scheduler(config.scheduler))
 
 
 def open_text_encoder(config: Config, dtype: torch.dtype) -> TextEncoder:

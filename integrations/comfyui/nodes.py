@@ -16,6 +16,7 @@ from comfy.patcher_extension import WrappersMP
 from torch import Tensor
 
 from skipdit.caching import CachePolicy, CacheStep, SkipCache, parse_policy
+from skipdit.caching.policy import CACHED
 from skipdit.utils.errors import UserError
 
 KEY = "skipdit"  # of its wrappers
@@ -68,7 +69,7 @@ class OutputForecast:
 def forecasting_policy(cache: str | None) -> CachePolicy:
     """Return the policy of a spec or a plan's file. Raises UserError for one that has cached steps."""
     policy = parse_policy(cache)
-    if policy.caches and policy.branch:
+    if policy.caches and policy.branch and CACHED in getattr(policy, "kinds", CACHED):
         raise UserError(
             f"cache {cache} has cached steps, which run some of the model's blocks, and in ComfyUI all of them run or "
             f"none: write {EXAMPLE}, or give a plan of forecasts"
@@ -196,7 +197,7 @@ def timesteps_of(policy: CachePolicy, sigmas: Tensor, table: Tensor) -> list[flo
     sigmas, which are the model's own timesteps where it was trained on a thousand.
     """
     nearest = (sigmas.log()[:, None] - table.log()).abs().argmin(dim=1) * (1000 / len(table))
-    timesteps = (1000 * sigmas if table[-1] <= 1 else nearest).tolist()
+    timesteps = (1000 * sigmas if table[-1] < 1.001 else nearest).tolist()
     own = getattr(policy, "timesteps", ())
     same = len(own) == len(timesteps) and all(abs(a - b) < 0.05 for a, b in zip(own, timesteps, strict=True))
     return list(own) if same else timesteps

@@ -20,6 +20,7 @@ from conftest import ROOT
 from skipdit.app.jobs import Request, Studio, amplified, interval_within, plan_within, read_request
 from skipdit.app.page import build, form, launch
 from skipdit.app.view import comparison_html, error_html, strip_html
+from skipdit.caching.plans import CachePlan
 from skipdit.caching.policies import parse_policy
 from skipdit.utils.errors import UserError
 
@@ -63,8 +64,15 @@ def test_plan_needs_the_model_the_timesteps_and_the_budget():
         None,
         "No plan: the cheapest has 32% full steps, above the budget of 20%.",
     )
-    for unfit in ((1, timesteps[:3], model), (1, timesteps, "another"), (2, timesteps, model)):
-        assert plan_within(0.4, files, *unfit)[1].startswith("No plan: none beside this config is for this model and")
+    assert plan_within(0.4, files, 2, timesteps, model)[0] == plan  # which has no cached steps, and so no branch
+    cached = ROOT / "benchmarks/plans/12-blocks-13.json"
+    of_cached = CachePlan.load(cached)
+    for unfit in (
+        (files, 1, timesteps[:3], model),
+        (files, 1, timesteps, "another"),
+        ([cached], 2, of_cached.timesteps, of_cached.about["model"]),
+    ):
+        assert plan_within(0.4, *unfit)[1].startswith("No plan: none beside this config is for this model and")
 
 
 def test_differences_fill_the_range():

@@ -1,6 +1,7 @@
 """Plans: their files, and runs by them."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -137,6 +138,16 @@ def test_forecast_steps_run_no_layer():
     sample(model, cache)
     assert len(ran) == 3 * len(model.blocks) + 2 * 2
     assert not cache._outputs and not cache._features and cache.peak_bytes > 0  # nothing is kept after the run
+
+
+def test_features_are_stored_for_cached_steps_only():
+    model = tiny_dit()
+    outputs = ((), (), (0.5,), (0.7,), (), (0.4, 0.1), (0.6,), (0.8,))
+    plan = mixed(kinds="FFOOFOOO", features=(None,) * STEPS, outputs=outputs)
+    plans = [plan, replace(plan, branch=0)]
+    caches = [SkipCache(each, TIMESTEPS) for each in plans]
+    a, b = (sample(model, cache) for cache in caches)
+    assert torch.equal(a, b) and caches[0].peak_bytes == caches[1].peak_bytes
 
 
 @pytest.mark.parametrize("mode", ["default", "reduce-overhead"])

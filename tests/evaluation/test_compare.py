@@ -1,9 +1,13 @@
 """The picture of a comparison shows what a cache changes, and that it changes nothing."""
 
+from typing import ClassVar
+
 import numpy as np
+import pytest
 import torch
 
-from skipdit.evaluation.compare import AMPLIFIED, difference, picture
+from skipdit.caching.policies import CacheSpec
+from skipdit.evaluation.compare import AMPLIFIED, difference, picture, rows_for
 
 
 def test_differences_are_amplified_around_grey():
@@ -15,6 +19,22 @@ def test_differences_are_amplified_around_grey():
     assert shown.dtype == torch.uint8
     assert shown[0].tolist() == [[128 + AMPLIFIED, 128 - 2 * AMPLIFIED], [128, 128]]
     assert (shown[1] == 255).all() and (shown[2] == 128).all()
+
+
+class TwoCalls:
+    """A sampler whose solver calls the model twice per step, but once in the last."""
+
+    flops: ClassVar = {"full": 1.0, "cached": 0.1}
+
+    def timesteps(self, steps: int) -> list[float]:
+        return [900.0 * (1 - i // 2 / steps) for i in range(2 * steps - 1)]
+
+
+def test_fewer_steps_of_a_solver_with_two_calls_cost_what_reuse_does():
+    sampler = TwoCalls()
+    _, reuse, _, fewer = rows_for(20, [2], CacheSpec(2, 1000, 0), sampler)
+    assert fewer.steps == 11 and fewer.name == "11 steps"
+    assert fewer.flops(sampler) == pytest.approx(reuse.flops(sampler), rel=0.05)
 
 
 def test_every_row_has_its_samples_and_its_differences():

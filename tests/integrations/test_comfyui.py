@@ -389,6 +389,22 @@ def test_a_second_node_replaces_the_first(flow, patch):
     assert torch.equal(sample(patch(patch(flow), "none")), sample(flow))
 
 
+@pytest.fixture
+def nodes(node) -> ModuleType:
+    return sys.modules[node.__module__]
+
+
+def test_a_plan_of_forecasts_has_no_cached_steps(nodes):
+    assert nodes.forecasting_policy(str(ROOT / "configs/class-to-image/demo_plan.json")).branch == 1
+
+
+def test_sigmas_that_are_rounded_above_one_are_those_of_a_flow(nodes):
+    table = torch.linspace(0.001, 1.00000012, 1000)
+    assert nodes.timesteps_of(nodes.forecasting_policy("N2-1000-0-b0"), table[[-1, 499]], table) == pytest.approx(
+        [1000, 500], abs=1e-2
+    )
+
+
 def test_the_window_is_in_timesteps_of_any_model(patch):
     """1000 is noise and 0 is none, whatever unit a model has for it."""
     counts = set()

@@ -6,6 +6,7 @@ import gc
 import itertools
 import pickle
 import weakref
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,16 +14,19 @@ from accelerate import cpu_offload
 from conftest import NoReadBack, tiny_latte_t2v
 from diffusers import (
     AutoencoderKL,
+    CogVideoXDPMScheduler,
     DDIMScheduler,
     DDPMScheduler,
     DiffusionPipeline,
     HeunDiscreteScheduler,
     LattePipeline,
 )
+from pipelines.tiny import build
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from skipdit import SkipCache, disable_cache, enable_cache
 from skipdit.caching.policies import parse_policy
+from skipdit.pipelines.scheduler import FollowedMethod
 
 SMALL = {"height": 8, "width": 8, "video_length": 4, "output_type": "latent"}
 SCHEDULE = {"beta_start": 1e-4, "beta_end": 0.02, "beta_schedule": "linear"}
@@ -260,6 +264,29 @@ def test_what_cannot_be_cached_is_named(pipe, vae_folder):
     pipe.transformer.compile()
     with pytest.raises(ValueError, match="compiled in place"):
         enable_cache(pipe, "N2-700-50")
+
+
+def test_a_second_transformer_that_cannot_be_cached_leaves_the_first_alone():
+    two, call = build("WanPipeline (2.2, two transformers)")
+    two.transformer_2.compile(backend="eager")
+    with pytest.raises(ValueError, match="compiled in place"):
+        enable_cache(two, "N2-1000-0-b0")
+    assert not {"_skip_cache", "forward"} & vars(two.transformer).keys()
+    assert not two.transformer._forward_pre_hooks and not two.transformer._forward_hooks
+    two(**call)
+
+
+def test_the_timestep_of_a_scheduler_is_found_by_its_name():
+    """CogVideoX's has an earlier prediction before it, which must not be taken for a timestep."""
+    seen = []
+    cache = SimpleNamespace(host_timestep=lambda t: seen.append(t) or t, end_step=lambda: None)
+    scheduler = CogVideoXDPMScheduler(timestep_spacing="trailing")
+    scheduler.set_timesteps(3)
+    x, (first, second, _) = torch.zeros(1, 2, 4, 4, 4), scheduler.timesteps
+    step = FollowedMethod(scheduler, "step", cache)
+    earlier = step(x, None, first, None, x, return_dict=False)[1]
+    step(x, earlier, second, first, x, return_dict=False)
+    assert seen == [first, second]
 
 
 @pytest.mark.slow

@@ -63,6 +63,32 @@ def test_time_saved_is_that_of_the_steps_left_out():
     assert f"{costs.seconds():.2f} s in the model, {costs.seconds_saved():.2f} s saved" in cache.summary()
 
 
+def test_steps_that_a_call_leaves_out_are_not_told():
+    pipe, call = build("StableDiffusionXLPipeline")
+    cache = enable_cache(pipe, "N2-1000-0-b0")
+    pipe(**call | {"num_inference_steps": 10, "denoising_end": 0.6})
+    assert cache.summary().startswith("6 steps: 3 full, 3 forecast; ")
+
+
+def test_a_call_that_broke_off_is_not_one_of_the_next():
+    pipe, call = build("FluxPipeline")
+    cache, calls = enable_cache(pipe, "N2-1000-0"), iter([None, None, None, RuntimeError("out of memory")])
+
+    def fail(*_):
+        if error := next(calls, None):
+            raise error
+
+    hook = pipe.transformer.single_transformer_blocks[-1].register_forward_pre_hook(fail)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        pipe(**call)
+    hook.remove()
+    told = len(cache.costs.calls)
+    inputs = {"hidden_states": torch.randn(1, 4, 16), "encoder_hidden_states": torch.randn(1, 4, 16)}
+    inputs |= {"pooled_projections": torch.randn(1, 16), "img_ids": torch.zeros(4, 3), "txt_ids": torch.zeros(4, 3)}
+    pipe.transformer(timestep=torch.tensor([0.5]), guidance=torch.tensor([1.0]), **inputs)
+    assert len(cache.costs.calls) == told
+
+
 def test_nothing_is_saved_without_cached_steps():
     pipe, call = build("FluxPipeline")
     cache = enable_cache(pipe, "none")

@@ -411,7 +411,11 @@ def test_what_a_speedup_counts_is_told(capsys):
         (["--speedup", "100"], "--speedup is 100; with 10 steps, 1 to 10 is possible"),
         (["--speedup", "0"], "--speedup is 0"),
         (["--max-error", "0"], "--max-error is 0"),
-        (["--budget", "4", "--prompts", "mine.txt"], "--prompts is for --pipeline; a config has settings"),
+        (
+            ["--budget", "4", "--prompts", "mine.txt"],
+            "--prompts is for --pipeline; a config has a setting: prompt_file=FILE",
+        ),
+        (["--budget", "4", "--dtype", "float32"], "--dtype is for --pipeline; a config has a setting: dtype=float32"),
         (["--budget", "4", "guidance_low=300", "guidance_high=700"], "guidance that begins or ends within a run"),
         (["--budget", "4", "--target", "converged", "sampler=ddpm"], "no converged run of ddpm"),
     ],

@@ -144,6 +144,8 @@ def complaint_of(capsys, *argv: str) -> str:
             ["plan", "--config", DEMO, "--speedup", "2", "--target", "convergd"],
             "error: no --target 'convergd'; did you mean 'converged'?",
         ),
+        (["plan", "--config", DEMO, "--speedup", "2", "--branch=-1"], "argument --branch: -1 is no number from 0 on"),
+        (["compare", "--config", DEMO, "--repeats", "0"], "error: argument --repeats: 0 is no number from 1 on"),
         (["plan", "--config", DEMO, "--speedup", "two"], "error: argument --speedup: invalid float value: 'two'"),
         (["sample", "--task", "class"], "error: no --task 'class'; known: class-to-image, class-to-video"),
         (["encode", "--data", "videos", "--shard", "0"], "error: argument --shard: 0 is no number from 1 on"),

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 from skipdit.analysis import measure, plot
 from skipdit.analysis.trace import record, spread_out
 from skipdit.caching.policies import parse_policy
+from skipdit.caching.policy import FORECAST, CachePolicy
 from skipdit.cli import friendly_errors
 from skipdit.config import changed, load_config, to_dict
 from skipdit.layers.skip import SkipTransformer
@@ -148,6 +149,9 @@ def check(analysis: str, args: argparse.Namespace) -> None:
     for name, value in least.items():
         if getattr(args, name, value) < value:
             raise UserError(f"--{name} is {getattr(args, name)}; it must be at least {value}")
+    forecasts = [spec for spec in getattr(args, "spec", []) if _forecasts(parse_policy(spec))]
+    if forecasts:
+        raise UserError(f"--spec {forecasts[0]} has forecast steps, which see no feature: name a spec of cached steps")
     drifts = [spec for spec in getattr(args, "spec", []) if parse_policy(spec).adaptive]
     if drifts and args.plain:
         raise UserError(
@@ -155,6 +159,10 @@ def check(analysis: str, args: argparse.Namespace) -> None:
         )
     if not getattr(args, "radius", 1) > 0:
         raise UserError(f"--radius is {args.radius}; it must be above 0")
+
+
+def _forecasts(policy: CachePolicy) -> bool:
+    return policy.caches and (not policy.branch or FORECAST in getattr(policy, "kinds", ""))
 
 
 @friendly_errors("starts anew")

@@ -140,6 +140,11 @@ class Likeness:
         }
 
 
+def _require_one_call(timesteps: list[float]) -> None:
+    if len(set(timesteps)) < len(timesteps):
+        raise UserError("the sampler calls the model twice at a timestep: take one of a call per step, such as ddim")
+
+
 def similarity(sampler: Sampler, steps: int, spec: CacheSpec) -> dict[str, Any]:
     """What cached steps of a run see and say, against what a full pass on the very same input would have.
 
@@ -147,6 +152,7 @@ def similarity(sampler: Sampler, steps: int, spec: CacheSpec) -> dict[str, Any]:
         Timesteps, which steps were cached, and for "feature" (input of layer L-b, a cosine per token) and "output" (the
         predicted noise, a cosine per row) `Likeness.numbers`. On full steps they are one, by definition.
     """
+    _require_one_call(sampler.timesteps(steps))
     model, feature, output, cached = sampler.model, Likeness(), Likeness(), {}
 
     def see(call: Call, cache: CacheStep | None, noise: Tensor) -> None:
@@ -175,6 +181,7 @@ def foresight(model: SkipTransformer, runs: list[list[Call]], specs: list[CacheS
 
     For a plain backbone, which has no cached pass, and for one with skips to set beside it.
     """
+    _require_one_call([call.timestep for call in runs[0]])
     found = [Likeness() for _ in specs]
     plans = [spec.full_mask([call.timestep for call in runs[0]]) for spec in specs]
     for run in runs:
@@ -220,6 +227,10 @@ def dynamics(model: SkipTransformer, runs: list[list[Call]]) -> Tensor:
     batches = []
     for run in runs:
         before, changes = None, []
+        if len({len(call.x) for call in run}) > 1:
+            raise UserError(
+                "guidance begins or ends within the run, so steps cannot be compared: leave out guidance_low and _high"
+            )
         for call in tqdm(run, desc="features", unit="step"):
             now = trace(model, call).outputs
             if before is not None:

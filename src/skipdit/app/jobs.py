@@ -16,7 +16,7 @@ from torch import Tensor
 
 from skipdit.caching.plans import CachePlan
 from skipdit.caching.policies import CacheSpec, parse_policy
-from skipdit.caching.policy import CachePolicy
+from skipdit.caching.policy import CACHED, CachePolicy
 from skipdit.config import load_config, to_yaml
 from skipdit.evaluation.compare import check_plans, compare, rows_for
 from skipdit.sampling.rows import Row
@@ -145,7 +145,8 @@ def plan_within(
         model: fingerprint of the weights, for which the plan has to be made.
     """
     plans = [plan for plan in map(CachePlan.load, files) if plan.about.get("model") == model]
-    plans = [plan for plan in plans if list(plan.timesteps) == list(timesteps) and plan.branch == branch]
+    plans = [plan for plan in plans if list(plan.timesteps) == list(timesteps)]
+    plans = [plan for plan in plans if plan.branch == branch or CACHED not in plan.kinds]
     within = [plan for plan in plans if plan.kinds.count("F") <= budget * len(timesteps)]
     if within:
         return max(within, key=lambda plan: plan.kinds.count("F")), ""

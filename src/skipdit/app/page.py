@@ -48,7 +48,8 @@ def form(file: str, task_name: str | None, overrides: list[str]) -> dict[str, An
         "budget": math.ceil(20 * share) / 20,
     }
     own = field_settings(task.schema, Request(**shown))
-    shown["overrides"] = [text for text in overrides if text.partition("=")[0] not in own]
+    fields_of_the_page = {*own, "prompts", "prompt_file", "cache"}
+    shown["overrides"] = [text for text in overrides if text.partition("=")[0] not in fields_of_the_page]
     return shown | {"prompts": prompts, "methods": list(SCHEDULERS if prompts else SAMPLERS), "classes": classes}
 
 
@@ -85,7 +86,7 @@ def build(studio: Studio, files: list[str], task: str | None = None, overrides: 
         return values_of(form(file, task, list(overrides) if file == files[0] else []))
 
     def run(file, prompt, class_id, steps, seed, method, guidance, budget, more, caches, progress=gr.Progress(True)):  # noqa: B008
-        subject = prompt if form(file, task, [])["prompts"] else class_id
+        subject = prompt if values(file)["prompt"]["visible"] else class_id
         lines = [line.strip() for line in (more or "").splitlines() if line.strip()]
         try:
             request = Request(file, subject, steps, method, guidance, seed, caches, budget / 100, lines, task)

@@ -153,6 +153,10 @@ class CachePlan(CachePolicy):
         return max(len(ws or ()) for ws in (*self.features, *self.outputs))
 
     @property
+    def feature_order(self) -> int:
+        return max(len(ws or ()) for ws in self.features)
+
+    @property
     def caches(self) -> bool:
         """Whether any step is not full."""
         return self.kinds.count(FULL) < len(self.timesteps)

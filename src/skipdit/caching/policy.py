@@ -58,6 +58,11 @@ class CachePolicy(ABC):
         return True
 
     @property
+    def feature_order(self) -> int:
+        """`order`, of features alone."""
+        return self.order
+
+    @property
     def label(self) -> str:
         """A short name for tables."""
         return str(self)

@@ -45,6 +45,7 @@ class SkipCache:
         used = [self.spec.output_coefficients(i, known_outputs(kinds, i)) for i in range(len(kinds))]
         readers = [i for i, kind in enumerate(kinds) if kind != FULL or used[i]]
         self._last_reader = max(readers, default=-1)
+        self._features_kept = 1 + self.spec.feature_order if CACHED in kinds else 0
         self._outputs_kept = max(map(len, used), default=0) + 1 if FORECAST in kinds or any(used) else 0
         self._features: dict[str, Stored] = {}  # by stream
         self._outputs: dict[str, Stored] = {}
@@ -145,7 +146,7 @@ class SkipCache:
             return
         for stream, (i, step) in self._open.items():
             for stored, kept, most in (
-                (self._features, step.kept_feature, 1 + self.spec.order),
+                (self._features, step.kept_feature, self._features_kept),
                 (self._outputs, step.kept_output, self._outputs_kept),
             ):
                 if kept is not None and most:

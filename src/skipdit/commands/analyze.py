@@ -19,6 +19,7 @@ from pathlib import Path
 
 from skipdit.cli import Parser, friendly_errors
 from skipdit.tasks import read_settings
+from skipdit.utils.shipped import found
 
 ANALYSES = ("perturb", "similarity", "dynamics", "jacobian")
 SPECS = ["N2-1000-20", "N2-1000-20-o1", "N4-1000-20", "N4-1000-20-o1"]
@@ -52,7 +53,7 @@ def read_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         parser.add_argument("--tolerance", type=float, default=5e-3, help="relative change to stop at [%(default)s]")
     args = parser.parse_intermixed_args(first.rest)
     if first.analysis == "similarity":
-        args.spec = args.spec or SPECS
+        args.spec = [found(spec) for spec in args.spec or SPECS]
     with friendly_errors():
         read_settings(args)
     args.analysis = first.analysis

@@ -13,7 +13,7 @@ compare.json into its `out`, and of clips compare.gif: a line per row, all in mo
 
 import argparse
 
-from skipdit.cli import Parser, friendly_errors
+from skipdit.cli import Parser, at_least, friendly_errors
 from skipdit.tasks import read_settings
 from skipdit.utils.shipped import found
 
@@ -24,11 +24,13 @@ def read_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--config", required=True, metavar="FILE", help="YAML file of a sampler's settings")
     parser.add_argument("--task", help="class-to-image ... [the name of the config's folder]")
     parser.add_argument("--intervals", type=int, nargs="+", default=[2, 3, 4], help="cache intervals [2 3 4]")
-    parser.add_argument("--branch", type=int, default=1, help="cache branch [%(default)s]")
+    parser.add_argument("--branch", type=at_least(0), default=1, help="cache branch [%(default)s]")
     parser.add_argument(
         "--also", action="append", default=[], metavar="SPEC", help="another cache, or plan FILE.json; may come again"
     )
-    parser.add_argument("--repeats", type=int, default=1, help="times to run each row; medians are shown [%(default)s]")
+    parser.add_argument(
+        "--repeats", type=at_least(1), default=1, help="times to run each row; medians are shown [%(default)s]"
+    )
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings that override the config's")
     args = parser.parse_intermixed_args(argv)
     args.also = [found(spec) for spec in args.also]

@@ -34,7 +34,7 @@ def read_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     if len(tasks) > 1 or tasks[0] not in TASKS:
         parser.error(f"no demo for {' '.join(tasks)}; there are {', '.join(TASKS)}")
     overrides, folder = [word for word in words if "=" in word], f"configs/{tasks[0]}"
-    steps_given = any(word.startswith("steps=") for word in overrides)
-    plan = [] if steps_given else ["--also", f"{folder}/demo_plan.json"]
+    other_steps = any(word.startswith(("steps=", "sampler=", "scheduler=")) for word in overrides)  # than the plan's
+    plan = [] if other_steps else ["--also", f"{folder}/demo_plan.json"]
     with untold():
         return compare.read_arguments(["--config", f"{folder}/demo.yaml", *plan, *SIZES[tasks[0]], *overrides])

@@ -16,8 +16,15 @@ import argparse
 from skipdit.cli import Parser, at_least, friendly_errors
 from skipdit.tasks import read_settings
 from skipdit.utils.errors import UserError
+from skipdit.utils.shipped import found
 
 SEED = 10_000  # of calibration samples; no config has it
+SETTINGS = {  # of a config, in place of these options of a pipeline
+    "prompts": "prompt_file=FILE",
+    "scheduler": "scheduler=ddim",
+    "dtype": "dtype=float32",
+    "offload": "offload=model",
+}
 
 
 def read_arguments(argv: list[str] | None = None) -> argparse.Namespace:
@@ -76,7 +83,7 @@ def read_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--steps", type=at_least(1), metavar="T", help="of a run [the config's]")
     parser.add_argument(
         "--branch",
-        type=int,
+        type=at_least(0),
         default=1,
         metavar="B",
         help="outer layers of cached steps; 0: no cached steps [%(default)s]",
@@ -91,14 +98,12 @@ def read_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         "say another",
     )
     args = parser.parse_intermixed_args(argv)
-    args.overrides = [f"seed={SEED}", *args.overrides]
+    args.overrides, args.like = [f"seed={SEED}", *args.overrides], args.like and found(args.like)
     with friendly_errors():
         if args.config:
-            for name in ("prompts", "scheduler"):
-                if getattr(args, name):
-                    raise UserError(
-                        f"--{name} is for --pipeline; a config has settings: prompt_file=FILE scheduler=ddim"
-                    )
+            for name, setting in SETTINGS.items():
+                if getattr(args, name) != parser.get_default(name):
+                    raise UserError(f"--{name} is for --pipeline; a config has a setting: {setting}")
             read_settings(args)
         elif not args.pipeline:
             raise UserError("--config and --pipeline are both empty: name one of them")

@@ -53,8 +53,3 @@ def _step_flops(
 def run_flops(cache: SkipCache, per_step: dict[str, float]) -> float:
     """FLOPs of a whole run, from those of one full and one cached step; a forecast costs none."""
     return cache.full_steps * per_step["full"] + cache.cached_steps * per_step["cached"]
-
-
-def uncached_steps(flops: float, per_step: dict[str, float]) -> int:
-    """How many full steps come nearest to these FLOPs: what else they could be spent on."""
-    return max(1, round(flops / per_step["full"]))

@@ -68,6 +68,8 @@ def make_skips(dim: int, n_skips: int, fuse: str = "replace") -> nn.ModuleList:
 
 def check_branch(branch: int, depth: int, n_skips: int) -> None:
     """Raise ValueError if a cache's branch goes beyond a model's long skips, or beyond the half of a plain model."""
+    if branch < 0:
+        raise UserError(f"cache branch is {branch}; it must be 0, which runs no layer, or more")
     if n_skips and branch > n_skips:
         raise UserError(f"cache branch {branch} is larger than the model's number of skips, {n_skips}")
     if 2 * branch > depth:

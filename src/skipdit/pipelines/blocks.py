@@ -136,7 +136,7 @@ class CachedBlocks:
         try:
             output = self.forward(*args, **kwargs)
         finally:
-            self.cache = None
+            self.cache, self._start = None, (None, None)
         if self._next != len(self.blocks):
             raise UserError(f"{type(self.model).__name__} ran {self._next} of its {len(self.blocks)} blocks: {ONLY}")
         return cache.finish(output)

@@ -26,7 +26,7 @@ from diffusers import DiffusionPipeline, SchedulerMixin
 from torch import Tensor
 
 from skipdit.caching.policies import parse_policy
-from skipdit.caching.policy import CachePolicy
+from skipdit.caching.policy import NAMES, CachePolicy
 from skipdit.caching.runtime import SkipCache
 from skipdit.layers.flops import flop_counter
 from skipdit.pipelines.costs import Call, Costs
@@ -136,8 +136,9 @@ class PipelineCache:
         """
         if self.run is None:
             return "no call yet"
-        counts = ", ".join(f"{count} {kind}" for kind, count in self.run.counts().items() if count)
-        line = f"{len(self.run.plan)} steps: {counts}; {self.run.peak_bytes / 2**20:.1f} MiB stored at most"
+        kinds = [self.run.kind(i) for i in range(self._made)]  # not those that the call left out, or broke off before
+        counts = ", ".join(f"{kinds.count(kind)} {kind}" for kind in NAMES.values() if kind in kinds)
+        line = f"{len(kinds)} steps{': ' * bool(counts)}{counts}; {self.run.peak_bytes / 2**20:.1f} MiB stored at most"
         if (saved := self.costs.seconds_saved()) is not None:
             line += f"; {self.costs.seconds():.2f} s in the model, {saved:.2f} s saved"
         if (share := self.costs.flops_saved()) is not None:
@@ -171,6 +172,7 @@ class PipelineCache:
         self._first: int | None = None  # the first of them that is used; None before that
         self._step, self._calls = 0, []  # the streams of this step's calls so far
         self._streams: list[_Stream] = []
+        self.costs.forget()
         if self.run is not None:
             self.run.clear()
 
@@ -180,10 +182,14 @@ class PipelineCache:
         if len(parts) == len(self._denoisers) and all(a.is_of(b) for a, b in zip(self._denoisers, parts, strict=True)):
             return
         self._detach()
-        for part in parts:
-            denoiser = Denoiser(part, self._spec, self.before_model, self.costs.end)
-            denoiser.model.__dict__["_skip_cache"] = self
-            self._denoisers.append(denoiser)
+        try:
+            for part in parts:
+                denoiser = Denoiser(part, self._spec, self.before_model, self.costs.end)
+                denoiser.model.__dict__["_skip_cache"] = self
+                self._denoisers.append(denoiser)
+        except BaseException:  # of the second model, say: the first one is left as it was
+            self._detach()
+            raise
 
     def _detach(self) -> None:
         for denoiser in self._denoisers:
@@ -224,7 +230,7 @@ class PipelineCache:
         # The scheduler looks up its tables by them, and would read each one back from the device.
         self._scheduler.timesteps = self._timesteps
         self.run = SkipCache(self._spec, self._timesteps[first:])
-        self.costs.calls = []
+        self.costs.calls, self._made = [], 0
 
     def _follows(self, denoiser: Denoiser, t: Any) -> bool:
         """Whether a call of the model at timestep t, whatever the model calls it, belongs to the run's step."""
@@ -270,7 +276,7 @@ class PipelineCache:
             return
         if not self._calls:
             warnings.warn("a step went by without a call of the cached transformer", stacklevel=4)
-        self._step, self._calls = self._step + 1, []
+        self._step, self._made, self._calls = self._step + 1, self._made + 1, []
         if self._step == len(self.run.plan):
             self.end()
 
@@ -283,6 +289,8 @@ class PipelineCache:
         latents, t = denoiser.latents(named), named.get("timestep")
         call = Call(latents)
         if len(self._calls) == MAX_CALLS or not self._follows(denoiser, t):  # of a run that broke off, or of none
+            if len(self._calls) == MAX_CALLS:
+                warnings.warn(f"a step has more than {MAX_CALLS} model calls: the run goes on uncached", stacklevel=4)
             if self._first is not None:
                 self.end()
             return named

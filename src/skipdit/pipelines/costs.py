@@ -79,6 +79,10 @@ class Costs:
             call.flops += self.counter.get_total_flops()
         self.calls.append(call)
 
+    def forget(self) -> None:
+        """A call that has begun will not end: its run broke off."""
+        self._open = None
+
     def seconds(self) -> float | None:
         """Time within the calls; None if it is unknown."""
         return _total([call.seconds() for call in self.calls])

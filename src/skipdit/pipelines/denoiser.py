@@ -66,11 +66,16 @@ class Denoiser:
         own = getattr(model, "text_arguments", ())
         self.texts = own or tuple(name for name in self._arguments if TEXTS.search(name))
         self._replaced: list[nn.Module] = []
-        if forward is not None:
-            self._replace(model, forward)
-        if isinstance(forward, CachedBlocks):
-            for i, block in enumerate(forward.blocks):
-                self._replace(block, forward.block(i))
+        self._hooks: list = []
+        try:
+            if forward is not None:
+                self._replace(model, forward)
+            if isinstance(forward, CachedBlocks):
+                for i, block in enumerate(forward.blocks):
+                    self._replace(block, forward.block(i))
+        except UserError:  # a block is wrapped, and the model is not
+            self.remove()
+            raise
         self._hooks = [
             module.register_forward_pre_hook(_Hook(self._begin), with_kwargs=True),
             module.register_forward_hook(_Hook(self._end)),

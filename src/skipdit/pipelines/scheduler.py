@@ -1,5 +1,6 @@
 """A scheduler's methods, followed: what tells a cache where a pipeline's run is."""
 
+import inspect
 import weakref
 from typing import Any, Protocol
 
@@ -28,6 +29,9 @@ class FollowedMethod:
         self._scheduler, self._name, self._cache = weakref.ref(scheduler), name, cache
         self.__wrapped__ = getattr(scheduler, name)
         self.__name__ = name
+        names = list(inspect.signature(self.__wrapped__).parameters)
+        # CogVideoX's DPM takes an earlier prediction before it; scale_model_input may have (sample, *args)
+        self._place = names.index("timestep") if "timestep" in names else 1 if name == "scale_model_input" else None
 
     def __call__(self, *args, **kwargs):
         if self._name == "set_timesteps":
@@ -36,8 +40,8 @@ class FollowedMethod:
             return result
         if "timestep" in kwargs:
             kwargs["timestep"] = self._cache.host_timestep(kwargs["timestep"])
-        elif len(args) > 1:
-            args = (args[0], self._cache.host_timestep(args[1]), *args[2:])
+        elif (place := self._place) is not None and len(args) > place:
+            args = (*args[:place], self._cache.host_timestep(args[place]), *args[place + 1 :])
         result = self.__wrapped__(*args, **kwargs)
         if self._name == "step":
             self._cache.end_step()

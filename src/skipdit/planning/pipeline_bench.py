@@ -126,8 +126,7 @@ class PipelineBench(BaseBench):
 
     def about(self) -> dict[str, Any]:
         """What a plan's file says of its calibration."""
-        plain = (str, int, float, list, type(None))
-        return {"seed": self.seed} | {name: each for name, each in self.arguments.items() if isinstance(each, plain)}
+        return {"seed": self.seed} | {name: each for name, each in self.arguments.items() if _is_plain(each)}
 
     @torch.no_grad()
     def calibrate(self) -> None:
@@ -340,6 +339,13 @@ def _own_random_state() -> AbstractContextManager[None]:
 
 def _sample(result: Any) -> Tensor:
     return result[0] if isinstance(result, tuple) else result.prev_sample
+
+
+def _is_plain(value: Any) -> bool:
+    """Whether a file of JSON can hold it: a list may be of tensors, or of images."""
+    if isinstance(value, list):
+        return all(map(_is_plain, value))
+    return isinstance(value, str | int | float | None)
 
 
 def _norm(x: Tensor) -> float:

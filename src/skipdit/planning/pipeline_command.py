@@ -4,6 +4,7 @@ import argparse
 import inspect
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import yaml
@@ -34,7 +35,7 @@ def open_bench(args: argparse.Namespace) -> PipelineBench:
         name, equals, value = text.partition("=")
         if not equals:
             raise UserError(f"{text!r} has no '='; write arguments of the pipeline as key=value: guidance_scale=3.5")
-        arguments[name] = load_image(value) if name.endswith("image") else yaml.safe_load(value)
+        arguments[name] = _argument(name, value)
     steps, seed = arguments.pop("num_inference_steps"), arguments.pop("seed")
     for name, value in (("num_inference_steps", steps), ("seed", seed)):
         if not isinstance(value, int) or value < 1:
@@ -52,11 +53,22 @@ def open_bench(args: argparse.Namespace) -> PipelineBench:
     return PipelineBench(pipe, arguments, args.steps or steps, seed, args.target)
 
 
+def _argument(name: str, text: str) -> Any:
+    """An argument of a pipeline, of its text. Raises UserError for an image that is not there, and broken YAML."""
+    if name in ("prompt", "negative_prompt") and not text.startswith("["):
+        return text  # as it is: "a cat: in ink" is no table, and "no" no truth value
+    try:
+        return load_image(text) if name.endswith("image") else yaml.safe_load(text)
+    except (yaml.YAMLError, ValueError, OSError) as error:
+        raise UserError(f"{name}={text}: {str(error).splitlines()[0]}") from error
+
+
 def open_pipeline(args: argparse.Namespace) -> DiffusionPipeline:
     """Load the pipeline that a command line names, on its device. Raises UserError, naming it, if it cannot be."""
     device = process_state().device
+    dtype = resolve_dtype(args.dtype, device)
     try:
-        pipe = DiffusionPipeline.from_pretrained(args.pipeline, torch_dtype=resolve_dtype(args.dtype, device))
+        pipe = DiffusionPipeline.from_pretrained(args.pipeline, torch_dtype=dtype)
     except (OSError, ValueError) as error:  # ValueError: neither a folder nor a name that the Hub could have
         reason = str(error).strip().splitlines()[0]
         raise UserError(f"--pipeline {args.pipeline}: neither a pipeline's folder nor on the Hub ({reason})") from error

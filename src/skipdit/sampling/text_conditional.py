@@ -59,7 +59,7 @@ class Parts(NamedTuple):
 
     model: SkipTransformer  # on the meta device, until it is loaded
     vae: AutoencoderKL
-    scheduler: SchedulerMixin
+    make_scheduler: Callable[[str], SchedulerMixin]  # of a name, for this model
     size: tuple[int, int]  # height and width in pixels
 
     def load(self, weights: str) -> None:
@@ -204,7 +204,7 @@ class PromptSampler(Sampler):
     def using(self, method: str) -> Iterator[None]:
         config, scheduler = self.config, self.pipe.scheduler
         self.config = replace(config, scheduler=method)
-        self.pipe.scheduler = make_scheduler(method, scheduler.config, self.model.flow_shift)
+        self.pipe.scheduler = self._make_scheduler(method)
         try:
             yield
         finally:
@@ -220,10 +220,13 @@ class PromptSampler(Sampler):
         scheduler = type(self.pipe.scheduler).from_config(self.pipe.scheduler.config)
         scheduler.set_timesteps(steps)
         x, states, noise = torch.zeros(outputs.shape[1], 1, 1, 1), [], {}
+        learned = scheduler.config.get("variance_type") in ("learned", "learned_range")  # it splits it off the output
         if "generator" in inspect.signature(scheduler.step).parameters:
             noise["generator"] = [torch.Generator().manual_seed(0) for _ in x]
         for i, t in enumerate(scheduler.timesteps):
-            x = scheduler.step(outputs[i][:, None, None, None], t, x, **noise).prev_sample
+            output = outputs[i][:, None, None, None]
+            output = torch.cat([output, torch.zeros_like(output)], dim=1) if learned else output
+            x = scheduler.step(output, t, x, **noise).prev_sample
             following = scheduler.timesteps[i + 1 : i + 2]
             states.append((scheduler.scale_model_input(x, following[0]) if len(following) else x).flatten())
         return states
@@ -261,6 +264,11 @@ class PromptSampler(Sampler):
             make: loads the parts, and makes the pipeline of them.
             sizes: of the samples, as the model's `random_inputs` takes them.
         """
+        scheduler = parts.make_scheduler(self.config.scheduler)
+        try:
+            scheduler.set_timesteps(self.config.steps)
+        except ValueError as error:  # of diffusers: more steps than it was trained for, or too few for its order
+            raise UserError(f"steps is {self.config.steps}, refused by {self.config.scheduler}: {error}") from error
         state, factor = process_state(), downsampling(parts.vae)
         height, width = (side // factor for side in parts.size)
         rows = 2 if self.config.guidance_scale > 1 else 1
@@ -269,7 +277,7 @@ class PromptSampler(Sampler):
         if state.device.type == "cuda":
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()  # the report is of sampling
-        self.pipe = make(self.config, parts)
+        self.pipe, self._make_scheduler = make(self.config, parts), parts.make_scheduler
         self.pipe.set_progress_bar_config(disable=not state.is_main_process, leave=False, desc="sampling", unit="step")
         self.model = self.pipe.transformer
         if mode := compile_mode(self.config.compile):
