@@ -417,6 +417,8 @@ def test_what_a_speedup_counts_is_told(capsys):
         ),
         (["--budget", "4", "--dtype", "float32"], "--dtype is for --pipeline; a config has a setting: dtype=float32"),
         (["--budget", "4", "guidance_low=300", "guidance_high=700"], "guidance that begins or ends within a run"),
+        (["--budget", "4", "guidance_low=300", "num_samples=1"], "guidance that begins or ends within a run"),
+        (["--budget", "4", "guidance_high=700", "num_samples=1"], "guidance that begins or ends within a run"),
         (["--budget", "4", "--target", "converged", "sampler=ddpm"], "no converged run of ddpm"),
     ],
 )

@@ -51,11 +51,14 @@ class Recorder:
     Args:
         guide: see `Sampler.guide`.
         wanted: the steps to record.
+        count: N, samples of the run.
+
+    Raises UserError at a step that is guided where an earlier one was not, or the other way round.
     """
 
-    def __init__(self, model: SkipTransformer, guide: Callable[[Tensor], Tensor], wanted: set[int]):
+    def __init__(self, model: SkipTransformer, guide: Callable[[Tensor], Tensor], wanted: set[int], count: int):
         self.recording, self.calls = Recording(), 0
-        self._forward, self._guide, self._wanted = model.forward, guide, wanted
+        self._forward, self._guide, self._wanted, self._count = model.forward, guide, wanted, count
         self._names = list(inspect.signature(model.forward).parameters)  # the first: the latents
         self.recording.name = self._names[0]
 
@@ -65,8 +68,13 @@ class Recorder:
         if self.calls in self._wanted:
             latents = arguments.pop(own.name)
             noise = output if isinstance(output, Tensor) else output[0]
-            guided = double(self._guide(predicted_noise(noise, latents)))
-            own.rows = len(latents) // len(guided)
+            rows = len(latents) // self._count
+            if own.latents and own.rows != rows:
+                raise UserError(
+                    "guidance that begins or ends within a run cannot be planned: let it be on or off throughout"
+                )
+            own.rows, predicted = rows, predicted_noise(noise, latents)
+            guided = double(self._guide(predicted) if rows > 1 else predicted)
             own.latents.append(double(latents[: len(guided)]))
             own.outputs.append(guided)
             own.arguments.append(arguments)
@@ -224,15 +232,11 @@ class Bench(BaseBench):
     def _record(self, indices: list[int], steps: Any, progress: tqdm) -> Recording:
         fine = self.sampler.timesteps(steps)
         wanted = {fine.index(t) for t in map(type(fine[0]), self.timesteps)}
-        recorder = Recorder(self.model, self.sampler.guide, wanted)
+        recorder = Recorder(self.model, self.sampler.guide, wanted, len(indices))
         with replaced(self.model, "forward", recorder):
             latents, _ = self.sampler.latents(indices, steps, CacheSpec(), lambda *_: progress.update())
         if recorder.calls != len(fine):
             raise UserError(f"{recorder.calls} calls of the model in a run of {len(fine)} steps cannot be planned")
-        if len({len(output) for output in recorder.recording.outputs}) > 1:
-            raise UserError(
-                "guidance that begins or ends within a run cannot be planned: let it be on or off throughout"
-            )
         recorder.recording.latents.append(double(self.sampler.to_model(latents)))
         return recorder.recording
 
