@@ -141,7 +141,7 @@ def text_to_video(config: str | None, samples: int) -> TrainedModel:
         }
 
     return TrainedModel(
-        LattePipeline(None, None, parts.vae, theirs.eval(), parts.scheduler),
+        LattePipeline(None, None, parts.vae, theirs.eval(), parts.make_scheduler(config.scheduler)),
         call(CLIPS["prompts"][:samples]),
         call(CLIPS["planned"]),
         blocks=r"(temporal_)?transformer_blocks\.\d+",
@@ -177,7 +177,7 @@ def text_to_image(config: str | None, samples: int) -> TrainedModel:
         return arguments | {"use_resolution_binning": False}
 
     return TrainedModel(
-        sample_t2i.make_pipeline(parts.vae, theirs, parts.scheduler),
+        sample_t2i.make_pipeline(parts.vae, theirs, parts.make_scheduler(config.scheduler)),
         call(IMAGES["prompts"][:samples]),
         call(IMAGES["planned"]),
         blocks=r"blocks\.\d+",
