@@ -6,18 +6,17 @@ out at forecast steps, and in which every step's output is replaced by the combi
 latents nearest to the target's.
 """
 
-import copy
 import inspect
 import time
 from collections.abc import Callable
-from contextlib import AbstractContextManager, ExitStack, nullcontext, suppress
+from contextlib import ExitStack, nullcontext, suppress
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import torch
-from diffusers import DiffusionPipeline, SchedulerMixin
+from diffusers import DiffusionPipeline
 from torch import Tensor
 from tqdm import tqdm
 
@@ -29,6 +28,7 @@ from skipdit.pipelines.cache import disable_cache, enable_cache
 from skipdit.pipelines.denoiser import denoisers
 from skipdit.planning.calibration import MEMORY, BaseBench, Fitted, Schedule, products
 from skipdit.planning.fitting import TINY, LeastSquares, differences
+from skipdit.planning.scheduler_steps import WatchedStep, latents_of, own_random_state, trial
 from skipdit.planning.schedules import common_start, restarted
 from skipdit.planning.tables import distance
 from skipdit.utils.device import double
@@ -188,7 +188,7 @@ class PipelineBench(BaseBench):
             before = self._random_states()
             result = own(output, t, latents, *args, **kwargs)
             run.random = run.random or not all(map(torch.equal, before, self._random_states()))
-            run.latents.append(double(_sample(result)))
+            run.latents.append(double(latents_of(result)))
             run.timesteps.append(float(t))
             run.models.append(set())
             self._progress.update()
@@ -205,7 +205,7 @@ class PipelineBench(BaseBench):
         """The latents (float64) that a step would end with, and how far they move if its output grows by 1."""
         nudge = double(output).std().clamp_min(TINY)  # which half precision could not hold
         tried = output, output + nudge
-        ends = [double(_trial(self.pipe.scheduler, each, t, latents, args, kwargs)) for each in tried]
+        ends = [double(trial(self.pipe.scheduler, each, t, latents, args, kwargs)) for each in tried]
         return ends[0], ((ends[1] - ends[0]).mean() / nudge).item()
 
     def step_ends(self, kinds: str) -> list[float]:
@@ -287,16 +287,16 @@ class PipelineBench(BaseBench):
             done.append(result)
             if len(done) < steps:
                 return result
-            ended = goal.to(_sample(result))
+            ended = goal.to(latents_of(result))
             return (ended,) if isinstance(result, tuple) else type(result)(prev_sample=ended)
 
         if policy != CacheSpec():  # a plan of full steps alone may correct their outputs
             enable_cache(self.pipe, policy)
         step = step or (ending if goal is not None else None)
         self._generator, begun = torch.Generator().manual_seed(self.seed), time.perf_counter()
-        watched = replaced(scheduler, "step", _Step(scheduler.step, step)) if step else nullcontext()
+        watched = replaced(scheduler, "step", WatchedStep(scheduler.step, step)) if step else nullcontext()
         try:
-            with _own_random_state(), watched:
+            with own_random_state(), watched:
                 torch.manual_seed(self.seed)  # not every pipeline gives its generator to the scheduler
                 images = self.pipe(
                     **self.arguments | {"output_type": output_type},
@@ -309,36 +309,6 @@ class PipelineBench(BaseBench):
         self.call_seconds = time.perf_counter() - begun
         images = images.float().cpu() if isinstance(images, Tensor) else images  # NumPy knows no bfloat16
         return np.asarray(images, dtype=np.float32)
-
-
-class _Step:
-    """A scheduler's `step` that something else is called for. Its signature stays: pipelines look at it."""
-
-    def __init__(self, own: Callable, step: Callable):
-        self.__wrapped__, self._step = own, step
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        names = list(inspect.signature(self.__wrapped__).parameters)[len(args) : 3]
-        given = [kwargs.pop(name) for name in names]
-        return self._step(self.__wrapped__, *args, *given, **kwargs)
-
-
-def _trial(scheduler: SchedulerMixin, output: Tensor, t: Any, latents: Tensor, args: tuple, kwargs: dict) -> Tensor:
-    """What a step would make, without making it."""
-    kwargs = dict(kwargs)
-    if isinstance(kwargs.get("generator"), torch.Generator):
-        kwargs["generator"] = kwargs["generator"].clone_state()
-    with _own_random_state():
-        return _sample(type(scheduler).step(copy.deepcopy(scheduler), output, t, latents, *args, **kwargs))
-
-
-def _own_random_state() -> AbstractContextManager[None]:
-    """Leave the global generators as they were: those of the CPU and of the current GPU."""
-    return torch.random.fork_rng([torch.cuda.current_device()] if torch.cuda.is_available() else [])
-
-
-def _sample(result: Any) -> Tensor:
-    return result[0] if isinstance(result, tuple) else result.prev_sample
 
 
 def _is_plain(value: Any) -> bool:
