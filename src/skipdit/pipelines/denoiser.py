@@ -140,8 +140,9 @@ def _checked_forward(module: nn.Module, spec: CachePolicy) -> Callable[..., Any]
         raise UserError(f"cache {spec} decides within the transformer, which cannot be compiled then")
     if model._compiled_call_impl is not None:
         raise UserError(
-            "the transformer is compiled in place, and the cache has to stay outside of its graphs: write "
-            "`pipe.transformer = torch.compile(pipe.transformer, fullgraph=True)` instead"
+            "the transformer is compiled in place, and the cache has to stay outside of its graphs: load the pipeline "
+            "again, and in place of `pipe.transformer.compile(...)` write "
+            "`pipe.transformer = torch.compile(pipe.transformer, fullgraph=True)`"
         )
     return forward
 
