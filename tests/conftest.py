@@ -311,6 +311,18 @@ def _seeded():
     torch.manual_seed(0)
 
 
+@pytest.fixture
+def traced(monkeypatch):
+    """`torch.compile` traces, and generates no code, which takes it half a minute of a small model."""
+    torch._dynamo.reset()
+    compiled = torch.compile
+    monkeypatch.setattr(
+        torch, "compile", lambda model, mode=None, **kwargs: compiled(model, **kwargs | {"backend": "aot_eager"})
+    )
+    yield
+    torch._dynamo.reset()
+
+
 def assert_close(actual: torch.Tensor, expected: torch.Tensor, tolerance: float = 1e-4) -> None:
     """The golden files' criterion: largest absolute error."""
     assert actual.shape == expected.shape
@@ -427,20 +439,27 @@ def short_training(**more) -> TrainConfig:
     return TrainConfig(**settings, log_every=1, save_every=2, sample_every=0, **more)
 
 
-@pytest.fixture
-def videos(tmp_path) -> Path:
+@pytest.fixture(scope="session")
+def films(tmp_path_factory) -> Path:
     """Nine films of a square that moves, in three classes by its direction; one file is cut off."""
+    root = tmp_path_factory.mktemp("films")
     for number in range(9):
-        folder = tmp_path / "videos" / f"class{number % 3}"
-        folder.mkdir(parents=True, exist_ok=True)
+        folder = root / f"class{number % 3}"
+        folder.mkdir(exist_ok=True)
         film = np.full((12, 16, 20, 3), 20 * number, np.uint8)
         for i, frame in enumerate(film):
             y, x = (i, 4) if number % 3 == 0 else (4, i) if number % 3 == 1 else (i, i)
             frame[y : y + 4, x : x + 4] = 255
         imageio.imwrite(folder / f"{number}.mp4", film, plugin="FFMPEG", fps=8, macro_block_size=1)
-    whole = (tmp_path / "videos/class0/3.mp4").read_bytes()
-    (tmp_path / "videos/class0/3.mp4").write_bytes(whole[: len(whole) // 2])
-    return tmp_path / "videos"
+    whole = (root / "class0/3.mp4").read_bytes()
+    (root / "class0/3.mp4").write_bytes(whole[: len(whole) // 2])
+    return root
+
+
+@pytest.fixture
+def videos(films, tmp_path) -> Path:
+    """A copy of `films`, to change."""
+    return shutil.copytree(films, tmp_path / "videos")
 
 
 @pytest.fixture(scope="session")

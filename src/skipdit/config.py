@@ -9,7 +9,7 @@ import io
 import math
 import re
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import field, fields, is_dataclass, replace
+from dataclasses import asdict, field, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -236,17 +236,24 @@ def _as_text(schema: type, values: dict, words: Any) -> dict:
 
 
 def _merge(schema: type, config: Any, values: dict, where: Callable[[str], str]) -> Any:
-    """Put values into a config one at a time, so that an error knows its key. `where` tells the place of a key."""
-    for key, kind, value in _settings(schema, values, where):
-        try:
-            config = OmegaConf.merge(config, _nested(key, value))
-        except (OmegaConfBaseException, TypeError) as error:
-            if is_dataclass(kind):
-                expected = f"a section with the keys {', '.join(field.name for field in fields(kind))}"
-            else:
-                expected = str(kind) if hasattr(kind, "__args__") else kind.__name__
-            raise ConfigError(f"{where(key)}: {key} is {value!r}; it should be {expected}") from error
-    return config
+    """Put values into a config. `where` tells the place of a key.
+
+    OmegaConf copies the whole config each time, so that goes one key at a time only where an error is to name its key.
+    """
+    given = list(_settings(schema, values, where))
+    try:
+        return OmegaConf.merge(config, *(_nested(key, value) for key, _, value in given))
+    except (OmegaConfBaseException, TypeError):
+        for key, kind, value in given:
+            try:
+                config = OmegaConf.merge(config, _nested(key, value))
+            except (OmegaConfBaseException, TypeError) as error:
+                if is_dataclass(kind):
+                    expected = f"a section with the keys {', '.join(field.name for field in fields(kind))}"
+                else:
+                    expected = str(kind) if hasattr(kind, "__args__") else kind.__name__
+                raise ConfigError(f"{where(key)}: {key} is {value!r}; it should be {expected}") from error
+        raise
 
 
 def _settings(
@@ -313,14 +320,14 @@ def flatten(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 def to_yaml(config: Any) -> str:
     """Raises ConfigError for a text that YAML cannot hold: a path that is no UTF-8."""
     try:
-        return OmegaConf.to_yaml(OmegaConf.structured(config))
+        return OmegaConf.to_yaml(OmegaConf.create(to_dict(config)))
     except UnicodeEncodeError as error:
         advice = "rename that file or folder, or link to it"
         raise ConfigError(f"{error.object!r} is no UTF-8, as configs are: {advice}") from error
 
 
 def to_dict(config: Any) -> dict:
-    return OmegaConf.to_container(OmegaConf.structured(config))
+    return asdict(config)
 
 
 def free_settings(schema: type, prefix: str = "") -> set[str]:

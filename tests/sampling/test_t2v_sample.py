@@ -150,14 +150,12 @@ def test_temporal_decoder_and_half_precision(config):
 
 
 @pytest.mark.slow
-def test_compiled(config):
-    torch._dynamo.reset()
+def test_compiled(config, traced):
     config = changed(config, {"cache": "N2-900-49", "compile": True})
     assert sample(config)["steps"]["cached"] > 1
     files(config, "mp4")[0].unlink()
     config = changed(config, {"compile": False})
     assert sample(config)["num_samples"] == 2  # goes on in the same folder
-    torch._dynamo.reset()
 
 
 @pytest.mark.slow
