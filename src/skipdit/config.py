@@ -9,6 +9,7 @@ import io
 import math
 import re
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import asdict, field, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -236,24 +237,20 @@ def _as_text(schema: type, values: dict, words: Any) -> dict:
 
 
 def _merge(schema: type, config: Any, values: dict, where: Callable[[str], str]) -> Any:
-    """Put values into a config. `where` tells the place of a key.
-
-    OmegaConf copies the whole config each time, so that goes one key at a time only where an error is to name its key.
-    """
+    """Put values into a config. `where` tells the place of a key."""
     given = list(_settings(schema, values, where))
-    try:
+    with suppress(OmegaConfBaseException, TypeError):
         return OmegaConf.merge(config, *(_nested(key, value) for key, _, value in given))
-    except (OmegaConfBaseException, TypeError):
-        for key, kind, value in given:
-            try:
-                config = OmegaConf.merge(config, _nested(key, value))
-            except (OmegaConfBaseException, TypeError) as error:
-                if is_dataclass(kind):
-                    expected = f"a section with the keys {', '.join(field.name for field in fields(kind))}"
-                else:
-                    expected = str(kind) if hasattr(kind, "__args__") else kind.__name__
-                raise ConfigError(f"{where(key)}: {key} is {value!r}; it should be {expected}") from error
-        raise
+    for key, kind, value in given:  # to name the one at fault; each merge copies the whole config, so not at first
+        try:
+            config = OmegaConf.merge(config, _nested(key, value))
+        except (OmegaConfBaseException, TypeError) as error:
+            if is_dataclass(kind):
+                expected = f"a section with the keys {', '.join(field.name for field in fields(kind))}"
+            else:
+                expected = str(kind) if hasattr(kind, "__args__") else kind.__name__
+            raise ConfigError(f"{where(key)}: {key} is {value!r}; it should be {expected}") from error
+    return config
 
 
 def _settings(
@@ -327,7 +324,8 @@ def to_yaml(config: Any) -> str:
 
 
 def to_dict(config: Any) -> dict:
-    return asdict(config)
+    """Return nested settings as YAML and JSON have them: tuples are lists."""
+    return asdict(config, dict_factory=lambda items: {k: list(v) if isinstance(v, tuple) else v for k, v in items})
 
 
 def free_settings(schema: type, prefix: str = "") -> set[str]:

@@ -19,6 +19,7 @@ from types import ModuleType
 
 import pytest
 import torch
+import yaml
 from conftest import ROOT
 from diffusers import ModelMixin
 
@@ -31,7 +32,7 @@ from skipdit.class_to_image import sample, train
 from skipdit.class_to_video import sample as video_sample
 from skipdit.class_to_video import train as video_train
 from skipdit.commands import app, demo
-from skipdit.config import ConfigError, changed, load_config, to_yaml
+from skipdit.config import ConfigError, changed, load_config, to_dict, to_yaml
 from skipdit.data.settings import ClipData
 from skipdit.data.stream import rows_of
 from skipdit.diffusion.gaussian import Diffusion
@@ -973,6 +974,12 @@ def test_every_sampler_refuses_numbers_out_of_range(task, number):
     name, value = number.replace("=.", "=").split("=")
     with pytest.raises(ConfigError, match=f"^{name} is {value}; it should be [01] or more$"):
         load_config(SCRIPTS[task][1].Config, ROOT / f"configs/{task}/demo.yaml", [number])
+
+
+def test_a_config_as_a_dictionary_is_what_its_file_says():
+    """Checkpoints and reports hold the one, run folders the other: the two betas are a list in both."""
+    for each_shipped in ALL:
+        assert to_dict(each_shipped.config) == yaml.safe_load(to_yaml(each_shipped.config))
 
 
 def test_a_changed_config_leaves_the_first_as_it_is_and_is_checked():
